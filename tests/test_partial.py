@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, ragged_samples, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.models import HeldTokens, PrefixCache, Rows, observe, pack, resume, topology
+from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, observe, pack, resume, topology
 
 LENGTHS = [12, 18, 7, 3, 12, 9, 18, 5, 2, 4]
 HELD = torch.tensor([6, 11, 0, 1, 10, 3, 16, 2, 0, 1])  # tokens of each sample in front of the first that runs
@@ -89,6 +89,43 @@ def count_rows(blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> dict[s
     for kind in (nn.Linear, Conv1D):
         monkeypatch.setattr(kind, "forward", counting(kind.forward))
     return ran
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_calls_again_equal_a_resume(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family).train()  # dropout must not act
+    parts = topology(model)
+    held = HeldTokens(parts, 2)
+    rows, places, running = rows_of([7, 2, 6, 1])
+    with PrefixCache(parts, SAMPLES, 2) as cache:
+        hidden = cache.hidden(rows)
+    with held.record(rows, places), torch.no_grad():
+        resume(parts, hidden, rows, 2)
+    ran = count_rows(parts.blocks, monkeypatch)
+    calls = BlockCalls(parts, rows, 2, held.overrides(rows, places, running))
+    work = []
+    entered: list[int] = []
+    parts.backbone.register_forward_pre_hook(lambda *_: entered.append(1))
+    before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
+    for step in range(3):
+        moved = hidden.clone()
+        moved.view(-1, 32)[running] += 0.3 * step
+        leaf = moved.clone().requires_grad_()
+        ran.clear()
+        found = calls.resume(leaf)
+        work.append(dict(ran))
+        found.square().sum().backward()
+        assert sum(entered) == 1  # by the first alone
+        assert work[-1] == work[0]  # held and pruned as in a resume
+        assert max(ran.values()) == len(running)
+        plain = moved.requires_grad_()
+        wanted = resume(parts, plain, rows, 2)
+        wanted.square().sum().backward()
+        entered.pop()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+        one, other = (x.grad.view(-1, 32)[running] for x in (leaf, plain))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+    assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
 
 
 def test_a_rebuilt_block_holds_nothing() -> None:

@@ -251,6 +251,13 @@ def test_an_edit_that_diverges_is_dropped(tokenizer: Any, seed: int) -> None:
     targets = found("llama", tokenizer, random_edits(3, seed), replace(CONFIG, lr=1e300, stop_loss=0))
     assert targets.dropped == (0, 1, 2)
     assert targets.steps.tolist() == [1, 1, 1]
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    targets = find_targets(topology(model), tokenizer, random_edits(3, seed), Z_LAYER, CONFIG)
+    assert targets.dropped == (0, 1, 2)
+    assert targets.h0.isfinite().all()
+    assert targets.z.isnan().all()  # no caller can take it for a target
 
 
 def test_without_a_rate_steps_are_in_proportion_to_the_states(tokenizer: Any, seed: int) -> None:

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 from fastedit import ops
 from fastedit.errors import ConfigError
 from fastedit.methods.base import Progress
-from fastedit.models import HeldTokens, PrefixCache, Rows, Samples, Topology, free_bytes, observe, pack, resume
-from fastedit.models.prefix import Override
+from fastedit.models import (
+    BlockCalls,
+    HeldTokens,
+    PrefixCache,
+    Rows,
+    Samples,
+    Topology,
+    free_bytes,
+    observe,
+    pack,
+    resume,
+)
 
 RELATIVE_LR = 0.5
 """Adam's step in a model without preset, in root mean squares of a typical h₀ (a step moves every coordinate)."""
@@ -100,7 +110,7 @@ class _Batch:
     hidden: Tensor  # [B, R, h]
     places: Tensor  # [B] flat place of the subject's last token
     weight: Tensor  # [M - F] of each target token: 1 / (C · its row's target tokens)
-    overrides: list[Override]
+    calls: BlockCalls
 
 
 class TargetLoop:
@@ -204,17 +214,18 @@ class TargetLoop:
         rows = rows.to(self.device)
         hidden = self.cache.hidden(rows)
         overrides = self.held.overrides(rows, before, behind)
-        return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), overrides)
+        calls = BlockCalls(self.topology, rows, self.cache.layer, overrides)
+        return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), calls)
 
     def _states(self, batch: _Batch, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [M, h] at the rows to read, and the leaf [B, h] that carries δ at the subjects."""
-        hidden, layer = batch.hidden, self.cache.layer
+        hidden = batch.hidden
         flat = hidden.view(-1, hidden.shape[-1])
         shift = delta.repeat(self.n_rewriting + 1, 1)
         if self.site is None:
             leaf = (flat.index_select(0, batch.places).float() + shift).to(flat.dtype).requires_grad_()
             moved = flat.index_copy(0, batch.places, leaf).view_as(hidden)
-            return resume(self.topology, moved, batch.rows, layer, batch.overrides), leaf
+            return batch.calls.resume(moved), leaf
         leaf = shift.requires_grad_()
 
         def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -224,7 +235,7 @@ class TargetLoop:
 
         handle = self.site.register_forward_hook(add)
         try:
-            return resume(self.topology, hidden, batch.rows, layer, batch.overrides), leaf
+            return batch.calls.resume(hidden), leaf
         finally:
             handle.remove()
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastedit.models.prefix import Override, at_rows, run_blocks
+from fastedit.models.prefix import Override, at_rows, forwards, pruned, resume, run_blocks
 from fastedit.models.tokens import Rows
-from fastedit.models.topology import Stopped, Topology
+from fastedit.models.topology import Stopped, Topology, eval_mode
 
 
 @torch.no_grad()
@@ -38,6 +38,50 @@ def observe(
     finally:
         handle.remove()
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
+
+
+class BlockCalls:
+    """How the backbone calls its blocks from ``layer`` on for some rows, to call them so again.
+
+    ``resume`` of this class is that of the package. The first one goes through the backbone and keeps the
+    arguments of each block (masks, rotary embeddings) and the modules behind the last one; later ones call these
+    directly. That saves the backbone's own work, and on a GPU a wait: recent transformers look at the positions.
+    """
+
+    def __init__(self, topology: Topology, rows: Rows, layer: int, overrides: Sequence[Override] = ()) -> None:
+        self._topology, self._rows, self._layer, self._overrides = topology, rows, layer, list(overrides)
+        self._calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+    def resume(self, hidden: Tensor) -> Tensor:
+        """Hidden states [M, h] at the target rows, from the input [B, R, h] of block ``layer``."""
+        if not self._calls:
+            return self._record(hidden)
+        with forwards(self._again), eval_mode(self._topology.backbone):
+            for module, args, kwargs in self._calls:
+                output = module(hidden, *args, **kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+        return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows.target_rows)
+
+    def _record(self, hidden: Tensor) -> Tensor:
+        topology, rows = self._topology, self._rows
+        called: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            called.append((module, args[1:], others))
+
+        running = list(topology.blocks[self._layer :])
+        tail = [child for child in topology.backbone.children() if child is not topology.blocks]
+        handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in (*running, *tail)]
+        try:
+            states = resume(topology, hidden, rows, self._layer, self._overrides)
+        finally:
+            for handle in handles:
+                handle.remove()
+        first = next(i for i, (module, _, _) in enumerate(called) if module is running[0])
+        self._calls = called[first:]
+        self._again = [*self._overrides, *pruned(topology, rows)]
+        return states
 
 
 class HeldTokens:

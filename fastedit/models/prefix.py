@@ -33,7 +33,7 @@ Override = tuple[nn.Module, Callable[..., Any]]
 
 
 @contextmanager
-def _forwards(overrides: Iterable[Override]) -> Iterator[None]:
+def forwards(overrides: Iterable[Override]) -> Iterator[None]:
     """Replace ``forward`` on module instances; what stood on the instance before stands there afterwards."""
     undo: list[tuple[dict[str, Any], Any]] = []
     try:
@@ -75,6 +75,12 @@ def at_rows(module: nn.Module, rows: Tensor, elsewhere: Tensor | None = None) ->
     return run
 
 
+def pruned(topology: Topology, rows: Rows) -> list[Override]:
+    """The row-independent parts of the last block, at the target rows only."""
+    last = topology.rowwise(topology.n_blocks - 1)
+    return [(module, at_rows(module, rows.target_rows)) for module in last]
+
+
 def run_blocks(
     topology: Topology,
     rows: Rows,
@@ -105,8 +111,7 @@ def run_blocks(
         identity = _identity_tuple if topology.blocks_return_tuples else _identity
         overrides += [(block, identity) for block in blocks[:layer]]
     if prune:
-        last = topology.rowwise(len(blocks) - 1)
-        overrides += [(module, at_rows(module, rows.target_rows)) for module in last]
+        overrides += pruned(topology, rows)
 
     def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
@@ -120,7 +125,7 @@ def run_blocks(
             handles.append(blocks[layer].register_forward_pre_hook(substitute, with_kwargs=True))
         if stop is not None:
             handles.append(blocks[stop].register_forward_pre_hook(leave, with_kwargs=True))
-        with _forwards(overrides), eval_mode(topology.backbone):
+        with forwards(overrides), eval_mode(topology.backbone):
             output = topology.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         states: Tensor = output[0]
     except Stopped as stopped:
