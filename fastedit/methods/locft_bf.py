@@ -10,20 +10,18 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
-from fastedit import ops
 from fastedit.errors import ConfigError, EditError, ModelError, RequestError
 from fastedit.methods.base import Edit, MethodResult, Progress, no_progress
 from fastedit.methods.contexts import sample_contexts
 from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
-from fastedit.models import Budget, PrefixCache, Samples, Topology, pack, resume, tokenize
+from fastedit.methods.trainer import Trainer, only_trainable
+from fastedit.models import Budget, PrefixCache, Samples, Topology, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +47,8 @@ class LocFTBFConfig:
         weight_decay: Adam's L2 term.
         cache_bytes: budget of the prefix cache on the model's device, and again in host memory; what fits in
             neither goes to a memory-mapped file. None is half of what is free.
-        keep_partial: on Ctrl-C keep the last whole epoch instead of restoring the model.
+        keep_partial: on Ctrl-C keep the last whole epoch, or the last batch that depth-first was done with,
+            instead of restoring the model. Takes another fp32 copy of the edited weights.
     """
 
     layer: int | None = None
@@ -108,7 +107,8 @@ def locft_bf(
 
     Raises:
         ConfigError, ModelError, RequestError: before the model is touched.
-        EditError: a loss that is not finite; names the batch. The model is restored, as on every exception.
+        EditError: a loss that is not finite; names the edits that have it with the original weights or, where
+            none has, when and in which batch training diverged. The model is restored, as on every exception.
     """
     config, notes = _resolved(topology, config, len(edits))
     assert config.layer is not None  # chosen by now
@@ -118,30 +118,29 @@ def locft_bf(
     parameters = {paths[id(p)]: p for p in module.parameters()}
     samples, cache = prepared or prepare(topology, tokenizer, edits, config, progress)
     owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
-    originals = {path: p.detach().clone() for path, p in parameters.items()}
-    trainer = _Trainer(topology, samples, owner, edits, parameters, config, progress)
+    trainer = Trainer(topology, samples, owner, edits, parameters, config, progress)
     try:
         cache.advance(config.layer)
         try:
-            with _only_trainable(topology.model, parameters.values()), torch.enable_grad():
+            with only_trainable(topology.model, parameters.values()), torch.enable_grad():
                 trainer.run(cache)
         except KeyboardInterrupt:
-            if not (config.keep_partial and trainer.last_epoch):
+            if trainer.kept is None:
                 raise
-            notes.append(f"interrupted; kept the weights of epoch {len(trainer.losses)}")
-        updates = trainer.updates(originals)
+            notes.append(f"interrupted; kept the weights {trainer.go_back()}")
+        updates = trainer.updates()
         if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss was seen
             raise EditError(
                 "the edited weights are not finite after the last step; the model is restored. Try a learning rate "
                 f"below {config.lr:.3g}"
             )
     except BaseException:
-        _restore(parameters, originals)
+        trainer.restore()
         raise
     finally:
         if prepared is None:
             cache.close()
-    return MethodResult(updates, originals, asdict(config), trainer.losses, notes)
+    return MethodResult(updates, trainer.originals, asdict(config), trainer.losses, notes)
 
 
 def prepare(
@@ -215,147 +214,3 @@ def _augmented(
             drawn = torch.randperm(len(contexts), generator=generator)[: config.augment].tolist()
             pairs += [(f"{contexts[c]} {edit.prompt}", edit.target) for c in drawn]
     return pairs
-
-
-class _Trainer:
-    """The training loop; holds the fp32 master weights and what has been reached."""
-
-    def __init__(
-        self,
-        topology: Topology,
-        samples: Samples,
-        owner: Sequence[int],
-        edits: Sequence[Edit],
-        parameters: dict[str, nn.Parameter],
-        config: LocFTBFConfig,
-        progress: Progress,
-    ) -> None:
-        self.topology, self.samples, self.config, self.progress = topology, samples, config, progress
-        self.owner, self.edits = owner, edits
-        self.parameters = parameters
-        self.masters = {
-            path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
-        }
-        self.losses: list[float] = []
-        self.last_epoch: dict[str, Tensor] = {}
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def run(self, cache: PrefixCache) -> None:
-        n, size = len(self.samples), int(self.config.batch_size)
-        if self.config.schedule == "breadth-first":
-            self._fit(cache, torch.arange(n), self.losses)
-            return
-        total = 0.0  # depth-first: one batch after the other, each by itself
-        for done, batch in enumerate(self._order(torch.arange(n)).split(size)):
-            steps: list[float] = []
-            self._fit(cache, batch, steps)
-            total += steps[-1] * len(batch)
-            self.progress("train", min((done + 1) * size, n), n, steps[-1])
-        self.losses.append(total / n)
-
-    def _order(self, select: Tensor) -> Tensor:
-        return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
-
-    def _fit(self, cache: PrefixCache, select: Tensor, losses: list[float]) -> None:
-        """Train on the selected samples until an epoch's mean loss is below `stop_loss`; appends the means."""
-        config = self.config
-        optimizer = torch.optim.Adam(
-            list(self.masters.values()), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
-        )
-        for _ in range(config.epochs):
-            batches = self._order(select).split(int(config.batch_size))
-            found = torch.empty(len(batches), device=self.topology.device)
-            for batch, loss in zip(batches, found, strict=True):
-                self._step(cache, batch, optimizer, loss)
-            found = found.cpu()  # the one synchronization of the epoch
-            if not found.isfinite().all():
-                self._raise_not_finite(batches[int((~found.isfinite()).nonzero()[0])])
-            sizes = torch.tensor([len(batch) for batch in batches])
-            losses.append(float((found * sizes).sum() / sizes.sum()))
-            if config.keep_partial:
-                self.last_epoch = {path: m.clone() for path, m in self.masters.items()}
-            if losses is self.losses:
-                self.progress("train", len(losses), config.epochs, losses[-1])
-            if losses[-1] < config.stop_loss:
-                break
-
-    def _step(self, cache: PrefixCache, batch: Tensor, optimizer: torch.optim.Adam, loss_out: Tensor) -> None:
-        config, topology = self.config, self.topology
-        rows = pack(self.samples, batch, packed=topology.packs)
-        weight = torch.full((len(rows.labels),), 1 / len(rows.labels))
-        if config.loss_average == "sample":
-            weight = (1 / (rows.sample_of.bincount() * float(len(batch))))[rows.sample_of]
-        weight = weight.to(topology.device, non_blocking=True)
-        rows = rows.to(topology.device, non_blocking=True)
-        hidden = resume(topology, cache.hidden(rows), rows, cache.layer)  # [M, h]
-        head: Any = topology.head
-        loss, grad = ops.target_cross_entropy(
-            hidden.detach(),
-            head.weight,
-            rows.labels,
-            weight,
-            bias=getattr(head, "bias", None),
-            softcap=topology.logit_softcap,
-        )
-        loss_out.copy_(loss)
-        on_gpu = loss.device.type == "cuda"
-        if not on_gpu and loss < config.skip_loss:
-            return
-        hidden.backward(grad)
-        for path, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            self.masters[path].grad = parameter.grad.float()
-            parameter.grad = None
-        if on_gpu:  # the step is dropped on the device, so that the host need not wait for the loss
-            optimizer.found_inf = (loss < config.skip_loss).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        self._publish()
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Give the model the masters, rounded where its dtype is another."""
-        for path, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[path])
-
-    def _raise_not_finite(self, batch: Tensor) -> None:
-        named = [str(self.edits[self.owner[i]].id or self.owner[i]) for i in batch.tolist()]
-        shown = ", ".join(named[:10]) + (f" and {len(named) - 10} more" if len(named) > 10 else "")
-        raise EditError(
-            f"the loss is not finite in epoch {len(self.losses) + 1}, in the batch of edits {shown}; the model "
-            f"is restored. Try a learning rate below {self.config.lr:.3g}"
-        )
-
-    @torch.no_grad()
-    def updates(self, originals: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The fp32 additive updates; the model is left at exactly original + update."""
-        final = self.last_epoch or self.masters
-        updates = {}
-        for path, parameter in self.parameters.items():
-            before = originals[path].float()
-            updates[path] = final[path] - before
-            parameter.copy_(before + updates[path])
-        return updates
-
-
-@torch.no_grad()
-def _restore(parameters: dict[str, nn.Parameter], originals: dict[str, Tensor]) -> None:
-    for path, parameter in parameters.items():
-        parameter.copy_(originals[path])
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
-            p.grad = None
-        for p in chosen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad

@@ -1,0 +1,214 @@
+"""The training loop of LocFT-BF: Adam on one module, breadth-first or depth-first over batches of packed samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastedit import ops
+from fastedit.errors import EditError
+from fastedit.methods.base import Edit, Progress
+from fastedit.methods.subjects import named
+from fastedit.models import PrefixCache, Samples, Topology, full, pack, resume
+
+if TYPE_CHECKING:
+    from fastedit.methods.locft_bf import LocFTBFConfig
+
+
+class Trainer:
+    """The training loop; holds the original and the fp32 master weights, and what has been reached.
+
+    `kept` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        samples: Samples,
+        owner: Sequence[int],
+        edits: Sequence[Edit],
+        parameters: dict[str, nn.Parameter],
+        config: LocFTBFConfig,
+        progress: Progress,
+    ) -> None:
+        self.topology, self.samples, self.config, self.progress = topology, samples, config, progress
+        self.owner, self.edits = owner, edits
+        self.parameters = parameters
+        self.originals = {path: p.detach().clone() for path, p in parameters.items()}
+        self.masters = {
+            path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
+        }
+        self.losses: list[float] = []
+        self.kept: tuple[str, dict[str, Tensor], list[float]] | None = None
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def run(self, cache: PrefixCache) -> None:
+        n, size = len(self.samples), int(self.config.batch_size)
+        if self.config.schedule == "breadth-first":
+            for epoch, loss in enumerate(self._epochs(cache, torch.arange(n)), 1):
+                self.losses.append(loss)
+                self._keep(f"of epoch {epoch}")
+                self.progress("train", epoch, self.config.epochs, loss)
+            return
+        done, total = 0, 0.0  # depth-first: one batch after the other, each by itself
+        batches = self._order(torch.arange(n)).split(size)
+        for i, batch in enumerate(batches, 1):
+            place = f"batch {i} of {len(batches)}"
+            *_, loss = self._epochs(cache, batch, place)
+            done, total = done + len(batch), total + loss * len(batch)
+            self.losses = [total / done]
+            self._keep(f"after {place}")
+            self.progress("train", done, n, loss)
+
+    def _keep(self, what: str) -> None:
+        if self.config.keep_partial:
+            self.kept = (what, {path: m.clone() for path, m in self.masters.items()}, [*self.losses])
+
+    def go_back(self) -> str:
+        """Make the kept state the one that counts, and say what it is."""
+        assert self.kept is not None
+        what, self.masters, self.losses = self.kept
+        return what
+
+    def _order(self, select: Tensor) -> Tensor:
+        return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
+
+    def _epochs(self, cache: PrefixCache, select: Tensor, place: str = "") -> Iterator[float]:
+        """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
+
+        `place` says for messages what `select` is, where that is one batch and every epoch a step.
+        """
+        config = self.config
+        optimizer = torch.optim.Adam(
+            list(self.masters.values()), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
+        )
+        for epoch in range(1, config.epochs + 1):
+            batches = self._order(select).split(int(config.batch_size))
+            found = torch.empty(len(batches), device=self.topology.device)
+            for batch, loss in zip(batches, found, strict=True):
+                self._step(cache, batch, optimizer, loss)
+            found = found.cpu()  # the one synchronization of the epoch
+            if not found.isfinite().all():
+                first = int((~found.isfinite()).nonzero()[0])
+                when = f"{place}, step {epoch}" if place else f"epoch {epoch}, batch {first + 1} of {len(batches)}"
+                raise self._not_finite(when, batches[first])
+            sizes = torch.tensor([len(batch) for batch in batches])
+            mean = float((found * sizes).sum() / sizes.sum())
+            yield mean
+            if mean < config.stop_loss:
+                break
+
+    def _step(self, cache: PrefixCache, batch: Tensor, optimizer: torch.optim.Adam, loss_out: Tensor) -> None:
+        config, topology = self.config, self.topology
+        rows = pack(self.samples, batch, packed=topology.packs)
+        weight = torch.full((len(rows.labels),), 1 / len(rows.labels))
+        if config.loss_average == "sample":
+            weight = (1 / (rows.sample_of.bincount() * float(len(batch))))[rows.sample_of]
+        weight = weight.to(topology.device, non_blocking=True)
+        rows = rows.to(topology.device, non_blocking=True)
+        hidden = resume(topology, cache.hidden(rows), rows, cache.layer)  # [M, h]
+        head: Any = topology.head
+        loss, grad = ops.target_cross_entropy(
+            hidden.detach(),
+            head.weight,
+            rows.labels,
+            weight,
+            bias=getattr(head, "bias", None),
+            softcap=topology.logit_softcap,
+        )
+        loss_out.copy_(loss)
+        on_gpu = loss.device.type == "cuda"
+        if not on_gpu and loss < config.skip_loss:
+            return
+        hidden.backward(grad)
+        for path, parameter in self.parameters.items():
+            assert parameter.grad is not None
+            self.masters[path].grad = parameter.grad.float()
+            parameter.grad = None
+        if on_gpu:  # the step is dropped on the device, so that the host need not wait for the loss
+            optimizer.found_inf = (loss < config.skip_loss).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Give the model the masters, rounded where its dtype is another."""
+        for path, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self.masters[path])
+
+    def _not_finite(self, when: str, batch: Tensor) -> EditError:
+        """The error that names the guilty; restores the model, since edits are judged by its original weights."""
+        self.restore()
+        guilty = sorted({self.owner[i] for i in self._broken()})
+        if guilty:
+            return EditError(
+                f"the loss is not finite for {named(self.edits, guilty)}, with the original weights and each edit by "
+                "itself; the model is restored. Leave these edits out, or mend the model: it may have a token "
+                "embedding or another weight that is not finite, or numbers too large for its dtype"
+            )
+        return EditError(
+            f"the loss is not finite, first in {when}: {named(self.edits, [self.owner[i] for i in batch.tolist()])}; "
+            "with the original weights every edit has a finite loss, so it was training that diverged. The model is "
+            f"restored. Try a learning rate below {self.config.lr:.3g}"
+        )
+
+    @torch.no_grad()
+    def _broken(self) -> list[int]:
+        """The samples whose loss is not finite with the weights as they are.
+
+        From the tokens and one sample a row: in a shared row, and so in the prefix cache, a value that is not
+        finite reaches every sample, since 0 times it is not 0.
+        """
+        head: Any = self.topology.head
+        broken = []
+        for select in torch.arange(len(self.samples)).split(max(1, 4096 // int(self.samples.lengths.max()))):
+            rows = pack(self.samples, select, packed=False).to(self.topology.device)
+            each, _ = ops.target_cross_entropy(
+                full(self.topology, rows),
+                head.weight,
+                rows.labels,
+                torch.ones(len(rows.labels), device=self.topology.device),
+                bias=getattr(head, "bias", None),
+                softcap=self.topology.logit_softcap,
+                per_row=True,
+            )
+            broken += select[rows.sample_of[~each.isfinite()].cpu()].tolist()
+        return broken
+
+    @torch.no_grad()
+    def updates(self) -> dict[str, Tensor]:
+        """The fp32 additive updates; the model is left at exactly original + update."""
+        updates = {}
+        for path, parameter in self.parameters.items():
+            before = self.originals[path].float()
+            updates[path] = self.masters[path] - before
+            parameter.copy_(before + updates[path])
+        return updates
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the model its original weights."""
+        for path, parameter in self.parameters.items():
+            parameter.copy_(self.originals[path])
+
+
+@contextmanager
+def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in chosen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
