@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,92 +14,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastedit.errors import ModelError
-from fastedit.models import topology
+from fastedit.files import replacing
+from fastedit.models import LowRank, Update, add_, checksum, fingerprint, topology
 
-_FORMAT = "fastedit-delta-1"
-_SAMPLED = 256
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter.
-
-    Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16.
-    """
-    digest = hashlib.sha256()
-    values = []
-    for path, p in sorted(topology(model).model.named_parameters()):
-        digest.update(f"{path} {tuple(p.shape)};".encode())
-        step = max(1, p.numel() // _SAMPLED)
-        values.append(p.detach().reshape(-1)[::step][:_SAMPLED].to(torch.bfloat16))
-    flat = torch.cat([v.to(values[0].device) for v in values]).cpu()
-    digest.update(flat.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its place when the block ends well, and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode  # what the umask allows; safetensors would keep its file private
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
-    """The same for a folder; only an empty folder or a checkpoint is replaced, with all that it holds.
-
-    Raises:
-        ModelError: `path` is something else: no folder, or one without config.json and safetensors files.
-    """
-    path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
-    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or not any(path.iterdir()))):
-        raise ModelError(f"{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new, old = temporary / "new", temporary / "old"
-    new.mkdir()
-    try:
-        yield new
-        blank = temporary / "blank"
-        blank.touch()
-        for file in filter(Path.is_file, new.rglob("*")):  # safetensors keeps its files private, whatever the umask
-            file.chmod(blank.stat().st_mode)
-        try:
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").exists() and any(path.glob("*.safetensors"))
+_DENSE, _FACTORED = "fastedit-delta-1", "fastedit-delta-2"  # the second one may hold factors
+_LEFT, _RIGHT = "..left", "..right"  # no parameter's path has two dots in a row
 
 
 class WeightDelta:
     """Additive updates of a model's parameters.
 
     Args:
-        updates: path of each parameter -> fp32 update of its shape.
+        updates: path of each parameter -> fp32 update of its shape, as a tensor or in factors.
         metadata: method, configuration, fingerprint of the unedited model, versions; JSON-able.
         originals: the parameters before, when the model already holds the updates.
     """
 
     def __init__(
         self,
-        updates: Mapping[str, Tensor],
+        updates: Mapping[str, Update],
         metadata: Mapping[str, Any],
         *,
         applied_to: nn.Module | None = None,
@@ -115,6 +42,7 @@ class WeightDelta:
         self.metadata = dict(metadata)
         self._model = applied_to
         self._originals = dict(originals or {})
+        self._sums = _checksums(applied_to, self._originals) if applied_to else {}
 
     @property
     def applied(self) -> bool:
@@ -151,9 +79,13 @@ class WeightDelta:
                 "load the unedited model it was made for, or force it"
             )
         self._originals = {path: parameters[path].detach().clone() for path in self.updates}
-        for path, update in self.updates.items():
-            p = parameters[path]
-            p.copy_(p.float() + update.to(p.device))
+        try:
+            for path, update in self.updates.items():
+                add_(parameters[path], update)
+            self._sums = _checksums(inner, self._originals)
+        except BaseException:
+            self._restore(parameters)
+            raise
         self._model = inner
 
     @torch.no_grad()
@@ -166,16 +98,18 @@ class WeightDelta:
         """
         if self._model is None:
             raise ModelError("this delta is not applied to a model; there is nothing to revert")
-        parameters = dict(self._model.named_parameters())
-        for path, original in self._originals.items():
-            p = parameters[path]
-            if not torch.equal(p, (original.float() + self.updates[path].to(original.device)).to(p)):
+        for path, now in _checksums(self._model, self._originals).items():
+            if now != self._sums[path]:
                 raise ModelError(
                     f"{path} was changed after this edit; revert the later edits first, the last one before the others"
                 )
+        self._restore(dict(self._model.named_parameters()))
+        self._model = None
+
+    def _restore(self, parameters: Mapping[str, Tensor]) -> None:
         for path, original in self._originals.items():
             parameters[path].copy_(original)
-        self._model, self._originals = None, {}
+        self._originals, self._sums = {}, {}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: updates and metadata. An existing file stays whole if writing fails.
@@ -183,10 +117,17 @@ class WeightDelta:
         Raises:
             ModelError: the file cannot be written (a full disk, say).
         """
-        metadata = {"format": _FORMAT, "fastedit": json.dumps(self.metadata)}
+        tensors: dict[str, Tensor] = {}
+        for name, update in self.updates.items():
+            if isinstance(update, LowRank):
+                tensors |= {name + _LEFT: update.left, name + _RIGHT: update.right}
+            else:
+                tensors[name] = update
+        metadata = {"format": _DENSE if tensors.keys() == self.updates.keys() else _FACTORED}
+        metadata["fastedit"] = json.dumps(self.metadata)
         try:
             with replacing(Path(path)) as temporary:
-                save_file({k: v.contiguous().cpu() for k, v in self.updates.items()}, temporary, metadata)
+                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: the delta could not be saved: {error}; nothing was written") from error
 
@@ -200,15 +141,27 @@ class WeightDelta:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                if header.get("format") != _FORMAT:
-                    raise ModelError(f"{path} is no fastedit delta (its header lacks format {_FORMAT})")
+                if header.get("format") not in (_DENSE, _FACTORED):
+                    raise ModelError(f"{path} is no fastedit delta (its header lacks format {_DENSE} or {_FACTORED})")
                 # copies: a tensor that is mapped changes with the file, or crashes when it gets shorter
-                updates = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # no mapping
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # no mapping
+            updates: dict[str, Update] = {}
+            for key in list(tensors):
+                if not key.endswith((_LEFT, _RIGHT)):
+                    updates[key] = tensors[key]
+                elif (name := key.removesuffix(_LEFT).removesuffix(_RIGHT)) not in updates:
+                    updates[name] = LowRank(tensors[name + _LEFT], tensors[name + _RIGHT])
             return cls(updates, json.loads(header["fastedit"]))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: not a readable safetensors file: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{path}: the delta's metadata is damaged ({error!r}); make the edit again") from error
+            raise ModelError(f"{path}: the delta is damaged ({error!r}); make the edit again") from error
+
+
+def _checksums(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """Of parameters as they are: what an update was added to could round another way if it were added anew."""
+    parameters = dict(model.named_parameters())
+    return {path: checksum(parameters[path]) for path in paths}
 
 
 def versions() -> dict[str, str]:

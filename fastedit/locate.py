@@ -21,12 +21,13 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from fastedit.delta import replacing
 from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
-from fastedit.evaluate import Predictions, Requests, compare, predict
+from fastedit.evaluate import Requests, compare
+from fastedit.files import replacing
 from fastedit.methods.base import Progress, no_progress
 from fastedit.methods.locft_bf import LocFTBFConfig, locft_bf, prepare
 from fastedit.models import Topology
+from fastedit.predictions import Predictions, predict
 from fastedit.requests import AnyPath, EditRequest, as_requests
 
 _OWN = ("layer", "module", "seed", "keep_partial")  # fields of the method that are not the caller's to set
@@ -173,7 +174,7 @@ def locate(
         text: documents for the perplexity; a str is one.
         capability: (prompt, answer) pairs on other matters for the accuracy.
         generate: measure shares and accuracy by greedy generation, which takes longer; else teacher-forced.
-        progress: called with the stages of `fastedit.evaluate.predict` for the unedited model, "prefix", and
+        progress: called with the stages of `fastedit.predictions.predict` for the unedited model, "prefix", and
             "locate", which counts epochs of all places.
         **config: other fields of `LocFTBFConfig`.
 

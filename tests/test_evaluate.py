@@ -19,10 +19,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-import fastedit.evaluate as evaluation
+import fastedit.predictions as predicting
 from fastedit.errors import EditError, FastEditError, RequestError
-from fastedit.evaluate import Prediction, Predictions, compare, evaluate, normalize, predict
+from fastedit.evaluate import compare, evaluate
 from fastedit.models import topology
+from fastedit.predictions import Prediction, Predictions, normalize, predict
 from fastedit.requests import EditRequest
 
 WORDS = "abcdefghijklmnopqrstuvwxyz ABCDSL.\n"
@@ -119,7 +120,7 @@ def stopped(text: str, dots: int) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_teacher_forced_as_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_LOGITS", 7 * VOCAB)  # several chunks of rows a batch
+    monkeypatch.setattr(predicting, "_LOGITS", 7 * VOCAB)  # several chunks of rows a batch
     model, requests = tiny_model(family), some_requests()
     predictions = measured(model, requests, generate=False, batch_tokens=150)
     for r, found in zip(requests, predictions.answers, strict=True):
@@ -173,7 +174,7 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool) -> None:
 def spy_on_generation(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[int]]:
     """Lists that will hold the prompts that are run, and the number of tokens of each batch."""
     run, steps = [], []
-    own = evaluation._continue
+    own = predicting._continue
 
     def spy(model: Any, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
         run.extend(map(tuple, input_ids.tolist()))
@@ -181,7 +182,7 @@ def spy_on_generation(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, 
         steps.append(tokens.shape[1])
         return tokens
 
-    monkeypatch.setattr(evaluation, "_continue", spy)
+    monkeypatch.setattr(predicting, "_continue", spy)
     return run, steps
 
 
@@ -243,7 +244,7 @@ def test_normalize(one: str, other: str, same: bool) -> None:
 
 
 def test_tokens_that_go_on_behind_a_stop_are_cut() -> None:
-    texts = [evaluation._cut("red sea.\n\nSt. L", 0), evaluation._cut(" St. L\n. red", 2)]
+    texts = [predicting._cut("red sea.\n\nSt. L", 0), predicting._cut(" St. L\n. red", 2)]
     assert texts == ["red sea", "St. L"]
 
 
@@ -304,7 +305,7 @@ def said(hits: str = "1", text: str | None = "x", best: Any = (5,), other: float
 
 
 def answers(**kinds: list[Prediction]) -> dict[str, list[Prediction]]:
-    return {kind: kinds.get(kind, []) for kind in evaluation.KINDS}
+    return {kind: kinds.get(kind, []) for kind in predicting.KINDS}
 
 
 def test_shares_are_means_over_requests() -> None:

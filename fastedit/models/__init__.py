@@ -1,6 +1,9 @@
 """What fastedit knows of a transformer: its parts, the packing of its samples, its prefix cache."""
 
+from fastedit.models.fingerprint import checksum, fingerprint
+from fastedit.models.low_rank import LowRank, Update, add_
 from fastedit.models.partial import BlockCalls, HeldTokens, observe
+from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix import Budget, PrefixCache, free_bytes, full, resume
 from fastedit.models.tokens import Rows, Samples, pack, tokenize
 from fastedit.models.topology import Topology, topology
@@ -8,15 +11,22 @@ from fastedit.models.topology import Topology, topology
 __all__ = [
     "BlockCalls",
     "Budget",
+    "Factors",
     "HeldTokens",
+    "LowRank",
     "PrefixCache",
     "Rows",
     "Samples",
     "Topology",
+    "Update",
+    "add_",
+    "checksum",
+    "fingerprint",
     "free_bytes",
     "full",
     "observe",
     "pack",
+    "per_sample_updates",
     "resume",
     "tokenize",
     "topology",

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -158,9 +158,12 @@ def resume(topology: Topology, hidden: Tensor, rows: Rows, layer: int, overrides
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
 
 
-def full(topology: Topology, rows: Rows) -> Tensor:
-    """``resume`` without a cache: from the token embedding to the final norm. Returns [M, h]."""
-    states = run_blocks(topology, rows, 0, None, prune=True)
+def full(topology: Topology, rows: Rows, *, prune: bool = True) -> Tensor:
+    """``resume`` without a cache: from the token embedding to the final norm. Returns [M, h].
+
+    Without ``prune`` the last block runs at all tokens like the others.
+    """
+    states = run_blocks(topology, rows, 0, None, prune=prune)
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
 
 
@@ -248,10 +251,18 @@ class PrefixCache:
             flat = state.index_select(0, rows.host_index.view(-1)).to(device)
         return flat.view(*rows.index.shape, -1)
 
-    def advance(self, layer: int, progress: Callable[[int], None] | None = None) -> None:
+    def advance(
+        self,
+        layer: int,
+        progress: Callable[[int], None] | None = None,
+        around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    ) -> None:
         """Run blocks ``self.layer`` … ``layer - 1`` on the cached state, in place.
 
         A cache whose advance fails is closed: a part of its state would belong to another block.
+
+        Args:
+            around: gives, for the samples [B] of each pass, the context in which it runs.
 
         Raises:
             ModelError: no such block, or one below the cached one.
@@ -262,7 +273,7 @@ class PrefixCache:
         if layer == self.layer:
             return
         try:
-            self._run(self.layer, layer, progress)
+            self._run(self.layer, layer, progress, around)
         except BaseException:
             self.close()
             raise
@@ -281,13 +292,20 @@ class PrefixCache:
         self.close()
 
     @torch.no_grad()
-    def _run(self, start: int | None, stop: int, progress: Callable[[int], None] | None) -> None:
+    def _run(
+        self,
+        start: int | None,
+        stop: int,
+        progress: Callable[[int], None] | None,
+        around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    ) -> None:
         """Fill the buffer with the input of block ``stop``, from block ``start``'s or from the tokens."""
         topology = self._topology
         for select in _batches(self._samples.lengths, self._batch_tokens):
             rows = pack(self._samples, select, packed=self._packed).to(topology.device)
             hidden = None if start is None else self.hidden(rows)
-            states = run_blocks(topology, rows, start or 0, hidden, stop=stop)
+            with around(torch.tensor(select)) if around else nullcontext():
+                states = run_blocks(topology, rows, start or 0, hidden, stop=stop)
             states = states.view(-1, states.shape[-1])
             if self._state is None:
                 size = (self._samples.input_ids.numel(), states.shape[-1])

@@ -182,7 +182,7 @@ def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = Tru
     first = samples.offsets[chosen]  # [N] place of each sample in the flat buffer
     inputs = samples.offsets[chosen + 1] - first - 1  # [N]
     if packed:
-        bins, starts, n_rows, width = _first_fit_decreasing(inputs, min_row)
+        bins, starts, n_rows, width = first_fit_decreasing(inputs, min_row)
         corner = bins * width + starts  # [N] flat place of each sample's first token
     else:
         n_rows, width = len(chosen), int(inputs.max())
@@ -220,7 +220,7 @@ def _ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return owner, within
 
 
-def _first_fit_decreasing(lengths: Tensor, min_row: int) -> tuple[Tensor, Tensor, int, int]:
+def first_fit_decreasing(lengths: Tensor, min_row: int) -> tuple[Tensor, Tensor, int, int]:
     """Bin of each length, its start in the bin, the number of bins and the fill of the fullest one."""
     ordered, order = lengths.sort(descending=True, stable=True)
     sizes = ordered.tolist()

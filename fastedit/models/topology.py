@@ -134,6 +134,17 @@ class Topology:
             f"{', '.join(self._short_names(layer))}, or a path among {paths}"
         )
 
+    def input_width(self, layer: int, module: str) -> int:
+        """Width of the rows that a projection of a block reads: d, where they are the keys.
+
+        Raises:
+            ModelError: no such block or module, or one that is no projection.
+        """
+        path, found = self.resolve(layer, module)
+        if not _is_projection(found):
+            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as down_proj")
+        return _widths(found)[0]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [M, V] of hidden states [M, h] after the final norm: head, then soft-cap if there is one."""
         logits: Tensor = self.head(hidden)
@@ -155,16 +166,22 @@ class Topology:
         rowwise = [parts[name] for name in (["mlp"] if "mlp" in parts else ["up_proj", "down_proj"])]
         projections = dict(_projections(parts["attn"]))
         queries = projections.get("q_proj")
-        outputs = [
-            module
-            for name, module in projections.items()
-            if name not in ("q_proj", "k_proj", "v_proj") and _widths(module)[1] == self.hidden_size
-        ]
+        _, *outputs = self.writers(layer)
         if len(outputs) == 1:
             rowwise += outputs
         if queries is not None and {"k_proj", "v_proj"} <= projections.keys():
             rowwise.append(queries)
         return tuple(rowwise)
+
+    def writers(self, layer: int) -> tuple[nn.Module, ...]:
+        """The projections of a block that write to the residual stream: the MLP's last one, and the attention's."""
+        parts = self._parts(layer)
+        outputs = (
+            module
+            for name, module in _projections(parts["attn"])
+            if name not in ("q_proj", "k_proj", "v_proj") and _widths(module)[1] == self.hidden_size
+        )
+        return (parts["down_proj"], *outputs)
 
     def attended(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block's attention that make its keys and values, fused ones included.

@@ -1,0 +1,95 @@
+"""Folders that appear whole or not at all; what `save_model` writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastedit import ModelError
+from fastedit.files import replacing_directory
+
+
+def checkpoint(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "config.json").write_text(text)
+    (path / "model.safetensors").write_text(text)
+
+
+def write_folder(path: Path, text: str, error: BaseException | None = None) -> None:
+    with replacing_directory(path) as temporary:
+        (temporary / "config.json").write_text(text)
+        if error:
+            raise error
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    checkpoint(path, "old")
+    (path / "model-00002.safetensors").write_text("a shard that the new one does not have")
+    for error in (OSError("full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            write_folder(path, "new", error)
+        assert (path / "config.json").read_text() == "old"
+        assert len(list(path.iterdir())) == 3
+        assert list(tmp_path.iterdir()) == [path]
+    write_folder(path, "new")
+    assert [(p.name, p.read_text()) for p in path.iterdir()] == [("config.json", "new")]
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "usual").mkdir()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_the_old_folder_stays_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    checkpoint(path, "old")
+    rename, replace = Path.rename, os.replace
+
+    def refuse(real: Callable[..., Any]) -> Callable[..., Any]:
+        def function(source: Path, target: Path) -> Any:
+            if Path(target) == path and (Path(source) / "config.json").read_text() == "new":
+                raise OSError("the disk went away")
+            return real(source, target)
+
+        return function
+
+    monkeypatch.setattr(Path, "rename", refuse(rename))
+    monkeypatch.setattr(os, "replace", refuse(replace))
+    with pytest.raises(OSError, match="went away"):
+        write_folder(path, "new")
+    assert (path / "config.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("held", ["notes", "config.json", "model.safetensors"])
+def test_a_folder_of_something_else_is_not_replaced(held: str, tmp_path: Path) -> None:
+    """A config.json alone may be any project's."""
+    path = tmp_path / "work"
+    path.mkdir()
+    (path / held).write_text("mine")
+    with pytest.raises(ModelError, match="no checkpoint"), replacing_directory(path):
+        pytest.fail("it was accepted")
+    assert (path / held).read_text() == "mine"
+    with pytest.raises(ModelError, match="no checkpoint"), replacing_directory(path / held):
+        pytest.fail("a file was accepted")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_working_folder_and_links_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "model", "old")
+    (tmp_path / "link").symlink_to("model")
+    for i, path in enumerate([Path("."), tmp_path / "link"]):
+        monkeypatch.chdir(tmp_path / "model")
+        with replacing_directory(path) as temporary:
+            (temporary / "config.json").write_text(f"new {i}")
+            (temporary / "model.safetensors").write_text("new")
+        assert (tmp_path / "model" / "config.json").read_text() == f"new {i}"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+    assert (tmp_path / "link").is_symlink()
+    shutil.rmtree(tmp_path / "model")
