@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastedit.covariance import StreamingCovariance
     from fastedit.delta import WeightDelta
+    from fastedit.each import EachEditResult
     from fastedit.editor import Editor, EditResult
     from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
     from fastedit.evaluate import EvaluationReport
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfigError",
+    "EachEditResult",
     "EditError",
     "EditRequest",
     "EditResult",
@@ -20,12 +23,15 @@ __all__ = [
     "FastEditError",
     "ModelError",
     "RequestError",
+    "StreamingCovariance",
     "WeightDelta",
     "load_requests",
 ]
 
 _HOMES = {
+    "StreamingCovariance": "covariance",
     "WeightDelta": "delta",
+    "EachEditResult": "each",
     "Editor": "editor",
     "EditResult": "editor",
     "EvaluationReport": "evaluate",

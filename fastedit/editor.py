@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastedit.delta import WeightDelta, fingerprint, replacing_directory, versions
+from fastedit.delta import WeightDelta, versions
+from fastedit.each import EachEditResult
 from fastedit.errors import ConfigError, ModelError
-from fastedit.evaluate import EvaluationReport, compare, predict
-from fastedit.methods import METHODS, Progress
-from fastedit.methods.base import no_progress
-from fastedit.models import topology
+from fastedit.evaluate import EvaluationReport, compare
+from fastedit.files import replacing_directory
+from fastedit.methods import EACH, METHODS, Progress
+from fastedit.methods.base import History, no_progress
+from fastedit.models import fingerprint, topology
+from fastedit.predictions import predict
 from fastedit.requests import EditRequest, RequestReport, as_requests, find_conflicts
 
 Requests = str | Path | Sequence[EditRequest | Mapping[str, Any]]
@@ -98,6 +102,8 @@ class Editor:
         self.config = config_type(seed=seed, **config)
         self.progress = progress
         self._applied: list[WeightDelta] = []
+        self._keys: list[dict[str, Tensor]] = []  # of each of these edits
+        self._kept: dict[Any, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -148,7 +154,8 @@ class Editor:
         conflicts = find_conflicts(edits)
         before = fingerprint(self.model)
         started = time.perf_counter()
-        found = self._run(self.topology, self.tokenizer, edits, self.config, self.progress)
+        history = self._history(before)
+        found = self._run(self.topology, self.tokenizer, edits, self.config, self.progress, history=history)
         seconds = time.perf_counter() - started
         delta = WeightDelta(
             found.updates,
@@ -158,7 +165,40 @@ class Editor:
             originals=found.originals,
         )
         self._applied.append(delta)
+        self._keys.append(found.keys)
         return EditResult(delta, edits, conflicts, found.losses, found.notes, seconds, self)
+
+    def edit_each(self, requests: Requests) -> EachEditResult:
+        """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
+
+        The edits share every pass, and `EachEditResult.evaluate` measures each request under its own edit.
+
+        Raises:
+            ConfigError: the method has no independent edits (locft-bf has none).
+            RequestError, ModelError: as for `edit`.
+        """
+        if self.method not in EACH:
+            raise ConfigError(f"{self.method} cannot solve edits one by one; methods that can: {', '.join(EACH)}")
+        edits = as_requests(requests)
+        now = fingerprint(self.model)
+        started = time.perf_counter()
+        found = EACH[self.method](
+            self.topology, self.tokenizer, edits, self.config, self.progress, history=self._history(now)
+        )
+        seconds = time.perf_counter() - started
+        metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
+        conflicts = find_conflicts(edits)
+        return EachEditResult(edits, conflicts, seconds, found, metadata, self.topology, self.tokenizer, self.progress)
+
+    def _history(self, now: str) -> History:
+        """What this Editor did to the model, whose fingerprint is `now`."""
+        standing = [i for i, delta in enumerate(self._applied) if delta.applied_to(self.model)]
+        keys: dict[str, Tensor] = {}
+        for i in standing:
+            for path, more in self._keys[i].items():
+                keys[path] = torch.cat([keys[path], more]) if path in keys else more
+        unedited = self._applied[standing[0]].metadata["fingerprint"] if standing else now
+        return History(unedited, keys, self._kept)
 
     def evaluate(
         self, requests: Requests, *, text: Sequence[str] = (), generate: bool = True, batch_tokens: int = 8192

@@ -7,16 +7,18 @@ spread: after the weights of a layer were written, go on from that layer (MEMIT,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastedit.errors import EditError, RequestError
 from fastedit.methods.base import Edit, Progress, no_progress
 from fastedit.methods.subjects import BARE, in_templates, last_tokens, name_of, named, subject_ends
 from fastedit.models import Budget, PrefixCache, Rows, Samples, Topology, observe, pack
+from fastedit.models.per_sample import Factors, per_sample_updates
 
 Average = Literal["half", "uniform"]
 
@@ -28,6 +30,9 @@ class KeyWalk:
     contexts (MEMIT), or "uniform" over all of them (ROME). Tokens behind the subject never run. The walk is
     at block ``layer`` and goes up only; what it gives is the model's as it is at that moment, provided that
     below ``layer`` only weights changed that it had not passed. Use it as a context manager.
+
+    ``updates`` maps linear maps to factors of one update an edit (`per_sample_updates`): with them every edit goes its
+    own way, as if its update alone had been written.
 
     Args:
         contexts: templates with one "{}" each, beside the bare "{}", which is always there.
@@ -53,6 +58,7 @@ class KeyWalk:
         progress: Progress = no_progress,
     ) -> None:
         self._topology, self._edits, self._batch_tokens = topology, edits, batch_tokens
+        self.updates: dict[nn.Module, Factors] = {}
         ends, self.notes = subject_ends(edits)
         templates = [BARE, *contexts]
         texts, ends = in_templates(edits, ends, templates)
@@ -90,7 +96,7 @@ class KeyWalk:
 
     def advance(self, layer: int) -> None:
         """Go on to block ``layer``, through the blocks in between as their weights are now."""
-        self._cache.advance(layer)
+        self._cache.advance(layer, around=self._own)
 
     def keys(self, module: str = "down_proj") -> Tensor:
         """Keys [N, d], fp32, of a projection of block ``layer``.
@@ -104,7 +110,8 @@ class KeyWalk:
         keys: Tensor | None = None
         for select in torch.arange(len(self._samples)).split(self._samples_a_pass):
             rows, hidden = self._batch(select)
-            seen = observe(self._topology, hidden, rows, self.layer, projection).float()
+            with self._own(select):
+                seen = observe(self._topology, hidden, rows, self.layer, projection).float()
             if keys is None:
                 keys = seen.new_zeros(n, seen.shape[1])
             weights = torch.tensor([self._weights[int(s) // n] for s in select], device=seen.device)
@@ -122,7 +129,8 @@ class KeyWalk:
         seen = []
         for select in torch.arange(len(self._edits)).split(self._samples_a_pass):
             rows, hidden = self._batch(select)
-            seen.append(observe(self._topology, hidden, rows, self.layer, found, output=True).float())
+            with self._own(select):
+                seen.append(observe(self._topology, hidden, rows, self.layer, found, output=True).float())
         return self._finite(torch.cat(seen), f"outputs of {module} {layer}")
 
     def close(self) -> None:
@@ -140,6 +148,10 @@ class KeyWalk:
     @property
     def _samples_a_pass(self) -> int:
         return max(1, self._batch_tokens // int(self._samples.lengths.max()))
+
+    def _own(self, select: Tensor) -> AbstractContextManager[None]:
+        """In which the rows of these samples [B] run, each with its edit's updates."""
+        return per_sample_updates(self.updates, select % len(self._edits)) if self.updates else nullcontext()
 
     def _batch(self, select: Tensor) -> tuple[Rows, Tensor]:
         rows = pack(self._samples, select, packed=False).to(self._topology.device)

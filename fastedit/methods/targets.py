@@ -23,7 +23,7 @@ from fastedit.methods.subjects import BARE, in_templates, last_tokens, name_of, 
 from fastedit.methods.target_loop import RELATIVE_LR, TargetConfig, TargetLoop
 from fastedit.models import Budget, PrefixCache, Samples, Topology, tokenize
 
-__all__ = ["RELATIVE_LR", "TargetConfig", "Targets", "find_targets"]
+__all__ = ["RELATIVE_LR", "TargetConfig", "Targets", "find_targets", "target_samples"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def find_targets(
             f"z_layer {z_layer} is the last block and nothing reads the subject behind it; choose one of 0 to "
             f"{z_layer - 1}"
         )
-    samples, last, notes = _samples(topology, tokenizer, edits, contexts)
+    samples, last, notes = target_samples(topology, tokenizer, edits, contexts)
     first = z_layer + (config.site == "block")
     with (
         _frozen(topology.model),
@@ -96,10 +96,14 @@ def find_targets(
     return Targets(loop.z, loop.h0, loop.loss, loop.probability, loop.steps, dropped, loop.lr, tuple(notes))
 
 
-def _samples(
+def target_samples(
     topology: Topology, tokenizer: Any, edits: Sequence[Edit], contexts: Sequence[str]
 ) -> tuple[Samples, Tensor, list[str]]:
-    """All rows, template by template, then the KL rows; and where the subject ends in each [(C + 2)·N]."""
+    """All rows, template by template, then the KL rows; where the subject ends in each [(C + 2)·N]; notes.
+
+    Raises:
+        ConfigError, RequestError: as `find_targets`.
+    """
     ends, notes = subject_ends(edits)
     texts, places = in_templates(edits, ends, [BARE, *contexts])
     n = len(edits)

@@ -1,5 +1,6 @@
 """One public function an operation, its plain torch reference beside it."""
 
+from fastedit.ops.localized_adam import localized_adam_
 from fastedit.ops.rank_k_solve import (
     DependentKeysError,
     SequentialSolver,
@@ -8,6 +9,7 @@ from fastedit.ops.rank_k_solve import (
     null_space_update,
     rank_k_update,
 )
+from fastedit.ops.syrk import syrk_
 from fastedit.ops.target_cross_entropy import target_cross_entropy
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "SequentialSolver",
     "factor_covariance",
     "find_dependent",
+    "localized_adam_",
     "null_space_update",
     "rank_k_update",
+    "syrk_",
     "target_cross_entropy",
 ]

@@ -1,0 +1,413 @@
+"""Statistics of a model: the second moments of all wanted layers from one pass over text.
+
+The published procedure runs the whole model once for every layer, on padded batches. Here all layers are read in one
+pass that ends inside the last wanted block, and documents share rows of the model's context without seeing each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from fastedit.covariance import StreamingCovariance
+from fastedit.errors import ConfigError, ModelError, RequestError
+from fastedit.methods.base import Progress, no_progress
+from fastedit.models import Rows, Samples, Topology, fingerprint, pack
+from fastedit.models.prefix import run_blocks
+from fastedit.models.tokens import first_fit_decreasing
+from fastedit.models.topology import Stopped
+from fastedit.ops.syrk import LARGEST
+from fastedit.statistics import statistics_path
+
+_ROW = 2048  # tokens of a row at most: attention over a longer one costs more than it tells about keys
+_CHUNK = 8  # batches laid out at once: enough documents to fill rows
+_TEXTS = 64  # documents a tokenizer call
+_DIRECTIONS = 64  # leading ones that are compared; an eighth of the width at most
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """What twice the tokens changed, the largest of all layers.
+
+    `change` is ‖C − C'‖/‖C‖ (Frobenius) with C' of the first half; `subspace` is the share of what C holds in its
+    leading directions that those of C' miss.
+    """
+
+    tokens: int
+    change: float
+    subspace: float
+
+
+def _no_report(doubling: Doubling) -> None:
+    pass
+
+
+@torch.no_grad()
+def collect(
+    topology: Topology,
+    tokenizer: Any,
+    documents: Iterable[str],
+    layers: Sequence[int],
+    *,
+    module: str = "down_proj",
+    max_tokens: int | None = None,
+    batch_tokens: int = 8192,
+    row_tokens: int | None = None,
+    until_converged: bool = False,
+    tolerance: tuple[float, float] = (0.02, 0.01),
+    directory: str | Path | None = None,
+    save_seconds: float = 300.0,
+    progress: Progress = no_progress,
+    on_doubling: Callable[[Doubling], None] = _no_report,
+) -> dict[int, StreamingCovariance]:
+    """Second moments of what a projection reads, at every token of the documents, in the model's dtype.
+
+    Documents longer than a row are cut, and each piece begins with BOS where the tokenizer puts one. Under
+    torch.distributed every process takes each n-th document, and all return the same sums.
+
+    Args:
+        layers: blocks; one pass serves them all and ends in the last of them.
+        module: the projection, as `Topology.resolve` takes it.
+        max_tokens: ends with the batch that reaches it; None takes all the text.
+        batch_tokens: tokens of a forward pass.
+        row_tokens: tokens of a row; None is the model's context, 2,048 at most.
+        until_converged: end where twice the tokens change C by no more than `tolerance`, from 10 times its width on.
+        tolerance: of `Doubling.change` and `Doubling.subspace`.
+        directory: keep the statistics there. What it holds already of this model and text goes on where it was saved,
+            and comes out the same, bit for bit, as without the interruption.
+        save_seconds: between saves; with `until_converged` they are made at doublings, which are what it compares.
+        progress: called with the stage "covariance" and tokens.
+        on_doubling: called with each comparison of `until_converged`.
+
+    Raises:
+        ModelError: no such layer or projection; a key that is not finite (names layer and document); `directory`
+            holds statistics of another model or text, or of other settings. Saved files stay as they were.
+        RequestError: the text has no tokens.
+        ConfigError: `until_converged` in several processes, no layers, or numbers out of range.
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    row = min(topology.context_length, row_tokens or _ROW)
+    if not layers or batch_tokens < 1 or row < 2 or (max_tokens is not None and max_tokens < 1):
+        raise ConfigError("collect needs at least one layer, and at least one token a batch, two a row and one in all")
+    if until_converged and world > 1:
+        raise ConfigError(f"until_converged compares in one process, these are {world}; give max_tokens instead")
+    layers = sorted(set(layers))
+    settings = {
+        "fingerprint": fingerprint(topology.model),
+        "module": module,
+        "dtype": str(next(topology.backbone.parameters()).dtype).removeprefix("torch."),
+        "batch_tokens": batch_tokens,
+        "row_tokens": row,
+        "processes": world,
+    }
+    whole = None if directory is None else Path(directory)
+    moments = {layer: _start(topology, layer, settings, whole) for layer in layers}
+    part, share = whole, max_tokens
+    if world > 1:
+        if any(moment.count for moment in moments.values()):  # summed up when all had finished
+            return _finished(moments, max_tokens, whole)
+        part = None if whole is None else whole / f"part-{rank}-of-{world}"
+        share = None if max_tokens is None else -(-max_tokens // world)
+        moments = {layer: _start(topology, layer, settings, part) for layer in layers}
+    run = _Run(topology, moments, part, share, save_seconds, progress)
+    own = itertools.islice(documents, rank, None, world)
+    batches = _batches(topology, tokenizer, own, batch_tokens, row)
+    if until_converged:
+        run.until_converged(batches, tolerance, on_doubling)
+    else:
+        run.all(batches)
+    if world > 1:
+        for layer, moment in moments.items():
+            moment.all_reduce()
+            if whole is not None and rank == 0:
+                moment.save(statistics_path(topology, whole, layer, module))
+        distributed.barrier()
+        if part is not None and part.is_dir():
+            for layer in layers:
+                statistics_path(topology, part, layer, module).unlink(missing_ok=True)
+            part.rmdir()
+    if not all(moment.count for moment in moments.values()):
+        raise RequestError("the text has no tokens; give documents that are not empty")
+    return moments
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of some documents, all tokens target rows, on the CPU; `owners` are the documents' numbers."""
+
+    number: int
+    rows: Rows
+    owners: Tensor
+    documents: int  # begun up to here
+    digest: str  # of this and all batches before
+
+
+class _Run:
+    """The pass itself: each accumulator takes the batches that it has not seen yet, in their order."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        moments: dict[int, StreamingCovariance],
+        directory: Path | None,
+        max_tokens: int | None,
+        save_seconds: float,
+        progress: Progress,
+    ) -> None:
+        self.topology, self.moments, self.directory = topology, moments, directory
+        self.max_tokens, self.save_seconds, self.progress = max_tokens, save_seconds, progress
+        self.module = next(iter(moments.values())).metadata["module"]
+        self.saved = {layer: moment.count for layer, moment in moments.items()}
+
+    @property
+    def count(self) -> int:
+        """Tokens that all accumulators have seen."""
+        return min(moment.count for moment in self.moments.values())
+
+    def all(self, batches: Iterator[_Batch]) -> None:
+        last = time.monotonic()
+        for _ in self._steps(batches):
+            if time.monotonic() - last > self.save_seconds:
+                self.save()
+                last = time.monotonic()
+        self.save()
+
+    def until_converged(
+        self, batches: Iterator[_Batch], tolerance: tuple[float, float], report: Callable[[Doubling], None]
+    ) -> None:
+        """Compare at each doubling of the tokens, and save there: those are the next first half."""
+        widest = max(moment.dim for moment in self.moments.values())
+        if all(moment.metadata.get("converged") for moment in self.moments.values()):
+            self.max_tokens = min(self.max_tokens or self.count, self.count)
+        half, halves = self.count, self._means() if self.count else {}
+        for _ in self._steps(batches):
+            if not half and self.count >= widest:  # the first C worth a comparison
+                half, halves = self.count, self._means()
+            elif half and self.count >= 2 * half:
+                means = self._means()
+                found = Doubling(self.count, *_difference(halves, means))
+                report(found)
+                half, halves = self.count, means
+                small = found.change <= tolerance[0] and found.subspace <= tolerance[1]
+                converged = small and self.count >= 10 * widest
+                for moment in self.moments.values():
+                    moment.metadata |= {"doublings": [*moment.metadata.get("doublings", []), asdict(found)]}
+                    moment.metadata |= {"converged": converged}
+                self.save()
+                if converged:
+                    return
+        self.save()
+
+    def save(self) -> None:
+        """Write the sums that have changed since they were written."""
+        if self.directory is not None:
+            for layer, moment in self.moments.items():
+                if moment.count != self.saved[layer]:
+                    moment.save(statistics_path(self.topology, self.directory, layer, self.module))
+                    self.saved[layer] = moment.count
+
+    def _means(self) -> dict[int, Tensor]:
+        return {layer: moment.finalize() for layer, moment in self.moments.items()}
+
+    def _steps(self, batches: Iterator[_Batch]) -> Iterator[None]:
+        """Run batch after batch; what an accumulator has seen before it was saved is compared, and passed over."""
+        for batch in batches:
+            behind = []
+            for layer, moment in self.moments.items():
+                seen = moment.metadata["position"]
+                if batch.number == 0 and seen["first"] not in ("", batch.digest):
+                    self._refuse(layer, "text or tokenizer")
+                if batch.number == seen["batches"] - 1 and seen["digest"] != batch.digest:
+                    self._refuse(layer, "text from some document on, or tokenizer")
+                if batch.number >= seen["batches"]:
+                    behind.append(layer)
+            if self.max_tokens is not None and self.count >= self.max_tokens:
+                return
+            if behind:
+                self._observe(batch, behind)
+                self.progress("covariance", self.count, max(self.max_tokens or 0, self.count))
+                yield
+
+    def _observe(self, batch: _Batch, layers: Sequence[int]) -> None:
+        """One forward pass that adds what the layers' projections read."""
+        topology, last = self.topology, layers[-1]
+        rows = batch.rows.to(topology.device)
+        tokens, n = batch.rows.token_rows, rows.index.numel()
+        mask = None
+        if len(tokens) < n:
+            mask = torch.zeros(n, dtype=torch.bool).index_fill_(0, tokens, True).to(topology.device)
+
+        def hook_of(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                keys: Tensor = args[0]
+                flat, moment = keys.reshape(-1, keys.shape[-1]), self.moments[layer]
+                try:
+                    moment.update(flat, None if mask is None else mask.to(flat.device))
+                except ModelError as error:
+                    raise ModelError(f"layer {layer} {self.module}: {_place(batch, flat)}{error}") from error
+                if layer == last:
+                    raise Stopped(keys)
+
+            return hook
+
+        handles = [
+            topology.resolve(layer, self.module)[1].register_forward_pre_hook(hook_of(layer)) for layer in layers
+        ]
+        try:
+            run_blocks(topology, rows, 0, None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer in layers:
+            about = self.moments[layer].metadata
+            first = about["position"]["first"] or batch.digest
+            about["position"] = {"batches": batch.number + 1, "digest": batch.digest, "first": first}
+            about["documents"] = batch.documents
+
+    def _refuse(self, layer: int, what: str) -> None:
+        raise ModelError(
+            f"{self.directory} holds statistics of layer {layer} from another {what}; give another folder, or the "
+            "text that they were begun with"
+        )
+
+
+def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: Path | None) -> StreamingCovariance:
+    """An empty accumulator, or the one that was saved, if it can be gone on with."""
+    module = settings["module"]
+    width = topology.input_width(layer, module)
+    weight: Any = topology.resolve(layer, module)[1].weight
+    path = None if directory is None else statistics_path(topology, directory, layer, module)
+    position = {"batches": 0, "digest": "", "first": ""}
+    fresh = {**settings, "layer": layer, "fastedit": _version(), "position": position}
+    if path is None or not path.exists():
+        return StreamingCovariance(width, device=weight.device, metadata=fresh)
+    found = StreamingCovariance.load(path, device=weight.device)
+    for name in (*settings, "layer"):
+        if found.metadata.get(name) != fresh[name]:
+            raise ModelError(
+                f"{path} has {name} {found.metadata.get(name)}, this run has {fresh[name]}; give another folder, or "
+                "delete the file"
+            )
+    if found.dim != width or found.stored != torch.float64:
+        raise ModelError(f"{path} is not from an interrupted run of this model; give another folder, or delete it")
+    return found
+
+
+def _finished(
+    moments: dict[int, StreamingCovariance], max_tokens: int | None, directory: Path | None
+) -> dict[int, StreamingCovariance]:
+    count = min(moment.count for moment in moments.values())
+    if not count or count < (max_tokens or 0):
+        raise ModelError(
+            f"{directory} holds sums that several processes made, of {count} tokens; no run can go on with those, give "
+            "another folder"
+        )
+    return moments
+
+
+def _batches(
+    topology: Topology, tokenizer: Any, documents: Iterator[str], batch_tokens: int, row: int
+) -> Iterator[_Batch]:
+    """Documents in rows of at most `row` tokens, about `batch_tokens` a batch; the same for the same documents."""
+    numbers, digest = itertools.count(), ""
+    for samples, owners in _chunks(tokenizer, documents, _CHUNK * batch_tokens, row):
+        for select in _grouped(samples.lengths - 1, batch_tokens, row, topology.packs):
+            rows = pack(samples, select, packed=topology.packs, min_row=row)
+            state = hashlib.sha256(f"{digest} {list(rows.input_ids.shape)}".encode())
+            state.update(torch.stack([rows.input_ids, rows.position_ids]).numpy().tobytes())
+            digest = state.hexdigest()
+            yield _Batch(next(numbers), rows, owners[select], int(owners.max()) + 1, digest)
+
+
+def _chunks(tokenizer: Any, documents: Iterator[str], chunk_tokens: int, row: int) -> Iterator[tuple[Samples, Tensor]]:
+    """Tokenized pieces of some documents at a time, and the number of the document of each."""
+    pieces: list[list[int]] = []
+    owners: list[int] = []
+    total = 0
+    for first in itertools.count(0, _TEXTS):
+        texts = list(itertools.islice(documents, _TEXTS))
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        for number, ids in enumerate(encoded, first):
+            cut = _cut(ids, row, tokenizer.bos_token_id)
+            pieces += cut
+            owners += [number] * len(cut)
+            total += len(ids)
+        if pieces and (not texts or total >= chunk_tokens):
+            flat = torch.tensor([token for piece in pieces for token in (*piece, 0)])  # the 0 is only a label
+            offsets = torch.tensor([0, *(len(piece) + 1 for piece in pieces)]).cumsum(0)
+            yield Samples(flat, offsets, torch.ones(len(pieces), dtype=torch.int64)), torch.tensor(owners)
+            pieces, owners, total = [], [], 0
+        if not texts:
+            return
+
+
+def _cut(ids: list[int], row: int, bos: int | None) -> list[list[int]]:
+    if len(ids) <= row:
+        return [ids] if ids else []
+    start = ids[:1] if ids[0] == bos else []
+    step = row - len(start)
+    return [start + ids[i : i + step] for i in range(len(start), len(ids), step)]
+
+
+def _grouped(lengths: Tensor, batch_tokens: int, row: int, packs: bool) -> list[Tensor]:
+    """The samples of each batch: full rows, long and short documents in each; or, one a row, of similar length."""
+    if packs:
+        bins, _, n_rows, _ = first_fit_decreasing(lengths, row)
+        n = -(-n_rows // max(1, batch_tokens // row))
+        return [(bins % n == i).nonzero()[:, 0] for i in range(n)]
+    ordered, order = lengths.sort(descending=True, stable=True)
+    widths, groups, first = ordered.tolist(), list[Tensor](), 0
+    for end in range(1, len(widths) + 1):
+        if end == len(widths) or (end + 1 - first) * widths[first] > batch_tokens:
+            groups.append(order[first:end])
+            first = end
+    return sorted(groups, key=lambda group: int(group.min()))  # not the long documents first
+
+
+def _place(batch: _Batch, flat: Tensor) -> str:
+    """Where in the text a batch's first key is that is not finite."""
+    places = batch.rows.target_rows
+    bad = ~(torch.linalg.vector_norm(flat, torch.inf, dim=1) <= LARGEST).cpu()[places]
+    if not bad.any():
+        return ""
+    token = int(bad.nonzero()[0])
+    owner = int(batch.owners[batch.rows.sample_of[token]])
+    position = int(batch.rows.position_ids.view(-1)[places[token]])
+    return f"token {position} of document {owner}: "
+
+
+def _difference(halves: dict[int, Tensor], means: dict[int, Tensor]) -> tuple[float, float]:
+    changes, missed = [], []
+    for layer, C in means.items():
+        before = halves[layer]
+        changes.append(float((C - before).norm() / C.norm()))
+        rank = max(1, min(_DIRECTIONS, len(C) // 8))
+        now, then = _leading(C, rank), _leading(before, rank)
+        held, kept = (float(((C @ basis) * basis).sum()) for basis in (now, then))
+        missed.append(max(0.0, 1 - kept / held))
+    return max(changes), max(missed)
+
+
+def _leading(C: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis [d, rank] of nearly the leading eigenvectors, by subspace iteration from a fixed start."""
+    start = torch.randn(len(C), rank, generator=torch.Generator().manual_seed(0), dtype=C.dtype)
+    basis: Tensor = torch.linalg.qr(start.to(C.device))[0]
+    for _ in range(8):
+        basis = torch.linalg.qr(C @ basis)[0]
+    return basis
+
+
+def _version() -> str:
+    try:
+        return version("fastedit")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

@@ -1,0 +1,247 @@
+"""Adam on one weight from what its gradient is made of, G and X: dW = GᵀX exists tile by tile only.
+
+Formulas in fp32, whatever is stored, and in torch's order: Adam adds weight decay to the gradient, AdamW (`decoupled`)
+shrinks the weight. The reference beside the kernel forms dW.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ConfigError, ModelError
+from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
+
+_GRAM_ROWS = 2048
+_WORD = 0xFFFFFFFF
+
+
+@torch.no_grad()
+def localized_adam_(
+    weight: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: int | Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    max_norm: float | None = None,
+    max_change: float | None = None,
+    original: Tensor | None = None,
+    copy: Tensor | None = None,
+    seed: int | None = None,
+    skip: Tensor | None = None,
+    allow_tf32: bool = False,
+    backend: Backend = "auto",
+) -> None:
+    """One step of Adam on the weight of y = x Wᵀ, from the rows of x and of the gradient in y; all in place.
+
+    Micro-batches are accumulated by concatenating their rows. The weight of an `nn.Conv1D`, stored [in, out], is given
+    as `weight.T`, its moments alike (`torch.zeros_like` keeps the layout).
+
+    Args:
+        weight: [out, in], fp32, or bf16 (then give a seed: to nearest, steps below half a unit are lost).
+        grad_output: G [T, out], fp32, bf16 or fp16, any strides.
+        input: X [T, in].
+        exp_avg: like weight, fp32 or bf16; None, with exp_avg_sq, for plain SGD.
+        exp_avg_sq: like exp_avg.
+        step: number of this step, from 1; or a scalar on the device, which costs no sync.
+        lr, betas, eps, weight_decay: as in `torch.optim.Adam`.
+        decoupled: weight decay of AdamW.
+        max_norm: scale dW to at most this norm, as `torch.nn.utils.clip_grad_norm_` does.
+        max_change: keep every element within this distance of `original`, rounding to bf16 included.
+        original: [out, in], the weight that `max_change` is counted from.
+        copy: [out, in], also gets the new weight, rounded to nearest: the model's own, where weight is its master.
+        seed: round bf16 weight and moments stochastically: up with the probability that makes the mean exact. The
+            bits depend on (seed, step, element), not on backend or device.
+        skip: scalar on the device; where it is not 0, nothing changes.
+        allow_tf32: multiply fp32 G and X in tf32 on tensor cores, which have no fp32.
+        backend: see `fastedit.ops.registry`.
+
+    Raises:
+        ModelError: a tensor has another shape, dtype or device than it must have.
+        ConfigError: options that do not fit one another; a backend that cannot serve.
+    """
+    matrices = {
+        "weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "original": original, "copy": copy
+    }  # fmt: skip
+    given = {name: x for name, x in matrices.items() if x is not None}
+    _check(given, grad_output, input, step, max_change)
+    dtype = torch.promote_types(grad_output.dtype, input.dtype)
+    a, b = grad_output.to(dtype), input.to(dtype)
+    strided = not all(x.stride(1) == 1 or x.shape[1] == 1 for x in given.values())
+    if strided and all(x.stride(0) == 1 or x.shape[0] == 1 for x in given.values()):  # stored [in, out]
+        a, b, strided = b, a, False
+        weight, exp_avg, exp_avg_sq, original, copy = (None if x is None else x.T for x in matrices.values())
+    taken = choose(
+        "localized_adam_", backend, device=weight.device, dtype=dtype, T=len(a), strided=strided, tf32=allow_tf32
+    )
+    serve = _reference
+    if taken == "triton":
+        from fastedit.kernels import localized_adam as kernel
+
+        serve = partial(kernel.localized_adam_, allow_tf32=allow_tf32)
+    serve(
+        weight,
+        a,
+        b,
+        exp_avg,
+        exp_avg_sq,
+        step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        clip=None if max_norm is None else (max_norm / (_gradient_norm(a, b) + 1e-6)).clamp(max=1).float(),
+        max_change=max_change or 0.0,
+        original=original,
+        copy=copy,
+        seed=seed,
+        skip=skip,
+    )
+
+
+def _reference(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: int | Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    clip: Tensor | None,
+    max_change: float,
+    original: Tensor | None,
+    copy: Tensor | None,
+    seed: int | None,
+    skip: Tensor | None,
+) -> None:
+    """The step in plain torch, for a weight [M, N] and a [T, M], b [T, N]."""
+    g = _product(a.T, b)
+    w = weight.float()
+    if clip is not None:
+        g *= clip
+    if decoupled:
+        w = w * (1 - lr * weight_decay)
+    elif weight_decay:
+        g += weight_decay * w
+    new: list[tuple[Tensor, Tensor, int | None]] = []
+    if exp_avg is None or exp_avg_sq is None:
+        w = w - lr * g
+    else:
+        t = step.double() if isinstance(step, Tensor) else step
+        m = betas[0] * exp_avg.float() + (1 - betas[0]) * g
+        v = betas[1] * exp_avg_sq.float() + (1 - betas[1]) * g * g
+        w = w - lr / (1 - betas[0] ** t) * m / (v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps)
+        new = [(exp_avg, m, 1), (exp_avg_sq, v, 2)]
+    if original is not None:
+        low, high = original.float() - max_change, original.float() + max_change
+        if weight.dtype == torch.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
+            low, high = _bf16_toward(low, math.inf), _bf16_toward(high, -math.inf)
+        w = w.maximum(low).minimum(high)
+    new += [(weight, w, 0)] + [(copy, w, None)] * (copy is not None)
+    for stored, value, number in new:
+        if stored.dtype == torch.bfloat16 and seed is not None and number is not None:
+            noise = _random_halves(stored.shape, seed, step, number, stored.device)
+            value = torch.where(
+                value.isnan(), value, ((value.view(torch.int32) + noise) & -0x10000).view(torch.float32)
+            )
+        stored.copy_(value if skip is None else torch.where(skip != 0, stored.float(), value))
+
+
+def _bf16_toward(x: Tensor, limit: float) -> Tensor:
+    """x, or where bf16 cannot hold it the next value toward the limit that it can; fp32."""
+    near = x.bfloat16()
+    beyond = near.float() < x if limit > 0 else near.float() > x
+    return torch.where(beyond, torch.nextafter(near, torch.full_like(near, limit)), near).float()
+
+
+def _random_halves(shape: torch.Size, seed: int, step: int | Tensor, number: int, device: torch.device) -> Tensor:
+    """16 bits an element, [M, N] int32: Philox-4x32-10 of key `seed` and counter (row, column // 8, step, number)."""
+    M, N = shape
+    row, eighth = torch.arange(M, device=device)[:, None], torch.arange(-(-N // 8), device=device)[None, :]
+    c0, c1 = torch.broadcast_tensors(row, eighth)
+    c2 = torch.zeros_like(c0) + (step.long() if isinstance(step, Tensor) else step)
+    c3 = torch.full_like(c0, number)
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
+    for _ in range(10):  # the upper half of a 64-bit product is right in spite of its sign
+        even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = odd >> 32 & _WORD ^ c1 ^ k0, odd & _WORD, even >> 32 & _WORD ^ c3 ^ k1, even & _WORD
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    words = torch.stack((c0, c1, c2, c3), -1)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).reshape(M, -1)[:, :N].int()
+
+
+def _gradient_norm(a: Tensor, b: Tensor) -> Tensor:
+    """‖AᵀB‖ without AᵀB, [] fp64: its square is Σ (AAᵀ ∘ BBᵀ), two T × T Gram matrices, taken some rows at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=a.device)
+    for some_a, some_b in zip(a.split(_GRAM_ROWS), b.split(_GRAM_ROWS), strict=True):
+        total += _product(some_a, a.T).mul_(_product(some_b, b.T)).sum(dtype=torch.float64)
+    return total.clamp_min_(0).sqrt_()
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, accumulated and returned in fp32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()
+
+
+def _check(
+    matrices: dict[str, Tensor], grad_output: Tensor, input: Tensor, step: int | Tensor, max_change: float | None
+) -> None:
+    weight = matrices["weight"]
+    if weight.ndim != 2 or grad_output.ndim != 2 or input.ndim != 2:
+        shapes = ", ".join(str(list(x.shape)) for x in (weight, grad_output, input))
+        raise ModelError(f"weight, grad_output and input are {shapes}; expected [out, in], [T, out] and [T, in]")
+    out_in, T = list(weight.shape), len(input)
+    wanted = dict.fromkeys(matrices, out_in) | {"grad_output": [T, out_in[0]], "input": [T, out_in[1]]}
+    for name, x in (matrices | {"grad_output": grad_output, "input": input}).items():
+        if list(x.shape) != wanted[name] or x.device != weight.device:
+            raise ModelError(
+                f"{name} is {list(x.shape)} on {x.device}, expected {wanted[name]} on {weight.device} "
+                f"for a weight {out_in} and {T} inputs"
+            )
+        stored = name in ("weight", "exp_avg", "exp_avg_sq")
+        known = [torch.float32, torch.bfloat16] + [torch.float16] * (not stored)
+        if x.dtype not in known:
+            raise ModelError(f"{name} is {x.dtype}, expected {' or '.join(map(str, known))}")
+    if ("exp_avg" in matrices) != ("exp_avg_sq" in matrices):
+        raise ConfigError("one of exp_avg and exp_avg_sq is None; give both, or none for SGD")
+    if ("original" in matrices) != (max_change is not None):
+        raise ConfigError("max_change and original come together: the bound, and the weight that it is counted from")
+    if isinstance(step, int) and step < 1:
+        raise ConfigError(f"step is {step}; the first step is 1")
+    if isinstance(step, Tensor) and step.numel() != 1:
+        raise ConfigError(f"step has {step.numel()} elements; give the number of the step")
+
+
+def _cannot(call: Call) -> str | None:
+    strided = "neither the rows nor the columns of all of weight, moments, original and copy are contiguous"
+    return no_triton(call) or (strided if call.sizes.get("strided") else None)
+
+
+def _slower(call: Call) -> str | None:
+    if reason := only_interpreted(call):
+        return reason
+    if call.dtype == torch.float32 and not call.sizes.get("tf32") and call.sizes.get("T", 0) > 256:
+        # not measured: where multiplying takes as long as moving w, m and v at the rates of an H200
+        return f"T = {call.sizes['T']} is above 256, and fp32 products without tensor cores take longer than memory"
+    return None
+
+
+register("localized_adam_", Option("triton", _cannot, _slower))

@@ -1,0 +1,135 @@
+"""The running sum of x xᵀ over rows x: a symmetric rank-T update of the lower triangle in fp64."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ConfigError, ModelError
+from fastedit.ops.registry import Backend, Call, Option, choose, register
+
+CHUNK = 1024
+"""Rows whose products are summed in fp32 before they are promoted into the fp64 total."""
+LARGEST = 2.0**58
+"""Largest magnitude of a row: CHUNK squares of it still sum to a finite fp32 number."""
+_BLOCK = 1024
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> None:
+    """Adds rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
+
+    Products are summed in fp32 over at most CHUNK rows (those of bf16 and fp16 are exact there), chunks in fp64.
+
+    Args:
+        total: [d, d] fp64, contiguous.
+        rows: [T, d] fp32, bf16 or fp16, of any strides; T may be 0.
+        mask: [T] bool, True for the rows that count; the others may hold anything, NaN too. None for all.
+        backend: see `fastedit.ops.registry`; ConfigError if it cannot serve. cpp gives the same bits with any number
+            of threads (torch.get_num_threads()).
+
+    Raises:
+        ModelError: shapes, dtypes or devices do not fit, or (on a CPU; a GPU would have to be waited for) a row that
+            counts holds NaN, infinity or a magnitude above LARGEST. `total` is then as it was.
+    """
+    _check(total, rows, mask)
+    taken = choose("syrk_", backend, device=rows.device, dtype=rows.dtype, T=len(rows), d=rows.shape[1])
+    if not rows.numel():
+        return
+    if taken == "cpp":
+        _cpp(total, rows, mask)
+    else:
+        _torch(total, rows, mask)
+
+
+def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:
+        rows = rows[mask]
+    if rows.device.type == "cpu" and rows.numel():
+        bad = ~(torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32) <= LARGEST)
+        if bad.any():
+            raise _not_finite(int(bad.nonzero()[0] if mask is None else mask.nonzero()[bad][0]))
+    for chunk in rows.split(CHUNK):
+        x = chunk.float()
+        for start in range(0, x.shape[1], _BLOCK):  # block columns: half of the products are never formed
+            product = x[:, start:].T @ x[:, start : start + _BLOCK]
+            product[:_BLOCK].tril_()
+            total[start:, start : start + _BLOCK] += product
+
+
+def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") -> None:
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    mask = mask if mask is None else mask.contiguous()
+    bad = _extension().syrk_cpu(
+        total=total.data_ptr(),
+        rows=rows.data_ptr(),
+        dtype=_dtype(rows),
+        width=rows.shape[1],
+        stride=rows.stride(0),
+        mask=0 if mask is None else mask.data_ptr(),
+        count=len(rows),
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    if bad >= 0:
+        raise _not_finite(bad)
+
+
+@cache
+def _extension() -> Any:
+    """fastedit._C, or None where it is not built; says so once."""
+    try:
+        return import_module("fastedit._C")
+    except ImportError as error:
+        message = (
+            f"the extension fastedit._C cannot be used ({error}), torch does its work, at half its speed; to build it, "
+            "install a C++20 compiler and then fastedit anew"
+        )
+        if os.environ.get("FASTEDIT_REQUIRE_EXT") == "1":
+            raise ConfigError(message) from error
+        warnings.warn(message, stacklevel=2)
+        return None
+
+
+def _no_cpp(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"the tensors are on {call.device.type}"
+    return None if _extension() else "the extension fastedit._C is not built"
+
+
+def _check(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
+    if rows.ndim != 2 or rows.dtype not in _DTYPES:
+        raise ModelError(f"rows are {_name(rows)}, expected [T, d] of float32, bfloat16 or float16")
+    d = rows.shape[1]
+    if total.shape != (d, d) or total.dtype != torch.float64 or not total.is_contiguous():
+        raise ModelError(f"total is {_name(total)}, expected [{d}, {d}] float64, contiguous, for rows of width {d}")
+    if mask is not None and (mask.shape != rows.shape[:1] or mask.dtype != torch.bool):
+        raise ModelError(f"mask is {_name(mask)}, expected [{len(rows)}] bool, one for each row")
+    for name, tensor in (("total", total), ("mask", mask)):
+        if tensor is not None and tensor.device != rows.device:
+            raise ModelError(f"{name} is on {tensor.device}, the rows on {rows.device}; bring them to one device")
+
+
+def _name(x: Tensor) -> str:
+    return f"{list(x.shape)} {_dtype(x)}"
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def _not_finite(row: int) -> ModelError:
+    return ModelError(
+        f"rows[{row}] holds NaN, infinity or a magnitude above {LARGEST:.1e}; leave it out by the mask, or look at "
+        "what the model makes of that text. The total is as it was"
+    )
+
+
+register("syrk_", Option("cpp", _no_cpp))

@@ -1,0 +1,233 @@
+"""One pass over a weight: its gradient is formed tile by tile and consumed by the optimizer, never stored.
+
+    D = AᵀB                                       A [T, M], B [T, N]: the gradient of W [M, N]
+    g = clip · D + decay · w                      or w ← (1 − lr·decay) w first, and no decay in g (AdamW)
+    m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²
+    w ← w − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)   or w − lr·g without moments (SGD)
+    w ← min(max(w, origin − bound), origin + bound)
+
+For a weight stored [out, in], A is the gradient of the outputs and B the inputs; for one stored [in, out], the reverse.
+A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile in slices of
+columns, so that w, m and v of one slice at a time share the registers with D. Tiles are visited in columns
+of GROUP tiles, so that their A and B stay in L2; w, m and v pass through it once and are marked to leave first.
+
+bf16 is rounded by bit arithmetic: to the 16 bits that are dropped, half a unit is added (to nearest) or random bits
+(stochastic), which Philox makes from the seed as key and (row, column // 8, t, which tensor) as counter, eight at once.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+
+class Config(NamedTuple):
+    """Tile sizes and launch options, chosen by `config_for`."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_T: int
+    SLICE: int  # columns of the tile that are updated at once
+    GROUP: int  # tiles in a column of the order in which tiles are visited
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    """x [M, N] as its left and right half of the columns, in registers."""
+    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store(pointers, x, mask, seed, step, row, eighth, TENSOR: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Store x [M, N] (fp32) in the pointers' type; its elements are counted by row [M, 1] and eighth [1, N // 8]."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        if STOCHASTIC:
+            r0, r1, r2, r3 = tl.philox(seed, row, eighth, step, TENSOR)  # 4 × [M, N // 8] uint32
+            words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [M, N // 8, 2, 2]: r0, r1, r2, r3
+            noise = tl.reshape(tl.join(words & 0xFFFF, words >> 16), x.shape).to(tl.int32)
+        else:
+            noise = 0x7FFF + ((bits >> 16) & 1)  # ties to even
+        # a NaN whose bits all are ones would overflow into a zero
+        x = tl.where(x == x, ((bits + noise) & -0x10000).to(tl.float32, bitcast=True), x)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _bf16_toward(x, UP: tl.constexpr):
+    """x, or where bf16 cannot hold it the next value above (UP) or below that it can."""
+    bits = x.to(tl.int32, bitcast=True)
+    short = bits & -0x10000
+    away = (bits != short) & ((bits < 0) != UP)  # else dropping bits, which is toward zero, is that direction
+    return tl.where(away, short + 0x10000, short).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load(pointer, row, column, stride, mask):
+    at = pointer + row[:, None] * stride + column[None, :]
+    return at, tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def _update(
+    d, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
+    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """Update rows row [HEIGHT] and WIDTH columns from `first` on by their gradient d, SLICE columns at a time."""
+    if WIDTH > SLICE:
+        left, right = _halves(d, HEIGHT, WIDTH)
+        _update(
+            left, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
+            DECOUPLED, STOCHASTIC, HEIGHT, WIDTH // 2, SLICE,
+        )  # fmt: skip
+        _update(
+            right, row, first + WIDTH // 2, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
+            DECOUPLED, STOCHASTIC, HEIGHT, WIDTH // 2, SLICE,
+        )  # fmt: skip
+    else:
+        w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr = pointers
+        w_row, m_row, v_row, copy_row, origin_row = strides
+        lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
+        column = first + tl.arange(0, WIDTH)
+        mask = (row < M)[:, None] & (column < N)[None, :]
+        line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
+        w_at, w = _load(w_ptr, row, column, w_row, mask)
+        g = d * clip
+        if DECOUPLED:
+            w *= 1 - lr * decay
+        else:
+            g += decay * w
+        if m_ptr is None:
+            w -= lr * g
+        else:
+            m_at, m = _load(m_ptr, row, column, m_row, mask)
+            v_at, v = _load(v_ptr, row, column, v_row, mask)
+            m = beta1 * m + rest1 * g
+            v = beta2 * v + rest2 * g * g
+            _store(m_at, m, mask, seed, step, line, eighth, 1, STOCHASTIC)
+            _store(v_at, v, mask, seed, step, line, eighth, 2, STOCHASTIC)
+            w -= step_size * m / (tl.sqrt(v) * root + eps)
+        if origin_ptr is not None:
+            _, origin = _load(origin_ptr, row, column, origin_row, mask)
+            low, high = origin - bound, origin + bound
+            if w_ptr.dtype.element_ty == tl.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
+                low, high = _bf16_toward(low, True), _bf16_toward(high, False)
+            w = tl.minimum(tl.maximum(w, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
+        _store(w_at, w, mask, seed, step, line, eighth, 0, STOCHASTIC)
+        if copy_ptr is not None:
+            _store(copy_ptr + row[:, None] * copy_row + column[None, :], w, mask, seed, step, line, eighth, 0, False)
+
+
+@triton.jit(do_not_specialize=["T", "step", "seed"])
+def localized_adam_kernel(
+    a_ptr, b_ptr, w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr, clip_ptr, skip_ptr,
+    T, M, N, a_row, a_col, b_row, b_col, w_row, m_row, v_row, copy_row, origin_row, step, seed,
+    lr, beta1, rest1, beta2, rest2, log_beta1, log_beta2, eps, decay, bound,
+    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The module's formula on the tile of this program; `step` is t, a number or a pointer to one."""
+    if skip_ptr is not None:  # noqa: SIM102  # decided when compiling
+        if tl.load(skip_ptr) != 0:
+            return
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    group, rest = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
+    height = min(tiles_m - group * GROUP, GROUP)
+    row = ((group * GROUP + rest % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    first = rest // height * BLOCK_N
+    column = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
+
+    time = tl.arange(0, BLOCK_T)
+    a_at = a_ptr + time.to(tl.int64)[None, :] * a_row + row[:, None] * a_col
+    b_at = b_ptr + time.to(tl.int64)[:, None] * b_row + column[None, :] * b_col
+    d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        alive = time < T - start
+        a = tl.load(a_at, mask=(row < M)[:, None] & alive[None, :], other=0.0)  # [BLOCK_M, BLOCK_T], Aᵀ
+        b = tl.load(b_at, mask=alive[:, None] & (column < N)[None, :], other=0.0)  # [BLOCK_T, BLOCK_N]
+        if UPCAST:  # the interpreter's bf16 product is wrong
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        d = tl.dot(a, b, d, input_precision=PRECISION)
+        a_at += BLOCK_T * tl.cast(a_row, tl.int64)
+        b_at += BLOCK_T * tl.cast(b_row, tl.int64)
+
+    t = tl.load(step).to(tl.int32) if step.dtype.is_ptr() else step
+    # fp64, as 1 − 0.999ᵗ loses four digits of fp32 at t = 1
+    step_size = (lr / (1 - tl.exp(t * tl.cast(log_beta1, tl.float64)))).to(tl.float32)
+    root = (1 / tl.sqrt(1 - tl.exp(t * tl.cast(log_beta2, tl.float64)))).to(tl.float32)
+    clip = 1.0 if clip_ptr is None else tl.load(clip_ptr)
+    _update(
+        d, row, first, M, N,
+        (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row),
+        (lr, beta1, rest1, beta2, rest2, eps, decay, bound), clip, t, step_size, root, seed,
+        DECOUPLED, STOCHASTIC, BLOCK_M, BLOCK_N, SLICE,
+    )  # fmt: skip
+
+
+def config_for(dtype: torch.dtype, allow_tf32: bool, target: GPUTarget | None) -> Config:
+    """The tiles for products of this dtype on a target, None for the interpreter.
+
+    128 × 128 and eight warps: D takes 64 registers a thread, and a slice of 16 columns leaves the whole at 128 where
+    weights are bf16, so that two programs share a multiprocessor and one loads while the other multiplies. fp32 has no
+    tensor cores on NVIDIA's; it takes four warps of 8 × 8 tiles a thread.
+    """
+    if target is None:
+        return Config(64, 64, 64, 16, 16, 4, 1)
+    cuda = target.backend == "cuda"
+    if dtype == torch.float32 and not allow_tf32:
+        return Config(128, 64, 16, 16, 16, 4, 3 if cuda else 2)
+    block_t = 64 if cuda and target.arch >= 90 and dtype != torch.float32 else 32
+    return Config(128, 128, block_t, 16, 16, 8, 3 if cuda else 2)
+
+
+def localized_adam_(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: int | Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    clip: Tensor | None = None,
+    max_change: float = 0.0,
+    original: Tensor | None = None,
+    copy: Tensor | None = None,
+    seed: int | None = None,
+    skip: Tensor | None = None,
+    allow_tf32: bool = False,
+    config: Config | None = None,
+) -> None:
+    """Launch the kernel: weight [M, N] fp32 or bf16 is updated by AᵀB, a [T, M] and b [T, N] of one dtype.
+
+    weight, moments, original and copy are [M, N] with contiguous rows; clip (fp32) and skip are scalars on the device,
+    as step may be. Without moments it is SGD. Shapes and dtypes are the caller's to check.
+    """
+    (T, M), N = a.shape, b.shape[1]
+    interpreted = triton.knobs.runtime.interpret
+    if config is None:
+        target = None if interpreted else triton.runtime.driver.active.get_current_target()
+        config = config_for(a.dtype, allow_tf32, target)
+    rows = [0 if x is None else x.stride(0) for x in (weight, exp_avg, exp_avg_sq, copy, original)]
+    logs = [math.log(beta) if beta else -math.inf for beta in betas]
+    with torch.cuda.device_of(weight):
+        localized_adam_kernel[(triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)](
+            a, b, weight, exp_avg, exp_avg_sq, copy, original, clip, skip,
+            T, M, N, *a.stride(), *b.stride(), *rows, step, seed or 0,
+            lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1], *logs, eps, weight_decay, max_change,
+            DECOUPLED=decoupled, STOCHASTIC=seed is not None, PRECISION="tf32" if allow_tf32 else "ieee",
+            UPCAST=interpreted, enable_fp_fusion=True, **config._asdict(),
+        )  # fmt: skip
