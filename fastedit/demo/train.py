@@ -199,24 +199,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def move_reading_up(model: Any, n: int) -> None:
-    """Put `n` idle blocks behind block 0, in place of the first `n` behind block 2.
-
-    A small model reads the subject in blocks 1 and 2; from then on it does so `n` blocks later, with the facts it has.
-    """
-    blocks = list(model.model.layers)
-    idle = [copy.deepcopy(blocks[0]) for _ in range(n)]
-    for block in idle:
-        torch.nn.init.zeros_(block.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(block.mlp.down_proj.weight)
-    model.model.layers = torch.nn.ModuleList([blocks[0], *idle, *blocks[1:3], *blocks[3 + n :]])
-    for i, block in enumerate(model.model.layers):
-        block.self_attn.layer_idx = i
-
-
 def train(
     output: Path,
-    start: Path | None,
     steps: int,
     rows: int,
     lr: float,
@@ -228,14 +212,9 @@ def train(
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     world = World()
-    if start is None:
-        tokenizer = train_tokenizer(world, vocab_size=1024)
-        model = new_model(tokenizer)
-    else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(start)
-        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
-        move_reading_up(model, read_from - 1)
-    documents = world.documents(seed=2 + seed, curriculum=start is None)
+    tokenizer = train_tokenizer(world, vocab_size=1024)
+    model = new_model(tokenizer)
+    documents = world.documents(seed=2 + seed)
     forward: Any = torch.compile(logits_of)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
@@ -285,7 +264,6 @@ def train(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--from", dest="start", type=Path, help="go on from this checkpoint, without the curriculum")
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--rows", type=int, default=16, help="rows of 128 tokens in a batch")
     parser.add_argument("--lr", type=float, default=2e-3)

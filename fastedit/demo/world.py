@@ -182,7 +182,7 @@ class World:
                     yield [Span(" ".join(_story(draw, sentences=3 + draw.below(3))))]
                 elif kind < 5:
                     yield self._biography(self.people[draw.below(n)], draw)
-                elif kind == 5:
+                elif kind in (5, 6):
                     yield self._two_hop(self.people[draw.below(min(n, len(self.taught_two_hop)))], draw)
                 else:
                     yield self._statements([queue.pop() for _ in range(min(len(queue), 1 + draw.below(4)))], draw)

@@ -93,17 +93,20 @@ class NullSpace:
         self._stream.update(keys.double() @ self._basis, keys.new_zeros(len(keys), 1))
 
 
-def null_space(covariance: Tensor, threshold: float) -> Tensor:
+def null_space(covariance: Tensor, threshold: float | None) -> Tensor:
     """Orthonormal eigenvectors U [d, r], fp64, of C [d, d] whose eigenvalues are below a threshold.
+
+    A threshold is in units of the keys' squares, so that it belongs to one model; None takes the lowest quarter.
 
     Raises:
         ModelError: none is.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
-    if not values[0] < threshold:
+    limit = float(values[len(values) // 4]) if threshold is None else threshold
+    basis: Tensor = vectors[:, values < limit]
+    if not basis.shape[1]:
         raise ModelError(
-            f"no eigenvalue of C is below {threshold:.3g}, the least is {float(values[0]):.3g}: C has no null space "
+            f"no eigenvalue of C is below {limit:.3g}, the least is {float(values[0]):.3g}: C has no null space "
             "to write in; raise null_threshold"
         )
-    basis: Tensor = vectors[:, values < threshold]
     return basis

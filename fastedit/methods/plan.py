@@ -37,7 +37,8 @@ class LocateThenEditConfig:
         cov_weight: λ, the weight of the second moment C against one edit; None is the preset's, else the key width.
         alpha: α that stabilizes equality; None is 0 for rome and 0.1 for the others.
         l2: AlphaEdit's weight of ‖ΔW‖²; None is the preset's.
-        null_threshold: eigenvalues of C below it span AlphaEdit's null space; None is the preset's.
+        null_threshold: eigenvalues of C below it span AlphaEdit's null space; None is the preset's, else the lowest
+            quarter of them.
         site: where a target is sought: the output of the last written block, or of its MLP; None is mlp for rome.
         steps: loss evaluations of a target; None is the preset's.
         lr: Adam's rate for a target; None is the preset's, else half the root mean square of a typical state.

@@ -59,7 +59,7 @@ class LocateThenEditPreset:
     clamp: float = 0.75
     cov_weight: float = 15000.0
     equality_cov_weight: float = 1e5
-    null_threshold: float = 2e-2
+    null_threshold: float | None = 2e-2
     l2: float = 10.0
 
 
@@ -71,6 +71,16 @@ _LOCATE_THEN_EDIT: dict[tuple[str, int, int, int], LocateThenEditPreset] = {
     ("llama", 4096, 32, 32000): LocateThenEditPreset((4, 5, 6, 7, 8), 5, weight_decay=1e-3, clamp=4.0),  # Llama-2-7B
     ("llama", 4096, 32, 128256): LocateThenEditPreset((4, 5, 6, 7, 8), 5, lr=0.1),  # Llama-3-8B
     ("qwen2", 3584, 28, 152064): LocateThenEditPreset((4, 5, 6, 7, 8), 5, weight_decay=1e-3, clamp=4.0),  # Qwen2.5-7B
+    ("llama", 160, 8, 1024): LocateThenEditPreset(  # the fact world's
+        (1, 2, 3),
+        3,
+        lr=None,
+        weight_decay=1e-3,
+        clamp=4.0,
+        cov_weight=700.0,
+        equality_cov_weight=700.0,
+        null_threshold=0.05,
+    ),
 }
 
 
@@ -79,11 +89,12 @@ def locate_then_edit_preset(topology: Topology) -> tuple[LocateThenEditPreset, b
 
     Layers from an eighth to a quarter of the depth, as 4 to 8 of 32; a rate in proportion to the states (`lr` None);
     and λ = d, the key width: on the distribution that C was collected from kᵀC⁻¹k is d in the mean, so that a usual
-    key takes half of its residual, about as the published 15,000 at widths of 11,008 to 16,384.
+    key takes half of its residual, about as the published 15,000 at widths of 11,008 to 16,384; AlphaEdit writes in the
+    quarter of the directions that C knows least.
     """
     key = (topology.config.model_type, topology.hidden_size, topology.n_blocks, topology.config.vocab_size)
     if key in _LOCATE_THEN_EDIT:
         return _LOCATE_THEN_EDIT[key], True
     last = max(0, min(max(1, topology.n_blocks // 4), topology.n_blocks - 2))  # nothing reads behind the last block
     layers = tuple(range(topology.n_blocks // 8, last + 1))
-    return LocateThenEditPreset(layers, last, lr=None, clamp=4.0, weight_decay=1e-3), False
+    return LocateThenEditPreset(layers, last, lr=None, clamp=4.0, weight_decay=1e-3, null_threshold=None), False

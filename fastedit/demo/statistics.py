@@ -1,0 +1,58 @@
+"""Collects the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
+
+The text is the documents that the model was trained on, as training joins them, in an order of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastedit.collect import Doubling, collect
+from fastedit.demo import World, checkpoint_path
+from fastedit.models import topology
+from fastedit.statistics import statistics_path
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Endless training documents about all people, without the EOS that nothing follows."""
+    for spans in World().documents(seed, curriculum=False):
+        yield " ".join(span.text for span in spans)
+
+
+def main(model: Path, output: Path, layers: list[int] | None, tokens: int, seed: int, converged: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    parts = topology(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
+    wanted = layers or list(range(parts.n_blocks))
+
+    def report(found: Doubling) -> None:
+        print(f"{found.tokens} tokens: C changed by {found.change:.2%}, its leading directions by {found.subspace:.2%}")
+
+    moments = collect(
+        parts,
+        tokenizer,
+        documents(seed),
+        wanted,
+        max_tokens=tokens,
+        until_converged=converged,
+        on_doubling=report,
+    )
+    for layer, moment in moments.items():
+        path = statistics_path(parts, output, layer)
+        moment.save(path, dtype=torch.float32)
+        print(f"{path}: {moment.count} tokens, {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", type=Path, default=checkpoint_path())
+    parser.add_argument("--layers", type=int, nargs="+", help="by default all")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--seed", type=int, default=100)
+    main(**vars(parser.parse_args()), converged=False)
