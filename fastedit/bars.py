@@ -19,6 +19,7 @@ _STAGES = {
     "answers": ("answers", "prompts"),
     "generation": ("generation", "prompts"),
     "text": ("perplexity", "windows"),
+    "covariance": ("statistics", "tokens"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `fastedit edit | evaluate | demo | locate | env`, also `python -m fastedit`.
+"""The command line: `fastedit edit | evaluate | demo | locate | covariance | env`, also `python -m fastedit`.
 
 Exit codes: 0 it worked; 1 an edit failed while it ran, or Ctrl-C; 2 bad usage or bad input, told in one line
 on stderr. torch, transformers and matplotlib are imported inside commands only, so that `--help` is quick.
@@ -6,7 +6,6 @@ on stderr. torch, transformers and matplotlib are imported inside commands only,
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import os
@@ -33,7 +32,8 @@ from fastedit.flags import config_flags, spelled_out
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor, EditResult
-    from fastedit.evaluate import EvaluationReport, Predictions
+    from fastedit.evaluate import EvaluationReport
+    from fastedit.predictions import Predictions
     from fastedit.requests import EditRequest
 
 
@@ -43,9 +43,9 @@ class _Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name in _CONFIGURED:
-            function, left_out = _CONFIGURED[name]
+            function, left_out, methods = _CONFIGURED[name]
             alone = typer.Typer(add_completion=False)
-            alone.command(name)(spelled_out(function, config_flags(left_out)))
+            alone.command(name)(spelled_out(function, config_flags(left_out, methods)))
             command = typer.main.get_command(alone)
         return name, command, rest
 
@@ -137,6 +137,9 @@ def edit(
     Every field of the method's configuration is a flag: --layer 22 --lr 5e-4 --batch-size 100 …
     """
     from fastedit.methods import METHODS
+    from fastedit.methods.locate_then_edit import checked_plan
+    from fastedit.methods.plan import PAIRS
+    from fastedit.models import fingerprint
     from fastedit.requests import find_conflicts, load_requests
 
     if method not in METHODS:
@@ -156,6 +159,8 @@ def edit(
     layer, module = config.get("layer"), config.get("module", "block")
     if layer is not None or "." not in module:
         editor.topology.resolve(layer or 0, module)  # before the model is measured, which takes a while
+    if method in PAIRS:
+        checked_plan(editor.topology, edits, editor.config, method, fingerprint(editor.model))
     with Bars() as bars:
         before = _measure(editor, edits, documents, bars, "before") if measured else None
         result = _edit(editor, edits, bars)
@@ -235,7 +240,8 @@ def demo(
     import torch
 
     from fastedit.demo.world import Draw
-    from fastedit.evaluate import compare, predict
+    from fastedit.evaluate import compare
+    from fastedit.predictions import predict
     from fastedit.requests import EditRequest
 
     started = time.perf_counter()
@@ -328,6 +334,58 @@ def locate(
 
 
 @app.command()
+def covariance(
+    model: Annotated[str, typer.Argument(help="Folder or hub name of a Hugging Face causal language model.")],
+    text: Annotated[
+        Path, typer.Option(help="UTF-8 text with blank lines between documents, or JSON Lines with a text field.")
+    ],
+    layers: Annotated[str, typer.Option(help="Such as 3-8 or 3,5,8-11.")],
+    text_column: Annotated[
+        str | None, typer.Option(help='Field of JSON Lines that holds the text; by default "text".')
+    ] = None,
+    module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many; by default at the end of the text.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
+    ] = None,
+    until_converged: Annotated[
+        bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
+    ] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass.")] = 8192,
+    dtype: _DtypeFlag = _Dtype.auto,
+    device: _Device = None,
+    verbose: _Verbose = False,
+) -> None:
+    """Collect what rome, memit, emmet and alphaedit need of a model: the second moments of its keys.
+
+    A run that was interrupted goes on where it was last saved. Under torchrun each process reads its share of the text.
+
+    Example: fastedit covariance ./Llama-3-8B --text wiki.jsonl --layers 4-8 --tokens 2000000 --until-converged
+    """
+    from fastedit import cli_covariance as collecting
+
+    wanted = _ranges(layers, "--layers")
+    collecting.check(text, text_column)
+    if output:
+        _check_files(output / "statistics")
+    local, world = collecting.processes()
+    editor = _load(model, dtype, device or (collecting.device_of(local) if world > 1 else None))
+    collecting.collect_statistics(
+        editor.topology,
+        editor.tokenizer,
+        collecting.read_documents(text, text_column),
+        wanted,
+        output,
+        module=module,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        until_converged=until_converged,
+    )
+
+
+@app.command()
 def env() -> None:
     """Show versions, processors, and which backend each operation takes here.
 
@@ -335,7 +393,7 @@ def env() -> None:
     """
     import torch
 
-    from fastedit import ops
+    from fastedit.ops import registry
 
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
@@ -348,8 +406,8 @@ def env() -> None:
         table.add_row(f"GPU {i}", f"{gpu.name}, {memory}, sm_{gpu.major}{gpu.minor}")
     if not torch.cuda.is_available():
         table.add_row("GPU", "none")
-    for name in filter(lambda name: inspect.isfunction(getattr(ops, name)), ops.__all__):
-        table.add_row(f"ops.{name}", "torch")  # each op is its torch reference as yet
+    for op, taken, why in registry.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        table.add_row(f"ops.{op}", taken + f" ({why})" * bool(why))
     _print(table)
 
 
@@ -360,23 +418,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-# name of a command -> (function, fields of the methods' configurations that are not its flags)
-_CONFIGURED: dict[str | None, tuple[Callable[..., None], tuple[str, ...]]] = {
-    "edit": (edit, ()),
-    "locate": (locate, ("layer", "module", "seed", "keep_partial")),
+# name of a command -> (function, fields of configurations that are not its flags, the methods it runs: None is all)
+_CONFIGURED: dict[str | None, tuple[Callable[..., None], tuple[str, ...], tuple[str, ...] | None]] = {
+    "edit": (edit, (), None),
+    "locate": (locate, ("layer", "module", "seed", "keep_partial"), ("locft-bf",)),
 }
 app.command("edit")(spelled_out(edit, ()))
 app.command("evaluate")(evaluate)
 app.command("locate")(spelled_out(locate, ()))
 
 
-def _ranges(text: str) -> list[int]:
+def _ranges(text: str, flag: str = "--blocks") -> list[int]:
     """Numbers of a list such as 3,5,8-11."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"--blocks {text}: expected numbers and ranges such as 0-7 or 3,5,8-11")
+            raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 
@@ -401,7 +459,7 @@ class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before an
 
 def _check_folder(path: Path, model: str) -> None:
     """Refuse now what `_save` would refuse hours later."""
-    from fastedit.delta import replacing_directory
+    from fastedit.files import replacing_directory
 
     if path.exists() and Path(model).exists() and path.samefile(model):
         raise ModelError(f"{path} is the model that is edited; give another folder for the edited one")
@@ -409,7 +467,7 @@ def _check_folder(path: Path, model: str) -> None:
 
 
 def _check_files(*paths: Path | None) -> None:
-    from fastedit.delta import replacing
+    from fastedit.files import replacing
 
     for path in filter(None, paths):
         if path.is_dir():
@@ -461,7 +519,7 @@ def _print(what: RenderableType) -> None:
 
 
 def _measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
-    from fastedit.evaluate import predict
+    from fastedit.predictions import predict
 
     return predict(editor.topology, editor.tokenizer, edits, text=text, progress=bars.of(when))
 
@@ -486,7 +544,7 @@ def _save(
     """
     from safetensors import SafetensorError
 
-    from fastedit.delta import replacing_directory
+    from fastedit.files import replacing_directory
 
     did: dict[str, Any] = dict(result.delta.metadata)
     did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}

@@ -61,7 +61,7 @@ class StreamingCovariance:
                 named). Nothing is added then.
         """
         if x.device.type != "cpu":  # there `syrk_` does not look, since somebody has to wait for the answer
-            bad = ~(torch.linalg.vector_norm(x, torch.inf, dim=1) <= LARGEST)
+            bad = ~(torch.linalg.vector_norm(x, torch.inf, dim=1, dtype=torch.float32) <= LARGEST)
             if mask is not None:
                 bad &= mask
             if bad.any():

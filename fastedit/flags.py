@@ -29,36 +29,53 @@ def spelled_out(function: Callable[..., None], flags: Sequence[inspect.Parameter
     return command
 
 
-def config_flags(left_out: Sequence[str]) -> list[inspect.Parameter]:
-    """A flag for each field of each method's configuration, with its help from the class's docstring."""
+def config_flags(left_out: Sequence[str], methods: Sequence[str] | None = None) -> list[inspect.Parameter]:
+    """A flag for each field of the methods' configurations, with its help from the classes' docstrings.
+
+    A field that several configurations have is one flag, whose help says what it means to each.
+
+    Args:
+        left_out: fields that are no flags.
+        methods: whose fields they are; None is all methods.
+    """
     from fastedit.methods import METHODS
 
-    found: dict[str, inspect.Parameter] = {}
+    names: dict[type[Any], list[str]] = {}  # the methods of a configuration
     for method, (config_type, _) in METHODS.items():
-        hints, texts = get_type_hints(config_type), _attributes(inspect.getdoc(config_type) or "")
+        if methods is None or method in methods:
+            names.setdefault(config_type, []).append(method)
+    having: dict[str, list[type[Any]]] = {}
+    for config_type in names:
         for field in fields(config_type):
-            name, hint = field.name, hints[field.name]
-            if name in left_out or name in found:
-                continue
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            shown = "" if default in (None, MISSING) else f" (default {default})"
-            text = texts.get(name, "").replace("None is", "by default")
-            more: Any = {
-                "show_default": False,
-                "help": text + shown,
-                "rich_help_panel": f"Configuration of {method}",
-            }
-            flag = f"--{name.replace('_', '-')}"
-            annotation: Any
-            if bool in _members(hint):
-                annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **more)]
-            else:
-                metavar = "|".join(map(_metavar, _members(hint)))
-                option = typer.Option(flag, parser=_parser(hint), metavar=metavar, **more)
-                annotation = Annotated[str | None, option]
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            found[name] = inspect.Parameter(name, keyword, default=None, annotation=annotation)
-    return list(found.values())
+            if field.name not in left_out:
+                having.setdefault(field.name, []).append(config_type)
+    found = []
+    for name, types_ in having.items():
+        owners, helps = [", ".join(names[t]) for t in types_], [_help(t, name) for t in types_]
+        members = list(dict.fromkeys(member for t in types_ for member in _members(get_type_hints(t)[name])))
+        panel = "Configuration of " + (owners[0] if len(owners) == 1 else "several methods")
+        more: Any = {
+            "show_default": False,
+            "help": helps[0] if len(owners) == 1 else "\n\n".join(map(": ".join, zip(owners, helps, strict=True))),
+            "rich_help_panel": panel,
+        }
+        flag = f"--{name.replace('_', '-')}"
+        annotation: Any
+        if bool in members:
+            annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **more)]
+        else:
+            metavar = "|".join(map(_metavar, members))
+            annotation = Annotated[str | None, typer.Option(flag, parser=_parser(members), metavar=metavar, **more)]
+        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return found
+
+
+def _help(config_type: type[Any], name: str) -> str:
+    """What a configuration's docstring says of a field, and the field's default."""
+    field = next(field for field in fields(config_type) if field.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    text = _attributes(inspect.getdoc(config_type) or "").get(name, "").replace("None is", "by default")
+    return text + ("" if default in (None, MISSING) else f" (default {default})")
 
 
 def _attributes(docstring: str) -> dict[str, str]:
@@ -82,12 +99,12 @@ def _metavar(member: Any) -> str:
     return str(member.__name__).upper()
 
 
-def _parser(hint: Any) -> Callable[[str], Any]:
+def _parser(members: Sequence[Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        for member in _members(hint):
+        for member in members:
             with suppress(ValueError):
                 return _converted(text, member)
-        expected = " or ".join(map(_metavar, _members(hint)))
+        expected = " or ".join(map(_metavar, members))
         raise typer.BadParameter(f"expected {expected}, got {text!r}")
 
     return parse

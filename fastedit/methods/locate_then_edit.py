@@ -57,12 +57,12 @@ def locate_then_edit(
     plan = checked_plan(topology, edits, config, method, history.fingerprint)
     layers = written_layers(topology, plan, history)
     contexts = make_contexts(topology, tokenizer, plan.config)
-    target_samples(topology, tokenizer, edits, contexts)  # refuses edits before hours of work on others
+    *_, said = target_samples(topology, tokenizer, edits, contexts)  # refuses edits before hours of work on others
     store = target_store(topology, plan.config, layers)
     weights = _Weights(layers, plan.config.on_duplicates)
     size = len(edits) if plan.config.batch_size == "auto" else int(plan.config.batch_size)
     losses: list[float] = []
-    notes, dropped = dict.fromkeys(plan.notes), list[int]()
+    notes, dropped = dict.fromkeys([*plan.notes, *said]), list[int]()
     try:
         try:
             for first in range(0, len(edits), size):
@@ -71,7 +71,6 @@ def locate_then_edit(
                 if plan.target.lr is None and math.isfinite(targets.lr):
                     plan = plan.with_lr(targets.lr)
                     notes[plan.notes[-1]] = None
-                notes |= dict.fromkeys(targets.notes)
                 kept = [i for i in range(len(batch)) if i not in targets.dropped]
                 if kept:
                     chosen, z = [batch[i] for i in kept], targets.z[kept]
@@ -90,6 +89,8 @@ def locate_then_edit(
     except BaseException:
         weights.restore()
         raise
+    if dropped:
+        notes[f"dropped, because the loss is not finite: {named(edits, dropped)}"] = None
     originals = {layer.path: layer.original for layer in layers.values()}
     return MethodResult(updates, originals, asdict(plan.config), losses, list(notes), keys, tuple(dropped))
 
@@ -114,7 +115,7 @@ def locate_then_edit_each(
     contexts = make_contexts(topology, tokenizer, plan.config)
     store = target_store(topology, plan.config, layers)
     targets = find_or_load(topology, tokenizer, edits, plan, contexts, store, progress)
-    if plan.target.lr is None:
+    if plan.target.lr is None and math.isfinite(targets.lr):
         plan = plan.with_lr(targets.lr)
     kept = [i for i in range(len(edits)) if i not in targets.dropped]
     factors: dict[str, Factors] = {}
@@ -196,7 +197,7 @@ def written_layers(topology: Topology, plan: Plan, history: History) -> dict[int
         key = (history.fingerprint, path, config.statistics, config.objective == "null-space" and config.null_threshold)
         if key not in history.kept:  # a factorization of the second moment serves all edits of an Editor
             if config.objective == "null-space":
-                basis = null_space(load_covariance(*where, **source), config.null_threshold)  # type: ignore[arg-type]
+                basis = null_space(load_covariance(*where, **source), config.null_threshold)
                 history.kept[key] = basis
             else:
                 history.kept[key] = load_factor(*where, **source)

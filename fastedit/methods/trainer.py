@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastedit import ops
 from fastedit.errors import EditError
+from fastedit.methods.adam import Adam, Seen, localized, watched
 from fastedit.methods.base import Edit, Progress
 from fastedit.methods.subjects import named
 from fastedit.models import PrefixCache, Samples, Topology, full, pack, resume
@@ -44,9 +45,16 @@ class Trainer:
         }
         self.losses: list[float] = []
         self.kept: tuple[str, dict[str, Tensor], list[float]] | None = None
+        tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
+        self.maps = localized(topology.model, parameters, int(tokens))
+        self.seen: Seen = {}
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def run(self, cache: PrefixCache) -> None:
+        with watched(self.maps) as self.seen:
+            self._run(cache)
+
+    def _run(self, cache: PrefixCache) -> None:
         n, size = len(self.samples), int(self.config.batch_size)
         if self.config.schedule == "breadth-first":
             for epoch, loss in enumerate(self._epochs(cache, torch.arange(n)), 1):
@@ -83,8 +91,8 @@ class Trainer:
         `place` says for messages what `select` is, where that is one batch and every epoch a step.
         """
         config = self.config
-        optimizer = torch.optim.Adam(
-            list(self.masters.values()), lr=config.lr or 0.0, weight_decay=config.weight_decay, fused=True
+        optimizer = Adam(
+            self.parameters, self.masters, self.maps, self.seen, lr=config.lr or 0.0, weight_decay=config.weight_decay
         )
         for epoch in range(1, config.epochs + 1):
             batches = self._order(select).split(int(config.batch_size))
@@ -102,7 +110,7 @@ class Trainer:
             if mean < config.stop_loss:
                 break
 
-    def _step(self, cache: PrefixCache, batch: Tensor, optimizer: torch.optim.Adam, loss_out: Tensor) -> None:
+    def _step(self, cache: PrefixCache, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
         rows = pack(self.samples, batch, packed=topology.packs)
         weight = torch.full((len(rows.labels),), 1 / len(rows.labels))
@@ -125,21 +133,8 @@ class Trainer:
         if not on_gpu and loss < config.skip_loss:
             return
         hidden.backward(grad)
-        for path, parameter in self.parameters.items():
-            assert parameter.grad is not None
-            self.masters[path].grad = parameter.grad.float()
-            parameter.grad = None
-        if on_gpu:  # the step is dropped on the device, so that the host need not wait for the loss
-            optimizer.found_inf = (loss < config.skip_loss).float()  # type: ignore[attr-defined]
-        optimizer.step()
-        self._publish()
-
-    @torch.no_grad()
-    def _publish(self) -> None:
-        """Give the model the masters, rounded where its dtype is another."""
-        for path, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[path])
+        # on a GPU the step is dropped on the device, so that the host need not wait for the loss
+        optimizer.step((loss < config.skip_loss).float() if on_gpu else None)
 
     def _not_finite(self, when: str, batch: Tensor) -> EditError:
         """The error that names the guilty; restores the model, since edits are judged by its original weights."""

@@ -1,0 +1,129 @@
+"""Adam on fp32 masters of a part of a model, which is given the masters, rounded to its dtype, after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastedit import ops
+from fastedit.ops.registry import choose
+
+Seen = dict[str, list[tuple[Tensor, Tensor]]]
+"""Path of a weight -> (gradient of the output [T, out], input [T, in]) of each call of its linear map."""
+
+
+def localized(model: nn.Module, parameters: Mapping[str, nn.Parameter], tokens: int) -> dict[str, nn.Linear | Conv1D]:
+    """Linear maps whose weights `ops.localized_adam_` has a kernel for, by the weights' paths among `parameters`.
+
+    Elsewhere its reference forms the gradient too, and torch's fused Adam is the faster one from there.
+
+    Args:
+        tokens: in a batch, about.
+    """
+    maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {
+        path: maps[path]
+        for path, p in parameters.items()
+        if path in maps and choose("localized_adam_", device=p.device, dtype=p.dtype, T=tokens) == "triton"
+    }
+
+
+@contextmanager
+def watched(maps: Mapping[str, nn.Linear | Conv1D]) -> Iterator[Seen]:
+    """Collect what the gradients of these maps' weights are made of; inside, they are not formed."""
+    seen: Seen = {path: [] for path in maps}
+
+    def watch(path: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled():
+                inputs = args[0].detach()
+                (output if output.requires_grad else output.requires_grad_()).register_hook(
+                    lambda grad: seen[path].append((grad.flatten(0, -2), inputs.flatten(0, -2)))
+                )
+
+        return module.register_forward_hook(hook)
+
+    weights = [module.weight for module in maps.values()]
+    flags = [weight.requires_grad for weight in weights]
+    handles = [watch(path, module) for path, module in maps.items()]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield seen
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
+        for handle in handles:
+            handle.remove()
+
+
+class Adam:
+    """One run of Adam: moments of zero, and steps from the gradients of a backward pass.
+
+    Args:
+        parameters: of the model, by path; their gradients are read and cleared.
+        masters: fp32, like the parameters or the parameters themselves.
+        maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `seen` has of them.
+        seen: filled by `watched(maps)`; cleared by a step.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masters: Mapping[str, Tensor],
+        maps: Mapping[str, nn.Linear | Conv1D],
+        seen: Seen,
+        *,
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        self._parameters, self._masters, self._seen = parameters, masters, seen
+        self._lr, self._weight_decay = lr, weight_decay
+        self._steps = torch.zeros((), device=next(iter(masters.values())).device)
+        self._stored: dict[str, list[Tensor]] = {}
+        for path, module in maps.items():
+            weight, parameter = masters[path], parameters[path].detach()
+            stored = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
+            stored += [parameter] * (parameter.dtype != weight.dtype)
+            self._stored[path] = [x.T for x in stored] if isinstance(module, Conv1D) else stored
+        rest = [master for path, master in masters.items() if path not in maps]
+        self._rest = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None) -> None:
+        """Step by the gradients; where `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
+        self._steps += 1 if skip is None else skip == 0
+        for path, (weight, m, v, *copy) in self._stored.items():
+            grads, inputs = (torch.cat(rows) for rows in zip(*self._seen[path], strict=True))
+            self._seen[path].clear()
+            ops.localized_adam_(
+                weight,
+                grads,
+                inputs,
+                m,
+                v,
+                self._steps,
+                lr=self._lr,
+                weight_decay=self._weight_decay,
+                copy=copy[0] if copy else None,
+                skip=skip,
+                backend="triton",
+            )
+        if self._rest is None:
+            return
+        rest = {path: p for path, p in self._parameters.items() if path not in self._stored}
+        for path, parameter in rest.items():
+            assert parameter.grad is not None
+            self._masters[path].grad = parameter.grad.float()
+            parameter.grad = None
+        if skip is not None:
+            self._rest.found_inf = skip  # type: ignore[attr-defined]
+        self._rest.step()
+        for path, parameter in rest.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self._masters[path])
