@@ -94,11 +94,11 @@ def collect_statistics(
     from fastedit.models import fingerprint
     from fastedit.statistics import user_directory
 
-    local, world = processes()
+    world = processes()[1]
     if world > 1:
         distributed.init_process_group("nccl" if topology.device.type == "cuda" else "gloo")
     directory = output or user_directory(fingerprint(topology.model))
-    speaks = local == 0
+    speaks = world == 1 or distributed.get_rank() == 0
 
     def report(found: Doubling) -> None:
         typer.echo(
@@ -109,7 +109,6 @@ def collect_statistics(
 
     started = time.perf_counter()
     fresh = 0
-
     try:
         with Bars() as bars:
             show = bars.of("")
@@ -149,7 +148,7 @@ def collect_statistics(
             err=True,
         )
     elif until_converged and not moment.metadata.get("converged"):
-        typer.echo("the text ended before the statistics converged; more text would change them", err=True)
+        typer.echo("not converged: more text than this would still change the statistics", err=True)
     said = f"in {seconds:.1f} s" if fresh else "that were there already"
     listed = ",".join(map(str, sorted(moments)))
     typer.echo(f"{module} of layers {listed}: {moment.count} tokens {said}; written to {directory}")

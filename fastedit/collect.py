@@ -220,7 +220,9 @@ class _Run:
 
     def _steps(self, batches: Iterator[_Batch]) -> Iterator[None]:
         """Run batch after batch; what an accumulator has seen before it was saved is compared, and passed over."""
+        n_batches = 0
         for batch in batches:
+            n_batches = batch.number + 1
             behind = []
             for layer, moment in self.moments.items():
                 seen = moment.metadata["position"]
@@ -236,6 +238,9 @@ class _Run:
                 self._observe(batch, behind)
                 self.progress("covariance", self.count, max(self.max_tokens or 0, self.count))
                 yield
+        for layer, moment in self.moments.items():
+            if moment.metadata["position"]["batches"] > n_batches:
+                self._refuse(layer, "text, which is longer")
 
     def _observe(self, batch: _Batch, layers: Sequence[int]) -> None:
         """One forward pass that adds what the layers' projections read."""
@@ -374,15 +379,14 @@ def _grouped(lengths: Tensor, batch_tokens: int, row: int, packs: bool) -> list[
 
 
 def _place(batch: _Batch, flat: Tensor) -> str:
-    """Where in the text a batch's first key is that is not finite."""
-    places = batch.rows.target_rows
+    """Where in the text a batch's first key is that is not finite: such values reach all documents of their row."""
+    places, width = batch.rows.target_rows, batch.rows.index.shape[1]
     bad = ~(torch.linalg.vector_norm(flat, torch.inf, dim=1) <= LARGEST).cpu()[places]
     if not bad.any():
         return ""
-    token = int(bad.nonzero()[0])
-    owner = int(batch.owners[batch.rows.sample_of[token]])
-    position = int(batch.rows.position_ids.view(-1)[places[token]])
-    return f"token {position} of document {owner}: "
+    row = places[bad.nonzero()[0]] // width
+    owners = batch.owners[batch.rows.sample_of[places // width == row]].unique().tolist()
+    return f"document {', '.join(map(str, owners))} (counted from 0{', in one row' * (len(owners) > 1)}): "
 
 
 def _difference(halves: dict[int, Tensor], means: dict[int, Tensor]) -> tuple[float, float]:

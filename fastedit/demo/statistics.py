@@ -6,14 +6,13 @@ The text is the documents that the model was trained on, as training joins them,
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastedit.collect import Doubling, collect
+from fastedit.collect import collect
 from fastedit.demo import World, checkpoint_path
 from fastedit.models import topology
 from fastedit.statistics import statistics_path
@@ -25,23 +24,11 @@ def documents(seed: int) -> Iterator[str]:
         yield " ".join(span.text for span in spans)
 
 
-def main(model: Path, output: Path, layers: list[int] | None, tokens: int, seed: int, converged: bool) -> None:
+def main(model: Path, output: Path, layers: list[int] | None, tokens: int, seed: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     parts = topology(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
     wanted = layers or list(range(parts.n_blocks))
-
-    def report(found: Doubling) -> None:
-        print(f"{found.tokens} tokens: C changed by {found.change:.2%}, its leading directions by {found.subspace:.2%}")
-
-    moments = collect(
-        parts,
-        tokenizer,
-        documents(seed),
-        wanted,
-        max_tokens=tokens,
-        until_converged=converged,
-        on_doubling=report,
-    )
+    moments = collect(parts, tokenizer, documents(seed), wanted, max_tokens=tokens)
     for layer, moment in moments.items():
         path = statistics_path(parts, output, layer)
         moment.save(path, dtype=torch.float32)
@@ -55,4 +42,4 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, nargs="+", help="by default all")
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=100)
-    main(**vars(parser.parse_args()), converged=False)
+    main(**vars(parser.parse_args()))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastedit.errors import ConfigError, ModelError
 from fastedit.ops.registry import Backend, Call, Option, choose, register
@@ -19,6 +20,7 @@ CHUNK = 1024
 LARGEST = 2.0**58
 """Largest magnitude of a row: CHUNK squares of it still sum to a finite fp32 number."""
 _BLOCK = 1024
+_NOT_BUILT = "the extension fastedit._C is not built"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +47,8 @@ def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: B
         return
     if taken == "cpp":
         _cpp(total, rows, mask)
+    elif taken == "cuda":
+        _cuda(total, rows, mask)
     else:
         _torch(total, rows, mask)
 
@@ -82,6 +86,33 @@ def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") ->
         raise _not_finite(bad)
 
 
+def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
+    T, d = rows.shape
+    padded = -(-d // 8) * 8
+    if rows.dtype != torch.float32 and (rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16):
+        rows = pad(rows, (0, padded - d)).contiguous()  # 16 bytes at a time are copied
+    elif rows.stride(1) != 1:
+        rows = rows.contiguous()
+    mask = mask if mask is None else mask.contiguous()
+    kept = None if mask is None else rows.new_empty(T + 1, dtype=torch.int32)
+    planes = rows.new_empty(3, T, padded, dtype=torch.bfloat16) if rows.dtype == torch.float32 else None
+    stream = torch.cuda.current_stream(rows.device)
+    _extension().syrk_cuda(
+        total=total.data_ptr(),
+        rows=rows.data_ptr(),
+        dtype=_dtype(rows),
+        width=d,
+        stride=rows.stride(0),
+        mask=0 if mask is None else mask.data_ptr(),
+        count=T,
+        kept=0 if kept is None else kept.data_ptr(),
+        planes=0 if planes is None else planes.data_ptr(),
+        plane_stride=padded,
+        device=rows.device.index,
+        stream=stream.cuda_stream,
+    )
+
+
 @cache
 def _extension() -> Any:
     """fastedit._C, or None where it is not built; says so once."""
@@ -101,7 +132,24 @@ def _extension() -> Any:
 def _no_cpp(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"the tensors are on {call.device.type}"
-    return None if _extension() else "the extension fastedit._C is not built"
+    return None if _extension() else _NOT_BUILT
+
+
+def _no_cuda(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"the tensors are on {call.device.type}"
+    if _extension() is None:
+        return _NOT_BUILT
+    if not hasattr(_extension(), "syrk_cuda"):
+        return "fastedit._C was built without nvcc"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return f"sm_{major}{minor} has no bf16 tensor cores" if major < 8 else None
+
+
+def _untried(call: Call) -> str | None:
+    return "it compiles, but has not run on a GPU yet; ask for it by name"
 
 
 def _check(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
@@ -132,4 +180,4 @@ def _not_finite(row: int) -> ModelError:
     )
 
 
-register("syrk_", Option("cpp", _no_cpp))
+register("syrk_", Option("cuda", _no_cuda, slower=_untried), Option("cpp", _no_cpp))

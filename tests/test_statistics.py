@@ -1,0 +1,359 @@
+"""Where statistics are looked for, what is refused with what advice, and the command that makes them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_covariance import made, rows
+from tiny_models import tiny_model
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from fastedit import ModelError, StreamingCovariance, cli
+from fastedit.cli_covariance import read_documents
+from fastedit.demo import World, checkpoint_path
+from fastedit.demo.statistics import documents
+from fastedit.errors import RequestError
+from fastedit.models import Topology, fingerprint, topology
+from fastedit.statistics import load_covariance, load_factor, require_statistics, statistics_path, user_directory
+
+D = 56
+parts = topology(tiny_model("llama"))
+FP32 = 1e-7
+OURS = fingerprint(parts.model)
+FACTOR = "1.down_proj.factor.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty user's cache, and no checkpoint on disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache" / "fastedit" / OURS
+    parts.model.config._name_or_path = ""  # type: ignore[union-attr]
+
+
+def keep(folder: Path, x: Tensor, layer: int = 1, of: str = OURS, **how: Any) -> StreamingCovariance:
+    found = made(x, fingerprint=of, layer=layer, module="down_proj")
+    found.save(statistics_path(parts, folder, layer), **how)
+    return found
+
+
+def loads(folder: Path | None = None, rounding: float = 1e-12) -> Tensor:
+    L = load_factor(parts, OURS, 1, directory=folder)
+    C = load_covariance(parts, OURS, 1, directory=folder)
+    assert torch.equal(L, L.tril())
+    assert float((L @ L.T - C).norm() / C.norm()) < rounding
+    return C
+
+
+def test_a_given_folder_then_the_checkpoint_s_then_the_user_s(seed: int, tmp_path: Path, cache: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    wanted = [
+        keep(folder, rows(seed + i, 200, D)) for i, folder in enumerate((cache, checkpoint / "statistics", tmp_path))
+    ]
+    assert torch.equal(loads(), wanted[0].finalize())
+    parts.model.config._name_or_path = str(checkpoint)  # type: ignore[union-attr]
+    checkpoint.mkdir(exist_ok=True)
+    assert torch.equal(loads(), wanted[1].finalize())
+    assert torch.equal(loads(tmp_path), wanted[2].finalize())
+    keep(checkpoint / "statistics", rows(seed + 3, 200, D), of="of an edited model")
+    assert torch.equal(loads(), wanted[0].finalize())  # another model's are passed over where others fit
+    with pytest.raises(ModelError, match="no statistics"):
+        loads(tmp_path / "empty")  # a given folder is the only one
+
+
+def test_all_spellings_of_a_projection_are_one(seed: int, tmp_path: Path) -> None:
+    keep(tmp_path, rows(seed, 200, D))
+    for module in ("down_proj", "mlp.down_proj", "model.layers.1.mlp.down_proj"):
+        load_covariance(parts, OURS, 1, module, directory=tmp_path)
+    assert statistics_path(parts, tmp_path, 2, "mlp.up_proj").name == "2.mlp.up_proj.safetensors"
+
+
+def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr("fastedit.statistics.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
+            return load_factor(parts, OURS, 1, directory=tmp_path)
+
+    keep(tmp_path, rows(seed, 200, D))
+    first = load_factor(parts, OURS, 1, directory=tmp_path)
+    assert torch.equal(kept(), first)
+    keep(tmp_path, rows(seed + 1, 200, D))
+    loads(tmp_path)
+    second = kept()
+    assert not torch.equal(second, first)
+    whole = (tmp_path / FACTOR).read_bytes()
+    for damaged in (whole[:-9], b"", whole.replace(b"factor-1", b"factor-0")):
+        (tmp_path / FACTOR).write_bytes(damaged)
+        loads(tmp_path)
+        assert torch.equal(kept(), second)
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(
+    seed: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path / "read-only", rows(seed, 200, D))
+    plain = os.replace
+    for writable, kept in ((cache, [cache]), (tmp_path / "nothing", [])):
+        (cache / FACTOR).unlink(missing_ok=True)
+
+        def refuse(source: Any, target: Path, writable: Path = writable) -> None:
+            if target.parent != writable:
+                raise PermissionError("Permission denied")
+            plain(source, target)
+
+        monkeypatch.setattr(os, "replace", refuse)
+        loads(tmp_path / "read-only")
+        assert [path.parent for path in tmp_path.rglob("*factor*")] == kept
+        loads(tmp_path / "read-only")
+
+
+def test_missing_statistics_are_told_with_the_command(tmp_path: Path) -> None:
+    parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match=r"fastedit covariance org/name --text FILE --layers 1,2,3$"):
+        require_statistics(parts, OURS, [1, 2, 3])
+    with pytest.raises(ModelError, match=f"--layers 2 --module up_proj --output {tmp_path}$"):
+        load_factor(parts, OURS, 2, "up_proj", directory=tmp_path)
+    with pytest.raises(ModelError, match="layer 9 does not exist"):
+        load_factor(parts, OURS, 9)
+
+
+def test_only_the_layers_without_statistics_are_named(seed: int, tmp_path: Path) -> None:
+    keep(tmp_path, rows(seed, 200, D), layer=2)
+    with pytest.raises(ModelError, match="--layers 1,3"):
+        require_statistics(parts, OURS, [1, 2, 3], directory=tmp_path)
+    require_statistics(parts, OURS, [2], directory=tmp_path)
+
+
+def test_statistics_of_another_model_only_unchecked(seed: int, tmp_path: Path) -> None:
+    keep(tmp_path, rows(seed, 200, D), of="0123")
+    for call in (load_factor, load_covariance):
+        with pytest.raises(ModelError, match="fingerprint 0123"):
+            call(parts, OURS, 1, directory=tmp_path)
+        with pytest.warns(RuntimeWarning, match="another model"):
+            call(parts, OURS, 1, directory=tmp_path, unchecked=True)
+    keep(tmp_path, rows(seed, 200, D - 1))
+    for unchecked in (False, True):
+        with pytest.raises(ModelError, match="width 55, layer 1 down_proj reads 56"):
+            load_factor(parts, OURS, 1, directory=tmp_path, unchecked=unchecked)
+
+
+def test_too_few_tokens_only_unchecked_and_never_kept(seed: int, tmp_path: Path) -> None:
+    keep(tmp_path, rows(seed, D - 1, D))
+    for call in (load_factor, load_covariance):
+        with pytest.raises(ModelError, match="55 tokens, fewer than its width 56"):
+            call(parts, OURS, 1, directory=tmp_path)
+        with pytest.warns(RuntimeWarning, match="55 tokens"):
+            call(parts, OURS, 1, directory=tmp_path, unchecked=True)
+    with pytest.raises(ModelError, match="fewer than"):  # what unchecked made is not taken from a file now
+        load_factor(parts, OURS, 1, directory=tmp_path)
+
+
+def test_what_is_not_positive_definite_is_named(seed: int, tmp_path: Path) -> None:
+    x = rows(seed, 300, D)
+    x[:, 7] = 0
+    keep(tmp_path, x)
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"1\.down_proj\.safetensors: .*not positive definite: dimension 7"):
+            load_factor(parts, OURS, 1, directory=tmp_path)
+        load_covariance(parts, OURS, 1, directory=tmp_path)  # AlphaEdit wants exactly such directions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keep(tmp_path, rows(seed, 300, D), dtype=torch.float32)
+        load_factor(parts, OURS, 1, directory=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stats/{model}/wikipedia_stats/1_float32_mom2_100000.npz",
+        "stats/{model}/wikipedia_stats/model.layers.1.mlp.down_proj_float32_mom2_t512_100000.npz",
+        "stats/wikipedia_stats/model.layers.1.mlp.down_proj_float32_mom2.npz",
+        "stats/1_float64_mom2_20.npz",
+    ],
+)
+@pytest.mark.parametrize("model", ["org_name", "name"])
+def test_published_trees_are_read(name: str, model: str, seed: int, tmp_path: Path) -> None:
+    parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
+    path = tmp_path / name.format(model=model)
+    path.parent.mkdir(parents=True)
+    wanted = made(rows(seed, 300, D))
+    wanted.save_npz(path)
+    for other in (
+        "11_float32_mom2_100000.npz",
+        "model.layers.1.mlp.up_proj_float32_mom2_100000.npz",
+        "1_float32_mean_9.npz",
+    ):
+        made(rows(seed, 300, 32)).save_npz(path.with_name(other))
+    C = loads(tmp_path / "stats", FP32)
+    torch.testing.assert_close(C, wanted.finalize(), rtol=0, atol=1e-6 * float(C.max()))
+    made(rows(seed + 1, 300, D)).save_npz(path)
+    assert not torch.allclose(loads(tmp_path / "stats", FP32), C)  # the factor beside it belongs to the old one
+    made(rows(seed, 300, D)).save_npz(path.with_name("1_float32_mom2_50.npz"))
+    with pytest.raises(ModelError, match="several statistics of layer 1"):
+        loads(tmp_path / "stats", FP32)
+
+
+def test_published_files_of_another_width_are_refused(seed: int, tmp_path: Path) -> None:
+    made(rows(seed, 300, D + 1)).save_npz(tmp_path / "1_float32_mom2_100000.npz")
+    with pytest.raises(ModelError, match="of width 57, the projection reads 56"):
+        loads(tmp_path)
+
+
+# The command
+
+
+def call(*args: Any) -> Result:
+    with torch.random.fork_rng():
+        return CliRunner().invoke(cli.app, ["covariance", *map(str, args)])
+
+
+def fails(*args: Any) -> str:
+    result = call(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def world() -> Topology:
+    from transformers import AutoModelForCausalLM
+
+    return topology(AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "world.txt").write_text("\n\n".join(World().prose(60)))
+    return tmp_path / "world.txt"
+
+
+SMALL = ("--dtype", "float32", "--batch-tokens", 512)
+
+
+def test_the_command_makes_what_editing_looks_for_and_goes_on(
+    text: Path, world: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (checkpoint_path(), "--text", text, "--layers", "1-2,5", *SMALL)
+    first = call(*arguments, "--tokens", 1000)
+    assert first.exit_code == 0, first.stderr
+    mark = fingerprint(world.model)
+    where = user_directory(mark)
+    assert "down_proj of layers 1,2,5: " in first.stdout
+    assert first.stdout.rstrip().endswith(f"written to {where}")
+    assert sorted(os.listdir(where)) == [f"{layer}.down_proj.safetensors" for layer in (1, 2, 5)]
+    load_factor(world, mark, 5, directory=where)
+    before = read(where)
+    assert "there already" in call(*arguments, "--tokens", 1000).stdout
+    assert read(where) == before
+    whole = call(*arguments)
+    assert whole.exit_code == 0, whole.stderr
+    found = StreamingCovariance.load(where / "5.down_proj.safetensors")
+    assert found.count > 1500
+    elsewhere = call(*arguments, "--output", tmp_path / "alone")
+    assert elsewhere.exit_code == 0
+    alone = StreamingCovariance.load(tmp_path / "alone" / "5.down_proj.safetensors")
+    assert torch.equal(found.finalize(), alone.finalize())
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if "factor" not in path.name}
+
+
+def test_the_command_tells_of_convergence_and_of_too_little_text(text: Path, tmp_path: Path) -> None:
+    arguments = (checkpoint_path(), "--text", text, "--layers", 1, *SMALL, "--output", tmp_path / "out")
+    few = call(*arguments, "--tokens", 100)
+    assert "fewer than the width 704" in few.stderr
+    ended = call(*arguments, "--until-converged")
+    assert "changed C by" in ended.stderr
+    assert "not converged" in ended.stderr
+
+
+def test_bad_input_is_told_before_the_model_is_loaded(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "file").write_text("x")
+    good = ("no model", "--text", text, "--layers", "1")
+    assert "--layers 3-1" in fails("no model", "--text", text, "--layers", "3-1")
+    assert "is empty" in fails("no model", "--text", tmp_path / "empty.txt", "--layers", "1")
+    assert "No such file" in fails("no model", "--text", tmp_path / "none.txt", "--layers", "1")
+    assert "cannot be written" in fails(*good, "--output", tmp_path / "file")
+    assert "--tokens" in fails(*good, "--tokens", 0)
+    assert "layer 99 does not exist" in fails(checkpoint_path(), "--text", text, "--layers", "99")
+
+
+def test_ctrl_c_says_how_to_go_on(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastedit.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = call(checkpoint_path(), "--text", text, "--layers", 1, *SMALL)
+    assert result.exit_code == 1
+    assert "goes on where" in result.stderr
+
+
+def test_documents_come_from_plain_text_and_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n one\ntwo\n\n \n\nthree", "utf-8")
+    assert list(read_documents(path)) == ["one\ntwo", "three"]
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "ä\\nb", "body": "x"}\n\n{"text": "", "body": "y"}\n', "utf-8")
+    assert list(read_documents(path)) == ["ä\nb", ""]
+    assert list(read_documents(path, "body")) == ["x", "y"]
+    for line, message in (("[]", "no text in the field 'text'"), ("{", "no JSON"), ('{"text": 3}', "no text")):
+        path.write_text(json.dumps({"text": "a"}) + "\n" + line)
+        with pytest.raises(RequestError, match=f"line 2 .*{message}"):
+            list(read_documents(path))
+    path.write_bytes(b'{"text": "a"}\n\xff')
+    with pytest.raises(RequestError, match="UTF-8"):
+        list(read_documents(path))
+
+
+def test_the_fact_world_ships_with_its_own(world: Topology) -> None:
+    mark = fingerprint(world.model)
+    shipped = sorted(path for path in (checkpoint_path() / "statistics").glob("*_proj.safetensors"))
+    assert shipped
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in shipped:
+            layer = int(path.name.partition(".")[0])
+            found = StreamingCovariance.load(path)
+            assert (found.metadata["fingerprint"], found.dim) == (mark, world.input_width(layer, "down_proj"))
+            assert found.count >= 10 * found.dim
+            load_covariance(world, mark, layer)
+            load_factor(world, mark, layer)
+
+
+def test_the_fact_world_s_text_is_tokenized_as_in_training() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    both = zip(World().documents(3, curriculum=False), documents(3), strict=True)
+    for spans, text in itertools.islice(both, 200):
+        pieces = [tokenizer.encode(span.text, add_special_tokens=False) for span in spans]
+        assert tokenizer.encode(text) == [tokenizer.bos_token_id, *(t for piece in pieces for t in piece)]
+
+
+def test_the_fact_world_s_statistics_are_made_by_one_command(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fastedit.demo.statistics",
+        "--tokens",
+        "800",
+        "--layers",
+        "1",
+        "--output",
+        tmp_path,
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    found = StreamingCovariance.load(tmp_path / "1.down_proj.safetensors")
+    assert found.count >= 800
+    assert found.stored == torch.float32
