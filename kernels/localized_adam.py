@@ -7,9 +7,9 @@
     w ← min(max(w, origin − bound), origin + bound)
 
 For a weight stored [out, in], A is the gradient of the outputs and B the inputs; for one stored [in, out], the reverse.
-A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile in slices of
-columns, so that w, m and v of one slice at a time share the registers with D. Tiles are visited in columns
-of GROUP tiles, so that their A and B stay in L2; w, m and v pass through it once and are marked to leave first.
+A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile an eighth of its
+columns after the other, so that w, m and v of one eighth at a time share the registers with D. Tiles are visited in
+columns of GROUP tiles, so that their A and B stay in L2; w, m and v pass through it once and are marked to leave first.
 
 bf16 is rounded by bit arithmetic: to the 16 bits that are dropped, half a unit is added (to nearest) or random bits
 (stochastic), which Philox makes from the seed as key and (row, column // 8, t, which tensor) as counter, eight at once.
@@ -33,10 +33,10 @@ class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_T: int
-    SLICE: int  # columns of the tile that are updated at once
     GROUP: int  # tiles in a column of the order in which tiles are visited
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 @triton.jit
@@ -79,51 +79,40 @@ def _load(pointer, row, column, stride, mask):
 @triton.jit
 def _update(
     d, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
-    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Update rows row [HEIGHT] and WIDTH columns from `first` on by their gradient d, SLICE columns at a time."""
-    if WIDTH > SLICE:
-        left, right = _halves(d, HEIGHT, WIDTH)
-        _update(
-            left, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
-            DECOUPLED, STOCHASTIC, HEIGHT, WIDTH // 2, SLICE,
-        )  # fmt: skip
-        _update(
-            right, row, first + WIDTH // 2, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
-            DECOUPLED, STOCHASTIC, HEIGHT, WIDTH // 2, SLICE,
-        )  # fmt: skip
+    """Update `row` and the WIDTH columns from `first` on by their gradient d."""
+    w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr = pointers
+    w_row, m_row, v_row, copy_row, origin_row = strides
+    lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
+    column = first + tl.arange(0, WIDTH)
+    mask = (row < M)[:, None] & (column < N)[None, :]
+    line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
+    w_at, w = _load(w_ptr, row, column, w_row, mask)
+    g = d * clip
+    if DECOUPLED:
+        w *= 1 - lr * decay
     else:
-        w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr = pointers
-        w_row, m_row, v_row, copy_row, origin_row = strides
-        lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
-        column = first + tl.arange(0, WIDTH)
-        mask = (row < M)[:, None] & (column < N)[None, :]
-        line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
-        w_at, w = _load(w_ptr, row, column, w_row, mask)
-        g = d * clip
-        if DECOUPLED:
-            w *= 1 - lr * decay
-        else:
-            g += decay * w
-        if m_ptr is None:
-            w -= lr * g
-        else:
-            m_at, m = _load(m_ptr, row, column, m_row, mask)
-            v_at, v = _load(v_ptr, row, column, v_row, mask)
-            m = beta1 * m + rest1 * g
-            v = beta2 * v + rest2 * g * g
-            _store(m_at, m, mask, seed, step, line, eighth, 1, STOCHASTIC)
-            _store(v_at, v, mask, seed, step, line, eighth, 2, STOCHASTIC)
-            w -= step_size * m / (tl.sqrt(v) * root + eps)
-        if origin_ptr is not None:
-            _, origin = _load(origin_ptr, row, column, origin_row, mask)
-            low, high = origin - bound, origin + bound
-            if w_ptr.dtype.element_ty == tl.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
-                low, high = _bf16_toward(low, True), _bf16_toward(high, False)
-            w = tl.minimum(tl.maximum(w, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
-        _store(w_at, w, mask, seed, step, line, eighth, 0, STOCHASTIC)
-        if copy_ptr is not None:
-            _store(copy_ptr + row[:, None] * copy_row + column[None, :], w, mask, seed, step, line, eighth, 0, False)
+        g += decay * w
+    if m_ptr is None:
+        w -= lr * g
+    else:
+        m_at, m = _load(m_ptr, row, column, m_row, mask)
+        v_at, v = _load(v_ptr, row, column, v_row, mask)
+        m = beta1 * m + rest1 * g
+        v = beta2 * v + rest2 * g * g
+        _store(m_at, m, mask, seed, step, line, eighth, 1, STOCHASTIC)
+        _store(v_at, v, mask, seed, step, line, eighth, 2, STOCHASTIC)
+        w -= step_size * m / (tl.sqrt(v) * root + eps)
+    if origin_ptr is not None:
+        _, origin = _load(origin_ptr, row, column, origin_row, mask)
+        low, high = origin - bound, origin + bound
+        if w_ptr.dtype.element_ty == tl.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
+            low, high = _bf16_toward(low, True), _bf16_toward(high, False)
+        w = tl.minimum(tl.maximum(w, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
+    _store(w_at, w, mask, seed, step, line, eighth, 0, STOCHASTIC)
+    if copy_ptr is not None:
+        _store(copy_ptr + row[:, None] * copy_row + column[None, :], w, mask, seed, step, line, eighth, 0, False)
 
 
 @triton.jit(do_not_specialize=["T", "step", "seed"])
@@ -132,7 +121,7 @@ def localized_adam_kernel(
     T, M, N, a_row, a_col, b_row, b_col, w_row, m_row, v_row, copy_row, origin_row, step, seed,
     lr, beta1, rest1, beta2, rest2, log_beta1, log_beta2, eps, decay, bound,
     DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, SLICE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The module's formula on the tile of this program; `step` is t, a number or a pointer to one."""
     if skip_ptr is not None:  # noqa: SIM102  # decided when compiling
@@ -165,28 +154,37 @@ def localized_adam_kernel(
     step_size = (lr / (1 - tl.exp(t * tl.cast(log_beta1, tl.float64)))).to(tl.float32)
     root = (1 / tl.sqrt(1 - tl.exp(t * tl.cast(log_beta2, tl.float64)))).to(tl.float32)
     clip = 1.0 if clip_ptr is None else tl.load(clip_ptr)
-    _update(
-        d, row, first, M, N,
-        (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row),
-        (lr, beta1, rest1, beta2, rest2, eps, decay, bound), clip, t, step_size, root, seed,
-        DECOUPLED, STOCHASTIC, BLOCK_M, BLOCK_N, SLICE,
-    )  # fmt: skip
+    left, right = _halves(d, BLOCK_M, BLOCK_N)
+    first_quarter, second_quarter = _halves(left, BLOCK_M, BLOCK_N // 2)
+    third_quarter, last_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
+    parts = _halves(first_quarter, BLOCK_M, BLOCK_N // 4) + _halves(second_quarter, BLOCK_M, BLOCK_N // 4)
+    parts += _halves(third_quarter, BLOCK_M, BLOCK_N // 4) + _halves(last_quarter, BLOCK_M, BLOCK_N // 4)
+    for i in tl.static_range(8):
+        _update(
+            parts[i], row, first + i * (BLOCK_N // 8), M, N,
+            (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row),
+            (lr, beta1, rest1, beta2, rest2, eps, decay, bound), clip, t, step_size, root, seed,
+            DECOUPLED, STOCHASTIC, BLOCK_N // 8,
+        )  # fmt: skip
 
 
-def config_for(dtype: torch.dtype, allow_tf32: bool, target: GPUTarget | None) -> Config:
-    """The tiles for products of this dtype on a target, None for the interpreter.
+def config_for(dtype: torch.dtype, allow_tf32: bool, lean: bool, target: GPUTarget | None) -> Config:
+    """The tiles for products of this dtype on a target; None is the interpreter.
 
-    128 × 128 and eight warps: D takes 64 registers a thread, and a slice of 16 columns leaves the whole at 128 where
-    weights are bf16, so that two programs share a multiprocessor and one loads while the other multiplies. fp32 has no
-    tensor cores on NVIDIA's; it takes four warps of 8 × 8 tiles a thread.
+    128 × 128 on eight warps: D takes 64 registers a thread, and an eighth of w, m and v beside it fits in the 128 that
+    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `lean`:
+    with no origin, and M and N multiples of 16; otherwise it would spill.
+    fp32 has no tensor cores on NVIDIA's: half the tile on four warps, 8 × 8 products a thread.
     """
     if target is None:
-        return Config(64, 64, 64, 16, 16, 4, 1)
+        return Config(64, 64, 64, 16, 4, 1)
     cuda = target.backend == "cuda"
-    if dtype == torch.float32 and not allow_tf32:
-        return Config(128, 64, 16, 16, 16, 4, 3 if cuda else 2)
-    block_t = 64 if cuda and target.arch >= 90 and dtype != torch.float32 else 32
-    return Config(128, 128, block_t, 16, 16, 8, 3 if cuda else 2)
+    stages = 3 if cuda else 2
+    if dtype == torch.float32:
+        return Config(128, 128, 32, 16, 8, stages) if allow_tf32 else Config(64, 128, 16, 16, 4, stages)
+    hopper = cuda and target.arch // 10 == 9
+    block_t = 64 if cuda and target.arch >= 90 else 32
+    return Config(128, 128, block_t, 16, 8, stages, 128 if hopper and lean else None)
 
 
 def localized_adam_(
@@ -220,7 +218,8 @@ def localized_adam_(
     interpreted = triton.knobs.runtime.interpret
     if config is None:
         target = None if interpreted else triton.runtime.driver.active.get_current_target()
-        config = config_for(a.dtype, allow_tf32, target)
+        config = config_for(a.dtype, allow_tf32, original is None and M % 16 == N % 16 == 0, target)
+    meta = {name: value for name, value in config._asdict().items() if value is not None}
     rows = [0 if x is None else x.stride(0) for x in (weight, exp_avg, exp_avg_sq, copy, original)]
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
     with torch.cuda.device_of(weight):
@@ -229,5 +228,5 @@ def localized_adam_(
             T, M, N, *a.stride(), *b.stride(), *rows, step, seed or 0,
             lr, betas[0], 1 - betas[0], betas[1], 1 - betas[1], *logs, eps, weight_decay, max_change,
             DECOUPLED=decoupled, STOCHASTIC=seed is not None, PRECISION="tf32" if allow_tf32 else "ieee",
-            UPCAST=interpreted, enable_fp_fusion=True, **config._asdict(),
+            UPCAST=interpreted, enable_fp_fusion=True, **meta,
         )  # fmt: skip

@@ -7,8 +7,12 @@ import random
 import secrets
 from collections.abc import Callable
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+import pytest
 from tiny_models import VOCAB
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel

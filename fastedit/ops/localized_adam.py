@@ -79,16 +79,18 @@ def localized_adam_(
     a, b = grad_output.to(dtype), input.to(dtype)
     strided = not all(x.stride(1) == 1 or x.shape[1] == 1 for x in given.values())
     if strided and all(x.stride(0) == 1 or x.shape[0] == 1 for x in given.values()):  # stored [in, out]
-        a, b, strided = b, a, False
-        weight, exp_avg, exp_avg_sq, original, copy = (None if x is None else x.T for x in matrices.values())
+        a, b, weight, strided = b, a, weight.T, False
+        exp_avg, exp_avg_sq, original, copy = (
+            None if x is None else x.T for x in (exp_avg, exp_avg_sq, original, copy)
+        )
     taken = choose(
         "localized_adam_", backend, device=weight.device, dtype=dtype, T=len(a), strided=strided, tf32=allow_tf32
     )
     serve = _reference
     if taken == "triton":
-        from fastedit.kernels import localized_adam as kernel
+        from fastedit.kernels.localized_adam import localized_adam_ as launch
 
-        serve = partial(kernel.localized_adam_, allow_tf32=allow_tf32)
+        serve = partial(launch, allow_tf32=allow_tf32)
     serve(
         weight,
         a,
@@ -153,7 +155,9 @@ def _reference(
         if weight.dtype == torch.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
             low, high = _bf16_toward(low, math.inf), _bf16_toward(high, -math.inf)
         w = w.maximum(low).minimum(high)
-    new += [(weight, w, 0)] + [(copy, w, None)] * (copy is not None)
+    new.append((weight, w, 0))
+    if copy is not None:
+        new.append((copy, w, None))
     for stored, value, number in new:
         if stored.dtype == torch.bfloat16 and seed is not None and number is not None:
             noise = _random_halves(stored.shape, seed, step, number, stored.device)

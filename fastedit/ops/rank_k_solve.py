@@ -17,6 +17,7 @@ from torch.linalg import cholesky_ex, solve_triangular
 from torch.nn.functional import normalize, pad
 
 from fastedit.errors import ConfigError, EditError, ModelError
+from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 Constraint = Literal["least-squares", "equality"]
 DUPLICATE = 1e-6
@@ -47,7 +48,13 @@ class DependentKeysError(EditError):
 
 @torch.no_grad()
 def rank_k_update(
-    keys: Tensor, residuals: Tensor, cov_factor: Tensor, *, ridge: float, constraint: Constraint = "least-squares"
+    keys: Tensor,
+    residuals: Tensor,
+    cov_factor: Tensor,
+    *,
+    ridge: float,
+    constraint: Constraint = "least-squares",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The update ΔW = left @ right that writes residuals at keys and preserves outputs on C's distribution.
 
@@ -62,6 +69,7 @@ def rank_k_update(
         cov_factor: L [d, d], lower (the rest is not read), from `factor_covariance`; keep it in fp64.
         ridge: λ of MEMIT, α of EMMET; > 0, or ≥ 0 for equality.
         constraint: what is asked of the new pairs.
+        backend: see `fastedit.ops.registry`; ConfigError if it cannot serve.
 
     Returns:
         (left [h, k], right [k, d]) with k = min(N, d), in the dtype of residuals; [B, …] for a batch. Inside, all is
@@ -77,11 +85,12 @@ def rank_k_update(
         raise ConfigError(f'constraint is {constraint!r}; take "least-squares" or "equality"')
     _check_ridge(ridge, "ridge", zero=constraint == "equality")
     rows, values, factor = _checked(keys, residuals, cov_factor)
+    taken = _choose(backend, rows, rows.shape[-1], ridge)
     white = _whiten(rows, factor)
     if ridge == 0:  # a factorization shifted by the limit tells whether any eigenvalue is below it
         unit = normalize(white, dim=-1)
         _cholesky(_plus_diagonal(unit @ unit.mT, -DEPENDENT), white)
-    left, right = _update(white, values, factor, ridge)
+    left, right = _update(white, values, factor, ridge, taken)
     if ridge == 0:  # ΔW K = R to the last digits: left from what right is at the keys, rounding included
         left = torch.linalg.solve(rows @ right.mT, values).mT
     return left.to(residuals.dtype), right.to(residuals.dtype)
@@ -89,7 +98,13 @@ def rank_k_update(
 
 @torch.no_grad()
 def null_space_update(
-    keys: Tensor, residuals: Tensor, basis: Tensor, previous: Tensor | None = None, *, l2: float
+    keys: Tensor,
+    residuals: Tensor,
+    basis: Tensor,
+    previous: Tensor | None = None,
+    *,
+    l2: float,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """AlphaEdit's update, in the null space of C, where nothing is that must be preserved.
 
@@ -103,6 +118,7 @@ def null_space_update(
         previous: UᵀCpU [r, r], the sum of (Uᵀk)(Uᵀk)ᵀ over keys written before; None for none, then nothing r×r is
             factored. `SequentialSolver(torch.eye(r), l2)` on keys @ U keeps that sum for a stream.
         l2: weight of ‖ΔW‖², > 0.
+        backend: as in `rank_k_update`.
 
     Returns:
         (left [h, k], right [k, d]) with k = min(N, r), in the dtype of residuals; [B, …] for a batch.
@@ -122,7 +138,8 @@ def null_space_update(
         if info:
             raise EditError("previous is no sum of squares of keys: l2·I + previous is not positive definite")
     rows, values, _ = _checked(keys, residuals)
-    left, right = _update(_whiten(rows @ U, factor), values, factor, l2 if factor is None else 1.0)
+    taken = _choose(backend, rows, r, l2)
+    left, right = _update(_whiten(rows @ U, factor), values, factor, l2 if factor is None else 1.0, taken)
     return left.to(residuals.dtype), (right @ U.T).to(residuals.dtype)
 
 
@@ -264,14 +281,36 @@ def find_dependent(
     return _groups(normalize(_whiten(rows, factor), dim=-1), duplicate, dependent)
 
 
-def _update(rows: Tensor, values: Tensor, factor: Tensor | None, ridge: float) -> tuple[Tensor, Tensor]:
+def _update(
+    rows: Tensor, values: Tensor, factor: Tensor | None, ridge: float, taken: str = "torch"
+) -> tuple[Tensor, Tensor]:
     """left = R G⁻ᵀ [h, k] and right = G⁻¹ Yᵀ L⁻¹ [k, d] of whitened keys Yᵀ [N, d], G Gᵀ = YᵀY + ridge·I."""
     n, d = rows.shape[-2:]
+    if taken == "triton" and (solved := _fused(rows, values, ridge)):
+        return solved[0].mT, _whiten(solved[1], factor, back=True)
     if n <= d:
         root, part = _orthogonal(rows, ridge, rows)
         return solve_triangular(root, values, upper=False).mT, _whiten(part, factor, back=True)
     root, part = _orthogonal(rows.mT, ridge, rows)  # the d×d form R Y (Y Yᵀ + ridge·I)⁻¹ L⁻¹
     return (part @ values).mT, _whiten(_inverse(root), factor, back=True)
+
+
+def _fused(rows: Tensor, values: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
+    """G⁻¹ Rᵀ [N, h] and G⁻¹ Yᵀ [N, d] by the kernel; None where it finds no factor, for torch to name the keys.
+
+    In fp64: after whitening the system's condition number is up to 1 + ‖Y‖²/ridge, and fp32 would lose as much of its
+    seven digits. What is delicate is solved twice, as in `_orthogonal`: (Yᵀ | √ridge·I) is made orthonormal again.
+    """
+    from fastedit.kernels.rank_k_solve import rank_k_solve
+
+    d = rows.shape[-1]
+    if not _delicate(rows, ridge):
+        left, part, failed = rank_k_solve(rows, values, ridge)
+        return None if failed.any() else (left, part)
+    tail = _plus_diagonal(rows.new_zeros(*rows.shape[:-1], rows.shape[-2]), math.sqrt(ridge))
+    left, part, failed = rank_k_solve(torch.cat((rows, tail), -1), values, 0.0)
+    left, part, again = rank_k_solve(part, left, 0.0)
+    return None if (failed + again).any() else (left, part[..., :d])
 
 
 def _orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,3 +435,31 @@ def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
     """Adds to the diagonal, in place."""
     matrix.diagonal(dim1=-2, dim2=-1).add_(value)
     return matrix
+
+
+def _choose(backend: Backend, rows: Tensor, width: int, ridge: float) -> str:
+    (N, _), B = rows.shape[-2:], rows.shape[:-2].numel()
+    device, zero = rows.device, int(ridge == 0)
+    return choose("rank_k_update", backend, device=device, dtype=rows.dtype, B=B, N=N, d=width, zero=zero)
+
+
+def _cannot(call: Call) -> str | None:
+    N, d = call.sizes.get("N", 1), call.sizes.get("d", 1)
+    if reason := no_triton(call):
+        return reason
+    if call.sizes.get("zero"):
+        return "ridge is 0, where left is solved for anew"
+    if not 1 <= N <= 128:
+        return f"N = {N} is not from 1 to 128"
+    return None if d >= N else f"N = {N} is above d = {d}, where the system is d×d"
+
+
+def _slower(call: Call) -> str | None:
+    if reason := only_interpreted(call):
+        return reason
+    # estimates, not measured: cuSOLVER has no batch to share below some tens of groups, and wins as N grows
+    B, N = call.sizes.get("B", 64), call.sizes.get("N", 64)
+    return None if B >= 64 and N <= 64 else f"B = {B} groups of N = {N}: it is for 64 groups or more, and N up to 64"
+
+
+register("rank_k_update", Option("triton", _cannot, _slower))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -74,7 +74,7 @@ def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: t
         name = f"{VARIABLE}={wanted}"
         if wanted not in get_args(Backend):
             raise ConfigError(f"{name}: there is no such backend; set one of {', '.join(get_args(Backend))}")
-        backend = cast(Backend, wanted) if wanted in options else "auto"
+        backend = wanted if wanted in options else "auto"
     if backend == "auto":
         return next(o.backend for o in options.values() if not (o.cannot(call) or o.slower(call)))
     if backend not in options:

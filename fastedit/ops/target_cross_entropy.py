@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
+
 _CHUNK_LOGITS = 1 << 23
 """Logits alive at once (32 MiB in fp32), in one buffer that all chunks share."""
 
@@ -19,6 +21,7 @@ def target_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     per_row: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the negative log-likelihoods of the labels, and its gradient in the hidden states.
 
@@ -33,11 +36,18 @@ def target_cross_entropy(
         bias: [V] or None.
         softcap: c of cap(z) = c·tanh(z/c); None for no cap.
         per_row: give the terms of the sum, for callers that watch parts of a batch.
+        backend: see `fastedit.ops.registry`; ConfigError if it cannot serve.
 
     Returns:
         (loss [], or [R] with per_row, fp32; grad_hidden [R, h], dtype of hidden). Both on the device of
         hidden, without a sync.
     """
+    R, V = len(hidden), len(head_weight)
+    if choose("target_cross_entropy", backend, device=hidden.device, dtype=hidden.dtype, R=R, V=V) == "triton":
+        from fastedit.kernels.target_cross_entropy import target_cross_entropy as kernel
+
+        losses, grad = kernel(hidden, head_weight, labels, sample_weight, bias=bias, softcap=softcap)
+        return losses if per_row else losses.sum(), grad
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden)
     chunk = max(1, _CHUNK_LOGITS // len(head_weight))
@@ -65,3 +75,22 @@ def target_cross_entropy(
             z *= slope
         grad[r] = (z.to(hidden.dtype) @ head_weight) * weight[:, None]
     return losses if per_row else losses.sum(), grad
+
+
+def _cannot(call: Call) -> str | None:
+    served = call.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return no_triton(call) or (None if served else f"hidden is {call.dtype}, not bfloat16, float16 or float32")
+
+
+def _slower(call: Call) -> str | None:
+    if reason := only_interpreted(call):
+        return reason
+    if call.dtype == torch.float32:
+        return "fp32 products take three passes on tensor cores"
+    # estimates, not measured: torch reads the head twice a chunk, the kernel twice a call and in many more launches
+    if 0 < call.sizes.get("R", 0) * call.sizes.get("V", 0) <= _CHUNK_LOGITS:
+        return f"R·V is at most {_CHUNK_LOGITS}, one chunk for torch"
+    return None
+
+
+register("target_cross_entropy", Option("triton", _cannot, _slower))

@@ -1,0 +1,218 @@
+"""Ridge solves of many small groups at once: N rows each, N at most 128, much wider than high.
+
+    S = ridge·I + Y Yᵀ = G Gᵀ        left = G⁻¹ R,  right = G⁻¹ Y,  so that  leftᵀ right = Rᵀ (ridge·I + Y Yᵀ)⁻¹ Y
+
+`_gram` forms S in parts of some columns of Y each, so that few groups fill a GPU too. `_invert` adds the parts of one
+group and turns them into G⁻¹ in registers: elimination without pivoting, which a positive definite S has no need of,
+takes S = M D Mᵀ to D in N steps and I to M⁻¹. M⁻¹ grows column by column where those of S vanish, so that one tile
+[N, N] holds both, and G⁻¹ = D^(−½) M⁻¹. `_apply` multiplies tiles of Y, then R, by it. No atomics: the same inputs give
+the same bits. Products of fp64 run on tensor cores where there are such; those of fp32 do not, for they would be tf32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+DTYPES = (torch.float32, torch.float64)
+MOST = 128
+"""Largest N: S [N, N] has to stay in registers."""
+_SPAN = 512  # least columns of a part of S
+
+
+class Config(NamedTuple):
+    """Tiles and launch options for one N, chosen by `config_for`."""
+
+    BLOCK_N: int
+    SIZE: int  # rows that are eliminated at once: BLOCK_N or its half
+    BLOCK_K: int  # columns of Y that `_gram` takes at once
+    BLOCK_C: int  # columns of Y or R that a program of `_apply` owns
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gram(
+    white, system,
+    N, d, span, group, row, col,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Y Yᵀ over the `span` columns of one program of a group."""
+    b, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, k = tl.arange(0, BLOCK_N), part * span + tl.arange(0, BLOCK_K)
+    at = white + b * group + i.to(tl.int64)[:, None] * row + k.to(tl.int64)[None, :] * col
+    sum = tl.zeros((BLOCK_N, BLOCK_N), white.dtype.element_ty)
+    for first in range(0, tl.minimum(span, d - part * span), BLOCK_K):
+        y = tl.load(at, mask=(i < N)[:, None] & (k < d - first)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
+        sum = tl.dot(y, tl.trans(y), sum, input_precision="ieee", out_dtype=white.dtype.element_ty)
+        at += BLOCK_K * tl.cast(col, tl.int64)
+    tile = (b * tl.num_programs(1) + part) * BLOCK_N * BLOCK_N
+    tl.store(system + tile + i[:, None] * BLOCK_N + i[None, :], sum)
+
+
+@triton.jit
+def _block(system, ridge, N, parts, r, c, BLOCK_N: tl.constexpr, SIZE: tl.constexpr):
+    """Rows from r on and columns from c on of one S; past N it is I."""
+    i, j = r + tl.arange(0, SIZE), c + tl.arange(0, SIZE)
+    a = tl.where(i[:, None] == j[None, :], tl.where(i < N, ridge, 1.0)[:, None], 0.0)
+    for part in range(parts):
+        a += tl.load(system + part * BLOCK_N * BLOCK_N + i[:, None] * BLOCK_N + j[None, :])
+    return a
+
+
+@triton.jit
+def _eliminate(a, diagonal, steps, eps):
+    """G⁻¹ of a = G Gᵀ [n, n] that is I past `steps`, and the number of pivots below eps times the diagonal."""
+    i = tl.arange(0, a.shape[0])
+    on_diagonal = i[:, None] == i[None, :]
+    for j in range(steps):
+        above = tl.sum(tl.where((i == j)[:, None], a, 0.0), 0)  # row j
+        column = tl.sum(tl.where((i == j)[None, :], a, 0.0), 1)
+        factor = tl.where(i > j, column / tl.sum(tl.where(i == j, above, 0.0), 0), 0.0)
+        # below the pivot column j of S has vanished, and is now that of M⁻¹, which starts with row j of I
+        a = tl.where((i > j)[:, None] & (i == j)[None, :], 0.0, a)
+        a -= factor[:, None] * tl.where(i == j, 1.0, above)[None, :]
+    pivots = _diagonal(a)
+    a = tl.where(on_diagonal, 1.0, tl.where(i[:, None] > i[None, :], a, 0.0)) / tl.sqrt(pivots)[:, None]
+    return a, tl.sum(tl.where(pivots > eps * diagonal, 0, 1), 0)
+
+
+@triton.jit
+def _diagonal(a):
+    i = tl.arange(0, a.shape[0])
+    return tl.sum(tl.where(i[:, None] == i[None, :], a, 0.0), 1)
+
+
+@triton.jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+
+
+@triton.jit(do_not_specialize=["N", "parts"])
+def _invert(
+    system, ridge, inverse, failed,
+    N, parts,
+    EPS: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """inverse = G⁻¹ of one group; failed = the number of pivots that only rounding has left.
+
+    By halves, S = (A, ·; C, D) has G⁻¹ = (G_A⁻¹, 0; −G_D⁻¹ W G_A⁻¹, G_D⁻¹) with W = C G_A⁻ᵀ, G_D G_Dᵀ = D − W Wᵀ.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    system, ridge = system + b * parts * BLOCK_N * BLOCK_N, tl.load(ridge + b)
+    a = _block(system, ridge, N, parts, 0, 0, BLOCK_N, SIZE)
+    a, bad = _eliminate(a, _diagonal(a), tl.minimum(N, SIZE), N * EPS)
+    i = tl.arange(0, SIZE)
+    at = inverse + b * BLOCK_N * BLOCK_N + i[:, None] * BLOCK_N + i[None, :]
+    tl.store(at, a)
+    if SIZE < BLOCK_N:
+        w = _dot(_block(system, ridge, N, parts, SIZE, 0, BLOCK_N, SIZE), tl.trans(a))
+        d = _block(system, ridge, N, parts, SIZE, SIZE, BLOCK_N, SIZE)
+        d, worse = _eliminate(d - _dot(w, tl.trans(w)), _diagonal(d), N - SIZE, N * EPS)
+        bad += worse
+        tl.store(at + SIZE * BLOCK_N + SIZE, d)
+        tl.store(at + SIZE * BLOCK_N, -_dot(d, _dot(w, a)))
+        tl.store(at + SIZE, tl.zeros_like(d))
+    tl.store(failed + b, bad)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _apply(
+    inverse, source, target,
+    N, width, group, row, col,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C columns of target = G⁻¹ source, of one group."""
+    b = tl.program_id(0).to(tl.int64)
+    i, k, c = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    g_at = inverse + b * BLOCK_N * BLOCK_N + i[:, None] * BLOCK_N + k[None, :]
+    at = source + b * group + k.to(tl.int64)[:, None] * row + c.to(tl.int64)[None, :] * col
+    sum = tl.zeros((BLOCK_N, BLOCK_C), source.dtype.element_ty)
+    for first in range(0, N, BLOCK_K):
+        y = tl.load(at, mask=(k < N - first)[:, None] & (c < width)[None, :], other=0.0)  # [BLOCK_K, BLOCK_C]
+        sum = tl.dot(tl.load(g_at), y, sum, input_precision="ieee", out_dtype=source.dtype.element_ty)
+        g_at += BLOCK_K
+        at += BLOCK_K * tl.cast(row, tl.int64)
+    at = target + (b * N + i)[:, None] * width + c[None, :]
+    tl.store(at, sum, mask=(i < N)[:, None] & (c < width)[None, :])
+
+
+def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """left = G⁻¹ R and right = G⁻¹ Y with G the lower Cholesky factor of ridge·I + Y Yᵀ, for each group.
+
+    All arithmetic is in the dtype given. An error of ε in S is one of ε·κ in leftᵀ right, κ ≤ 1 + ‖Y‖²/ridge.
+
+    Args:
+        white: Y [..., N, d] fp32 or fp64, any strides, 1 ≤ N ≤ 128. Rows of zeros pad smaller groups.
+        residuals: R [..., N, h], same dtype.
+        ridge: a number, or one for each group [...]; ≥ 0.
+
+    Returns:
+        (left [..., N, h], right [..., N, d], failed [...] int32): failed counts the pivots that rounding
+        alone has left, those not above N·eps of their diagonal; where it is not 0, left and right mean nothing. On the
+        device of white, without a sync.
+
+    Raises:
+        ValueError: a shape or dtype is none of these.
+    """
+    *groups, N, d = white.shape
+    h, dtype, device = residuals.shape[-1], white.dtype, white.device
+    if dtype not in DTYPES or residuals.dtype != dtype:
+        raise ValueError(f"white is {dtype}, residuals {residuals.dtype}; expected both float32 or both float64")
+    if not 1 <= N <= MOST or residuals.shape[:-1] != white.shape[:-1]:
+        raise ValueError(
+            f"white is {list(white.shape)}, residuals {list(residuals.shape)}; expected [..., N, d] and [..., N, h] "
+            f"with 1 ≤ N ≤ {MOST}"
+        )
+    B = math.prod(groups)
+    Y, R = white.reshape(B, N, d), residuals.reshape(B, N, h)
+    if not isinstance(ridge, Tensor):
+        ridge = torch.full((), ridge, dtype=dtype, device=device)  # in fp64 too, where a number would be fp32 in Triton
+    ridge = ridge.to(dtype).expand(groups).reshape(-1).contiguous()
+    right, left = torch.empty_like(Y, memory_format=torch.contiguous_format), R.new_empty(B, N, h)
+    failed = torch.empty(B, dtype=torch.int32, device=device)
+    if B == 0:
+        return left.view(*groups, N, h), right.view(*groups, N, d), failed.view(groups)
+    interpreted = triton.knobs.runtime.interpret
+    config = config_for(dtype, N, None if interpreted else triton.runtime.driver.active.get_current_target())
+    processors = 132 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
+    span = config.BLOCK_K * triton.cdiv(max(_SPAN, triton.cdiv(d * B, 4 * processors)), config.BLOCK_K)
+    parts = max(1, triton.cdiv(d, span))
+    system = Y.new_empty(B, parts, config.BLOCK_N, config.BLOCK_N)
+    inverse = Y.new_empty(B, config.BLOCK_N, config.BLOCK_N)
+    how = {"BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps, "enable_fp_fusion": True}
+    gram = how | {"BLOCK_K": config.BLOCK_K, "num_stages": config.num_stages}
+    invert = how | {"EPS": torch.finfo(dtype).eps, "SIZE": config.SIZE, "num_stages": 1}
+    stages = config.num_stages if config.BLOCK_N > 32 else 1  # one step of 32 has nothing to overlap with
+    apply = how | {"BLOCK_K": min(config.BLOCK_N, 32), "BLOCK_C": config.BLOCK_C, "num_stages": stages}
+    with torch.cuda.device_of(white):
+        _gram[B, parts](Y, system, N, d, span, *Y.stride(), **gram)
+        _invert[(B,)](system, ridge, inverse, failed, N, parts, **invert)
+        for source, target, width in ((Y, right, d), (R, left, h)):
+            if width:
+                grid = B, triton.cdiv(width, config.BLOCK_C)
+                _apply[grid](inverse, source, target, N, width, *source.stride(), **apply)
+    return left.view(*groups, N, h), right.view(*groups, N, d), failed.view(groups)
+
+
+def config_for(dtype: torch.dtype, N: int, target: GPUTarget | None) -> Config:
+    """The tiles for N rows on a target, None for the interpreter.
+
+    At fp64 halves keep the elimination within the registers; at fp32, where products are not on tensor cores, their
+    operands would take more of them than halves save.
+    """
+    block = max(16, triton.next_power_of_2(N))
+    return Config(
+        BLOCK_N=block,
+        SIZE=block // 2 if block > 32 and dtype == torch.float64 else block,
+        BLOCK_K=max(16, 1024 // block) if target else 64,
+        BLOCK_C=64 if target else 256,
+        num_warps=8 if block == 128 else 4,
+        num_stages=3 if target is None or target.backend == "cuda" else 2,
+    )

@@ -1,0 +1,240 @@
+"""Every shipped configuration of every Triton kernel, compiled for real targets; needs no GPU.
+
+`python -m tests.aot` prints a table of registers, spills and shared memory, `--json FILE` writes it for test_aot.py.
+TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched.
+
+    Attributes:
+        name: of the configuration, in the table.
+        module: file in kernels/ that holds the kernel.
+        kernel: its name there.
+        types: of arguments that are no int32: "*bf16" for a pointer, "fp32", "i64".
+        constants: values of constexpr arguments, None for pointers left out, 1 for strides of contiguous columns.
+        aligned: integers that are multiples of 16; pointers always are.
+        instruction: what a product must compile to, None where there is none.
+    """
+
+    name: str
+    module: str
+    kernel: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...] = ()
+    instruction: str | None = None
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled case takes: registers a thread, bytes spilled, bytes of shared memory."""
+
+    name: str
+    target: str
+    num_warps: int
+    registers: int
+    spilled: int
+    shared: int
+    instruction: str | None
+    instructions: int
+
+
+def localized_adam(target: str) -> Iterator[Case]:
+    """bf16 weights alone, fp32 masters as LocFT-BF has them, and every option at once, which takes most registers."""
+    from fastedit.kernels.localized_adam import config_for
+
+    strides = ("w_row", "m_row", "v_row", "copy_row", "origin_row")
+    floats = ("lr", "beta1", "rest1", "beta2", "rest2", "log_beta1", "log_beta2", "eps", "decay", "bound")
+    optional = ("copy_ptr", "origin_ptr", "clip_ptr", "skip_ptr")
+    fp32 = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32")
+    master = {**fp32, "copy_ptr": "*bf16", "skip_ptr": "*fp32", "step": "*fp32"}
+    full = {**master, "origin_ptr": "*fp32", "clip_ptr": "*fp32"}
+    for name, kind, tf32, stored in (
+        ("bf16, stochastic", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
+        ("bf16, ragged", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
+        ("bf16, master", "bf16", False, master),
+        ("bf16, full", "bf16", False, full),
+        ("fp32, full", "fp32", False, full),
+        ("tf32, full", "fp32", True, full),
+    ):
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+        config = config_for(
+            dtype, tf32, "origin_ptr" not in stored and name != "bf16, ragged", TARGETS[target]
+        )._asdict()
+        launch = {option: config.pop(option) for option in ("num_warps", "num_stages", "maxnreg")}
+        fixed = {"a_col": 1, "b_col": 1, "DECOUPLED": False, "STOCHASTIC": "copy_ptr" not in stored, "UPCAST": False}
+        yield Case(
+            name,
+            "localized_adam",
+            "localized_adam_kernel",
+            stored | dict.fromkeys(floats, "fp32") | {"a_ptr": f"*{kind}", "b_ptr": f"*{kind}", "seed": "i64"},
+            fixed | config | {"PRECISION": "tf32" if tf32 else "ieee"} | dict.fromkeys({*optional} - {*stored}),
+            **launch,
+            aligned=() if name == "bf16, ragged" else ("M", "N", "a_row", "b_row", *strides),
+            instruction=None if dtype == torch.float32 and not tf32 and target != "gfx942" else TENSOR_CORES[target],
+        )
+
+
+def target_cross_entropy(target: str) -> Iterator[Case]:
+    """Both sizes of tiles; bias and soft-cap together are the most registers, none is what most models have."""
+    from fastedit.kernels.target_cross_entropy import config_for
+
+    precision = "tf32x3" if target.startswith("sm") else "ieee"
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        pointers = dict.fromkeys(("hidden", "head", "bias", "p", "grad"), f"*{kind}") | {"labels": "*i64"}
+        sums = ("exponent", "mass", "top", "own", "total", "shrink", "acc", "losses", "weight")
+        types = pointers | dict.fromkeys(sums, "*fp32") | {"softcap": "fp32"}
+        fixed = {"PRECISION": precision, "UPCAST": False, "head_col": 1}
+        for R in (64, 512) if kind != "fp32" else (64,):
+            first, second = config_for(dtype, R, TARGETS[target])
+            dense = {"aligned": ("V", "h", "head_row", "hidden_row"), "instruction": TENSOR_CORES[target]}
+            launch = {"num_warps": first.num_warps, "num_stages": first.num_stages, **dense}
+            tile = {"BLOCK_R": first.BLOCK_R, "BLOCK_V": first.BLOCK_N, "BLOCK_K": first.BLOCK_K, "hidden_col": 1}
+            for extra, left_out in (("bias, cap", ()), ("", ("bias", "softcap"))):
+                constants = fixed | tile | dict.fromkeys(left_out)
+                given = {name: of for name, of in types.items() if name not in left_out}
+                name = f"{kind}, R={R}{', ' * bool(extra)}{extra}"
+                yield Case(name, "target_cross_entropy", "_exponentials", given, constants, **launch)
+            launch = {"num_warps": second.num_warps, "num_stages": second.num_stages, **dense}
+            tile = {"BLOCK_R": second.BLOCK_R, "BLOCK_H": second.BLOCK_N, "BLOCK_K": second.BLOCK_K}
+            constants = fixed | tile | {"BLOCK_V": first.BLOCK_N}
+            yield Case(f"{kind}, R={R}", "target_cross_entropy", "_accumulate", types, constants, **launch)
+            constants = {"BLOCK_V": first.BLOCK_N, "BLOCK_T": 32}
+            yield Case(f"{kind}, R={R}", "target_cross_entropy", "_settle", types, constants, 4, 1)
+        constants = {"head_col": 1, "BLOCK_H": 1024}
+        yield Case(kind, "target_cross_entropy", "_finish", types, constants, 4, 1, ("V", "h", "head_row"))
+
+
+def rank_k_solve(target: str) -> Iterator[Case]:
+    """Every height of tile; products of fp64 use its own tensor cores, those of fp32 none on CUDA."""
+    from fastedit.kernels.rank_k_solve import config_for
+
+    amd = target == "gfx942"
+    for kind, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
+        product = "v_mfma" if amd else "mma.sync" if kind == "fp64" else None
+        names = ("white", "system", "ridge", "inverse", "source", "target")
+        types = dict.fromkeys(names, f"*{kind}") | {"failed": "*i32", "group": "i64"}
+        for N in (16, 32, 64, 128):
+            config = config_for(dtype, N, TARGETS[target])
+            warps, stages, block = config.num_warps, config.num_stages, {"BLOCK_N": config.BLOCK_N}
+            aligned, name = ("d", "span", "width", "group", "row"), f"{kind}, N={N}"
+            constants = block | {"BLOCK_K": config.BLOCK_K, "col": 1}
+            yield Case(name, "rank_k_solve", "_gram", types, constants, warps, stages, aligned, product)
+            constants = block | {"EPS": torch.finfo(dtype).eps, "SIZE": config.SIZE}
+            halves = product if config.SIZE < config.BLOCK_N else None
+            yield Case(name, "rank_k_solve", "_invert", types, constants, warps, 1, (), halves)
+            constants = block | {"BLOCK_K": min(config.BLOCK_N, 32), "BLOCK_C": config.BLOCK_C, "col": 1}
+            stages = stages if N > 32 else 1
+            yield Case(name, "rank_k_solve", "_apply", types, constants, warps, stages, aligned, product)
+
+
+KERNELS: list[Callable[[str], Iterator[Case]]] = [localized_adam, target_cross_entropy, rank_k_solve]
+
+
+def compiled(case: Case, target: str) -> Usage:
+    """Compile a case and read what it takes from the machine code."""
+    kernel = getattr(importlib.import_module(f"fastedit.kernels.{case.module}"), case.kernel)
+    signature = {
+        name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (name in case.aligned and kind != "constexpr")
+    }
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    if case.maxnreg:
+        options["maxnreg"] = case.maxnreg
+    built = triton.compile(
+        ASTSource(kernel, signature, case.constants, aligned), target=TARGETS[target], options=options
+    )
+    if TARGETS[target].backend == "cuda":
+        registers, spilled = _cubin_usage(built.asm["cubin"])
+        text = built.asm["ptx"]
+    else:
+        text = built.asm["amdgcn"]
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+    count = text.count(case.instruction) if case.instruction else 0
+    name = f"{case.kernel.removesuffix('_kernel')}: {case.name}"
+    return Usage(name, target, case.num_warps, registers, spilled, built.metadata.shared, case.instruction, count)
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of its stack, by the cuobjdump that triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _work(work: tuple[Case, str]) -> Usage:
+    return compiled(*work)
+
+
+def usage(targets: list[str], only: str = "") -> list[Usage]:
+    """Of all cases whose kernel's name contains `only`, for each target, on all processors."""
+    work = [(case, target) for of in KERNELS if only in of.__name__ for target in targets for case in of(target)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_work, work))
+
+
+def table(rows: list[Usage]) -> str:
+    lines = [f"{'kernel: configuration':48} {'target':8} warps registers spilled B shared KiB  dot"]
+    lines += [
+        f"{u.name:48} {u.target:8} {u.num_warps:5} {u.registers:9} {u.spilled:9} {u.shared / 1024:10.1f}  "
+        f"{f'{u.instruction} × {u.instructions}' if u.instruction else '-'}"
+        for u in rows
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--only", default="", help="part of a kernel's name")
+    chosen = parser.parse_args()
+    found = usage(chosen.targets, chosen.only)
+    print(table(found))
+    if chosen.json:
+        chosen.json.write_text(json.dumps([asdict(u) for u in found]))

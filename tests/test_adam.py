@@ -1,0 +1,148 @@
+"""LocFT-BF's Adam: with localized gradients it makes the edits that torch's Adam makes from weight gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastedit import EditRequest, ops
+from fastedit.methods import LocFTBFConfig, MethodResult, adam, locft_bf
+from fastedit.models import topology
+
+pytest.importorskip("triton")
+MakeEdits = Callable[..., list[EditRequest]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def by_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Lets LocFT-BF take the kernel, in the interpreter, from the call on; gives the backends of the op's calls."""
+
+    def take() -> list[str]:
+        taken: list[str] = []
+        real = ops.localized_adam_
+
+        def noted(*args: Any, **options: Any) -> None:
+            taken.append(options["backend"])
+            real(*args, **options)
+
+        monkeypatch.setattr(adam, "choose", lambda *args, **call: "triton")
+        monkeypatch.setattr(ops, "localized_adam_", noted)
+        return taken
+
+    return take
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "options"),
+    [
+        ("llama", "down_proj", {"weight_decay": 0.1}),
+        ("llama", "mlp", {"schedule": "depth-first", "stop_loss": 0.5}),
+        ("llama", "block", {"layer": 3}),  # the last: its MLP runs at target tokens only
+        ("gpt2", "mlp", {"skip_loss": 4.4}),  # Conv1D, whose biases torch's Adam steps
+        ("opt", "down_proj", {"layer": 3}),
+    ],
+)
+def test_localized_steps_make_the_same_edit(
+    family: str, module: str, options: dict[str, Any], tokenizer: Any, make_edits: MakeEdits, seed: int,
+    by_kernel: Callable[[], list[str]],
+) -> None:  # fmt: skip
+    settings = {"layer": 2, "lr": 1e-3, "batch_size": 4, "epochs": 3, "skip_loss": 0.0, "stop_loss": 0.0, **options}
+    config, edits = LocFTBFConfig(module=module, **settings), make_edits(9)
+
+    def edited() -> tuple[MethodResult, nn.Module]:
+        model = tiny_model(family, seed=seed).to(DEVICE)
+        return locft_bf(topology(model), tokenizer, edits, config), model
+
+    (wanted, _), taken = edited(), by_kernel()
+    found, model = edited()
+    assert set(taken) == {"triton"}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert found.updates.keys() == wanted.updates.keys()
+    assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+    size = torch.stack([update.norm() for update in wanted.updates.values()]).norm()
+    for name, update in wanted.updates.items():
+        assert (found.updates[name] - update).norm() <= 1e-4 * size, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masters_of_a_bf16_model(
+    family: str, tokenizer: Any, make_edits: MakeEdits, seed: int, by_kernel: Callable[[], list[str]]
+) -> None:
+    """The model holds the masters rounded, and learns as well as with gradients that were rounded to bf16."""
+    settings = {"layer": 2, "lr": 1e-2, "batch_size": 4, "epochs": 5, "skip_loss": 0.0, "stop_loss": 0.0}
+    config, edits, losses = LocFTBFConfig(module="mlp", **settings), make_edits(8), []
+    for path in ("torch", "kernel"):
+        if path == "kernel":
+            by_kernel()
+        model = tiny_model(family, seed=seed).to(DEVICE, torch.bfloat16)
+        result = locft_bf(topology(model), tokenizer, edits, config)
+        losses.append(result.losses)
+        for name, update in result.updates.items():
+            assert update.dtype == torch.float32
+            assert torch.equal(model.get_parameter(name), (result.originals[name].float() + update).bfloat16())
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1][-1] < 0.8 * losses[1][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_watched_makes_the_gradient(dtype: torch.dtype, seed: int) -> None:
+    """Of a map that is called twice, of one that is not the first to need a gradient, of a Conv1D."""
+    torch.manual_seed(seed)
+    first, second, last = nn.Linear(6, 7).to(dtype), Conv1D(5, 7).to(dtype), nn.Linear(5, 5, bias=False).to(dtype)
+    maps = {"first.weight": first, "second.weight": second, "last.weight": last}
+    first.bias.requires_grad_(False)
+    x = torch.randn(2, 9, 6, dtype=dtype)
+
+    def run() -> Tensor:
+        y = last(second(first(x).tanh()))
+        return last(y.tanh()).float().square().sum()
+
+    run().backward()
+    wanted = {path: m.weight.grad for path, m in maps.items()}
+    first.weight.grad = second.weight.grad = last.weight.grad = None
+    with adam.watched(maps) as seen:
+        run().backward()
+        with torch.no_grad():
+            run()  # measures, as loops do; leaves nothing
+    run()
+    assert [len(seen[path]) for path in maps] == [1, 1, 2]
+    for path, module in maps.items():
+        assert module.weight.grad is None
+        assert module.weight.requires_grad
+        grads, inputs = (torch.cat(rows).double() for rows in zip(*seen[path], strict=True))
+        gradient = inputs.T @ grads if isinstance(module, Conv1D) else grads.T @ inputs
+        assert (gradient - wanted[path]).norm() <= torch.finfo(dtype).eps * wanted[path].norm()
+
+
+def test_a_skipped_step_does_not_count(seed: int) -> None:
+    """As on a GPU, where the loss is not waited for."""
+    torch.manual_seed(seed)
+    results = []
+    for skips in ((0, 0), (1, 0, 1, 0)):
+        torch.manual_seed(seed)
+        linear, x = nn.Linear(6, 7).to(DEVICE), torch.randn(9, 6).to(DEVICE)
+        parameters = {"weight": linear.weight, "bias": linear.bias}
+        masters = {name: p.detach() for name, p in parameters.items()}
+        with adam.watched({"weight": linear}) as seen:
+            optimizer = adam.Adam(parameters, masters, {"weight": linear}, seen, lr=0.1, weight_decay=0.0)
+            for skip in skips:
+                linear(x).square().sum().backward()
+                before = linear.weight.detach().clone(), linear.bias.detach().clone()
+                optimizer.step(torch.tensor(float(skip), device=DEVICE))
+                for old, new in zip(before, (linear.weight, linear.bias), strict=True):
+                    assert torch.equal(old, new) == bool(skip)
+        results.append((linear.weight.detach(), linear.bias.detach()))
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_on_cpu_torch_s_adam_stays(seed: int) -> None:
+    model = tiny_model("llama", seed=seed)
+    assert adam.localized(model, dict(model.named_parameters()), 100) == {}

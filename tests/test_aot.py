@@ -1,0 +1,30 @@
+"""Kernels compiled ahead of time for the GPUs they are for: nothing spills, all fits, products use tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+"""Bytes of shared memory that a program can have."""
+
+
+def test_shipped_configurations_fit_their_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("aot.py"), "--json", tmp_path / "usage.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    rows = json.loads((tmp_path / "usage.json").read_text())
+    assert {row["target"] for row in rows} == set(SHARED)
+    for row in rows:
+        assert row["spilled"] == 0, row
+        assert row["shared"] <= SHARED[row["target"]], row
+        assert row["instruction"] is None or row["instructions"] > 0, row
