@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import fastedit.demo
+from benchmarks.rows import append, make_row
 from fastedit import Editor, EditRequest
 
 # (method, distribution) -> how tables call it
@@ -70,6 +75,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--batches", type=int, help="batches of each size, at most")
     parser.add_argument("--rome-up-to", type=int, default=64)
     parser.add_argument("--model", type=Path, default=fastedit.demo.checkpoint_path())
     parser.add_argument("--picture", type=Path)
@@ -79,7 +85,8 @@ def main() -> None:
     parser.add_argument("--alpha", type=float)
     args = parser.parse_args()
     world = fastedit.demo.World()
-    most = max(size * BATCHES.get(size, 1) for size in args.batch_sizes)
+    batches = {size: min(BATCHES.get(size, 1), args.batches or 1024) for size in args.batch_sizes}
+    most = max(size * n for size, n in batches.items())
     requests, text = world.requests(most), world.prose(100)
     table = Table("method", "batch", "batches", "ES", "PS", "NS", "score", "reliability", "perplexity")
     rows: list[dict[str, Any]] = []
@@ -93,12 +100,17 @@ def main() -> None:
                 if args.layers:
                     config["layers"] = tuple(args.layers) if distribution == "spread" else (args.layers[-1],)
                 editor = Editor.from_pretrained(args.model, method, dtype="float32", **config)
-                n = BATCHES.get(size, 1)
+                n = batches[size]
                 found = run(editor, [requests[i * size : (i + 1) * size] for i in range(n)], text)
                 rows.append({"method": label, "batch": size, "batches": n, **found})
                 shares = (f"{found[name]:.1%}" for name in MEASURES[:-1])
                 table.add_row(label, str(size), str(n), *shares, f"{found['perplexity']:.2f}")
                 print(rows[-1], flush=True)
+                for name, value in found.items():
+                    shape = f"{n} × {size} edit{'s' * (size > 1)}"
+                    append(
+                        make_row("emmet_vs_memit", "ours", [value], mode=label, shape=shape, dtype="float32", unit=name)
+                    )
     Console(width=110).print(table)
     if args.picture:
         draw(rows, args.picture)

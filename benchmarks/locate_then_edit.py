@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
+import os
+import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import published_memit
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import fastedit.demo
+from benchmarks import published_memit
+from benchmarks.harness import Run, Suite, measured
+from benchmarks.models import SIZES, load_tokenizer, random_llama
+from benchmarks.rows import make_row
 from fastedit import Editor, EditRequest, StreamingCovariance, load_requests, ops
 from fastedit.models import fingerprint, topology
 from fastedit.statistics import statistics_path
@@ -32,20 +37,24 @@ CONTEXTS = ["The river was cold that year. {}", "Therefore we went home. {}", "B
 CONTEXTS += ["I was in the city for a week. {}", "You can see it from the road. {}"]
 
 
-def median_seconds(function: Callable[[], object], repeats: int) -> float:
-    seconds = []
+MOST = {"solve": 1e-8, "edit": 1e-2}
+"""Largest relative difference of the updates: in fp64 a solve, in fp32 an edit, whose search may stop a step later."""
+
+
+def seconds_of(function: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    found = []
     for _ in range(repeats):
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        with measured(device) as run:
+            function()
+        found.append(run.seconds)
+    return found
 
 
-def solve_alone(d: int, n: int, cov_weight: float = 15_000.0) -> None:
+def solve_alone(suite: Suite, d: int, n: int, cov_weight: float = 15_000.0) -> None:
     """One layer's update, C factored before: an N×N system against the published d×d one."""
-    rows = torch.randn(2 * d, d, dtype=torch.float64)
+    rows = torch.randn(2 * d, d, dtype=torch.float64, device=suite.device)
     C = rows.T @ rows / len(rows)
-    K, R = torch.randn(n, d, dtype=torch.float64), torch.randn(n, d, dtype=torch.float64)
+    K, R = torch.randn(2, n, d, dtype=torch.float64, device=suite.device)
     L = ops.factor_covariance(C)
 
     def published() -> Tensor:
@@ -54,12 +63,23 @@ def solve_alone(d: int, n: int, cov_weight: float = 15_000.0) -> None:
     def ours() -> tuple[Tensor, Tensor]:
         return ops.rank_k_update(K, R, L, ridge=cov_weight)
 
-    left, right = ours()
-    direct = published()
+    with measured(suite.device) as our_run:
+        left, right = ours()
+    with measured(suite.device) as their_run:
+        direct = published()
     error = float((left @ right - direct).norm() / direct.norm())
-    slow, fast = median_seconds(published, 3), median_seconds(ours, 9)
     print(f"solve alone, d = {d}, N = {n}, relative difference {error:.1e}")
-    print(f"direct {slow:.3f} s, fastedit {fast:.4f} s, ratio {slow / fast:.1f}")
+    if not error <= MOST["solve"]:
+        suite.fail(f"the solves differ by {error:.1e} > {MOST['solve']:.0e}")
+        return
+    about = {"mode": "solve alone", "shape": f"d={d}, N={n}", "dtype": "float64", "device": suite.device}
+    medians = {}
+    for provider, function, run, repeats in (("published", published, their_run, 3), ("ours", ours, our_run, 9)):
+        samples = seconds_of(function, repeats, suite.device)
+        row = make_row("rank_k_against_direct", provider, samples, peak_memory=run.peak_memory, **about)
+        medians[provider] = suite.record(row).p50
+    suite.record(make_row("rank_k_against_direct", "ours", [error], unit="difference", **about))
+    print(f"ratio {medians['published'] / medians['ours']:.1f}", flush=True)
 
 
 def random_statistics(model: LlamaForCausalLM, folder: Path) -> list[Tensor]:
@@ -68,8 +88,8 @@ def random_statistics(model: LlamaForCausalLM, folder: Path) -> list[Tensor]:
     for layer in LAYERS:
         width = parts.input_width(layer, "down_proj")
         about = {"fingerprint": fingerprint(model), "layer": layer, "module": parts.resolve(layer, "down_proj")[0]}
-        covariance = StreamingCovariance(width, metadata=about)
-        covariance.update(torch.randn(4 * width, width) * 0.1)
+        covariance = StreamingCovariance(width, device=model.device, metadata=about)
+        covariance.update(torch.randn(4 * width, width, device=model.device) * 0.1)
         covariance.save(statistics_path(parts, folder, layer))
         found.append(covariance.finalize())
     return found
@@ -82,35 +102,29 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="edits of the comparison")
     parser.add_argument("--scaling", type=int, nargs="*", default=[16, 64, 256], help="edits of ours alone")
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--solve", type=int, default=4096, help="width of the solve alone; 0 for none")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    solve_alone(4096, 32)
+    suite = Suite(args.device)
+    if args.solve:
+        solve_alone(suite, args.solve, 32)
 
-    kind = AutoTokenizer if (args.tokenizer / "tokenizer_config.json").exists() else GPT2TokenizerFast
-    tokenizer = kind.from_pretrained(args.tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(args.tokenizer)
     most = max([args.n, *args.scaling])
     requests = load_requests(args.requests) if args.requests else fastedit.demo.World().requests(most)
     requests = [r for r in requests if r.subject and r.subject in r.prompt][:most]
-    config = LlamaConfig(
-        vocab_size=50_304,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = random_llama(args.size, args.device)
     theirs = copy.deepcopy(model)
     settings = {"steps": args.steps, "weight_decay": 1e-3, "clamp": 4.0, "kl_factor": 0.0625, "stop_loss": 0.05}
 
     with tempfile.TemporaryDirectory() as folder:
         covariances = random_statistics(model, Path(folder))
 
-        def edit(edits: list[EditRequest], targets: Path | None = None) -> tuple[float, float, dict[str, Tensor]]:
+        def edit(edits: list[EditRequest], targets: Path | None = None) -> tuple[Run, float, dict[str, Tensor]]:
             editor = Editor(
                 model,
                 tokenizer,
@@ -122,41 +136,55 @@ def main() -> None:
                 targets=targets and str(targets),
                 **settings,
             )
-            started = time.perf_counter()
-            result = editor.edit(edits)
-            seconds = time.perf_counter() - started
+            with measured(args.device) as run:
+                result = editor.edit(edits)
             updates = {path: update.dense() for path, update in result.delta.updates.items()}
             lr = result.delta.metadata["config"]["lr"]
             result.revert()
-            return seconds, lr, updates
+            return run, lr, updates
 
         edit(requests[:2])  # factors C, which both would have ready
-        ours, lr, updates = edit(chosen := requests[: args.n], Path(folder) / "targets")
+        our_run, lr, updates = edit(chosen := requests[: args.n], Path(folder) / "targets")
         (file,) = (Path(folder) / "targets").iterdir()
         our_targets = load_file(file)
-        print(f"{args.n} edits, layers {LAYERS}, {args.steps} steps, {args.threads} threads, fp32", flush=True)
-        print(f"fastedit             {ours:8.2f} s", flush=True)
+        print(f"\n{len(chosen)} edits, layers {LAYERS}, {args.steps} steps, fp32", flush=True)
         before = {path: dict(theirs.named_parameters())[path].detach().clone() for path in updates}
         triples = [(r.prompt, str(r.subject), r.target) for r in chosen]
-        started = time.perf_counter()
-        z, taken = published_memit.memit(
-            theirs, tokenizer, triples, CONTEXTS, LAYERS, covariances, cov_weight=1000.0, lr=lr, **settings
-        )
-        slow = time.perf_counter() - started
+        with measured(args.device) as their_run:
+            z, taken = published_memit.memit(
+                theirs, tokenizer, triples, CONTEXTS, LAYERS, covariances, cov_weight=1000.0, lr=lr, **settings
+            )
         now = dict(theirs.named_parameters())
         difference = max(
             float((now[path].detach() - before[path] - update).norm() / update.norm())
             for path, update in updates.items()
         )
-        print(f"published procedure  {slow:8.2f} s   {sum(taken) / len(taken):.1f} updates an edit")
-        print(f"ratio                {slow / ours:8.2f}")
+        z = z.cpu()
         alike = (torch.cosine_similarity(z, our_targets["z"]) >= 0.999).double().mean()
         same = (torch.tensor(taken) == our_targets["steps"]).double().mean()
+        print(f"published: {sum(taken) / len(taken):.1f} updates an edit")
         print(f"targets with cosine of at least 0.999: {alike:.1%}, with the same number of updates: {same:.1%}")
         print(f"largest |dW - dW_published| / |dW_published| of a layer  {difference:.1e}")
-        for n in args.scaling:
-            seconds = edit(requests[:n])[0]
-            print(f"{n:4d} edits  {seconds:8.2f} s  {seconds / n:6.3f} s an edit", flush=True)
+        about = {"dtype": "float32", "device": args.device}
+        if difference <= MOST["edit"]:
+            shape = f"{len(chosen)} edits, {args.size} Llama, {len(LAYERS)} layers, {args.steps} steps"
+            for provider, run in (("published", their_run), ("ours", our_run)):
+                row = make_row(
+                    "memit", provider, [run.seconds], mode="MEMIT", shape=shape, peak_memory=run.peak_memory, **about
+                )
+                suite.record(row)
+            suite.record(make_row("memit", "ours", [difference], mode="MEMIT", shape=shape, unit="difference", **about))
+            print(f"ratio {their_run.seconds / our_run.seconds:.2f}", flush=True)
+            for n in args.scaling:
+                run = edit(requests[:n])[0]
+                shape = f"edits={len(requests[:n])}"
+                row = make_row(
+                    "scaling", "ours", [run.seconds], mode="MEMIT", shape=shape, peak_memory=run.peak_memory, **about
+                )
+                suite.record(row, shape)
+        else:
+            suite.fail(f"the updates differ by {difference:.1e} > {MOST['edit']:.0e}")
+    suite.close()
 
 
 if __name__ == "__main__":

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import published
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
 
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import fastedit.demo
+from benchmarks import published
+from benchmarks.harness import Suite, measured
+from benchmarks.models import SIZES, load_tokenizer, random_llama
+from benchmarks.rows import make_row
 from fastedit import Editor, load_requests
 
-VOCABULARY = 50_304
+MOST = 1e-3
+"""Largest relative difference of the two updates in fp32."""
 
 
 def order(n: int, batch: int, epochs: int, seed: int) -> Iterator[Tensor]:
@@ -40,56 +46,56 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--layer", type=int, default=11)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # GPT-2's vocab.json and merges.txt alone name no class
-    kind = AutoTokenizer if (args.tokenizer / "tokenizer_config.json").exists() else GPT2TokenizerFast
-    tokenizer = kind.from_pretrained(args.tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    suite = Suite(args.device)
+    tokenizer = load_tokenizer(args.tokenizer)
     requests = load_requests(args.requests) if args.requests else fastedit.demo.World().requests(args.n)
     requests = requests[: args.n]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1792,
-        num_hidden_layers=16,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    )
-    ours = LlamaForCausalLM(config).eval()
+    ours = random_llama(args.size, args.device)
     theirs = copy.deepcopy(ours)
     before = ours.model.layers[args.layer].mlp.down_proj.weight.detach().clone()
     settings = {"layer": args.layer, "module": "down_proj", "lr": 5e-4, "batch_size": args.batch}
     editor = Editor(ours, tokenizer, seed=0, **settings, epochs=args.epochs, stop_loss=0.0)
 
-    started = time.perf_counter()
-    result = editor.edit(requests)
-    our_seconds = time.perf_counter() - started
-
+    with measured(args.device) as our_run:
+        result = editor.edit(requests)
     weight = theirs.model.layers[args.layer].mlp.down_proj.weight
-    started = time.perf_counter()
-    losses = published.locft_bf(
-        theirs,
-        tokenizer,
-        [(r.prompt, r.target) for r in requests],
-        weight,
-        lr=5e-4,
-        batches=order(len(requests), args.batch, args.epochs, seed=0),
-    )
-    their_seconds = time.perf_counter() - started
+    with measured(args.device) as their_run:
+        losses = published.locft_bf(
+            theirs,
+            tokenizer,
+            [(r.prompt, r.target) for r in requests],
+            weight,
+            lr=5e-4,
+            batches=order(len(requests), args.batch, args.epochs, seed=0),
+        )
 
     our_update = ours.model.layers[args.layer].mlp.down_proj.weight.detach() - before
     their_update = weight.detach() - before
     difference = ((our_update - their_update).norm() / their_update.norm()).item()
-    print(f"{len(requests)} edits, batch {args.batch}, {args.epochs} epochs, {args.threads} threads, fp32")
-    print(f"published loop  {their_seconds:8.2f} s   last batch loss {losses[-1]:.4f}")
-    print(f"fastedit        {our_seconds:8.2f} s   last epoch loss {result.losses[-1]:.4f}")
-    print(f"ratio           {their_seconds / our_seconds:8.2f}")
+    print(f"{len(requests)} edits, batch {args.batch}, {args.epochs} epochs, fp32")
     print(f"|dW - dW_published| / |dW_published|  {difference:.1e}")
+    if not difference <= MOST:
+        suite.fail(f"the updates differ by {difference:.1e} > {MOST:.0e}")
+        suite.close()
+    print(f"last batch loss {losses[-1]:.4f} (published), last epoch loss {result.losses[-1]:.4f} (ours)")
+    texts = args.requests.stem if args.requests else "fact world"
+    about = {
+        "mode": "LocFT-BF",
+        "shape": f"{len(requests)} edits ({texts}), {args.size} Llama, batch {args.batch}, {args.epochs} epochs",
+        "dtype": "float32",
+        "device": args.device,
+    }
+    for provider, run in (("published", their_run), ("ours", our_run)):
+        suite.record(make_row("locft_bf", provider, [run.seconds], peak_memory=run.peak_memory, **about))
+    suite.record(make_row("locft_bf", "ours", [difference], unit="difference", **about))
+    print(f"ratio {their_run.seconds / our_run.seconds:.2f}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def locft_bf(
     losses = []
     for batch in batches:
         texts = [f"{pairs[i][0]} {pairs[i][1]}{tokenizer.eos_token}" for i in batch.tolist()]
-        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(model.device)
         n_prompt = [len(tokenizer(pairs[i][0]).input_ids) for i in batch.tolist()]
         labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
         for row, n in enumerate(n_prompt):

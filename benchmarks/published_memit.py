@@ -1,7 +1,7 @@
-"""MEMIT as published (arXiv 2210.07229 and its code): the baseline of our figures.
+"""MEMIT as published (arXiv 2210.07229 and its code), and ROME and EMMET alike: the baseline of our figures.
 
 Targets one edit at a time with the full model, padded rows and logits of the whole vocabulary at every position; keys
-by a pass from the bottom for every layer; a d×d solve in fp64 for every layer and batch.
+by a pass from the bottom for every layer; a d×d solve in fp64 for every layer and batch. ROME takes one edit a call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 class Requests:
     """Tokenized as the published code does it: one padded batch a call, subjects found by their last token."""
 
-    def __init__(self, tokenizer: Any, contexts: Sequence[str]) -> None:
-        self.tokenizer, self.templates = tokenizer, ["{}", *contexts]
+    def __init__(self, tokenizer: Any, contexts: Sequence[str], device: torch.device) -> None:
+        self.tokenizer, self.templates, self.device = tokenizer, ["{}", *contexts], device
 
     def encode(self, texts: Sequence[str], ends: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """Padded inputs and, for each text, the index of the last token that begins before character `end`."""
@@ -27,7 +27,8 @@ class Requests:
         spans = batch.pop("offset_mapping")
         cut = torch.tensor(ends)[:, None]
         inside = (spans[..., 0] < torch.minimum(spans[..., 1], cut)) & batch.attention_mask.bool()
-        return dict(batch), (inside * torch.arange(inside.shape[1])).argmax(1)
+        at = (inside * torch.arange(inside.shape[1])).argmax(1)
+        return dict(batch.to(self.device)), at.to(self.device)
 
 
 def find_target(
@@ -44,23 +45,24 @@ def find_target(
     clamp: float,
     kl_factor: float,
     stop_loss: float,
+    site: str = "block",
 ) -> tuple[Tensor, int]:
-    """z [h] of one edit and the updates it took."""
+    """z [h] of one edit, at the output of a block or of its MLP, and the updates it took."""
     end = prompt.rindex(subject) + len(subject)
     texts = [t.replace("{}", f"{prompt} {target}") for t in requests.templates] + [f"{subject} is a"]
     offsets = [t.index("{}") for t in requests.templates]
     encoded, at = requests.encode(texts, [o + end for o in offsets] + [len(subject)])
     ids = encoded["input_ids"]
-    lengths = encoded["attention_mask"].sum(1)
+    lengths = encoded["attention_mask"].sum(1).tolist()
     n_target = [
-        int(n) - len(requests.tokenizer(t.replace("{}", prompt)).input_ids)
+        n - len(requests.tokenizer(t.replace("{}", prompt)).input_ids)
         for n, t in zip(lengths, requests.templates, strict=False)
     ]
     labels = torch.full_like(ids, -100)
     for row, n in enumerate(n_target):
         labels[row, lengths[row] - n : lengths[row]] = ids[row, lengths[row] - n : lengths[row]]
-    rows = torch.arange(len(texts))
-    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
+    rows, counts = torch.arange(len(texts), device=model.device), torch.tensor(n_target, device=model.device)
+    delta = torch.zeros(model.config.hidden_size, device=model.device, requires_grad=True)
     first: dict[str, Tensor] = {}
 
     def add(_: Any, __: Any, output: Any) -> Any:
@@ -76,7 +78,7 @@ def find_target(
     taken = 0
     for step in range(steps):
         optimizer.zero_grad()
-        handle = model.model.layers[layer].register_forward_hook(add)
+        handle = place(model, layer, site).register_forward_hook(add)
         logits = model(**encoded, use_cache=False).logits
         handle.remove()
         kl_now = logits[-1, at[-1]].log_softmax(-1)
@@ -84,7 +86,7 @@ def find_target(
         logp = logits[:-1, :-1].log_softmax(-1)
         wanted = labels[:-1, 1:]
         mask = wanted != -100
-        nll = -(logp.gather(-1, wanted.clamp(min=0)[..., None])[..., 0] * mask).sum(1) / torch.tensor(n_target)
+        nll = -(logp.gather(-1, wanted.clamp(min=0)[..., None])[..., 0] * mask).sum(1) / counts
         kl = (kl_now.exp() * (kl_now - first["kl"])).sum()
         size = delta.norm() / first["h0"].norm() ** 2
         loss = nll.mean() + kl_factor * kl + weight_decay * size
@@ -98,6 +100,11 @@ def find_target(
             if delta.norm() > limit:
                 delta.mul_(limit / delta.norm())
     return first["h0"] + delta.detach(), taken
+
+
+def place(model: Any, layer: int, site: str) -> Any:
+    block = model.model.layers[layer]
+    return block if site == "block" else block.mlp
 
 
 @torch.no_grad()
@@ -137,20 +144,31 @@ def memit(
     covariances: Sequence[Tensor],
     *,
     cov_weight: float,
+    alpha: float | None = None,
+    site: str = "block",
+    uniform: bool = False,
     **target: Any,
 ) -> tuple[Tensor, list[int]]:
-    """Edit the model with (prompt, subject, target) triples; returns z [N, h] and the updates each took."""
-    requests = Requests(tokenizer, contexts)
+    """Edit the model with (prompt, subject, target) triples; returns z [N, h] and the updates each took.
+
+    alpha makes it an equality (EMMET, arXiv 2403.14236; ROME for one edit and alpha 0), `uniform` averages a key over
+    all contexts alike (ROME).
+    """
+    requests = Requests(tokenizer, contexts, model.device)
     z_layer = layers[-1]
-    pairs = [find_target(model, requests, *edit, z_layer, **target) for edit in edits]
+    pairs = [find_target(model, requests, *edit, z_layer, site=site, **target) for edit in edits]
     z = torch.stack([p[0] for p in pairs])
     for i, (layer, C) in enumerate(zip(layers, covariances, strict=True)):
         projection = model.model.layers[layer].mlp.down_proj
         keys = observed(model, requests, projection, edits, requests.templates, out=False)
-        K = (0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double().T  # [d, N]
-        now = observed(model, requests, model.model.layers[z_layer], edits, ["{}"], out=True)[0]
+        K = (keys.mean(0) if uniform else 0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double().T  # [d, N]
+        now = observed(model, requests, place(model, z_layer, site), edits, ["{}"], out=True)[0]
         R = (z - now).double().T / (len(layers) - i)  # [h, N]
-        update = R @ torch.linalg.solve(cov_weight * C.double() + K @ K.T, K).T
+        if alpha is None:
+            update = R @ torch.linalg.solve(cov_weight * C.double() + K @ K.T, K).T
+        else:
+            white = torch.linalg.inv(cov_weight * C.double()) @ K
+            update = torch.linalg.solve(K.T @ white + alpha * torch.eye(len(edits)).to(K), R, left=False) @ white.T
         with torch.no_grad():
             projection.weight += update.float()
     return z, [p[1] for p in pairs]

@@ -9,11 +9,16 @@ edits until their mean loss is below `stop_loss`; depth-first trains each batch 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from rich.console import Console
 from rich.table import Table
 
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import fastedit.demo
+from benchmarks.rows import append, make_row
 from fastedit import Editor
 
 
@@ -39,7 +44,12 @@ def main() -> None:
             )
             result = editor.edit(requests)
             report = editor.evaluate(requests, text=text).to_dict()
-            shares = (f"{report[name]['generated']:.1%}" for name in ("reliability", "generalization", "locality"))
+            measures = {name: report[name]["generated"] for name in ("reliability", "generalization", "locality")}
+            shares = [f"{share:.1%}" for share in measures.values()]
+            measures |= {"perplexity": report["perplexity"], "s": result.seconds}
+            for unit, value in measures.items():
+                shape = f"{len(requests)} edits, batch {batch_size}"
+                append(make_row("schedules", "ours", [value], mode=schedule, shape=shape, dtype="float32", unit=unit))
             perplexity = f"{report['before']['perplexity']:.2f} → {report['perplexity']:.2f}"
             table.add_row(
                 schedule, str(batch_size), *shares, perplexity, f"{result.seconds:.0f}", f"{result.losses[-1]:.3f}"

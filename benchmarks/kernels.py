@@ -1,0 +1,254 @@
+"""The operations against what one writes with torch: localized Adam, rank-k solves, cross-entropy at target tokens.
+
+    python benchmarks/kernels.py --device cuda
+
+On a GPU at the sizes of an 8B model, on a CPU at small ones, where torch is behind our functions too. The floor is the
+time of the operation's least bytes and flops at the rates that a copy and a matrix product reach in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.linalg import cholesky_ex, solve_triangular
+from torch.optim.adam import adam
+
+if not __package__:  # run as a file; in its place this folder's kernels.py would hide PyPI's package, as imports go
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.harness import Case, Inputs, Suite
+from fastedit import ops
+from fastedit.ops.registry import Backend
+
+Provider = Callable[..., Sequence[Tensor]]
+LR, STEP, EPS, BETAS = 1e-2, 10, 1e-8, (0.9, 0.999)
+
+# (out, in, T, dtype of W, G and X); moments are fp32
+ADAM = {
+    "cuda": [(4096, 14336, 512, "bfloat16"), (4096, 14336, 2048, "bfloat16"), (4096, 14336, 128, "float32")],
+    "cpu": [(512, 1792, 256, "float32")],
+}
+# (groups, N, d, h, dtype)
+SOLVES = {
+    "cuda": [(256, n, 4096, 4096, dtype) for dtype in ("float64", "float32") for n in (16, 32, 64, 128)],
+    "cpu": [(16, 16, 256, 256, "float64"), (16, 64, 256, 256, "float64")],
+}
+# (rows, h, vocabulary, dtype)
+CROSS_ENTROPY = {
+    "cuda": [(rows, 4096, 128_256, "bfloat16") for rows in (128, 512, 2048)],
+    "cpu": [(128, 512, 50_304, "float32")],
+}
+
+
+def served(function: Callable[[Backend], Provider], device: torch.device) -> dict[str, Provider]:
+    """Ours as users get it, and on a GPU the kernel itself, to see where the choice between it and torch should be."""
+    return {"ours": function("auto")} | ({"ours, triton": function("triton")} if device.type == "cuda" else {})
+
+
+def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> Case:
+    dtype = getattr(torch, name)
+
+    def setup() -> Inputs:
+        weight = (torch.randn(out, width, device=device) * 0.01).to(dtype)
+        G, X = torch.randn(T, out, device=device).to(dtype), torch.randn(T, width, device=device).to(dtype)
+        m, v = torch.randn_like(weight, dtype=torch.float32), torch.rand_like(weight, dtype=torch.float32) * 10
+        step = torch.full((), STEP - 1.0, device=device)
+        return weight, G, X, m, v, step, m.to(dtype), v.to(dtype), weight.float()
+
+    def reference(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        g = G.double().T @ X.double()
+        m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
+        size = (v / (1 - BETAS[1] ** STEP)).sqrt() + EPS
+        return weight - LR * m / (1 - BETAS[0] ** STEP) / size, m, v
+
+    def ours(backend: Backend) -> Provider:
+        def run(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> Sequence[Tensor]:
+            seed = 0 if dtype == torch.bfloat16 else None
+            ops.localized_adam_(weight, G, X, m, v, STEP, lr=LR, betas=BETAS, eps=EPS, seed=seed, backend=backend)
+            return weight, m, v
+
+        return run
+
+    def fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Sequence[Tensor]:
+        """What `torch.optim.Adam(fused=True).step()` runs; it wants moments of the weight's dtype."""
+        adam(
+            [weight], [grad], [m], [v], [], [step], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+            lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
+        )  # fmt: skip
+        return weight, m, v
+
+    def torch_way(weight: Tensor, G: Tensor, X: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        _, _, step, low_m, low_v, _ = rest
+        return fused(weight, G.T @ X, low_m, low_v, step)
+
+    def master(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, *rest: Tensor) -> list[Tensor]:
+        fused(rest[2], (G.T @ X).float(), m, v, step)
+        return [weight.copy_(rest[2]), m, v]
+
+    def unfused(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> Sequence[Tensor]:
+        g = (G.T @ X).float()
+        m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+        v.mul_(BETAS[1]).add_(g * g, alpha=1 - BETAS[1])
+        size = (v / (1 - BETAS[1] ** STEP)).sqrt() + EPS
+        weight.copy_(weight.float() - LR / (1 - BETAS[0] ** STEP) * m / size)
+        return weight, m, v
+
+    providers = served(ours, device) | {"torch": torch_way}
+    if dtype == torch.bfloat16:
+        providers["torch, fp32 master"] = master
+    if device.type == "cuda":
+        compiled = cache(lambda: torch.compile(unfused, dynamic=False))
+        providers["torch, compiled"] = lambda *inputs: compiled()(*inputs)
+    return Case(
+        "localized_adam",
+        setup,
+        reference,
+        providers,
+        tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        mode="adam",
+        shape=f"{out}×{width}, T={T}",
+        dtype=name,
+        bytes=out * width * (2 * dtype.itemsize + 16) + T * (out + width) * dtype.itemsize,
+        flops=2.0 * T * out * width,
+        rate=name,
+    )
+
+
+def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: str, mode: str) -> Case:
+    """mode "solve" is the kernel's part, from whitened keys on; "update" is all of `ops.rank_k_update`, fp64 inside."""
+    dtype, ridge = getattr(torch, name), d / 4
+
+    def setup() -> Inputs:
+        keys, values = (torch.randn(groups, N, n, dtype=dtype, device=device) for n in (d, h))
+        factor = torch.randn(d, d, dtype=torch.float64, device=device).mul_(0.1 / d**0.5).tril_()
+        factor.diagonal().copy_(torch.rand(d, device=device) + 1)
+        return keys, values, factor
+
+    def whitened(keys: Tensor, factor: Tensor) -> Tensor:
+        if mode == "solve":
+            return keys
+        return solve_triangular(factor.T, keys.double().reshape(-1, d), upper=True, left=False).reshape(keys.shape)
+
+    def finished(left: Tensor, right: Tensor, factor: Tensor) -> Sequence[Tensor]:
+        if mode == "update":
+            right = solve_triangular(factor, right.reshape(-1, d), upper=False, left=False).reshape(right.shape)
+        return left.mT, right
+
+    def system(white: Tensor) -> Tensor:
+        S = white @ white.mT
+        S.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        return S
+
+    def reference(keys: Tensor, values: Tensor, factor: Tensor) -> Sequence[Tensor]:
+        white = whitened(keys, factor).double()
+        root = torch.linalg.cholesky(system(white))
+        left, right = (torch.linalg.solve(root, x) for x in (values.double(), white))
+        return finished(left, right, factor)
+
+    def torch_way(keys: Tensor, values: Tensor, factor: Tensor) -> Sequence[Tensor]:
+        white = whitened(keys, factor)
+        root, _ = cholesky_ex(system(white))
+        left, right = (solve_triangular(root, x.to(white.dtype), upper=False) for x in (values, white))
+        left, right = finished(left, right, factor)
+        return left.to(dtype), right.to(dtype)
+
+    def update(backend: Backend) -> Provider:
+        return lambda keys, values, factor: ops.rank_k_update(keys, values, factor, ridge=ridge, backend=backend)
+
+    def kernel(keys: Tensor, values: Tensor, factor: Tensor) -> Sequence[Tensor]:
+        from fastedit.kernels import rank_k_solve
+
+        left, right, _ = rank_k_solve.rank_k_solve(keys, values, ridge)
+        return left.mT, right
+
+    inside = "float64" if mode == "update" else name
+    triangular = 2 * groups * N * d * d if mode == "update" else 0  # to whiten, and back
+    return Case(
+        "rank_k_solve",
+        setup,
+        reference,
+        (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": torch_way},
+        tolerance={"float64": 1e-10, "float32": 1e-4}[name],
+        mode=mode,
+        shape=f"{groups} groups, N={N}, d={d}, h={h}",
+        dtype=name,
+        bytes=2.0 * groups * N * (d + h) * dtype.itemsize + (4 * d * d if mode == "update" else 0),
+        flops=triangular + groups * (N * N * d + N**3 / 3 + N * N * (d + h)),
+        rate=inside,
+    )
+
+
+def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int, name: str) -> Case:
+    dtype = getattr(torch, name)
+
+    def setup() -> Inputs:
+        hidden = torch.randn(rows, h, device=device).to(dtype)
+        head = (torch.randn(vocabulary, h, device=device) / h**0.5).to(dtype)
+        labels = torch.randint(vocabulary, (rows,), device=device)
+        return hidden, head, labels, torch.rand(rows, device=device) / rows
+
+    def reference(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        logp = (hidden.double() @ head.double().T).log_softmax(-1)
+        loss = -(logp.gather(1, labels[:, None])[:, 0] * weight).sum()
+        p = logp.exp_()
+        p[torch.arange(rows, device=device), labels] -= 1
+        return loss, (p @ head.double()) * weight[:, None]
+
+    def ours(backend: Backend) -> Provider:
+        return lambda *inputs: ops.target_cross_entropy(*inputs, backend=backend)
+
+    def whole(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) -> Sequence[Tensor]:
+        hidden = hidden.detach().requires_grad_()
+        losses = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
+        loss = (losses * weight).sum()
+        return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+    # on a CPU the chunked way is what ours is
+    torch_ways = {"torch, chunked": ours("torch")} if device.type == "cuda" else {}
+    torch_ways["torch, all logits"] = whole
+    return Case(
+        "target_cross_entropy",
+        setup,
+        reference,
+        served(ours, device) | torch_ways,
+        tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        shape=f"{rows} rows, h={h}, V={vocabulary}",
+        dtype=name,
+        bytes=(vocabulary + 2.0 * rows) * h * dtype.itemsize,
+        flops=4.0 * rows * h * vocabulary,
+        rate=name,
+    )
+
+
+def cases(device: torch.device) -> list[Case]:
+    kind = device.type
+    found = [adam_case(device, *sizes) for sizes in ADAM[kind]]
+    found += [cross_entropy_case(device, *sizes) for sizes in CROSS_ENTROPY[kind]]
+    if kind == "cuda":
+        found += [solve_case(device, *sizes, "solve") for sizes in SOLVES[kind]]
+    return found + [solve_case(device, *sizes, "update") for sizes in SOLVES[kind] if sizes[-1] == "float64"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of timing for each provider of a case")
+    parser.add_argument("--only", help="benchmarks whose name holds this")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    suite = Suite(args.device, args.budget)
+    for case in cases(torch.device(args.device)):
+        if not args.only or args.only in case.benchmark:
+            suite.run(case)
+    suite.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Models and tokenizers that benchmarks share: speed does not depend on what a model knows, so weights are random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
+
+# Llamas of 16 blocks: one that a CPU can edit in minutes, and the shape of Llama-3.2-1B
+SIZES = {
+    "small": {"vocabulary": 50_304, "hidden": 512, "inner": 1792, "heads": 8, "kv_heads": 8},
+    "1b": {"vocabulary": 128_256, "hidden": 2048, "inner": 8192, "heads": 32, "kv_heads": 8},
+}
+
+
+def random_llama(size: str, device: torch.device | str = "cpu") -> LlamaForCausalLM:
+    """In fp32, from torch's seed."""
+    chosen = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=chosen["vocabulary"],
+        hidden_size=chosen["hidden"],
+        intermediate_size=chosen["inner"],
+        num_hidden_layers=16,
+        num_attention_heads=chosen["heads"],
+        num_key_value_heads=chosen["kv_heads"],
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(device).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    # GPT-2's vocab.json and merges.txt alone name no class
+    kind = AutoTokenizer if (path / "tokenizer_config.json").exists() else GPT2TokenizerFast
+    tokenizer = kind.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,131 @@
+"""Draws the results file into benchmarks/results/: ratios as bars, scaling as lines, and a roofline for each device.
+
+python -m benchmarks.plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.rows import FILE, Row, latest, read
+from benchmarks.scaling import EXPECTED, fits
+from benchmarks.tables import by_case
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def ratios(rows: Sequence[Row]) -> plt.Figure | None:
+    """A bar for each baseline: its time over ours, with the span of the two medians' p20 and p80."""
+    bars = []
+    for (benchmark, mode, shape, dtype), found in by_case(rows).items():
+        ours = found.get("ours")
+        for row in found.values():
+            if ours and not row.provider.startswith("ours"):
+                low, high = (row.p20 or row.p50) / (ours.p80 or ours.p50), (row.p80 or row.p50) / (ours.p20 or ours.p50)
+                name = ", ".join(filter(None, (mode or benchmark, shape, dtype)))
+                bars.append((f"{name}\nagainst {row.provider}", row.p50 / ours.p50, low, high))
+    if not bars:
+        return None
+    names, values, low, high = zip(*bars, strict=True)
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.45 * len(bars)), constrained_layout=True)
+    error = np.abs(np.array([low, high]) - np.array(values))
+    colors = ["tab:green" if least > 1 else "tab:red" if most < 1 else "0.7" for _, _, least, most in bars]
+    axis.barh(range(len(bars)), np.array(values) - 1, left=1, xerr=error, color=colors, height=0.6, ecolor="0.3")
+    axis.set_yticks(range(len(bars)), names, fontsize="x-small")
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(*low, 1) / 2 < t < max(*high, 1) * 2]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("its time over ours (gray: within the noise)")
+    return figure
+
+
+def scaling(rows: Sequence[Row]) -> plt.Figure | None:
+    """Seconds against size, a panel for each thing that grows."""
+    points: dict[str, list[Row]] = {}
+    for row in rows:
+        points.setdefault(row.mode, []).append(row)
+    if not points:
+        return None
+    found = fits(rows)
+    columns = min(3, len(points))
+    lines = -(-len(points) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4 * columns, 3 * lines), squeeze=False, constrained_layout=True
+    )
+    for axis in axes.flat[len(points) :]:
+        axis.remove()
+    for axis, (mode, own) in zip(axes.flat, points.items(), strict=False):
+        x = [float(row.shape.rpartition("=")[2]) for row in own]
+        axis.loglog(x, [row.p50 for row in own], marker="o")
+        axis.fill_between(x, [row.p20 or row.p50 for row in own], [row.p80 or row.p50 for row in own], alpha=0.2)
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
+        axis.set_xlabel(EXPECTED[mode][0])
+        axis.set_ylabel("seconds")
+        fit = f"\nexponent {found[mode].exponent:.2f}, expected {EXPECTED[mode][1]}" if mode in found else ""
+        axis.set_title(mode + fit, fontsize="small")
+    return figure
+
+
+def roofline(rows: Sequence[Row]) -> plt.Figure | None:
+    """What was reached, flops/s over flops/byte, under the ceilings measured on that device."""
+    ceilings = {(row.mode, row.dtype): row.p80 or row.p50 for row in rows if row.benchmark == "ceiling"}
+    points = [row for row in rows if row.bytes and row.flops and row.benchmark not in ("ceiling", "scaling")]
+    if not points or ("copy", "float32") not in ceilings:
+        return None
+    figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    x = np.array([row.flops / row.bytes for row in points])
+    span = np.geomspace(x.min() / 4, x.max() * 4, 100)
+    for (mode, dtype), rate in ceilings.items():
+        if mode == "matmul":
+            roof = np.minimum(span * ceilings["copy", "float32"], rate)
+            axis.loglog(span, roof, linewidth=1, label=f"ceiling {dtype}")
+    for i, benchmark in enumerate(dict.fromkeys(row.benchmark for row in points)):
+        for ours, marker in ((True, "o"), (False, "x")):
+            own = [r for r in points if r.benchmark == benchmark and r.provider.startswith("ours") == ours]
+            label = f"{benchmark}, {'ours' if ours else 'others'}"
+            intensity, reached = [r.flops / r.bytes for r in own], [r.flops / r.p50 for r in own]
+            axis.plot(intensity, reached, marker, color=f"C{i + 3}", linestyle="none", label=label)
+    axis.set_xlabel("flops a byte, at the least")
+    axis.set_ylabel("flops/s")
+    axis.legend(fontsize="x-small")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=FILE.parent)
+    args = parser.parse_args()
+    rows = latest(read())
+    args.output.mkdir(parents=True, exist_ok=True)
+    for device in dict.fromkeys(row.device for row in rows):
+        own = [row for row in rows if row.device == device]
+        times = [row for row in own if row.unit == "s"]
+        grown = [row for row in times if row.benchmark == "scaling"]
+        compared = [row for row in times if row.benchmark != "scaling"]
+        name = re.sub(r"\W+", "-", device).strip("-").lower()
+        pictures = {"ratios": ratios(compared), "scaling": scaling(grown), "roofline": roofline(own)}
+        for kind, figure in pictures.items():
+            if figure:
+                figure.suptitle(device, fontsize="medium")
+                figure.savefig(path := args.output / f"{kind}-{name}.png", dpi=110)
+                print(path)
+                plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

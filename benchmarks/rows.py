@@ -1,0 +1,197 @@
+"""The results file: a row a measurement, appended; where a key has several rows, the last one counts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_name("results") / "results.csv"
+VARIABLE = "FASTEDIT_RESULTS"
+"""Environment variable with another results file; empty for none."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement. What was not measured is None, an empty cell.
+
+    Attributes:
+        benchmark: the file's subject, such as "localized_adam".
+        provider: "ours", "published" (the papers' procedure), "torch" (what a user would write), with a variant
+            after a comma.
+        mode: what of the benchmark, such as "adam".
+        shape: sizes as tables print them.
+        dtype: of the data.
+        device: the processor and what of it was used.
+        unit: of p20, p50 and p80: "s", or the name of a quality measure.
+        p20, p50, p80: quantiles over repetitions; p50 alone where there was one.
+        peak_memory: bytes beyond those that the inputs hold.
+        floor_share: the time that bytes and flops take at the ceilings measured in this run, over p50.
+        bytes, flops: the least that must be moved and computed.
+        version: of fastedit and torch.
+        commit: with "-dirty" when files of the repository differ from it.
+        date: UTC.
+    """
+
+    benchmark: str
+    provider: str
+    mode: str
+    shape: str
+    dtype: str
+    device: str
+    unit: str
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    peak_memory: int | None
+    floor_share: float | None
+    bytes: float | None
+    flops: float | None
+    version: str
+    commit: str
+    date: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of one thing."""
+        return self.benchmark, self.provider, self.mode, self.shape, self.dtype, self.device, self.unit
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+_NUMBERS = ("p20", "p50", "p80", "peak_memory", "floor_share", "bytes", "flops")
+
+
+def make_row(
+    benchmark: str,
+    provider: str,
+    samples: Sequence[float],
+    *,
+    mode: str = "",
+    shape: str = "",
+    dtype: str = "",
+    device: torch.device | str = "cpu",
+    unit: str = "s",
+    peak_memory: int | None = None,
+    floor_share: float | None = None,
+    bytes: float | None = None,
+    flops: float | None = None,
+) -> Row:
+    """A row of now, of this commit and this machine."""
+    p20, p50, p80 = (float(f"{q:.4g}") for q in np.quantile(samples, (0.2, 0.5, 0.8)))
+    spread = (p20, p80) if len(samples) > 1 else (None, None)
+    return Row(
+        benchmark, provider, mode, shape, dtype, device_name(torch.device(device)), unit, spread[0], p50, spread[1],
+        peak_memory, floor_share and float(f"{floor_share:.3g}"), bytes, flops, versions(), commit(),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )  # fmt: skip
+
+
+def append(row: Row, path: Path | None = None) -> None:
+    """Writes a row at the end of the file in one piece, so that a run can be stopped after any."""
+    path = path or results_file()
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    with open(path, "a+b") as file:
+        if file.tell() == 0:
+            writer.writeheader()
+        else:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # an editor's, or a row that the power cut short
+                text.write("\n")
+        writer.writerow({name: "" if x is None else x for name, x in asdict(row).items()})
+        os.write(file.fileno(), text.getvalue().encode())
+
+
+def read(path: Path | None = None) -> list[Row]:
+    """All rows in the order they were written, [] where there is no file.
+
+    Raises:
+        ValueError: names the line that is no row.
+    """
+    path = path or results_file()
+    if path is None or not path.exists():
+        return []
+    rows = []
+    with open(path, newline="", encoding="utf-8") as file:
+        for cells in (reader := csv.DictReader(file)):
+            try:
+                if tuple(cells) != COLUMNS or None in cells.values():
+                    raise ValueError(f"it has not the columns {', '.join(COLUMNS)}")
+                numbers = {name: float(cells[name]) if cells[name] else None for name in _NUMBERS}
+                if numbers["peak_memory"] is not None:
+                    numbers["peak_memory"] = int(numbers["peak_memory"])
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num} is no row of results: {error}") from None
+            rows.append(Row(**cells | numbers))
+    return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each key, in the order the keys first appeared."""
+    return list({row.key: row for row in rows}.values())
+
+
+def results_file() -> Path | None:
+    wanted = os.environ.get(VARIABLE)
+    return FILE if wanted is None else Path(wanted) if wanted else None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+@cache
+def versions() -> str:
+    return ", ".join(f"{package} {_version(package)}" for package in ("fastedit", "torch", "transformers", "triton"))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+@cache
+def commit() -> str:
+    """FASTEDIT_COMMIT in a copy without .git, else git's. What benchmarks themselves write makes nothing dirty."""
+    if found := os.environ.get("FASTEDIT_COMMIT"):
+        return found
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        return git("rev-parse", "--short=7", "HEAD") + "-dirty" * bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

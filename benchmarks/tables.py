@@ -1,0 +1,235 @@
+"""Writes the README's tables from the results file, between `<!-- results:NAME -->` and `<!-- /results -->`.
+
+    python -m benchmarks.tables           # --check to fail where they differ, --show NAME to print one
+
+A figure is the median of the latest row of its key. What was not measured says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.rows import ROOT, Row, latest, read
+from benchmarks.scaling import EXPECTED, fits
+
+README = ROOT / "README.md"
+MISSING = "not measured"
+_MARKED = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+KERNELS = {"localized_adam": "localized Adam", "rank_k_solve": "rank-k", "target_cross_entropy": "cross-entropy"}
+
+Lines = list[str]
+
+
+def on_gpu(row: Row) -> bool:
+    return not row.device.endswith(("thread", "threads"))
+
+
+def seconds(value: float) -> str:
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def memory(row: Row | None) -> str:
+    if row is None or row.peak_memory is None:
+        return MISSING
+    return f"{row.peak_memory / 2**20:.3g} MiB" if row.peak_memory < 1e9 else f"{row.peak_memory / 2**30:.3g} GiB"
+
+
+def ratio(base: Row, ours: Row) -> str:
+    value = base.p50 / ours.p50
+    return f"{value:.2f}" + " (slower)" * (value < 1)
+
+
+def quality(row: Row | None) -> str:
+    if row is None:
+        return MISSING
+    return f"{row.p50:.2f}" if row.unit == "perplexity" else f"{row.p50:.1%}"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def together(shapes: Sequence[str]) -> str:
+    """One text of several sizes: "N=16, d=8" and "N=32, d=8" are "N=16/N=32, d=8"."""
+    return ", ".join("/".join(dict.fromkeys(part)) for part in zip(*(s.split(", ") for s in shapes), strict=True))
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
+    """(benchmark, mode, shape, dtype) -> provider -> row, of one device and unit."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row.benchmark, row.mode, row.shape, row.dtype), {})[row.provider] = row
+    return found
+
+
+def source(rows: Sequence[Row]) -> str:
+    commits = ", ".join(f"`{commit}`" for commit in sorted({row.commit for row in rows}))
+    return f"{rows[0].device}; {', '.join(sorted({row.version for row in rows}))}; commit {commits}"
+
+
+def each_device(rows: Sequence[Row], draw: Callable[[Sequence[Row]], Lines], gpu: Lines | None = None) -> Lines:
+    """A table a device, CPUs first; `gpu` stands for GPUs where none was measured."""
+    lines: Lines = []
+    for kind, wanted, otherwise in (("CPU", False, None), ("GPU", True, gpu)):
+        devices = dict.fromkeys(row.device for row in rows if on_gpu(row) == wanted)
+        for device in devices:
+            own = [row for row in rows if row.device == device]
+            lines += [source(own) + ":", "", *draw(own), ""]
+        if not devices:
+            lines += otherwise or [f"{kind}: {MISSING}.", ""]
+    return lines[:-1]
+
+
+def kernels(rows: Sequence[Row]) -> Lines:
+    from benchmarks.kernels import cases
+
+    head = ("operation", "size", "dtype", "ours", "share of floor", "peak memory", "torch's time over ours")
+
+    def title(benchmark: str, mode: str) -> str:
+        return KERNELS[benchmark] + f" {mode}" * (mode in ("solve", "update"))
+
+    def draw(own: Sequence[Row]) -> Lines:
+        body = []
+        for (benchmark, mode, shape, dtype), found in by_case(own).items():
+            ours = found.get("ours")
+            others = [row for name, row in found.items() if not name.startswith("ours")]
+            against = "; ".join(f"{row.provider}: {ratio(row, ours)}, {memory(row)}" for row in others if ours)
+            share = f"{ours.floor_share:.0%}" if ours and ours.floor_share else MISSING
+            time = seconds(ours.p50) if ours else MISSING
+            body.append((title(benchmark, mode), shape, dtype, time, share, memory(ours), against or MISSING))
+        return table(head, body)
+
+    planned: dict[tuple[str, str], list[str]] = {}
+    for case in cases(torch.device("cuda")):
+        planned.setdefault((title(case.benchmark, case.mode), case.dtype), []).append(case.shape)
+    missing = ((name, together(shapes), dtype, *[MISSING] * 4) for (name, dtype), shapes in planned.items())
+    gpu = ["GPU:", "", *table(head, missing), ""]
+    return each_device([row for row in rows if row.benchmark in KERNELS], draw, gpu=gpu)
+
+
+def against_published(*benchmarks: str) -> Callable[[Sequence[Row]], Lines]:
+    head = ("", "size", "published", "ours", "ratio", "peak memory, published", "ours", "relative difference")
+
+    def draw(own: Sequence[Row]) -> Lines:
+        apart = {key[:3]: f["ours"] for key, f in by_case(r for r in own if r.unit == "difference").items()}
+        body = []
+        for key, found in by_case(row for row in own if row.unit == "s").items():
+            ours, theirs, other = found.get("ours"), found.get("published"), apart.get(key[:3])
+            if ours is None:
+                continue
+            body.append((
+                ours.mode or ours.benchmark, ours.shape, seconds(theirs.p50) if theirs else MISSING, seconds(ours.p50),
+                f"**{ratio(theirs, ours)}**" if theirs else MISSING, memory(theirs), memory(ours),
+                f"{other.p50:.1e}" if other else MISSING,
+            ))  # fmt: skip
+        return table(head, body)
+
+    return lambda rows: each_device([row for row in rows if row.benchmark in benchmarks], draw)
+
+
+def end_to_end(rows: Sequence[Row]) -> Lines:
+    head = ("method", "by", "size", "edits/s", "peak memory")
+
+    def draw(own: Sequence[Row]) -> Lines:
+        units = list(dict.fromkeys(row.unit for row in own if row.unit != "s"))
+        body = []
+        for row in own:
+            if row.unit != "s":
+                continue
+            about = {x.unit: x for x in own if x.key[:-1] == row.key[:-1]}
+            speed = f"{int(row.shape.split()[0]) / row.p50:.3g}"
+            measures = (quality(about.get(unit)) for unit in units)
+            body.append((row.mode, row.provider, row.shape, speed, memory(row), *measures))
+        return table((*head, *units), body)
+
+    return each_device([row for row in rows if row.benchmark == "end_to_end"], draw)
+
+
+def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
+    """Quality: a line for each (mode, shape), a column for each unit."""
+
+    def draw(own: Sequence[Row]) -> Lines:
+        units = list(dict.fromkeys(row.unit for row in own))
+        found = {(row.mode, row.shape): {} for row in own}
+        for row in own:
+            found[row.mode, row.shape][row.unit] = row
+        return table(
+            ("", "size", *("time" if unit == "s" else unit for unit in units)),
+            (
+                (*key, *(seconds(cells[u].p50) if u == "s" and u in cells else quality(cells.get(u)) for u in units))
+                for key, cells in found.items()
+            ),
+        )
+
+    return lambda rows: each_device([row for row in rows if row.benchmark == benchmark], draw)
+
+
+def scaling(rows: Sequence[Row]) -> Lines:
+    def draw(own: Sequence[Row]) -> Lines:
+        found = fits(own)
+        body = []
+        for mode, (variable, expected) in EXPECTED.items():
+            fit = found.get(mode)
+            shown = (f"{fit.low:g} … {fit.high:g}", f"{fit.exponent:.2f} ± {fit.error:.2f}") if fit else [MISSING] * 2
+            body.append((mode, variable, *shown, expected))
+        return table(("cost of", "against", "from … to", "measured exponent", "expected"), body)
+
+    return each_device([row for row in rows if row.benchmark == "scaling"], draw)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
+    "kernels": kernels,
+    "locft_bf": against_published("locft_bf"),
+    "locate_then_edit": against_published("rank_k_against_direct", "memit"),
+    "covariance": against_published("covariance"),
+    "end_to_end": end_to_end,
+    "emmet_vs_memit": measures("emmet_vs_memit"),
+    "schedules": measures("schedules"),
+    "scaling": scaling,
+}
+
+
+def render(text: str, rows: Sequence[Row]) -> str:
+    """The text with every marked table made anew. ValueError for a table that there is none of."""
+    newest = latest(rows)
+
+    def make(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"results:{match[2]} is no table; there are {', '.join(TABLES)}")
+        return match[1] + "\n".join(TABLES[match[2]](newest)) + "\n" + match[3]
+
+    return _MARKED.sub(make, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the tables differ")
+    parser.add_argument("--show", choices=TABLES)
+    args = parser.parse_args()
+    rows = read()
+    if args.show:
+        print("\n".join(TABLES[args.show](latest(rows))))
+        return
+    text = args.readme.read_text(encoding="utf-8")
+    made = render(text, rows)
+    if args.check and made != text:
+        sys.exit(f"the tables of {args.readme} differ from the results: python -m benchmarks.tables")
+    if made != text:
+        args.readme.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What the benchmarks claim: nothing wrong is timed, rows survive, and tables say what the results file says."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import compare, rows, scaling, tables
+from benchmarks.harness import Case, Suite, measured
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "results.csv"
+    monkeypatch.setenv(rows.VARIABLE, str(path))
+    monkeypatch.setenv("FASTEDIT_COMMIT", "abc1234")
+    return path
+
+
+def made(provider: str = "ours", samples: tuple[float, ...] = (1.0, 2.0, 3.0), **about: Any) -> rows.Row:
+    return rows.make_row(about.pop("benchmark", "memit"), provider, list(samples), **{"shape": "n=1", **about})
+
+
+def product(**providers: Callable[..., Any]) -> Case:
+    """a @ b of fresh matrices; the baseline is right."""
+
+    def setup() -> tuple[Tensor, Tensor]:
+        return torch.randn(40, 30), torch.randn(30, 50)
+
+    return Case(
+        "product",
+        setup,
+        lambda a, b: (a.double() @ b.double(),),
+        providers | {"torch": lambda a, b: (a @ b,)},
+        tolerance=1e-5,
+        bytes=2e6,
+        flops=1e6,
+    )
+
+
+@pytest.fixture
+def suite(seed: int) -> Suite:
+    torch.manual_seed(seed)
+    found = Suite("cpu", budget=0.01)
+    found.__dict__["ceilings"] = {"copy": 1e9, "float32": 1e12}
+    return found
+
+
+def test_what_is_right_is_timed_and_kept_with_its_share_of_the_floor(suite: Suite, file: Path) -> None:
+    found = suite.run(product(ours=lambda a, b: ((b.T @ a.T).T,)))
+    suite.close()
+    assert list(found) == ["ours", "torch"]
+    for row in rows.read(file):
+        assert row == found[row.provider]
+        assert row.p20 <= row.p50 <= row.p80
+        assert row.floor_share == pytest.approx(2e6 / 1e9 / row.p50, rel=1e-2)
+        assert (row.commit, row.unit, row.device) == ("abc1234", "s", rows.device_name(torch.device("cpu")))
+
+
+def spoiled(a: Tensor, b: Tensor) -> tuple[Tensor]:
+    product = a @ b
+    product[3, 4] = torch.nan
+    return (product,)
+
+
+def broken(a: Tensor, b: Tensor) -> tuple[Tensor]:
+    raise RuntimeError("no such thing")
+
+
+@pytest.mark.parametrize("wrong", [lambda a, b: (a @ b * 1.001,), spoiled, broken], ids=["off", "nan", "raises"])
+def test_nothing_is_timed_where_a_provider_is_wrong(
+    wrong: Callable[..., Any], suite: Suite, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert suite.run(product(ours=wrong)) == {}
+    printed = capsys.readouterr().out
+    assert "RED" in printed
+    assert " s " not in printed
+    assert rows.read(file) == []
+    with pytest.raises(SystemExit, match=r"product.*ours"):
+        suite.close()
+
+
+def test_a_provider_that_works_in_place_does_not_spoil_the_inputs_of_the_next(suite: Suite) -> None:
+    def in_place(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        out = a @ b
+        a.zero_()
+        return (out,)
+
+    assert suite.run(product(ours=in_place)).keys() == {"ours", "torch"}
+
+
+def test_a_provider_without_memory_for_it_is_left_out(suite: Suite, capsys: pytest.CaptureFixture[str]) -> None:
+    def large(a: Tensor, b: Tensor) -> tuple[Tensor]:
+        raise torch.OutOfMemoryError("19 GiB wanted")
+
+    assert suite.run(product(ours=large)).keys() == {"torch"}
+    suite.close()
+    assert "not measured: 19 GiB wanted" in capsys.readouterr().out
+
+
+def test_peak_memory_is_what_was_held_at_once() -> None:
+    with measured("cpu") as run:
+        for _ in range(2):
+            torch.ones(16 << 20)  # 64 MiB, freed before the next
+    if run.peak_memory is None:
+        pytest.skip("this system does not forget peaks")
+    assert run.peak_memory == pytest.approx(64 << 20, rel=0.1)
+
+
+def test_rows_survive_a_run_that_was_cut_short_and_the_last_of_a_key_counts(file: Path) -> None:
+    first, other, again = made(peak_memory=5), made("published", (7.0,)), made(samples=(4.0, 5.0, 6.0))
+    for row in (first, other):
+        rows.append(row)
+    file.write_bytes(file.read_bytes().removesuffix(b"\n"))
+    rows.append(again)
+    assert rows.read(file) == [first, other, again]
+    assert rows.latest(rows.read(file)) == [again, other]
+    assert (other.p20, other.p50, other.p80, other.peak_memory) == (None, 7.0, None, None)
+
+
+@pytest.mark.parametrize("spoil", [lambda line: line.rsplit(",", 3)[0], lambda line: line.replace("2.0", "fast")])
+def test_a_line_that_is_no_row_is_named(spoil: Callable[[str], str], file: Path) -> None:
+    rows.append(made())
+    rows.append(made())
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], spoil(lines[2])]) + "\n")
+    with pytest.raises(ValueError, match=r"results\.csv, line 3"):
+        rows.read(file)
+
+
+def test_tables_are_made_between_their_marks_and_nothing_else_changes() -> None:
+    text = "before\n<!-- results:locate_then_edit -->\nstale\n<!-- /results -->\nafter\n"
+    about = {"mode": "MEMIT", "shape": "64 edits"}
+    found = [made("published", (12.0,), peak_memory=3 << 20, **about), made("ours", (3.0,), **about)]
+    table = tables.render(text, found)
+    assert table.startswith("before\n<!-- results:locate_then_edit -->\n")
+    assert table.endswith("\n<!-- /results -->\nafter\n")
+    assert "| MEMIT | 64 edits | 12 s | 3 s | **4.00** | 3 MiB | not measured | not measured |" in table
+    assert "stale" not in table
+    assert "`abc1234`" in table
+    assert "GPU: not measured." in table
+    assert tables.render(table, found) == table
+    with pytest.raises(ValueError, match="results:nothing"):
+        tables.render(text.replace("locate_then_edit", "nothing"), [])
+
+
+def test_tables_show_what_is_slower_and_what_is_missing() -> None:
+    about = {"benchmark": "target_cross_entropy", "shape": "8 rows"}
+    found = [made("ours", (0.4,), **about), made("torch, chunked", (0.3,), **about)]
+    shown = "\n".join(tables.TABLES["kernels"](found))
+    assert "| 400 ms | not measured | not measured | torch, chunked: 0.75 (slower)" in shown
+    assert "rank-k solve" in shown.partition("GPU:")[2]
+    on_gpu = [replace(row, device="NVIDIA H200") for row in found[1:]]
+    assert "NVIDIA H200" in "\n".join(tables.TABLES["kernels"](found + on_gpu))
+    for name, draw in tables.TABLES.items():
+        assert "not measured" in "\n".join(draw([])), name
+
+
+def test_the_readme_shows_what_the_results_file_holds() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert tables.render(text, rows.read(rows.FILE)) == text, "python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize(
+    ("samples", "word", "code"),
+    [((3.5, 4.0, 4.5), "slower", 1), ((0.1, 0.2, 0.3), "faster", 0), ((2.0, 2.5, 3.0), "within noise", 0)],
+)
+def test_compare_flags_what_is_beyond_the_noise(
+    samples: tuple[float, ...], word: str, code: int, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows.append(made())
+    rows.append(replace(made(samples=samples), commit="def5678"))
+    rows.append(replace(made("torch", (9.0, 9.1)), commit="def5678"))
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["abc1234", "def5678"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == code
+    assert word in printed
+    assert f"{samples[1] / 2:.2f}" in printed
+    assert "1 times compared" in printed
+    with pytest.raises(SystemExit) as ended:
+        compare.main([str(file), "ghi9012"])
+    assert ended.value.code == 2
+    assert "ghi9012" in capsys.readouterr().err
+
+
+def test_a_slower_baseline_is_no_regression_of_ours(file: Path) -> None:
+    rows.append(made("torch", (1.0, 1.1)))
+    rows.append(replace(made("torch", (5.0, 5.1)), commit="def5678"))
+    with pytest.raises(SystemExit) as ended:
+        compare.main(["abc1234", "def5678"])
+    assert ended.value.code == 0
+
+
+def test_fits_find_the_exponent_of_a_power_law(seed: int) -> None:
+    rng = random.Random(seed)
+    exponent, mode = rng.uniform(0.5, 3), "cross-entropy"
+    points = [
+        made(benchmark="scaling", mode=mode, shape=f"vocabulary={x}", samples=(0.1 * x**exponent,))
+        for x in rng.sample(range(10, 5000), 5)
+    ]
+    fit = scaling.fits(points)[mode]
+    assert fit.exponent == pytest.approx(exponent, abs=1e-2)
+    assert fit.error < 1e-2
+    assert scaling.fits(points[:2]) == {}
+
+
+@pytest.mark.parametrize("how", [["-m", "benchmarks.schedules"], [str(ROOT / "benchmarks" / "schedules.py")]])
+def test_benchmarks_run_as_modules_and_as_files(how: list[str]) -> None:
+    done = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--batch-sizes" in done.stdout
