@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-install gpu-test gpu-bench kernels-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -16,13 +16,22 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/locft_bf.py
-	$(BIN)/python benchmarks/schedules.py
+	$(BIN)/python -m benchmarks --device cpu
+
+# no network: torch, nvcc and what pyproject.toml names are taken from where $(PYTHON) finds them
+gpu-install:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+
+gpu-test: gpu-install
+	$(PYTHON) -m pytest $$(grep -l torch.cuda tests/test_*.py)
+
+gpu-bench: gpu-install
+	$(PYTHON) -m benchmarks --device cuda
 
 clean:
 	rm -rf $(VENV)
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
 	touch $@
