@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timing for each provider of a case")
-    parser.add_argument("--documents", type=int, default=32)
+    parser.add_argument("--documents", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16, help="documents of a batch of the published way")
     parser.add_argument("--only", choices=["sum", "run", "accuracy"])
     parser.add_argument("--threads", type=int, default=2)

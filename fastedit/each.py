@@ -69,7 +69,7 @@ class EachEditResult:
             updates[path] = LowRank(right[i].T, left[i].T) if turned else LowRank(left[i], right[i])
         return WeightDelta(updates, {**self._metadata, "edits": 1})
 
-    def evaluate(self, *, generate: bool = True, batch_tokens: int = 8192) -> EvaluationReport:
+    def evaluate(self, *, generate: bool = True, batch_tokens: int | None = None) -> EvaluationReport:
         """Measure every request under its own edit, and before it; no weight is written.
 
         Raises:

@@ -201,13 +201,14 @@ class Editor:
         return History(unedited, keys, self._kept)
 
     def evaluate(
-        self, requests: Requests, *, text: Sequence[str] = (), generate: bool = True, batch_tokens: int = 8192
+        self, requests: Requests, *, text: Sequence[str] = (), generate: bool = True, batch_tokens: int | None = None
     ) -> EvaluationReport:
         """Measure the model as it is, and what this Editor's edits did to neighbours and to `text`.
 
         Args:
             requests: as for `edit`.
             text: documents for perplexity, before and after.
+            batch_tokens: tokens of a forward pass; None is what suits the device.
             generate: also measure greedy generation, as a user sees it.
 
         Returns:

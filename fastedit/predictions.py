@@ -23,7 +23,7 @@ from transformers.generation import StoppingCriteriaList
 
 from fastedit.errors import EditError, RequestError
 from fastedit.methods.base import Progress, no_progress
-from fastedit.models import Factors, Samples, Topology, full, pack, per_sample_updates, tokenize
+from fastedit.models import Factors, Samples, Topology, full, pack, pass_tokens, per_sample_updates, tokenize
 from fastedit.models.topology import eval_mode
 from fastedit.requests import EditRequest
 
@@ -99,7 +99,7 @@ def predict(
     kinds: Sequence[str] = KINDS,
     text: Sequence[str] = (),
     updates: Mapping[nn.Module, Factors] | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: Progress = no_progress,
 ) -> Predictions:
     """Everything that is measured of the model as it is now; equal prompts run once.
@@ -115,7 +115,8 @@ def predict(
             windows of the model's context, 2,048 tokens at most.
         updates: linear map -> factors of one edit a request (`models.per_sample_updates`); without ``text``,
             which belongs to no request.
-        batch_tokens: tokens of a forward pass; generation keeps four times as many in its cache.
+        batch_tokens: tokens of a forward pass, None for what suits the device; generation keeps four times as many
+            in its cache.
         progress: called after each batch, with the stages "answers", "text" and "generation".
 
     Raises:
@@ -125,6 +126,7 @@ def predict(
     """
     if updates:
         _check(updates, requests, text)
+    batch_tokens = batch_tokens or pass_tokens(topology.device)
     asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
     owners: dict[_Asked, str] = {}  # each once, and the request that asks it first
     dots: dict[tuple[int, str], int] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastedit.errors import EditError, RequestError
 from fastedit.methods.base import Edit, Progress, no_progress
 from fastedit.methods.subjects import BARE, in_templates, last_tokens, name_of, named, subject_ends
-from fastedit.models import Budget, PrefixCache, Rows, Samples, Topology, observe, pack
+from fastedit.models import Budget, PrefixCache, Rows, Samples, Topology, observe, pack, pass_tokens
 from fastedit.models.per_sample import Factors, per_sample_updates
 
 Average = Literal["half", "uniform"]
@@ -36,7 +36,7 @@ class KeyWalk:
 
     Args:
         contexts: templates with one "{}" each, beside the bare "{}", which is always there.
-        batch_tokens: tokens a forward pass.
+        batch_tokens: tokens of a forward pass; None is what suits the device.
         budget: of the prefix cache.
 
     Raises:
@@ -54,10 +54,11 @@ class KeyWalk:
         contexts: Sequence[str] = (),
         average: Average = "half",
         budget: Budget | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        self._topology, self._edits, self._batch_tokens = topology, edits, batch_tokens
+        self._topology, self._edits = topology, edits
+        self._batch_tokens = batch_tokens or pass_tokens(topology.device)
         self.updates: dict[nn.Module, Factors] = {}
         ends, self.notes = subject_ends(edits)
         templates = [BARE, *contexts]

@@ -4,7 +4,7 @@ from fastedit.models.fingerprint import checksum, fingerprint
 from fastedit.models.low_rank import LowRank, Update, add_
 from fastedit.models.partial import BlockCalls, HeldTokens, observe
 from fastedit.models.per_sample import Factors, per_sample_updates
-from fastedit.models.prefix import Budget, PrefixCache, free_bytes, full, resume
+from fastedit.models.prefix import Budget, PrefixCache, free_bytes, full, pass_tokens, resume
 from fastedit.models.tokens import Rows, Samples, pack, tokenize
 from fastedit.models.topology import Topology, topology
 
@@ -26,6 +26,7 @@ __all__ = [
     "full",
     "observe",
     "pack",
+    "pass_tokens",
     "per_sample_updates",
     "resume",
     "tokenize",

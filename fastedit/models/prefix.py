@@ -26,6 +26,8 @@ from fastedit.models.topology import Stopped, Topology, eval_mode
 
 # Attention that reads restarting positions in every row of a batch; varlen attention needs a single row.
 _BATCHED_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
+# Tokens of a forward pass. On a CPU more of them leave its caches, and their activations are fresh pages every time.
+_PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 
 Override = tuple[nn.Module, Callable[..., Any]]
@@ -192,7 +194,7 @@ class PrefixCache:
         samples: all samples; rows given to ``hidden`` index into them.
         layer: blocks below it run once, now.
         budget: decides the tier.
-        batch_tokens: tokens a forward pass.
+        batch_tokens: tokens of a forward pass; None is what suits the device.
         packed: several samples a row. Otherwise no sample can spoil another with values that are not finite.
         progress: called with the number of samples just done.
 
@@ -207,7 +209,7 @@ class PrefixCache:
         layer: int,
         *,
         budget: Budget | None = None,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         packed: bool = True,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -215,7 +217,7 @@ class PrefixCache:
         self._topology = topology
         self._samples = samples
         self._budget = budget or Budget()
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens or pass_tokens(topology.device)
         self._packed = packed and topology.packs
         self._state: Tensor | None = None
         self.layer = layer
@@ -367,6 +369,11 @@ def _map_file(size: tuple[int, int], dtype: torch.dtype, needed: int, directory:
         if path is not None:
             with suppress(OSError):
                 os.unlink(path)
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of a forward pass that suit ``device``."""
+    return _PASS_TOKENS.get(device.type, 4096)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
-_CHUNK_LOGITS = 1 << 23
-"""Logits alive at once (32 MiB in fp32), in one buffer that all chunks share."""
+_CHUNK_LOGITS = 1 << 25
+"""Logits alive at once (128 MiB in fp32), in one buffer that all chunks share. Products of few rows are slow: on a CPU
+166 rows of 50,304 logits ran at 3/4 of the rate of 500."""
 
 
 @torch.no_grad()
@@ -64,11 +65,11 @@ def target_cross_entropy(
             z = z.div_(softcap).tanh_()
             slope = 1 - z.square()
             z = z.mul_(softcap)
-        z -= z.amax(1, keepdim=True)
-        at_label = z.gather(1, label[:, None])[:, 0]
-        total = z.exp_().sum(1)  # z holds unnormalized probabilities from here on
-        losses[r] = weight * (total.log() - at_label)
-        z /= total[:, None]
+        largest, place = z.max(1, keepdim=True)
+        at_label = z.gather(1, label[:, None])
+        z = torch.softmax(z, 1, out=z)
+        # log Σ exp z = largest − log p(largest), and that p is at least 1/V
+        losses[r] = weight * (largest - z.gather(1, place).log() - at_label)[:, 0]
         # minus the label before the product, not after: at p close to 1 half precision would lose the rest
         z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
         if slope is not None:
