@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-install gpu-test gpu-bench kernels-table clean
+.PHONY: demo test lint bench gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo

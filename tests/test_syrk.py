@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -212,6 +213,24 @@ def test_cuda(dtype: torch.dtype, T: int, d: int, rng: torch.Generator) -> None:
         ops.syrk_(again, junk, keep.cuda(), backend="cuda")
         check(masked.cpu(), part[keep])
         assert masked.tril().equal(again.tril())
+
+
+def test_threads_race_nowhere(tmp_path: Path) -> None:
+    """Under ThreadSanitizer and UBSan, of every instruction set of this processor."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    tests, program = Path(__file__).parent, tmp_path / "syrk_threads"
+    sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
+    sources = [tests / "syrk_threads.cpp", tests.parent / "csrc" / "syrk_cpu.cpp"]
+    command = [compiler, "-std=c++20", "-O1", "-g", "-pthread", *sanitizers, *sources, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if (built.returncode and "sanitize" in built.stderr + built.stdout) or "tsan" in built.stderr:
+        pytest.skip(f"{compiler} has no sanitizers: {built.stderr.splitlines()[-1]}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == "clean"
 
 
 def test_no_cuda_kernel_spills(capsys: pytest.CaptureFixture[str]) -> None:
