@@ -344,10 +344,10 @@ def _whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tenso
         return rows
     # from the left: LAPACK's solves from the right take two to three times as long
     system, flat = factor.T if back else factor, rows.reshape(-1, len(factor))
-    flat = solve_triangular(system, flat.T, upper=back).T
-    if not flat.isfinite().all():
+    white: Tensor = solve_triangular(system, flat.T, upper=back).T
+    if not white.isfinite().all():
         raise ModelError("cov_factor holds NaN or infinity; make it with ops.factor_covariance")
-    return flat.reshape(rows.shape)
+    return white.reshape(rows.shape)
 
 
 def _cholesky(system: Tensor, rows: Tensor) -> Tensor:
