@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, ragged_samples, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, observe, pack, resume, topology
+from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, at_tokens, observe, pack, resume, topology
 
 LENGTHS = [12, 18, 7, 3, 12, 9, 18, 5, 2, 4]
 HELD = torch.tensor([6, 11, 0, 1, 10, 3, 16, 2, 0, 1])  # tokens of each sample in front of the first that runs
@@ -22,55 +22,65 @@ GROUPS = [0, 1, 2, 3], [6, 5, 7]
 LAST = 3
 
 
-def rows_of(select: list[int]) -> tuple[Rows, Tensor, Tensor]:
-    """One sample a row; the places of its held tokens and of the others."""
-    rows = pack(SAMPLES, select, packed=False)
-    width = rows.index.shape[1]
-    held = rows.token_rows % width < HELD[select][rows.token_rows // width]
-    return rows, rows.token_rows[held], rows.token_rows[~held]
+def moved(hidden: Tensor, rows: Rows, select: list[int], by: float) -> Tensor:
+    """The state with what a loop changes: the first token of each sample that is not held."""
+    first = torch.arange(len(select)) * rows.index.shape[1]
+    if int(rows.position_ids.view(-1)[first].max()) == 0:  # rows of whole samples
+        first = first + HELD[select]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat.index_add(0, first, flat.new_full((len(select), flat.shape[1]), by)).view_as(hidden)
+
+
+def gradient_in(hidden: Tensor, rows: Rows, select: list[int]) -> Tensor:
+    """Of the tokens that are not held, sample after sample."""
+    assert hidden.grad is not None
+    at = rows.token_rows
+    running = rows.position_ids.view(-1)[at] >= HELD[select][at // rows.index.shape[1]]
+    return hidden.grad.view(-1, hidden.shape[-1])[at[running]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = topology(tiny_model(family))
-    held = HeldTokens(parts, 2)
-    assert held.supported
+    model = tiny_model(family).train()  # dropout must not act
+    parts = topology(model)
     with PrefixCache(parts, SAMPLES, 2) as cache:
-        for select in GROUPS:
-            rows, places, _ = rows_of(select)
-            with held.record(rows, places):
-                resume(parts, cache.hidden(rows), rows, 2)
-        select = [7, 2, 6, 1]  # some of both groups, in another order
-        rows, places, running = rows_of(select)
+        held = HeldTokens(parts, cache, SAMPLES, HELD)
         ran = count_rows(parts.blocks, monkeypatch)
-        overrides = held.overrides(rows, places, running)
-        hidden = cache.hidden(rows)
-        hidden.view(-1, 32)[running] += 0.3  # what a loop changes
-        plain = hidden.clone().requires_grad_()
-        wanted = resume(parts, plain, rows, 2)
-        hidden.view(-1, 32)[places] = 1e3  # nobody reads these any more
-        ran.clear()
-        found = resume(parts, hidden.requires_grad_(), rows, 2, overrides)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
-    wanted.square().sum().backward()
-    found.square().sum().backward()
-    one, other = (x.grad.view(-1, 32)[running] for x in (hidden, plain))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
-    assert {name[0] for name in ran} == {"2", "3"}
-    assert len(ran) == sum(isinstance(m, nn.Linear | Conv1D) for m in parts.blocks[2:].modules())
-    assert max(ran.values()) == len(running)
-    others = [6, 1]  # those that have left are forgotten, the others are not
-    rows, places, running = rows_of(others)
-    with torch.no_grad():
-        hidden = cache_of(parts, rows)
-        again = resume(parts, hidden, rows, 2, held.overrides(rows, places, running))
-        torch.testing.assert_close(again, resume(parts, hidden, rows, 2), rtol=0, atol=1e-4)
-    assert held.nbytes == sum(m.weight.numel() // 32 for m in held._attended) * 4 * int(HELD[others].sum())
-
-
-def cache_of(parts: Any, rows: Rows) -> Tensor:
-    with PrefixCache(parts, SAMPLES, 2) as cache:
-        return cache.hidden(rows)
+        for group in GROUPS:
+            ran.clear()
+            held.record(torch.tensor(group))
+            assert {n for name, n in ran.items() if name[0] == "2"} == {int(HELD[group].sum())}
+            assert {n for name, n in ran.items() if name[0] == "3"} == {int(HELD[group].sum()), 0}  # no target there
+        assert held.supported
+        entered: list[int] = []
+        parts.backbone.register_forward_pre_hook(lambda *_: entered.append(1))
+        before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
+        for select in ([7, 2, 6, 1], [6, 1]):  # some of both groups in another order, and some of these
+            rows, past = held.rest(torch.tensor(select))
+            assert len(rows.token_rows) == int((SAMPLES.lengths - 1 - HELD)[select].sum())
+            whole = pack(SAMPLES, select, packed=False)
+            calls = BlockCalls(parts, rows, 2, at_tokens(parts, rows, 2), past)
+            entered.clear()
+            for step in range(3):
+                leaf = moved(cache.hidden(rows), rows, select, 0.3 * step).requires_grad_()
+                ran.clear()
+                found = calls.resume(leaf)
+                assert len(entered) == 1  # by the first alone
+                assert len(ran) == sum(isinstance(m, nn.Linear | Conv1D) for m in parts.blocks[2:].modules())
+                assert max(ran.values()) == len(rows.token_rows)
+                assert min(ran.values()) == len(rows.target_rows)  # pruned
+                plain = moved(cache.hidden(whole), whole, select, 0.3 * step).requires_grad_()
+                wanted = resume(parts, plain, whole, 2)
+                entered.pop()
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
+                wanted.square().sum().backward()
+                found.square().sum().backward()
+                one, other = gradient_in(leaf, rows, select), gradient_in(plain, whole, select)
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
+        kept = held._kept[LAST]
+        assert held.nbytes == sum(x.nbytes for x in kept) * 2
+        assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
+    assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
 
 
 def count_rows(blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -91,63 +101,25 @@ def count_rows(blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return ran
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_calls_again_equal_a_resume(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(family).train()  # dropout must not act
-    parts = topology(model)
-    held = HeldTokens(parts, 2)
-    rows, places, running = rows_of([7, 2, 6, 1])
-    with PrefixCache(parts, SAMPLES, 2) as cache:
-        hidden = cache.hidden(rows)
-    with held.record(rows, places), torch.no_grad():
-        resume(parts, hidden, rows, 2)
-    ran = count_rows(parts.blocks, monkeypatch)
-    calls = BlockCalls(parts, rows, 2, held.overrides(rows, places, running))
-    work = []
-    entered: list[int] = []
-    parts.backbone.register_forward_pre_hook(lambda *_: entered.append(1))
-    before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
-    for step in range(3):
-        moved = hidden.clone()
-        moved.view(-1, 32)[running] += 0.3 * step
-        leaf = moved.clone().requires_grad_()
-        ran.clear()
-        found = calls.resume(leaf)
-        work.append(dict(ran))
-        found.square().sum().backward()
-        assert sum(entered) == 1  # by the first alone
-        assert work[-1] == work[0]  # held and pruned as in a resume
-        assert max(ran.values()) == len(running)
-        plain = moved.requires_grad_()
-        wanted = resume(parts, plain, rows, 2)
-        wanted.square().sum().backward()
-        entered.pop()
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
-        one, other = (x.grad.view(-1, 32)[running] for x in (leaf, plain))
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
-    assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
-
-
-def test_a_rebuilt_block_holds_nothing() -> None:
-    model = tiny_model("llama")
-
+def test_nothing_is_held_where_attention_asks_no_cache() -> None:
     class Rebuilt(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
             self.inner = inner
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) + 0.5 * x[..., :16]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **(kwargs | {"past_key_values": None}))
 
-    attention = topology(model).attn(LAST)
-    attention.v_proj = Rebuilt(attention.v_proj)
+    model = tiny_model("llama")
+    model.model.layers[LAST].self_attn = Rebuilt(model.model.layers[LAST].self_attn)
     parts = topology(model)
-    held = HeldTokens(parts, 2)
-    rows, places, running = rows_of([0, 1])
-    with held.record(rows, places), torch.no_grad():
-        resume(parts, cache_of(parts, rows), rows, 2)
-    assert not held.supported
-    assert held.overrides(rows, places, running) == []
+    with PrefixCache(parts, SAMPLES, 2) as cache:
+        held = HeldTokens(parts, cache, SAMPLES, HELD)
+        held.record(torch.tensor([0, 1]))
+        assert not held.supported
+        rows, past = held.rest(torch.tensor([0, 1]))
+    assert past is None
+    assert len(rows.token_rows) == int((SAMPLES.lengths - 1)[:2].sum())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

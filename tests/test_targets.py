@@ -207,23 +207,32 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int) -> None:
     parts.head.register_forward_pre_hook(lambda _, args: head.append(len(args[0])))
     find_targets(parts, tokenizer, edits, Z_LAYER, replace(CONFIG, stop_loss=0), contexts=CONTEXTS, in_flight=6)
     assert tokens[0] == tokens[1]  # once each
-    behind = 0  # tokens that a row reads from the subject's last on
+    before, behind = 0, 0  # tokens of the rows in front of the subject's last, and from there on
     for edit in edits:
         end = edit.prompt.rindex(edit.subject or "") + len(edit.subject or "")
         behind += len(edit.prompt[end:].split()) + len(edit.target.split())
-    assert tokens[2] == tokens[0] + (3 * behind + 6) * CONFIG.steps  # of the KL row one token
+        name = len((edit.subject or "").split()) - 1
+        before += 4 * name + 3 * len(edit.prompt[: end - len(edit.subject or "")].split())
+        before += sum(len(context.split()) - 1 for context in CONTEXTS)
+    assert tokens[2] == before + (3 * behind + 6) * CONFIG.steps  # of the KL row one token
     n_targets = 3 * sum(len(edit.target.split()) for edit in edits)
-    assert tokens[3] == (n_targets + 6) * (CONFIG.steps + 1)
-    assert head == [6] * (CONFIG.steps + 1)  # for the KL; the NLL takes the head's weight itself
+    assert tokens[3] == (n_targets + 6) * CONFIG.steps
+    assert head == [6] * CONFIG.steps  # for the KL; the NLL takes the head's weight itself
 
 
-def test_a_rebuilt_block_costs_time_and_nothing_else(
-    tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    edits = random_edits(4, seed)
+def test_attention_that_asks_no_cache_costs_time_and_nothing_else(tokenizer: Any, seed: int) -> None:
+    class Rebuilt(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(*args, **(kwargs | {"past_key_values": None}))
+
+    edits, model = random_edits(4, seed), tiny_model("llama")
     wanted = found("llama", tokenizer, edits, CONFIG)
-    monkeypatch.setattr(type(topology(tiny_model("llama"))), "attended", lambda *_: ())
-    assert_same(found("llama", tokenizer, edits, CONFIG), wanted)
+    model.model.layers[3].self_attn = Rebuilt(model.model.layers[3].self_attn)
+    assert_same(find_targets(topology(model), tokenizer, edits, Z_LAYER, CONFIG, contexts=CONTEXTS), wanted)
 
 
 def test_an_edit_whose_loss_is_not_finite_is_dropped_alone(tokenizer: Any, seed: int) -> None:

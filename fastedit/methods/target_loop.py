@@ -7,7 +7,6 @@ give only their keys and values; the head runs at target positions and at the po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -24,17 +23,17 @@ from fastedit.models import (
     Rows,
     Samples,
     Topology,
+    at_tokens,
     free_bytes,
     observe,
     pack,
-    resume,
 )
 
 RELATIVE_LR = 0.5
 """Adam's step in a model without preset, in root mean squares of a typical h₀ (a step moves every coordinate)."""
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 _LOOK_EVERY = {"cuda": 4}  # steps between two looks at which edits are done: each look waits for the GPU
-_BATCH_TOKENS = 4096  # the most on a CPU, where larger batches gain nothing and leave its caches
+_BATCH_TOKENS = 1024  # that run in a step, the most on a CPU: larger batches leave its caches
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class _State:
 
     edit: Tensor  # [F] int64, its place among all edits
     h0: Tensor  # [F, h] fp32
-    initial: Tensor  # [F, V] log P at the KL row before any step, fp32
+    initial: Tensor  # [F, V] log P at the KL row before any step, fp32; noted by the first
     delta: Tensor  # [F, h] fp32
     mean: Tensor  # [F, h] Adam's moments
     square: Tensor  # [F, h]
@@ -89,7 +88,8 @@ class _State:
     alive: Tensor  # [F] bool
 
     @classmethod
-    def fresh(cls, edit: Tensor, h0: Tensor, initial: Tensor) -> _State:
+    def fresh(cls, edit: Tensor, h0: Tensor, vocabulary: int) -> _State:
+        initial = h0.new_zeros(len(h0), vocabulary)
         delta, mean, square = torch.zeros(3, *h0.shape, device=h0.device)
         loss, probability = h0.new_zeros(2, len(h0))
         steps, alive = torch.zeros_like(edit), torch.ones_like(edit, dtype=torch.bool)
@@ -127,9 +127,9 @@ class TargetLoop:
         config: TargetConfig,
     ) -> None:
         self.topology, self.cache, self.samples, self.last = topology, cache, samples, last
-        self.n, self.config, self.device = n, config, topology.device
+        self.n, self.z_layer, self.config, self.device = n, z_layer, config, topology.device
         self.n_rewriting = len(samples) // n - 1
-        self.held = HeldTokens(topology, z_layer + 1)
+        self.held = HeldTokens(topology, cache, samples, last)
         self.site: nn.Module | None = None
         if config.site == "mlp":  # the output of the MLP is that of its last projection, also where it is no module
             self.site = topology.resolve(z_layer, "down_proj")[1]
@@ -141,9 +141,9 @@ class TargetLoop:
         self.steps = torch.zeros(n, dtype=torch.int64, device=self.device)
 
     def run(self, in_flight: int | None, memory: int | None, progress: Progress) -> None:
-        longest = self.samples.lengths.view(-1, self.n).amax(0)
-        waiting = longest.sort(descending=True, stable=True).indices  # neighbours in length share a batch
-        capacity = in_flight or self._capacity(waiting[:1], int(longest.max()), memory)
+        behind = (self.samples.lengths - self.last).view(-1, self.n).amax(0)
+        waiting = behind.sort(descending=True, stable=True).indices  # neighbours in length share a batch
+        capacity = in_flight or self._capacity(memory)
         look_every = _LOOK_EVERY.get(self.device.type, 1)
         state: _State | None = None
         while state is not None or len(waiting):
@@ -162,15 +162,9 @@ class TargetLoop:
             state = self._leave(state, alive)
             progress("targets", self.n - len(waiting) - (0 if state is None else len(state.edit)), self.n)
 
-    def _rows(self, edits: Tensor) -> tuple[Rows, Tensor, Tensor, Tensor]:
-        """Rows of these edits, and flat places: of the subject's last token [B], before it, from it on."""
-        select = (torch.arange(self.n_rewriting + 1)[:, None] * self.n + edits).view(-1)
-        rows = pack(self.samples, select, packed=False)
-        width = rows.index.shape[1]
-        last = self.last[select]
-        token = rows.token_rows
-        before = token % width < last[token // width]
-        return rows, torch.arange(len(select)) * width + last, token[before], token[~before]
+    def _select(self, edits: Tensor) -> Tensor:
+        """The samples of these edits [B], template by template and the KL rows at the end."""
+        return (torch.arange(self.n_rewriting + 1)[:, None] * self.n + edits).view(-1)
 
     @torch.no_grad()
     def _initial_states(self) -> Tensor:
@@ -190,14 +184,11 @@ class TargetLoop:
 
     @torch.no_grad()
     def _enter(self, edits: Tensor) -> _State:
-        """Run these edits once without δ: keys and values of the tokens to hold, and the KL row's distribution."""
-        rows, _, before, _ = self._rows(edits)
-        rows = rows.to(self.device)
-        with self.held.record(rows, before):
-            states = resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer)
-        initial = self.topology.logits(states[-len(edits) :]).float().log_softmax(1)
+        """Run what is in front of these edits' subjects, whose keys and values they will read."""
+        self.held.record(self._select(edits))
         edits = edits.to(self.device)
-        return _State.fresh(edits, self.h0.index_select(0, edits), initial)
+        vocabulary = len(self.topology.head.weight)  # type: ignore[arg-type]
+        return _State.fresh(edits, self.h0.index_select(0, edits), vocabulary)
 
     def _leave(self, state: _State, alive: Tensor) -> _State | None:
         """Note the results of the edits that are done; returns the others."""
@@ -208,13 +199,17 @@ class TargetLoop:
         return state.select(alive.nonzero()[:, 0].to(self.device)) if alive.any() else None
 
     def _lay_out(self, edits: Tensor) -> _Batch:
-        rows, places, before, behind = self._rows(edits)
+        select = self._select(edits)
+        rows, past = self.held.rest(select)
+        # the subject's last token is the first one that is not held
+        places = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)
         of_rewriting = rows.sample_of[: -len(edits)]
         weight = 1 / (of_rewriting.bincount() * float(self.n_rewriting))[of_rewriting]
         rows = rows.to(self.device)
         hidden = self.cache.hidden(rows)
-        overrides = self.held.overrides(rows, before, behind)
-        calls = BlockCalls(self.topology, rows, self.cache.layer, overrides)
+        # from the first block that sees δ on: a hook at the site looks for the subject at its place in the rows
+        overrides = at_tokens(self.topology, rows, self.z_layer + 1)
+        calls = BlockCalls(self.topology, rows, self.cache.layer, overrides, past)
         return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), calls)
 
     def _states(self, batch: _Batch, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,7 +252,7 @@ class TargetLoop:
         )
         per_row = losses.new_zeros(self.n_rewriting * n).index_add_(0, rows.sample_of[:-n], losses)
         nll = per_row.view(self.n_rewriting, n)
-        kl, kl_grad = _kl(self.topology.logits, kl_found, state.initial)
+        kl, kl_grad = self._kl(state, kl_found)
         size, scale = state.delta.norm(dim=1), config.weight_decay / state.h0.square().sum(1)
         loss = nll.sum(0) + config.kl_factor * kl + scale * size
         alive = state.alive
@@ -268,6 +263,17 @@ class TargetLoop:
         slope = slope.float().view(-1, *state.delta.shape).sum(0)
         slope += state.delta * (scale / size.clamp(min=torch.finfo(size.dtype).tiny))[:, None]
         self._update(state, slope)
+
+    def _kl(self, state: _State, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(now ‖ before) [F] of the KL rows' distributions, and its gradient in their hidden states [F, h]."""
+        with torch.enable_grad():
+            leaf = hidden.requires_grad_()
+            now = self.topology.logits(leaf).float().log_softmax(1)
+            # before any step δ is zero, and what is now is what was before
+            state.initial = torch.where(state.steps[:, None] == 0, now.detach(), state.initial)
+            kl = (now.exp() * (now - state.initial)).sum(1)
+            (grad,) = torch.autograd.grad(kl.sum(), leaf)
+        return kl.detach(), grad
 
     def _update(self, state: _State, slope: Tensor) -> None:
         """Adam's step and the clamp, for the edits that go on."""
@@ -281,8 +287,9 @@ class TargetLoop:
         moved *= (limit / moved.norm(dim=1)).clamp(max=1)[:, None]
         state.delta = torch.where(state.alive[:, None], moved, state.delta)
 
-    def _capacity(self, edit: Tensor, longest: int, memory: int | None) -> int:
+    def _capacity(self, memory: int | None) -> int:
         """Edits that fit in memory at once, from what autograd keeps for the longest of them."""
+        edit = self.samples.lengths.view(-1, self.n).amax(0).argmax()[None]
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -299,15 +306,5 @@ class TargetLoop:
         needed = 1.5 * saved + 2 * self.held.nbytes + 4 * state.initial.nbytes
         fit = int((free_bytes(self.device) // 2 if memory is None else memory) / needed)
         if self.device.type == "cpu":
-            fit = min(fit, _BATCH_TOKENS // (longest * (self.n_rewriting + 1)))
+            fit = min(fit, _BATCH_TOKENS // batch.rows.index.numel())
         return max(1, min(fit, self.n))
-
-
-def _kl(logits: Callable[[Tensor], Tensor], hidden: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(now ‖ before) [F] of the rows' distributions, and its gradient [F, h] in their hidden states [F, h]."""
-    with torch.enable_grad():
-        leaf = hidden.detach().requires_grad_()
-        now = logits(leaf).float().log_softmax(1)
-        kl = (now.exp() * (now - initial)).sum(1)
-        (grad,) = torch.autograd.grad(kl.sum(), leaf)
-    return kl.detach(), grad

@@ -2,7 +2,7 @@
 
 from fastedit.models.fingerprint import checksum, fingerprint
 from fastedit.models.low_rank import LowRank, Update, add_
-from fastedit.models.partial import BlockCalls, HeldTokens, observe
+from fastedit.models.partial import BlockCalls, HeldTokens, Past, at_tokens, observe
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix import Budget, PrefixCache, free_bytes, full, pass_tokens, resume
 from fastedit.models.tokens import Rows, Samples, pack, tokenize
@@ -14,12 +14,14 @@ __all__ = [
     "Factors",
     "HeldTokens",
     "LowRank",
+    "Past",
     "PrefixCache",
     "Rows",
     "Samples",
     "Topology",
     "Update",
     "add_",
+    "at_tokens",
     "checksum",
     "fingerprint",
     "free_bytes",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from fastedit.models.prefix import Override, at_rows, forwards, pruned, resume, run_blocks
-from fastedit.models.tokens import Rows
+from fastedit.models.prefix import Override, PrefixCache, at_rows, forwards, pruned, resume, run_blocks
+from fastedit.models.tokens import Rows, Samples, pack, ragged
 from fastedit.models.topology import Stopped, Topology, eval_mode
 
 
@@ -40,6 +40,13 @@ def observe(
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
 
 
+def at_tokens(topology: Topology, rows: Rows, layer: int) -> list[Override]:
+    """Overrides that run the linear maps of blocks ``layer`` … n-1 at tokens alone, not at pads."""
+    tokens = rows.token_rows.to(rows.index.device)
+    linear = (m for i in range(layer, topology.n_blocks) for m in topology.rowwise(i) + topology.attended(i))
+    return [(module, at_rows(module, tokens)) for module in linear]
+
+
 class BlockCalls:
     """How the backbone calls its blocks from ``layer`` on for some rows, to call them so again.
 
@@ -48,8 +55,16 @@ class BlockCalls:
     directly. That saves the backbone's own work, and on a GPU a wait: recent transformers look at the positions.
     """
 
-    def __init__(self, topology: Topology, rows: Rows, layer: int, overrides: Sequence[Override] = ()) -> None:
-        self._topology, self._rows, self._layer, self._overrides = topology, rows, layer, list(overrides)
+    def __init__(
+        self,
+        topology: Topology,
+        rows: Rows,
+        layer: int,
+        overrides: Sequence[Override] = (),
+        past: Past | None = None,
+    ) -> None:
+        self._topology, self._rows, self._layer = topology, rows, layer
+        self._overrides, self._past = list(overrides), past
         self._calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
 
     def resume(self, hidden: Tensor) -> Tensor:
@@ -74,7 +89,7 @@ class BlockCalls:
         tail = [child for child in topology.backbone.children() if child is not topology.blocks]
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in (*running, *tail)]
         try:
-            states = resume(topology, hidden, rows, self._layer, self._overrides)
+            states = resume(topology, hidden, rows, self._layer, self._overrides, self._past)
         finally:
             for handle in handles:
                 handle.remove()
@@ -84,64 +99,115 @@ class BlockCalls:
         return states
 
 
-class HeldTokens:
-    """Tokens whose states in blocks ``layer`` … n-1 stay what they are: others only read their keys and values.
+class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of the tokens in front of some rows, given to each block that asks; nothing is added.
 
-    Such are the tokens in front of the first one that a loop changes, since attention is causal. ``record``
-    keeps what the projections to keys and values make of them; with ``overrides``, ``resume`` then runs all
-    linear maps of these blocks at the remaining tokens alone. Attention itself and the norms are cheap and
-    run at all tokens. ``supported`` is False where a block has been rebuilt: ``overrides`` is empty then.
+    ``mask`` [B, P + R] bool is true at tokens and false at pads, of what is in front and of the rows.
     """
 
-    def __init__(self, topology: Topology, layer: int) -> None:
-        blocks = range(layer, topology.n_blocks)
-        attended = [topology.attended(block) for block in blocks]
-        self.supported = all(attended)
-        self._attended = [module for modules in attended for module in modules] if self.supported else []
-        self._rowwise = [m for block in blocks for m in topology.rowwise(block)] if self.supported else []
+    def __init__(self, held: dict[int, tuple[Tensor, Tensor]], mask: Tensor, length: int) -> None:
+        super().__init__()
+        self.held, self.mask, self.length = held, mask, length
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, heads, P + R, width] of a block, from those of its rows."""
+        if not self.length:
+            return keys, values
+        before = self.held[layer_idx]
+        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, _: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return self.mask.shape[1], 0
+
+
+class _Recorder(DynamicCache):  # type: ignore[misc]  # as above
+    """Notes keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
+
+    mask = None
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.places = places
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        key, value = (x.transpose(1, 2).flatten(0, 1).index_select(0, self.places) for x in (keys, values))
+        self.seen[layer_idx] = key, value
+        return keys, values
+
+
+class HeldTokens:
+    """Tokens whose states in the blocks behind a prefix cache stay what they are: others read their keys and values.
+
+    Such are the tokens in front of the first one that a loop changes, since attention is causal. ``record`` runs
+    them and keeps what each block's attention reads; ``rest`` is what then remains to run, without them.
+
+    Args:
+        counts: [N] int64, how many tokens at the beginning of each sample are held.
+    """
+
+    def __init__(self, topology: Topology, cache: PrefixCache, samples: Samples, counts: Tensor) -> None:
+        self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
         self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
-        self._kept: list[Tensor] = []  # what each module made of them, [K, out]
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
+        self.supported = True
+        """False once a block was seen whose attention asks no cache: ``rest`` is then all."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the recorded keys and values; `overrides` hold about as much again."""
-        return sum(kept.nbytes for kept in self._kept)
+        """Bytes of the recorded keys and values; what ``rest`` lays out takes about as much again."""
+        return sum(kept.nbytes for pair in self._kept.values() for kept in pair)
 
-    @contextmanager
-    def record(self, rows: Rows, places: Tensor) -> Iterator[None]:
-        """Keep the tokens at these flat places [K] (on the CPU) of ``rows`` from the ``resume`` inside."""
-        index = places.to(rows.index.device)
-        seen: list[Tensor] = []
+    @torch.no_grad()
+    def record(self, select: Tensor) -> None:
+        """Run the tokens of these samples that are held."""
+        if not self._counts[select].any():
+            return
+        topology, layer = self._topology, self._cache.layer
+        rows = pack(self._samples, select, packed=False, stop=self._counts[select]).to(topology.device)
+        recorder = _Recorder(rows.token_rows.to(topology.device))
+        resume(topology, self._cache.hidden(rows), rows, layer, at_tokens(topology, rows, layer), recorder)
+        self.supported = self.supported and recorder.seen.keys() == set(range(layer, topology.n_blocks))
+        if self.supported:
+            for block, new in recorder.seen.items():
+                old = self._kept.get(block, tuple(x[:0] for x in new))
+                key, value = (torch.cat(pair) for pair in zip(old, new, strict=True))
+                self._kept[block] = key, value
+            self._tokens = torch.cat([self._tokens, rows.host_index.view(-1)[rows.token_rows]])
 
-        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-            seen.append(output.detach().reshape(-1, output.shape[-1]).index_select(0, index))
+    def rest(self, select: Tensor) -> tuple[Rows, Past | None]:
+        """The rows of the tokens of these samples that are not held, on the CPU, and what stands in front.
 
-        handles = [module.register_forward_hook(keep) for module in self._attended]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._kept = [torch.cat(pair) for pair in zip(self._kept, seen, strict=True)] if self._kept else seen
-        self._tokens = torch.cat([self._tokens, rows.host_index.view(-1)[places]])
-
-    def overrides(self, rows: Rows, places: Tensor, running: Tensor) -> list[Override]:
-        """What lets ``resume`` run on ``rows`` with the tokens at ``places`` [K] held and those at ``running`` [A].
-
-        Both are flat places on the CPU; tokens at neither are pads, and target rows must be among those that
-        run. Recorded tokens that are not among these are forgotten.
+        Recorded tokens of other samples are forgotten.
         """
         if not self.supported:
-            return []
-        device = rows.index.device
-        tokens = rows.host_index.view(-1)[places]
+            return pack(self._samples, select, packed=False), None
+        counts = self._counts[select]
+        rows = pack(self._samples, select, packed=False, start=counts)
+        owner, within = ragged(counts)
+        tokens = self._samples.offsets[select][owner] + within
         ordered, order = self._tokens.sort()
         known = order[torch.searchsorted(ordered, tokens)]
         self._tokens = tokens
-        known, places, running = (x.to(device) for x in (known, places, running))
-        self._kept = [kept.index_select(0, known) for kept in self._kept]
-        overrides: list[Override] = [(module, at_rows(module, running)) for module in self._rowwise]
-        for module, kept in zip(self._attended, self._kept, strict=True):
-            held = kept.new_zeros(rows.index.numel(), kept.shape[1]).index_copy(0, places, kept)
-            overrides.append((module, at_rows(module, running, held)))
-        return overrides
+        n, width = len(counts), int(counts.max())
+        places = owner * width + width - counts[owner] + within  # next to the rows: pads come first
+        ours = (self._samples.lengths[select] - 1 - counts)[:, None]
+        masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
+        known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
+        held = {}
+        for block, kept in self._kept.items():
+            key, value = self._kept[block] = kept[0].index_select(0, known), kept[1].index_select(0, known)
+            held[block] = _laid_out(key, places, n, width), _laid_out(value, places, n, width)
+        return rows, Past(held, mask, width)
+
+
+def _laid_out(kept: Tensor, places: Tensor, n: int, width: int) -> Tensor:
+    """Keys or values [K, heads, d] at flat places of n rows: [n, heads, width, d], zeros elsewhere."""
+    flat = kept.new_zeros(n * width, *kept.shape[1:]).index_copy(0, places, kept)
+    return flat.view(n, width, *kept.shape[1:]).transpose(1, 2).contiguous()

@@ -64,15 +64,14 @@ def _identity_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
     return (_input_of(args, kwargs),)
 
 
-def at_rows(module: nn.Module, rows: Tensor, elsewhere: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """``module.forward`` at the given rows [A] of its flattened input; ``elsewhere`` [B*R, out] or zeros at others."""
+def at_rows(module: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """``module.forward`` at the given rows [A] of its flattened input; zeros at others."""
     forward = module.forward
 
     def run(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor = forward(flat.index_select(0, rows))
-        rest = y.new_zeros((len(flat), y.shape[-1])) if elsewhere is None else elsewhere
-        return rest.index_copy(0, rows, y).view(*x.shape[:-1], -1)
+        return y.new_zeros((len(flat), y.shape[-1])).index_copy(0, rows, y).view(*x.shape[:-1], -1)
 
     return run
 
@@ -92,19 +91,21 @@ def run_blocks(
     stop: int | None = None,
     prune: bool = False,
     overrides: Sequence[Override] = (),
+    past: Any = None,
 ) -> Tensor:
     """Run blocks ``layer`` … and the final norm on ``hidden`` [B, R, h], or end with block ``stop``'s input.
 
     Without ``hidden`` the embedding's output enters block 0. ``prune``: row-independent parts of the last
-    block run at the target rows only. ``overrides`` replace ``forward`` of modules. Returns [B, R, h].
+    block run at the target rows only. ``overrides`` replace ``forward`` of modules. ``past``: a cache of
+    keys and values in front of the rows, with the ``mask`` of both. Returns [B, R, h].
     """
     blocks = topology.blocks
     shape = rows.input_ids.shape
     single_row = topology.packs and topology.config._attn_implementation not in _BATCHED_ATTENTION
     input_ids: Tensor = rows.input_ids
     # a sample alone in its row stands where the model itself counts; masks made from positions wait for the GPU
-    position_ids = rows.position_ids if rows.packed else None
-    if single_row and position_ids is not None:
+    position_ids = rows.position_ids if rows.packed or past is not None else None
+    if single_row and rows.packed and position_ids is not None:
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         hidden = None if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
 
@@ -128,7 +129,13 @@ def run_blocks(
         if stop is not None:
             handles.append(blocks[stop].register_forward_pre_hook(leave, with_kwargs=True))
         with forwards(overrides), eval_mode(topology.backbone):
-            output = topology.backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            output = topology.backbone(
+                input_ids=input_ids,
+                attention_mask=None if past is None else past.mask,
+                position_ids=position_ids,
+                past_key_values=past,
+                use_cache=False,
+            )
         states: Tensor = output[0]
     except Stopped as stopped:
         states = stopped.seen
@@ -138,14 +145,22 @@ def run_blocks(
     return states.reshape(*shape, -1)
 
 
-def resume(topology: Topology, hidden: Tensor, rows: Rows, layer: int, overrides: Sequence[Override] = ()) -> Tensor:
+def resume(
+    topology: Topology,
+    hidden: Tensor,
+    rows: Rows,
+    layer: int,
+    overrides: Sequence[Override] = (),
+    past: Any = None,
+) -> Tensor:
     """Run blocks ``layer`` … n-1 and the final norm, and take the rows that predict target tokens.
 
     Args:
         hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``), in the model's dtype.
         rows: on the model's device.
         layer: the first block to run.
-        overrides: modules whose ``forward`` something else stands in for (``HeldTokens.overrides``).
+        overrides: modules whose ``forward`` something else stands in for.
+        past: keys and values of tokens in front of the rows (``HeldTokens.rest``).
 
     Returns:
         Hidden states [M, h] at ``rows.target_rows``, after the final norm; ``topology.logits`` takes them on.
@@ -156,7 +171,7 @@ def resume(topology: Topology, hidden: Tensor, rows: Rows, layer: int, overrides
         ModelError: the model has no such block.
     """
     topology.block(layer)
-    states = run_blocks(topology, rows, layer, hidden, prune=True, overrides=overrides)
+    states = run_blocks(topology, rows, layer, hidden, prune=True, overrides=overrides, past=past)
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
 
 

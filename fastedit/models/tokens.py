@@ -124,9 +124,9 @@ class Rows:
 
     ``index`` [B, R]: place of each token in the flat buffers (pads point to 0, or to the first token of the
     sample where it has the row for itself); ``input_ids`` [B, R];
-    ``position_ids`` [B, R], counted from 0 in each sample and 0 at every pad, so that a pad is a sequence of
-    its own; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after sample;
-    ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of the sample of each.
+    ``position_ids`` [B, R], counted from the beginning of each sample and 0 at every pad, so that a pad is a
+    sequence of its own; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after
+    sample; ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of the sample of each.
 
     Two tensors stay on the CPU whatever the device: ``host_index`` [B, R], a copy of ``index`` for caches in
     host memory, and ``token_rows`` [K], the flat places that hold a token and not a pad. ``packed``: several
@@ -161,7 +161,15 @@ class Rows:
 _MOVED = ("index", "input_ids", "position_ids", "target_rows", "labels", "sample_of")
 
 
-def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = True, min_row: int = 64) -> Rows:
+def pack(
+    samples: Samples,
+    select: Sequence[int] | Tensor,
+    *,
+    packed: bool = True,
+    min_row: int = 64,
+    start: Tensor | None = None,
+    stop: Tensor | None = None,
+) -> Rows:
     """Lay the selected samples out in rows, without their last tokens, which are labels and never inputs.
 
     Args:
@@ -169,6 +177,9 @@ def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = Tru
         packed: several samples a row (first-fit decreasing into rows of max(longest, ``min_row``) tokens, cut
             to the fullest row); otherwise one sample a row, padded at its end.
         min_row: rows are filled up to this many tokens. Longer rows mean fewer pads and more attention.
+        start: [N] tokens at the beginning of each selected sample to leave out, none that predicts its target;
+            positions count them.
+        stop: [N] tokens that each selected sample ends with, all its inputs otherwise.
 
     Returns:
         Rows on the CPU.
@@ -179,8 +190,9 @@ def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = Tru
     chosen = torch.as_tensor(select, dtype=torch.int64)
     if not chosen.numel():
         raise ValueError("pack: no samples selected")
-    first = samples.offsets[chosen]  # [N] place of each sample in the flat buffer
-    inputs = samples.offsets[chosen + 1] - first - 1  # [N]
+    left_out = torch.zeros_like(chosen) if start is None else start
+    first = samples.offsets[chosen] + left_out  # [N] place of each sample in the flat buffer
+    inputs = (samples.lengths[chosen] - 1 if stop is None else stop) - left_out  # [N]
     if packed:
         bins, starts, n_rows, width = first_fit_decreasing(inputs, min_row)
         corner = bins * width + starts  # [N] flat place of each sample's first token
@@ -188,16 +200,16 @@ def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = Tru
         n_rows, width = len(chosen), int(inputs.max())
         corner = torch.arange(n_rows) * width
 
-    owner, within = _ragged(inputs)  # [K]
+    owner, within = ragged(inputs)  # [K]
     token_rows = corner[owner] + within
     # alone in its row, a sample is padded with its own first token: no pad brings another's values there
     index = torch.zeros(n_rows * width, dtype=torch.int64) if packed else first.repeat_interleave(width)
     index[token_rows] = first[owner] + within
     position_ids = torch.zeros_like(index)
-    position_ids[token_rows] = within
+    position_ids[token_rows] = within + left_out[owner]
 
-    begins = samples.target_start[chosen]
-    sample_of, nth = _ragged(inputs + 1 - begins)  # [M]
+    begins = samples.target_start[chosen] - left_out
+    sample_of, nth = ragged((inputs + 1 - begins).clamp(min=0))  # [M]
     target = begins[sample_of] + nth  # index of the target token in its sample: the token before predicts it
     shape = (n_rows, width)
     return Rows(
@@ -213,7 +225,7 @@ def pack(samples: Samples, select: Sequence[int] | Tensor, *, packed: bool = Tru
     )
 
 
-def _ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
     """For pieces of the given lengths [N]: the piece of each element and its place in the piece."""
     owner = torch.repeat_interleave(lengths)
     within = torch.arange(owner.numel()) - (lengths.cumsum(0) - lengths)[owner]
