@@ -135,12 +135,36 @@ def test_a_skipped_step_does_not_count(seed: int) -> None:
             for skip in skips:
                 linear(x).square().sum().backward()
                 before = linear.weight.detach().clone(), linear.bias.detach().clone()
+                optimizer.gather()
                 optimizer.step(torch.tensor(float(skip), device=DEVICE))
                 for old, new in zip(before, (linear.weight, linear.bias), strict=True):
                     assert torch.equal(old, new) == bool(skip)
         results.append((linear.weight.detach(), linear.bias.detach()))
     for wanted, found in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_of_a_step_are_summed_in_fp32(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    linear = nn.Linear(6, 7, bias=False).to(DEVICE, dtype)
+    master = linear.weight.detach().float()
+    optimizer = adam.Adam({"weight": linear.weight}, {"weight": master}, {}, {}, lr=0.1, weight_decay=0.0)
+    for _ in range(2):  # what is cleared does not count
+        optimizer.clear()
+        gradient = torch.zeros_like(master)
+        for x in torch.randn(5, 9, 6).to(DEVICE, dtype):
+            linear(x).backward(out := torch.randn(9, 7).to(DEVICE, dtype))
+            optimizer.gather()
+            gradient += (out.T.float() @ x.float()).to(dtype).float()
+    assert master.grad is not None
+    rounding = torch.finfo(dtype).eps * gradient.abs().max()  # of a product, not of the sum
+    torch.testing.assert_close(master.grad, gradient, rtol=0, atol=5 * float(rounding))
+    before = linear.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, linear.weight)
+    assert linear.weight.grad is None
+    assert master.grad is None
 
 
 def test_on_cpu_torch_s_adam_stays(seed: int) -> None:

@@ -95,12 +95,21 @@ class Adam:
         self._rest = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
 
     @torch.no_grad()
+    def gather(self) -> None:
+        """Add the gradients of one backward pass to those of the next step, in fp32."""
+        for path, parameter in self._parameters.items():
+            if path not in self._stored:
+                assert parameter.grad is not None
+                master, grad = self._masters[path], parameter.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                parameter.grad = None
+
+    @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
         """Step by the gradients; where `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
         self._steps += 1 if skip is None else skip == 0
         for path, (weight, m, v, *copy) in self._stored.items():
             grads, inputs = (torch.cat(rows) for rows in zip(*self._seen[path], strict=True))
-            self._seen[path].clear()
             ops.localized_adam_(
                 weight,
                 grads,
@@ -114,16 +123,18 @@ class Adam:
                 skip=skip,
                 backend="triton",
             )
-        if self._rest is None:
-            return
-        rest = {path: p for path, p in self._parameters.items() if path not in self._stored}
-        for path, parameter in rest.items():
-            assert parameter.grad is not None
-            self._masters[path].grad = parameter.grad.float()
-            parameter.grad = None
-        if skip is not None:
-            self._rest.found_inf = skip  # type: ignore[attr-defined]
-        self._rest.step()
-        for path, parameter in rest.items():
-            if parameter.dtype != torch.float32:
+        if self._rest is not None:
+            if skip is not None:
+                self._rest.found_inf = skip  # type: ignore[attr-defined]
+            self._rest.step()
+        self.clear()
+        for path, parameter in self._parameters.items():
+            if path not in self._stored and parameter.dtype != torch.float32:
                 parameter.copy_(self._masters[path])
+
+    def clear(self) -> None:
+        """Forget the gradients of the next step."""
+        for rows in self._seen.values():
+            rows.clear()
+        for master in self._masters.values():
+            master.grad = None

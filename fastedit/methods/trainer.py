@@ -14,7 +14,7 @@ from fastedit.errors import EditError
 from fastedit.methods.adam import Adam, Seen, localized, watched
 from fastedit.methods.base import Edit, Progress
 from fastedit.methods.subjects import named
-from fastedit.models import PrefixCache, Samples, Topology, full, pack, resume
+from fastedit.models import PrefixCache, Samples, Topology, full, pack, pass_tokens, resume
 
 if TYPE_CHECKING:
     from fastedit.methods.locft_bf import LocFTBFConfig
@@ -112,29 +112,37 @@ class Trainer:
 
     def _step(self, cache: PrefixCache, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
-        rows = pack(self.samples, batch, packed=topology.packs)
-        weight = torch.full((len(rows.labels),), 1 / len(rows.labels))
-        if config.loss_average == "sample":
-            weight = (1 / (rows.sample_of.bincount() * float(len(batch))))[rows.sample_of]
-        weight = weight.to(topology.device, non_blocking=True)
-        rows = rows.to(topology.device, non_blocking=True)
-        hidden = resume(topology, cache.hidden(rows), rows, cache.layer)  # [M, h]
         head: Any = topology.head
-        loss, grad = ops.target_cross_entropy(
-            hidden.detach(),
-            head.weight,
-            rows.labels,
-            weight,
-            bias=getattr(head, "bias", None),
-            softcap=topology.logit_softcap,
+        n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
+        weights = 1 / (
+            n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
+        n_passes = -(-int(self.samples.lengths[batch].sum()) // pass_tokens(topology.device))
+        loss = torch.zeros_like(loss_out)
+        for select, weight in zip(batch.tensor_split(n_passes), weights.tensor_split(n_passes), strict=True):
+            rows = pack(self.samples, select, packed=topology.packs)
+            weight = weight[rows.sample_of].to(topology.device, non_blocking=True)
+            rows = rows.to(topology.device, non_blocking=True)
+            hidden = resume(topology, cache.hidden(rows), rows, cache.layer)  # [M, h]
+            part, grad = ops.target_cross_entropy(
+                hidden.detach(),
+                head.weight,
+                rows.labels,
+                weight,
+                bias=getattr(head, "bias", None),
+                softcap=topology.logit_softcap,
+            )
+            hidden.backward(grad)
+            loss += part
+            optimizer.gather()
         loss_out.copy_(loss)
-        on_gpu = loss.device.type == "cuda"
-        if not on_gpu and loss < config.skip_loss:
-            return
-        hidden.backward(grad)
-        # on a GPU the step is dropped on the device, so that the host need not wait for the loss
-        optimizer.step((loss < config.skip_loss).float() if on_gpu else None)
+        skip = loss < config.skip_loss
+        if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
+            optimizer.step(skip.float())
+        elif skip:
+            optimizer.clear()
+        else:
+            optimizer.step()
 
     def _not_finite(self, when: str, batch: Tensor) -> EditError:
         """The error that names the guilty; restores the model, since edits are judged by its original weights."""
