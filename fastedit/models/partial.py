@@ -99,10 +99,29 @@ class BlockCalls:
         return states
 
 
+class _Behind(torch.autograd.Function):
+    """A buffer [B, heads, P + R, width] whose last R columns are written: a ``cat`` of its own would copy all of it.
+
+    What stands there before is overwritten, so autograd refuses a backward pass through an earlier call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, new: Tensor, buffer: Tensor) -> Tensor:
+        ctx.rows = new.shape[2]
+        buffer[:, :, -ctx.rows :].copy_(new)
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][:, :, -ctx.rows :], None
+
+
 class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
     """Keys and values of the tokens in front of some rows, given to each block that asks; nothing is added.
 
-    ``mask`` [B, P + R] bool is true at tokens and false at pads, of what is in front and of the rows.
+    ``held`` has each block's [B, heads, P + R, width], of which the last R columns are for what a pass puts there:
+    one pass at a time. ``mask`` [B, P + R] bool is true at tokens and false at pads, of what is in front and of the
+    rows.
     """
 
     def __init__(self, held: dict[int, tuple[Tensor, Tensor]], mask: Tensor, length: int) -> None:
@@ -113,8 +132,8 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         """All keys and values [B, heads, P + R, width] of a block, from those of its rows."""
         if not self.length:
             return keys, values
-        before = self.held[layer_idx]
-        return torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+        key_buffer, value_buffer = self.held[layer_idx]
+        return _Behind.apply(keys, key_buffer), _Behind.apply(values, value_buffer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -196,14 +215,15 @@ class HeldTokens:
         known = order[torch.searchsorted(ordered, tokens)]
         self._tokens = tokens
         n, width = len(counts), int(counts.max())
-        places = owner * width + width - counts[owner] + within  # next to the rows: pads come first
+        total = width + rows.index.shape[1]
+        places = owner * total + width - counts[owner] + within  # next to the rows: pads come first
         ours = (self._samples.lengths[select] - 1 - counts)[:, None]
         masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
         known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
         held = {}
         for block, kept in self._kept.items():
             key, value = self._kept[block] = kept[0].index_select(0, known), kept[1].index_select(0, known)
-            held[block] = _laid_out(key, places, n, width), _laid_out(value, places, n, width)
+            held[block] = _laid_out(key, places, n, total), _laid_out(value, places, n, total)
         return rows, Past(held, mask, width)
 
 
