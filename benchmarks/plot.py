@@ -1,4 +1,5 @@
-"""Draws the results file into benchmarks/results/: ratios as bars, scaling as lines, and a roofline for each device.
+"""Draws the results file into benchmarks/results/, for each device: ratios as bars, scaling as lines, a roofline, and
+ROME, MEMIT and EMMET over batch sizes.
 
 python -m benchmarks.plot
 """
@@ -106,6 +107,27 @@ def roofline(rows: Sequence[Row]) -> plt.Figure | None:
     return figure
 
 
+def batch_sizes(rows: Sequence[Row]) -> plt.Figure | None:
+    """Rows of emmet_vs_memit over the size of a batch, a panel a measure; shapes are "N × SIZE edits"."""
+    points: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        if size := re.fullmatch(r"\d+ × (\d+) edits?", row.shape):
+            points.setdefault((row.unit, row.mode), {})[int(size[1])] = row.p50
+    if not points:
+        return None
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.2), constrained_layout=True)
+    for axis, unit in zip(axes, ("es", "ps", "ns", "perplexity"), strict=True):
+        for (measure, label), values in points.items():
+            if measure == unit:
+                axis.plot(*zip(*sorted(values.items()), strict=True), marker="o", markersize=4, label=label)
+        axis.set_xscale("log", base=4)
+        axis.set_xlabel("batch size")
+        axis.set_title(unit.upper() if len(unit) == 2 else unit)
+    axes[-1].set_yscale("log")
+    axes[0].legend(fontsize="small")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FILE.parent)
@@ -118,7 +140,13 @@ def main() -> None:
         grown = [row for row in times if row.benchmark == "scaling"]
         compared = [row for row in times if row.benchmark != "scaling"]
         name = re.sub(r"\W+", "-", device).strip("-").lower()
-        pictures = {"ratios": ratios(compared), "scaling": scaling(grown), "roofline": roofline(own)}
+        by_size = [row for row in own if row.benchmark == "emmet_vs_memit"]
+        pictures = {
+            "ratios": ratios(compared),
+            "scaling": scaling(grown),
+            "roofline": roofline(own),
+            "batch-sizes": batch_sizes(by_size),
+        }
         for kind, figure in pictures.items():
             if figure:
                 figure.suptitle(device, fontsize="medium")

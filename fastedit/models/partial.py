@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         if not self.length:
             return keys, values
         key_buffer, value_buffer = self.held[layer_idx]
-        return _Behind.apply(keys, key_buffer), _Behind.apply(values, value_buffer)
+        put = cast(Callable[[Tensor, Tensor], Tensor], _Behind.apply)
+        return put(keys, key_buffer), put(values, value_buffer)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
