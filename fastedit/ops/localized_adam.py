@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def localized_adam_(
     taken = choose(
         "localized_adam_", backend, device=weight.device, dtype=dtype, T=len(a), strided=strided, tf32=allow_tf32
     )
-    serve = _reference
+    serve = _fused if _plain(weight, exp_avg, exp_avg_sq, original, copy) else _reference
     if taken == "triton":
         from fastedit.kernels.localized_adam import localized_adam_ as launch
 
@@ -110,6 +111,43 @@ def localized_adam_(
         seed=seed,
         skip=skip,
     )
+
+
+def _plain(weight: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, *others: Tensor | None) -> bool:
+    """Whether torch's own fused step does all that is asked: weight and moments alone, in fp32."""
+    known = (weight, exp_avg, exp_avg_sq)
+    alone = all(x is None for x in others)
+    return alone and all(x is not None and x.dtype == torch.float32 and x.is_contiguous() for x in known)
+
+
+def _fused(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    step: int | Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    clip: Tensor | None,
+    skip: Tensor | None,
+    **_: Any,  # what `_plain` has excluded
+) -> None:
+    """As `_reference` for all in fp32: dW and one pass over it, the weight and the moments."""
+    g = _product(a.T, b)
+    if clip is not None:
+        g *= clip
+    number = step.float() if isinstance(step, Tensor) else torch.full((), float(step), device=weight.device)
+    found_inf = None if skip is None else (skip != 0).float()
+    moments = ([x] for x in (exp_avg, exp_avg_sq) if x is not None)
+    (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
+        [weight], [g], *moments, [], [number.view(())], lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=found_inf,
+    )  # fmt: skip
 
 
 def _reference(
