@@ -143,9 +143,9 @@ def _fused(
         g *= clip
     number = step.float() if isinstance(step, Tensor) else torch.full((), float(step), device=weight.device)
     found_inf = None if skip is None else (skip != 0).float()
-    moments = ([x] for x in (exp_avg, exp_avg_sq) if x is not None)
+    first, second = ([x] for x in (exp_avg, exp_avg_sq) if x is not None)
     (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
-        [weight], [g], *moments, [], [number.view(())], lr=lr, beta1=betas[0], beta2=betas[1],
+        [weight], [g], first, second, [], [number.view(())], lr=lr, beta1=betas[0], beta2=betas[1],
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=found_inf,
     )  # fmt: skip
 
