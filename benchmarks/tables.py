@@ -92,31 +92,44 @@ def each_device(rows: Sequence[Row], draw: Callable[[Sequence[Row]], Lines], gpu
     return lines[:-1]
 
 
+def title(benchmark: str, mode: str) -> str:
+    return KERNELS.get(benchmark, mode) + f" {mode}" * (mode in ("solve", "update"))
+
+
+def operations(own: Sequence[Row]) -> Lines:
+    """A line for each operation of ours, beside what others take for it."""
+    head = ("operation", "size", "dtype", "ours", "share of floor", "peak memory", "others' time over ours")
+    body = []
+    for (benchmark, mode, shape, dtype), found in by_case(row for row in own if row.unit == "s").items():
+        ours = found.get("ours")
+        others = [row for name, row in found.items() if not name.startswith("ours")]
+        against = "; ".join(f"{row.provider}: {ratio(row, ours)}, {memory(row)}" for row in others if ours)
+        share = f"{ours.floor_share:.0%}" if ours and ours.floor_share else MISSING
+        time = seconds(ours.p50) if ours else MISSING
+        body.append((title(benchmark, mode), shape, dtype, time, share, memory(ours), against or MISSING))
+    return table(head, body)
+
+
 def kernels(rows: Sequence[Row]) -> Lines:
     from benchmarks.kernels import cases
-
-    head = ("operation", "size", "dtype", "ours", "share of floor", "peak memory", "torch's time over ours")
-
-    def title(benchmark: str, mode: str) -> str:
-        return KERNELS[benchmark] + f" {mode}" * (mode in ("solve", "update"))
-
-    def draw(own: Sequence[Row]) -> Lines:
-        body = []
-        for (benchmark, mode, shape, dtype), found in by_case(own).items():
-            ours = found.get("ours")
-            others = [row for name, row in found.items() if not name.startswith("ours")]
-            against = "; ".join(f"{row.provider}: {ratio(row, ours)}, {memory(row)}" for row in others if ours)
-            share = f"{ours.floor_share:.0%}" if ours and ours.floor_share else MISSING
-            time = seconds(ours.p50) if ours else MISSING
-            body.append((title(benchmark, mode), shape, dtype, time, share, memory(ours), against or MISSING))
-        return table(head, body)
 
     planned: dict[tuple[str, str], list[str]] = {}
     for case in cases(torch.device("cuda")):
         planned.setdefault((title(case.benchmark, case.mode), case.dtype), []).append(case.shape)
     missing = ((name, together(shapes), dtype, *[MISSING] * 4) for (name, dtype), shapes in planned.items())
-    gpu = ["GPU:", "", *table(head, missing), ""]
-    return each_device([row for row in rows if row.benchmark in KERNELS], draw, gpu=gpu)
+    gpu = ["GPU:", "", *operations([])[:2], *table((), missing)[2:], ""]
+    return each_device([row for row in rows if row.benchmark in KERNELS], operations, gpu=gpu)
+
+
+def covariance(rows: Sequence[Row]) -> Lines:
+    def draw(own: Sequence[Row]) -> Lines:
+        lines = operations(own)
+        for (_, _, shape, dtype), found in by_case(row for row in own if row.unit == "relative error").items():
+            errors = ", ".join(f"{row.provider} {row.p50:.1e}" for row in found.values())
+            lines += ["", f"Relative error of the sum of {shape}, {dtype}: {errors}."]
+        return lines
+
+    return each_device([row for row in rows if row.benchmark == "covariance"], draw)
 
 
 def against_published(*benchmarks: str) -> Callable[[Sequence[Row]], Lines]:
@@ -193,7 +206,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "kernels": kernels,
     "locft_bf": against_published("locft_bf"),
     "locate_then_edit": against_published("rank_k_against_direct", "memit"),
-    "covariance": against_published("covariance"),
+    "covariance": covariance,
     "end_to_end": end_to_end,
     "emmet_vs_memit": measures("emmet_vs_memit"),
     "schedules": measures("schedules"),
