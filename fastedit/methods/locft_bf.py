@@ -1,8 +1,8 @@
 """LocFT-BF: localized fine-tuning, breadth-first (Fine-tuning Done Right in Model Editing, arXiv 2509.22072).
 
 One module of the model is fine-tuned on all edits at once, epoch by epoch in mini-batches, with Adam on the
-target tokens and EOS. The frozen blocks below it run once for the whole edit (`PrefixCache`), the head runs at
-target tokens only, and samples are packed into rows without padding between them.
+target tokens and EOS. What is frozen below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
+runs at target tokens only, and samples are packed into rows without padding between them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class LocFTBFConfig:
         augment: extra copies of each edit behind random contexts (the paper's LocFT-BF-Aug has 5).
         seed: of the order and of the contexts.
         weight_decay: Adam's L2 term.
-        cache_bytes: budget of the prefix cache on the model's device, and again in host memory; what fits in
-            neither goes to a memory-mapped file. None is half of what is free.
+        cache_bytes: budget of the prefix cache and of the edited block's frozen part on the model's device, and
+            again in host memory; a cache that fits in neither goes to a memory-mapped file. None is half of what is
+            free.
         keep_partial: on Ctrl-C keep the last whole epoch, or the last batch that depth-first was done with,
             instead of restoring the model. Takes another fp32 copy of the edited weights.
     """
@@ -114,15 +115,13 @@ def locft_bf(
     assert config.layer is not None  # chosen by now
     assert config.module is not None
     _, module = topology.resolve(config.layer, config.module)
-    paths = {id(p): path for path, p in topology.model.named_parameters()}
-    parameters = {paths[id(p)]: p for p in module.parameters()}
     samples, cache = prepared or prepare(topology, tokenizer, edits, config, progress)
     owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
-    trainer = Trainer(topology, samples, owner, edits, parameters, config, progress)
+    trainer = Trainer(topology, samples, owner, edits, module, config, progress)
     try:
         cache.advance(config.layer)
         try:
-            with only_trainable(topology.model, parameters.values()), torch.enable_grad():
+            with only_trainable(topology.model, trainer.parameters.values()), torch.enable_grad():
                 trainer.run(cache)
         except KeyboardInterrupt:
             if trainer.kept is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from fastedit.errors import EditError
 from fastedit.methods.adam import Adam, Seen, localized, watched
 from fastedit.methods.base import Edit, Progress
 from fastedit.methods.subjects import named
-from fastedit.models import PrefixCache, Samples, Topology, full, pack, pass_tokens, resume
+from fastedit.models import FrozenPart, Override, PrefixCache, Samples, Topology, full, pack, pass_tokens, resume
 
 if TYPE_CHECKING:
     from fastedit.methods.locft_bf import LocFTBFConfig
@@ -32,13 +32,15 @@ class Trainer:
         samples: Samples,
         owner: Sequence[int],
         edits: Sequence[Edit],
-        parameters: dict[str, nn.Parameter],
+        module: nn.Module,
         config: LocFTBFConfig,
         progress: Progress,
     ) -> None:
         self.topology, self.samples, self.config, self.progress = topology, samples, config, progress
+        paths = {id(p): path for path, p in topology.model.named_parameters()}
+        parameters = {paths[id(p)]: p for p in module.parameters()}
         self.owner, self.edits = owner, edits
-        self.parameters = parameters
+        self.module, self.parameters = module, parameters
         self.originals = {path: p.detach().clone() for path, p in parameters.items()}
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
@@ -51,13 +53,16 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def run(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        # in a single epoch nothing would be read again
+        self.frozen = FrozenPart(self.topology, cache, self.module) if self.config.epochs > 1 else None
         with watched(self.maps) as self.seen:
-            self._run(cache)
+            self._run()
 
-    def _run(self, cache: PrefixCache) -> None:
+    def _run(self) -> None:
         n, size = len(self.samples), int(self.config.batch_size)
         if self.config.schedule == "breadth-first":
-            for epoch, loss in enumerate(self._epochs(cache, torch.arange(n)), 1):
+            for epoch, loss in enumerate(self._epochs(torch.arange(n)), 1):
                 self.losses.append(loss)
                 self._keep(f"of epoch {epoch}")
                 self.progress("train", epoch, self.config.epochs, loss)
@@ -66,7 +71,7 @@ class Trainer:
         batches = self._order(torch.arange(n)).split(size)
         for i, batch in enumerate(batches, 1):
             place = f"batch {i} of {len(batches)}"
-            *_, loss = self._epochs(cache, batch, place)
+            *_, loss = self._epochs(batch, place)
             done, total = done + len(batch), total + loss * len(batch)
             self.losses = [total / done]
             self._keep(f"after {place}")
@@ -85,7 +90,7 @@ class Trainer:
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
 
-    def _epochs(self, cache: PrefixCache, select: Tensor, place: str = "") -> Iterator[float]:
+    def _epochs(self, select: Tensor, place: str = "") -> Iterator[float]:
         """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
 
         `place` says for messages what `select` is, where that is one batch and every epoch a step.
@@ -98,7 +103,7 @@ class Trainer:
             batches = self._order(select).split(int(config.batch_size))
             found = torch.empty(len(batches), device=self.topology.device)
             for batch, loss in zip(batches, found, strict=True):
-                self._step(cache, batch, optimizer, loss)
+                self._step(batch, optimizer, loss)
             found = found.cpu()  # the one synchronization of the epoch
             if not found.isfinite().all():
                 first = int((~found.isfinite()).nonzero()[0])
@@ -110,7 +115,7 @@ class Trainer:
             if mean < config.stop_loss:
                 break
 
-    def _step(self, cache: PrefixCache, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
+    def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
         head: Any = topology.head
         n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
@@ -123,7 +128,11 @@ class Trainer:
             rows = pack(self.samples, select, packed=topology.packs)
             weight = weight[rows.sample_of].to(topology.device, non_blocking=True)
             rows = rows.to(topology.device, non_blocking=True)
-            hidden = resume(topology, cache.hidden(rows), rows, cache.layer)  # [M, h]
+            around: AbstractContextManager[list[Override]] = nullcontext([])
+            if self.frozen:
+                around = self.frozen.during(rows, select)
+            with around as overrides:
+                hidden = resume(topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)  # [M, h]
             part, grad = ops.target_cross_entropy(
                 hidden.detach(),
                 head.weight,

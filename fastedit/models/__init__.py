@@ -1,10 +1,12 @@
 """What fastedit knows of a transformer: its parts, the packing of its samples, its prefix cache."""
 
 from fastedit.models.fingerprint import checksum, fingerprint
+from fastedit.models.frozen import FrozenPart
 from fastedit.models.low_rank import LowRank, Update, add_
 from fastedit.models.partial import BlockCalls, HeldTokens, Past, at_tokens, observe
 from fastedit.models.per_sample import Factors, per_sample_updates
-from fastedit.models.prefix import Budget, PrefixCache, free_bytes, full, pass_tokens, resume
+from fastedit.models.prefix import Override, PrefixCache, full, pass_tokens, resume
+from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import Rows, Samples, pack, tokenize
 from fastedit.models.topology import Topology, topology
 
@@ -12,8 +14,10 @@ __all__ = [
     "BlockCalls",
     "Budget",
     "Factors",
+    "FrozenPart",
     "HeldTokens",
     "LowRank",
+    "Override",
     "Past",
     "PrefixCache",
     "Rows",

@@ -7,13 +7,8 @@ embeddings, attention types of single layers and soft-caps therefore stay the mo
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.errors import ModelError
+from fastedit.models.token_states import Budget, TokenStates
 from fastedit.models.tokens import Rows, Samples, pack
 from fastedit.models.topology import Stopped, Topology, eval_mode
 
@@ -184,25 +180,10 @@ def full(topology: Topology, rows: Rows, *, prune: bool = True) -> Tensor:
     return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Bytes that a prefix cache may take on the GPU and in host memory; None is half of what is free now.
-
-    A cache that fits neither is a memory-mapped file in ``directory`` (None: the system's temporary one).
-    For a model on the CPU only ``host_bytes`` counts.
-    """
-
-    device_bytes: int | None = None
-    host_bytes: int | None = None
-    directory: Path | None = None
-
-
 class PrefixCache:
     """The input of block ``layer`` for every token of all samples, in one flat buffer [T, h].
 
-    The state has the dtype that the model itself has there. Its ``tier`` is ``"device"`` (GPU memory),
-    ``"pinned"`` (host memory, sent to the GPU through pinned staging), ``"host"`` (a model on the CPU) or
-    ``"mmap"`` (a file, deleted at the latest by ``close``). Use it as a context manager.
+    The state has the dtype that the model itself has there. Use it as a context manager.
 
     Args:
         topology: of the model.
@@ -230,13 +211,12 @@ class PrefixCache:
     ) -> None:
         topology.block(layer)
         self._topology = topology
-        self._samples = samples
+        self.samples = samples
         self._budget = budget or Budget()
         self._batch_tokens = batch_tokens or pass_tokens(topology.device)
         self._packed = packed and topology.packs
-        self._state: Tensor | None = None
+        self._kept: TokenStates | None = None
         self.layer = layer
-        self.tier = ""
         try:
             self._run(None, layer, progress)
         except BaseException:
@@ -244,29 +224,29 @@ class PrefixCache:
             raise
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the cached state."""
-        return self._buffer.nbytes
+    def _states(self) -> TokenStates:
+        if self._kept is None:
+            raise ModelError("the prefix cache is closed; make a new one")
+        return self._kept
 
     @property
-    def _buffer(self) -> Tensor:
-        if self._state is None:
-            raise ModelError("the prefix cache is closed; make a new one")
-        return self._state
+    def tier(self) -> str:
+        """Where the state is, as `TokenStates` says."""
+        return self._states.tier
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached state."""
+        return self._states.nbytes
+
+    @property
+    def budget(self) -> Budget:
+        """What is left of the budget."""
+        return self._states.left(self._budget)
 
     def hidden(self, rows: Rows) -> Tensor:
         """The cached state of the rows' tokens [B, R, h] on the model's device; pads hold some token's."""
-        state, device = self._buffer, self._topology.device
-        if self.tier == "device":
-            flat = state.index_select(0, rows.index.to(device, non_blocking=True).view(-1))
-        elif device.type == "cuda":
-            index = rows.host_index.view(-1)
-            # the caching allocator of pinned memory keeps the staging block until the copy is done
-            staging = torch.empty((len(index), state.shape[1]), dtype=state.dtype, pin_memory=True)
-            flat = torch.index_select(state, 0, index, out=staging).to(device, non_blocking=True)
-        else:
-            flat = state.index_select(0, rows.host_index.view(-1)).to(device)
-        return flat.view(*rows.index.shape, -1)
+        return self._states.read(rows)
 
     def advance(
         self,
@@ -298,7 +278,7 @@ class PrefixCache:
 
     def close(self) -> None:
         """Free the state, and with it the file of a memory-mapped one."""
-        self._state = None
+        self._kept = None
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -318,18 +298,15 @@ class PrefixCache:
     ) -> None:
         """Fill the buffer with the input of block ``stop``, from block ``start``'s or from the tokens."""
         topology = self._topology
-        for select in _batches(self._samples.lengths, self._batch_tokens):
-            rows = pack(self._samples, select, packed=self._packed).to(topology.device)
+        for select in _batches(self.samples.lengths, self._batch_tokens):
+            rows = pack(self.samples, select, packed=self._packed).to(topology.device)
             hidden = None if start is None else self.hidden(rows)
             with around(torch.tensor(select)) if around else nullcontext():
                 states = run_blocks(topology, rows, start or 0, hidden, stop=stop)
-            states = states.view(-1, states.shape[-1])
-            if self._state is None:
-                size = (self._samples.input_ids.numel(), states.shape[-1])
-                self.tier, self._state = _allocate(size, states.dtype, states.device, self._budget)
-            tokens = rows.host_index.view(-1)[rows.token_rows]
-            taken = states.index_select(0, rows.token_rows.to(states.device)).to(self._state.device)
-            self._state.index_copy_(0, tokens.to(self._state.device), taken)
+            if self._kept is None:
+                size = (self.samples.input_ids.numel(), states.shape[-1])
+                self._kept = TokenStates.allocate(size, states.dtype, states.device, self._budget)
+            self._states.write(rows, states)
             if progress is not None:
                 progress(len(select))
 
@@ -346,73 +323,6 @@ def _batches(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
         yield range(first, len(lengths))
 
 
-def _allocate(size: tuple[int, int], dtype: torch.dtype, device: torch.device, budget: Budget) -> tuple[str, Tensor]:
-    """The tier that the budget allows and an uninitialized buffer in it."""
-    needed = size[0] * size[1] * dtype.itemsize
-    if device.type == "cuda":
-        allowed = _free_device_bytes(device) // 2 if budget.device_bytes is None else budget.device_bytes
-        if needed <= allowed:
-            return "device", torch.empty(size, dtype=dtype, device=device)
-    allowed = _free_host_bytes() // 2 if budget.host_bytes is None else budget.host_bytes
-    if needed <= allowed:
-        return "pinned" if device.type == "cuda" else "host", torch.empty(size, dtype=dtype)
-    return "mmap", _map_file(size, dtype, needed, budget.directory or Path(tempfile.gettempdir()))
-
-
-def _map_file(size: tuple[int, int], dtype: torch.dtype, needed: int, directory: Path) -> Tensor:
-    """A buffer in a new file with its space reserved: a full disk is an error here, not a crash later.
-
-    The name is dropped at once: however the process ends, the space is free when the mapping is gone.
-    """
-    path = None
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="fastedit-prefix-", dir=directory)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, needed)
-            elif shutil.disk_usage(directory).free < needed:
-                raise OSError("no space left on the disk")
-        finally:
-            os.close(descriptor)
-        return torch.from_file(path, shared=True, size=size[0] * size[1], dtype=dtype).view(size)
-    except OSError as error:
-        raise ModelError(
-            f"the prefix cache needs {needed} bytes in {directory}: {error.strerror or error}; free the "
-            "space, or give the budget another directory or more host memory"
-        ) from error
-    finally:
-        if path is not None:
-            with suppress(OSError):
-                os.unlink(path)
-
-
 def pass_tokens(device: torch.device) -> int:
     """Tokens of a forward pass that suit ``device``."""
     return _PASS_TOKENS.get(device.type, 4096)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free where ``device`` computes."""
-    return _free_device_bytes(device) if device.type == "cuda" else _free_host_bytes()
-
-
-def _free_device_bytes(device: torch.device) -> int:
-    free: int = torch.cuda.mem_get_info(device)[0]
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _free_host_bytes() -> int:
-    """What the machine has available, or what the control group still allows if that is less."""
-    free = []
-    with suppress(OSError, StopIteration):
-        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
-        free.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # without a limit, memory.max reads "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(max(limit - used + int(counts["inactive_file"]), 0))  # file cache is given up on demand
-    if not free:
-        with suppress(OSError, ValueError, AttributeError):
-            free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
-    return min(free, default=0)

@@ -1,0 +1,110 @@
+"""What the edited block computes beside its edited module: the same in every epoch, so it is computed in the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.errors import ModelError
+from fastedit.models.prefix import Override, PrefixCache
+from fastedit.models.token_states import TokenStates
+from fastedit.models.tokens import Rows
+from fastedit.models.topology import Topology
+
+
+class FrozenPart:
+    """Keeps what a block's frozen modules give for each token, and stands in for them once a sample was seen.
+
+    They are the attention, where ``trained`` is the MLP or a part of it, and all of the MLP but its last projection
+    where that is ``trained``. Nothing is kept of the last block, whose passes leave out rows, nor what does not fit
+    where the model computes: to fetch it would take as long.
+
+    Args:
+        cache: gives the block, the samples, and the budget that is left.
+        trained: the one module whose weights change.
+    """
+
+    def __init__(self, topology: Topology, cache: PrefixCache, trained: nn.Module) -> None:
+        parts: dict[str, nn.Module] = {}
+        for name in ("attn", "mlp", "up_proj", "down_proj"):
+            with suppress(ModelError):
+                parts[name] = topology.resolve(cache.layer, name)[1]
+        attn, mlp = parts.pop("attn", None), parts.get("mlp")
+        known = cache.layer < topology.n_blocks - 1 and any(trained is m for p in parts.values() for m in p.modules())
+        self._attn = attn if known else None
+        self._mlp = mlp if known and trained is parts["down_proj"] else None
+        self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
+        self._seen = torch.zeros(len(self._samples), dtype=torch.bool)
+        self._kept: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
+        self._returned = 0  # by the attention, where that is a tuple
+
+    @contextmanager
+    def during(self, rows: Rows, select: Tensor) -> Iterator[list[Override]]:
+        """Around one pass over these samples; yields what stands in for the frozen modules in it."""
+        if self._seen[select].all():
+            yield self._stand_ins(rows)
+            return
+        handles = self._watch(rows)
+        try:
+            yield []
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._seen[select] = True
+
+    def _stand_ins(self, rows: Rows) -> list[Override]:
+        def kept(module: nn.Module, like: Tensor) -> Tensor:
+            return self._kept[module].read(rows).view(*like.shape[:-1], -1)
+
+        overrides: list[Override] = []
+        if (attn := self._attn) is not None:
+
+            def attend(*args: Any, **kwargs: Any) -> Any:
+                states = kept(attn, args[0] if args else kwargs["hidden_states"])
+                return (states, *[None] * (self._returned - 1)) if self._returned else states
+
+            overrides.append((attn, attend))
+        if self._mlp is not None:
+            overrides.append((self._mlp, lambda x: self._trained(kept(self._trained, x))))
+        return overrides
+
+    def _watch(self, rows: Rows) -> list[Any]:
+        """Hooks that keep what the frozen modules give in a pass."""
+        last: list[Tensor] = []
+
+        def note_attention(module: nn.Module, _: Any, output: Any) -> None:
+            self._returned = len(output) if isinstance(output, tuple) else 0
+            if not self._keep(module, rows, output[0] if self._returned else output):
+                self._attn = None
+
+        def note_projection(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            last.append(output)
+            if not self._keep(module, rows, args[0]):
+                self._mlp = None
+
+        def compare(_: nn.Module, __: Any, output: Tensor) -> None:
+            if not (last and output is last[-1]):  # the projection is not all that is left of this MLP
+                self._mlp = None
+
+        handles = []
+        if self._attn is not None:
+            handles.append(self._attn.register_forward_hook(note_attention))
+        if self._mlp is not None:
+            handles.append(self._trained.register_forward_hook(note_projection))
+            handles.append(self._mlp.register_forward_hook(compare))
+        return handles
+
+    @torch.no_grad()
+    def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
+        if module not in self._kept:
+            size = (self._samples.input_ids.numel(), states.shape[-1])
+            found = TokenStates.allocate(size, states.dtype, states.device, self._budget, near=True)
+            if found is None:
+                return False
+            self._kept[module], self._budget = found, found.left(self._budget)
+        self._kept[module].write(rows, states.detach())
+        return True

@@ -1,0 +1,153 @@
+"""Hidden states of all tokens of all samples in one flat buffer, on the GPU, in host memory or in a file, by size."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ModelError
+from fastedit.models.tokens import Rows
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that cached states may take on the GPU and in host memory; None is half of what is free now.
+
+    What fits neither is a memory-mapped file in ``directory`` (None: the system's temporary one).
+    For a model on the CPU only ``host_bytes`` counts.
+    """
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    directory: Path | None = None
+
+
+class TokenStates:
+    """States [T, width] of T tokens, zeros before they are written.
+
+    Their ``tier`` is ``"device"`` (GPU memory), ``"pinned"`` (host memory, sent to the GPU through pinned staging),
+    ``"host"`` (a model on the CPU) or ``"mmap"`` (a file, whose space is free when they are).
+    """
+
+    def __init__(self, tier: str, buffer: Tensor, device: torch.device) -> None:
+        self.tier, self._buffer, self._device = tier, buffer, device
+
+    @classmethod
+    def allocate(
+        cls, size: tuple[int, int], dtype: torch.dtype, device: torch.device, budget: Budget, *, near: bool = False
+    ) -> TokenStates | None:
+        """In the first tier that the budget allows, for a model on ``device``.
+
+        Args:
+            near: None instead of a tier that is not in the memory where the model computes.
+
+        Raises:
+            ModelError: the file does not fit on its disk.
+        """
+        needed, gpu = size[0] * size[1] * dtype.itemsize, device.type == "cuda"
+        if gpu:
+            allowed = _free_device_bytes(device) // 2 if budget.device_bytes is None else budget.device_bytes
+            if needed <= allowed:
+                return cls("device", torch.zeros(size, dtype=dtype, device=device), device)
+            if near:
+                return None
+        allowed = _free_host_bytes() // 2 if budget.host_bytes is None else budget.host_bytes
+        if needed <= allowed:
+            return cls("pinned" if gpu else "host", torch.zeros(size, dtype=dtype), device)
+        if near:
+            return None
+        return cls("mmap", _map_file(size, dtype, needed, budget.directory or Path(tempfile.gettempdir())), device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._buffer.nbytes
+
+    def left(self, budget: Budget) -> Budget:
+        """What of the budget these have not taken."""
+        device, host = budget.device_bytes, budget.host_bytes
+        if self.tier == "device":
+            return replace(budget, device_bytes=device and max(0, device - self.nbytes))
+        taken = 0 if self.tier == "mmap" else self.nbytes
+        return replace(budget, host_bytes=host and max(0, host - taken))
+
+    def read(self, rows: Rows) -> Tensor:
+        """The states of the rows' tokens [B, R, width] on the model's device; pads hold some token's."""
+        state, device = self._buffer, self._device
+        if self.tier == "device":
+            flat = state.index_select(0, rows.index.to(device, non_blocking=True).view(-1))
+        elif device.type == "cuda":
+            index = rows.host_index.view(-1)
+            # the caching allocator of pinned memory keeps the staging block until the copy is done
+            staging = torch.empty((len(index), state.shape[1]), dtype=state.dtype, pin_memory=True)
+            flat = torch.index_select(state, 0, index, out=staging).to(device, non_blocking=True)
+        else:
+            flat = state.index_select(0, rows.host_index.view(-1)).to(device)
+        return flat.view(*rows.index.shape, -1)
+
+    def write(self, rows: Rows, states: Tensor) -> None:
+        """Keep the states [..., width] of the rows' tokens; ``states`` has B·R of them."""
+        flat = states.reshape(-1, states.shape[-1])
+        tokens = rows.host_index.view(-1)[rows.token_rows].to(self._buffer.device, non_blocking=True)
+        taken = flat.index_select(0, rows.token_rows.to(flat.device, non_blocking=True))
+        self._buffer.index_copy_(0, tokens, taken.to(self._buffer.device))
+
+
+def _map_file(size: tuple[int, int], dtype: torch.dtype, needed: int, directory: Path) -> Tensor:
+    """A buffer in a new file with its space reserved: a full disk is an error here, not a crash later.
+
+    The name is dropped at once: however the process ends, the space is free when the mapping is gone.
+    """
+    path = None
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="fastedit-prefix-", dir=directory)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, needed)
+            elif shutil.disk_usage(directory).free < needed:
+                raise OSError("no space left on the disk")
+        finally:
+            os.close(descriptor)
+        return torch.from_file(path, shared=True, size=size[0] * size[1], dtype=dtype).view(size)
+    except OSError as error:
+        raise ModelError(
+            f"the prefix cache needs {needed} bytes in {directory}: {error.strerror or error}; free the "
+            "space, or give the budget another directory or more host memory"
+        ) from error
+    finally:
+        if path is not None:
+            with suppress(OSError):
+                os.unlink(path)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free where ``device`` computes."""
+    return _free_device_bytes(device) if device.type == "cuda" else _free_host_bytes()
+
+
+def _free_device_bytes(device: torch.device) -> int:
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_host_bytes() -> int:
+    """What the machine has available, or what the control group still allows if that is less."""
+    free = []
+    with suppress(OSError, StopIteration):
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+        free.append(int(line.split()[1]) * 1024)
+    with suppress(OSError, ValueError):  # without a limit, memory.max reads "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free.append(max(limit - used + int(counts["inactive_file"]), 0))  # file cache is given up on demand
+    if not free:
+        with suppress(OSError, ValueError, AttributeError):
+            free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
+    return min(free, default=0)
