@@ -18,7 +18,7 @@ from benchmarks.rows import ROOT, VARIABLE
 PLAN = {
     "cpu": [
         "-m benchmarks.kernels --device cpu",
-        "-m benchmarks.covariance",
+        "-m benchmarks.covariance --documents 32 --budget 1",
         "-m benchmarks.locft_bf",
         "-m benchmarks.locate_then_edit --n 16 --steps 10 --scaling 8 16 32",
         "-m benchmarks.end_to_end --n 32",
