@@ -132,6 +132,18 @@ def test_chunks_change_nothing(size: int, seed: int, monkeypatch: pytest.MonkeyP
     assert (grad - wanted[1]).abs().max() <= 2e-6 * wanted[1].abs().max()
 
 
+@pytest.mark.parametrize("n", [1, 5, 37, 50])
+def test_a_loops_own_buffer_changes_nothing(n: int, seed: int) -> None:
+    inputs = problem(seed, 37, 52, 123)
+    wanted = plain(**cast(inputs, torch.float64), softcap=2.0)
+    scratch = ops.logits_buffer(inputs["head_weight"], n).fill_(torch.nan)
+    for _ in range(2):  # the second finds what the first has left
+        loss, grad = ops.target_cross_entropy(**inputs, softcap=2.0, scratch=scratch)
+        assert abs(loss - wanted[0]) <= 2e-6 * abs(wanted[0])
+        assert (grad - wanted[1]).abs().max() <= 2e-6 * wanted[1].abs().max()
+    assert not scratch.isnan().any() or n > 37  # it was used
+
+
 def test_no_rows() -> None:
     inputs = problem(0, 0, 8, 5)
     loss, grad = ops.target_cross_entropy(**inputs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, ragged_samples, tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, at_tokens, observe, pack, resume, topology
@@ -81,6 +82,33 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
         assert held.nbytes == sum(x.nbytes for x in kept) * 2
         assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
     assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_attention_to_held_tokens_is_products_on_a_cpu(family: str) -> None:
+    """Of as many heads of keys as of queries; the fused kernel's gradient of what is held is most of its time."""
+
+    class Counted(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += "scaled_dot_product" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_model(family)
+    parts = topology(model)
+    with PrefixCache(parts, SAMPLES, 2) as cache:
+        held = HeldTokens(parts, cache, SAMPLES, HELD)
+        held.record(torch.tensor([0, 1]))
+        rows, past = held.rest(torch.tensor([0, 1]))
+        calls = BlockCalls(parts, rows, 2, at_tokens(parts, rows, 2), past)
+        with Counted() as fused:
+            hidden = cache.hidden(rows).requires_grad_()
+            for _ in range(2):
+                calls.resume(hidden).sum().backward()
+            assert fused.n == 0
+            resume(parts, hidden, rows, 2, past=past)
+            assert fused.n > 0
 
 
 def count_rows(blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:

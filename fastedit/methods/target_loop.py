@@ -111,6 +111,7 @@ class _Batch:
     places: Tensor  # [B] flat place of the subject's last token
     weight: Tensor  # [M - F] of each target token: 1 / (C · its row's target tokens)
     calls: BlockCalls
+    scratch: Tensor | None  # for the logits of a step
 
 
 class TargetLoop:
@@ -210,7 +211,10 @@ class TargetLoop:
         # from the first block that sees δ on: a hook at the site looks for the subject at its place in the rows
         overrides = at_tokens(self.topology, rows, self.z_layer + 1)
         calls = BlockCalls(self.topology, rows, self.cache.layer, overrides, past)
-        return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), calls)
+        scratch = None  # a GPU's allocator gives each step the same memory again, and the kernel needs none
+        if self.device.type == "cpu":
+            scratch = ops.logits_buffer(self.topology.head.weight, len(of_rewriting))  # type: ignore[arg-type]
+        return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), calls, scratch)
 
     def _states(self, batch: _Batch, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [M, h] at the rows to read, and the leaf [B, h] that carries δ at the subjects."""
@@ -249,6 +253,7 @@ class TargetLoop:
             bias=getattr(head, "bias", None),
             softcap=self.topology.logit_softcap,
             per_row=True,
+            scratch=batch.scratch,
         )
         per_row = losses.new_zeros(self.n_rewriting * n).index_add_(0, rows.sample_of[:-n], losses)
         nll = per_row.view(self.n_rewriting, n)

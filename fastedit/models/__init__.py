@@ -3,7 +3,8 @@
 from fastedit.models.fingerprint import checksum, fingerprint
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.low_rank import LowRank, Update, add_
-from fastedit.models.partial import BlockCalls, HeldTokens, Past, at_tokens, observe
+from fastedit.models.partial import BlockCalls, HeldTokens, at_tokens, observe
+from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix import Override, PrefixCache, full, pass_tokens, resume
 from fastedit.models.token_states import Budget, free_bytes

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from fastedit.models.past import Past
 from fastedit.models.prefix import Override, PrefixCache, at_rows, forwards, pruned, resume, run_blocks
 from fastedit.models.tokens import Rows, Samples, pack, ragged
 from fastedit.models.topology import Stopped, Topology, eval_mode
@@ -71,7 +73,7 @@ class BlockCalls:
         """Hidden states [M, h] at the target rows, from the input [B, R, h] of block ``layer``."""
         if not self._calls:
             return self._record(hidden)
-        with forwards(self._again), eval_mode(self._topology.backbone):
+        with forwards(self._again), eval_mode(self._topology.backbone), self._attention():
             for module, args, kwargs in self._calls:
                 output = module(hidden, *args, **kwargs)
                 hidden = output[0] if isinstance(output, tuple) else output
@@ -89,7 +91,8 @@ class BlockCalls:
         tail = [child for child in topology.backbone.children() if child is not topology.blocks]
         handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in (*running, *tail)]
         try:
-            states = resume(topology, hidden, rows, self._layer, self._overrides, self._past)
+            with self._attention():
+                states = resume(topology, hidden, rows, self._layer, self._overrides, self._past)
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,55 +101,11 @@ class BlockCalls:
         self._again = [*self._overrides, *pruned(topology, rows)]
         return states
 
-
-class _Behind(torch.autograd.Function):
-    """A buffer [B, heads, P + R, width] whose last R columns are written: a ``cat`` of its own would copy all of it.
-
-    What stands there before is overwritten, so autograd refuses a backward pass through an earlier call.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, new: Tensor, buffer: Tensor) -> Tensor:
-        ctx.rows = new.shape[2]
-        buffer[:, :, -ctx.rows :].copy_(new)
-        return buffer.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0][:, :, -ctx.rows :], None
+    def _attention(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._past is None else self._past.attention()
 
 
-class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
-    """Keys and values of the tokens in front of some rows, given to each block that asks; nothing is added.
-
-    ``held`` has each block's [B, heads, P + R, width], of which the last R columns are for what a pass puts there:
-    one pass at a time. ``mask`` [B, P + R] bool is true at tokens and false at pads, of what is in front and of the
-    rows.
-    """
-
-    def __init__(self, held: dict[int, tuple[Tensor, Tensor]], mask: Tensor, length: int) -> None:
-        super().__init__()
-        self.held, self.mask, self.length = held, mask, length
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, heads, P + R, width] of a block, from those of its rows."""
-        if not self.length:
-            return keys, values
-        key_buffer, value_buffer = self.held[layer_idx]
-        put = cast(Callable[[Tensor, Tensor], Tensor], _Behind.apply)
-        return put(keys, key_buffer), put(values, value_buffer)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def get_mask_sizes(self, _: Any, layer_idx: int = 0) -> tuple[int, int]:
-        return self.mask.shape[1], 0
-
-
-class _Recorder(DynamicCache):  # type: ignore[misc]  # as above
+class _Recorder(DynamicCache):  # type: ignore[misc]  # transformers is not typed
     """Notes keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
 
     mask = None

@@ -10,7 +10,7 @@ from fastedit.ops.rank_k_solve import (
     rank_k_update,
 )
 from fastedit.ops.syrk import syrk_
-from fastedit.ops.target_cross_entropy import target_cross_entropy
+from fastedit.ops.target_cross_entropy import logits_buffer, target_cross_entropy
 
 __all__ = [
     "DependentKeysError",
@@ -18,6 +18,7 @@ __all__ = [
     "factor_covariance",
     "find_dependent",
     "localized_adam_",
+    "logits_buffer",
     "null_space_update",
     "rank_k_update",
     "syrk_",
