@@ -164,6 +164,15 @@ def test_op_takes_the_kernel(seed: int) -> None:
     assert torch.equal(rows[0], losses)
     assert torch.equal(total[0], losses.sum())
     assert torch.equal(rows[1], grad)
+    fewer = inputs | {"labels": inputs["labels"][:5]}  # the last two rows are the caller's
+    mixed = ops.target_cross_entropy(
+        **fewer, softcap=5.0, others=lambda z: (z[:, 0], torch.zeros_like(z)), per_row=True, backend="triton"
+    )
+    assert torch.equal(mixed[0][:5], losses[:5])
+    assert torch.equal(mixed[1][:5], grad[:5])
+    z = inputs["hidden"][5:] @ inputs["head_weight"].T
+    torch.testing.assert_close(mixed[0][5:], 5 * torch.tanh(z[:, 0] / 5) * inputs["sample_weight"][5:])
+    assert not mixed[1][5:].any()
     with pytest.raises(ConfigError, match=r"hidden is torch\.float64"):
         ops.target_cross_entropy(**cast(inputs, torch.float64), backend="triton")
     empty = {k: x[:0] if k in ("hidden", "labels", "sample_weight") else x for k, x in inputs.items()}

@@ -191,3 +191,49 @@ def test_per_row_gives_the_terms_of_the_sum(seed: int, monkeypatch: pytest.Monke
     loss, same = ops.target_cross_entropy(**inputs, softcap=3.0)
     assert torch.equal(each.sum(), loss)
     assert torch.equal(grad, same)
+
+
+@pytest.mark.parametrize("rows", [None, 5, 9, 42, 60])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rows_with_a_loss_of_their_own(
+    rows: int | None, softcap: float | None, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one chunk, in several, in a chunk of their own."""
+    inputs = problem(seed, 42, 52, 123)
+    labelled = {k: v[:37] if k in ("hidden", "labels", "sample_weight") else v for k, v in inputs.items()}
+    others = {k: v[37:] if k in ("hidden", "labels", "sample_weight") else v for k, v in inputs.items()}
+
+    def brier(z: Tensor) -> tuple[Tensor, Tensor]:
+        """(1 − p(label))² of each row, and its slope."""
+        assert z.shape == (5, 123)
+        with torch.enable_grad():
+            z = z.clone().requires_grad_()
+            loss = (1 - z.softmax(1)[torch.arange(5), others["labels"]]).square()
+            return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
+
+    exact = cast(others, torch.float64)
+    hidden = exact["hidden"].clone().requires_grad_()
+    z = hidden @ exact["head_weight"].T + exact["bias"]
+    wanted_loss, slope = brier(z if softcap is None else softcap * torch.tanh(z / softcap))
+    wanted_loss *= exact["sample_weight"]
+    capped = z if softcap is None else softcap * torch.tanh(z / softcap)
+    (wanted,) = torch.autograd.grad(capped, hidden, slope * exact["sample_weight"][:, None])
+    losses_wanted = torch.cat([losses(plain, cast(labelled, torch.float64), softcap), wanted_loss])
+    grad_wanted = torch.cat([plain(**cast(labelled, torch.float64), softcap=softcap)[1], wanted])
+
+    monkeypatch.setattr(implementation, "_CHUNK_LOGITS", 123 * 11)
+    scratch = None if rows is None else ops.logits_buffer(inputs["head_weight"], rows, 5)
+    inputs["labels"] = labelled["labels"]
+    each, grad = ops.target_cross_entropy(**inputs, softcap=softcap, others=brier, per_row=True, scratch=scratch)
+    assert (each - losses_wanted).abs().max() <= 2e-6 * losses_wanted.abs().max()
+    assert (grad - grad_wanted).abs().max() <= 2e-6 * grad_wanted.abs().max()
+
+
+def test_rows_without_labels_need_a_loss() -> None:
+    inputs = problem(0, 7, 8, 5)
+    inputs["labels"] = inputs["labels"][:4]
+    with pytest.raises(ValueError, match=r"labels is \[4\] for hidden \[7, 8\]: rows without labels need others"):
+        ops.target_cross_entropy(**inputs)
+    small = torch.empty(2, 5)
+    with pytest.raises(ValueError, match=r"scratch is \[2, 5\], fewer than the 3 rows of others"):
+        ops.target_cross_entropy(**inputs, others=lambda z: (z[:, 0], z), scratch=small)

@@ -56,7 +56,8 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
         entered: list[int] = []
         parts.backbone.register_forward_pre_hook(lambda *_: entered.append(1))
         before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
-        for select in ([7, 2, 6, 1], [6, 1]):  # some of both groups in another order, and some of these
+        # some of both groups in another order, some of these, and one with a single token to run
+        for select in ([7, 2, 6, 1], [6, 1], [6]):
             rows, past = held.rest(torch.tensor(select))
             assert len(rows.token_rows) == int((SAMPLES.lengths - 1 - HELD)[select].sum())
             whole = pack(SAMPLES, select, packed=False)

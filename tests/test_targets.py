@@ -192,7 +192,7 @@ def test_memory_decides_how_many_are_in_flight(tokenizer: Any, seed: int, monkey
     assert 1 < most[1] < most[2] <= most[3] == 12
 
 
-def test_only_what_is_needed_runs(tokenizer: Any, seed: int) -> None:
+def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     parts, edits = topology(model), random_edits(6, seed)
     assert parts.packs  # measured once, on block 0
@@ -205,6 +205,15 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int) -> None:
 
         block.mlp.down_proj.register_forward_pre_hook(count)
     parts.head.register_forward_pre_hook(lambda _, args: head.append(len(args[0])))
+    real, update, updates = target_loop.ops.target_cross_entropy, target_loop.TargetLoop._update, []
+
+    def counted(hidden: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        head.append(len(hidden))
+        found: tuple[Tensor, Tensor] = real(hidden, *args, **options)
+        return found
+
+    monkeypatch.setattr(target_loop.ops, "target_cross_entropy", counted)
+    monkeypatch.setattr(target_loop.TargetLoop, "_update", lambda *args: updates.append(update(*args)))
     find_targets(parts, tokenizer, edits, Z_LAYER, replace(CONFIG, stop_loss=0), contexts=CONTEXTS, in_flight=6)
     assert tokens[0] == tokens[1]  # once each
     before, behind = 0, 0  # tokens of the rows in front of the subject's last, and from there on
@@ -217,7 +226,8 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int) -> None:
     assert tokens[2] == before + (3 * behind + 6) * CONFIG.steps  # of the KL row one token
     n_targets = 3 * sum(len(edit.target.split()) for edit in edits)
     assert tokens[3] == (n_targets + 6) * CONFIG.steps
-    assert head == [6] * CONFIG.steps  # for the KL; the NLL takes the head's weight itself
+    assert head == [n_targets + 6] * CONFIG.steps  # targets and KL rows in one product
+    assert len(updates) == CONFIG.steps - 1  # the last evaluation has no gradient
 
 
 def test_attention_that_asks_no_cache_costs_time_and_nothing_else(tokenizer: Any, seed: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -109,7 +110,7 @@ class _Batch:
     rows: Rows
     hidden: Tensor  # [B, R, h]
     places: Tensor  # [B] flat place of the subject's last token
-    weight: Tensor  # [M - F] of each target token: 1 / (C · its row's target tokens)
+    weight: Tensor  # [M] of each target token: 1 / (C · its row's target tokens); of each KL row: the KL factor
     calls: BlockCalls
     scratch: Tensor | None  # for the logits of a step
 
@@ -206,6 +207,7 @@ class TargetLoop:
         places = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)
         of_rewriting = rows.sample_of[: -len(edits)]
         weight = 1 / (of_rewriting.bincount() * float(self.n_rewriting))[of_rewriting]
+        weight = torch.cat([weight, weight.new_full((len(edits),), self.config.kl_factor)])
         rows = rows.to(self.device)
         hidden = self.cache.hidden(rows)
         # from the first block that sees δ on: a hook at the site looks for the subject at its place in the rows
@@ -213,7 +215,7 @@ class TargetLoop:
         calls = BlockCalls(self.topology, rows, self.cache.layer, overrides, past)
         scratch = None  # a GPU's allocator gives each step the same memory again, and the kernel needs none
         if self.device.type == "cpu":
-            scratch = ops.logits_buffer(self.topology.head.weight, len(of_rewriting))  # type: ignore[arg-type]
+            scratch = ops.logits_buffer(self.topology.head.weight, len(weight), len(edits))  # type: ignore[arg-type]
         return _Batch(rows, hidden, places.to(self.device), weight.to(self.device), calls, scratch)
 
     def _states(self, batch: _Batch, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,42 +245,43 @@ class TargetLoop:
         config, n = self.config, len(state.edit)
         with torch.enable_grad():
             states, leaf = self._states(batch, state.delta)
-        found, kl_found = states.detach().split([len(states) - n, n])
         rows, head = batch.rows, self.topology.head
         losses, grad = ops.target_cross_entropy(
-            found,
+            states.detach(),
             head.weight,  # type: ignore[arg-type]
             rows.labels[:-n],
             batch.weight,
             bias=getattr(head, "bias", None),
             softcap=self.topology.logit_softcap,
+            others=partial(self._kl, state),
             per_row=True,
             scratch=batch.scratch,
         )
+        losses, kl = losses.split([len(losses) - n, n])
         per_row = losses.new_zeros(self.n_rewriting * n).index_add_(0, rows.sample_of[:-n], losses)
         nll = per_row.view(self.n_rewriting, n)
-        kl, kl_grad = self._kl(state, kl_found)
         size, scale = state.delta.norm(dim=1), config.weight_decay / state.h0.square().sum(1)
-        loss = nll.sum(0) + config.kl_factor * kl + scale * size
+        loss = nll.sum(0) + kl + scale * size
         alive = state.alive
         state.loss = torch.where(alive, loss, state.loss)
         state.probability = torch.where(alive, (-self.n_rewriting * nll).exp().mean(0), state.probability)
         state.alive = alive & (loss >= config.stop_loss) & (state.steps < config.steps - 1)  # NaN is not >=
-        (slope,) = torch.autograd.grad(states, leaf, torch.cat([grad, config.kl_factor * kl_grad]))
+        if self.device.type == "cpu" and not state.alive.any():
+            return  # the last evaluation needs no gradient; a GPU would have to wait to know
+        (slope,) = torch.autograd.grad(states, leaf, grad)
         slope = slope.float().view(-1, *state.delta.shape).sum(0)
         slope += state.delta * (scale / size.clamp(min=torch.finfo(size.dtype).tiny))[:, None]
         self._update(state, slope)
 
-    def _kl(self, state: _State, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(now ‖ before) [F] of the KL rows' distributions, and its gradient in their hidden states [F, h]."""
-        with torch.enable_grad():
-            leaf = hidden.requires_grad_()
-            now = self.topology.logits(leaf).float().log_softmax(1)
-            # before any step δ is zero, and what is now is what was before
-            state.initial = torch.where(state.steps[:, None] == 0, now.detach(), state.initial)
-            kl = (now.exp() * (now - state.initial)).sum(1)
-            (grad,) = torch.autograd.grad(kl.sum(), leaf)
-        return kl.detach(), grad
+    @staticmethod
+    def _kl(state: _State, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(now ‖ before) [F] of the KL rows' distributions, and its gradient in their logits [F, V]."""
+        now = logits.log_softmax(1)
+        # before any step δ is zero, and what is now is what was before
+        state.initial = torch.where(state.steps[:, None] == 0, now, state.initial)
+        moved, p = now - state.initial, now.exp()
+        kl = (p * moved).sum(1)
+        return kl, p * (moved - kl[:, None])
 
     def _update(self, state: _State, slope: Tensor) -> None:
         """Adam's step and the clamp, for the edits that go on."""

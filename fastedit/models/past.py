@@ -31,13 +31,16 @@ class _Behind(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale · Q K_allᵀ + mask) V_all [B, heads, R, width]; gradients in Q and the rows' own K, V alone."""
+    """softmax(scale · Q K_allᵀ + mask) V_all [B, heads, Q, width]; gradients in Q and the rows' own K, V alone.
+
+    Transformers may give the queries of one row that share a key head as several: Q is not always R.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, _: Tensor, __: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
+        ctx: Any, query: Tensor, own_keys: Tensor, _: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
     ) -> Tensor:
-        scores = (query @ keys.transpose(2, 3)).mul_(scale)  # [B, heads, R, P + R]
+        scores = (query @ keys.transpose(2, 3)).mul_(scale)  # [B, heads, Q, P + R]
         # finite, as the models' own masks are: a row without tokens must not become NaN
         if mask.dtype == torch.bool:
             scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
@@ -46,13 +49,13 @@ class _Attention(torch.autograd.Function):
         weights = torch.softmax(scores, 3, out=scores)
         output = weights @ values
         ctx.save_for_backward(query, keys, values, weights, output)
-        ctx.scale = scale
+        ctx.scale, ctx.rows = scale, own_keys.shape[2]
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values, weights, output = ctx.saved_tensors
-        (grad,), rows = grads, query.shape[2]
+        (grad,), rows = grads, ctx.rows
         slope = (grad @ values.transpose(2, 3)).sub_((grad * output).sum(3, keepdim=True)).mul_(weights).mul_(ctx.scale)
         own_keys = slope[..., -rows:].transpose(2, 3) @ query
         own_values = weights[..., -rows:].transpose(2, 3) @ grad
@@ -113,7 +116,7 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """The attention [B, heads, R, width] to what ``update`` gave last; None for what is left to torch: other keys
+        """The attention [B, heads, Q, width] to what ``update`` gave last; None for what is left to torch: other keys
         (shared among heads they are copies), half precision, dropout, no mask."""
         given = self._given
         if not given or key is not given[0] or value is not given[1] or attn_mask is None or dropout_p:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,17 @@ _CHUNK_LOGITS = 1 << 25
 166 rows of 50,304 logits ran at 3/4 of the rate of 500."""
 
 
-def logits_buffer(head_weight: Tensor, n: int) -> Tensor:
-    """Memory [≤ n, V] for the logits of n rows, or of as many as are taken at once: ``scratch`` of a loop's calls."""
+LogitLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A loss of rows of logits [Q, V], fp32: each row's [Q], and its gradient in these logits [Q, V]."""
+
+
+def logits_buffer(head_weight: Tensor, n: int, n_others: int = 0) -> Tensor:
+    """Memory [chunk, V] for the logits of n rows, or of as many as are taken at once: ``scratch`` of a loop's calls.
+
+    The last ``n_others`` of the n rows, those of ``others``, are taken at once in any case.
+    """
     V = len(head_weight)
-    return head_weight.new_empty(max(1, min(_CHUNK_LOGITS // V, n)), V)
+    return head_weight.new_empty(max(1, n_others, min(_CHUNK_LOGITS // V, n)), V)
 
 
 @torch.no_grad()
@@ -27,6 +36,7 @@ def target_cross_entropy(
     *,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    others: LogitLoss | None = None,
     per_row: bool = False,
     scratch: Tensor | None = None,
     backend: Backend = "auto",
@@ -37,36 +47,63 @@ def target_cross_entropy(
     gradient come together in two matrix products, because the head is frozen; rows are taken in chunks.
 
     Args:
-        hidden: [R, h], after the final norm, fp32, bf16 or fp16.
+        hidden: [R, h], after the final norm, fp32, bf16 or fp16. With ``others`` [R + Q, h].
         head_weight: [V, h], same dtype.
         labels: [R] int64.
-        sample_weight: [R] fp32, the weight w of each row (1/(B·n_b) averages over samples, 1/R over tokens).
+        sample_weight: [R] fp32, the weight w of each row (1/(B·n_b) averages over samples, 1/R over tokens); with
+            ``others`` [R + Q].
         bias: [V] or None.
         softcap: c of cap(z) = c·tanh(z/c); None for no cap.
+        others: the loss of Q more rows behind those with labels, given their logits z (which it may overwrite). They
+            share the products: on a CPU those of few rows take nearly as long as those of many.
         per_row: give the terms of the sum, for callers that watch parts of a batch.
         scratch: `logits_buffer`, overwritten; None for a fresh one. As many rows as it has are taken at once. A loop
             that gives the same one again spares a CPU its page faults, a tenth or more of the time.
         backend: see `fastedit.ops.registry`; ConfigError if it cannot serve.
 
     Returns:
-        (loss [], or [R] with per_row, fp32; grad_hidden [R, h], dtype of hidden). Both on the device of
+        (loss [], or [R + Q] with per_row, fp32; grad_hidden [R + Q, h], dtype of hidden). Both on the device of
         hidden, without a sync.
+
+    Raises:
+        ValueError: rows without labels and no ``others``, or a ``scratch`` that cannot hold theirs.
     """
-    R, V = len(hidden), len(head_weight)
+    R, V, Q = len(labels), len(head_weight), len(hidden) - len(labels)
+    if Q < 0 or (Q > 0 and others is None):
+        raise ValueError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
+    if scratch is not None and len(scratch) < Q:
+        raise ValueError(f"scratch is {list(scratch.shape)}, fewer than the {Q} rows of others; see logits_buffer")
     if choose("target_cross_entropy", backend, device=hidden.device, dtype=hidden.dtype, R=R, V=V) == "triton":
         from fastedit.kernels.target_cross_entropy import target_cross_entropy as kernel
 
-        losses, grad = kernel(hidden, head_weight, labels, sample_weight, bias=bias, softcap=softcap)
-        return losses if per_row else losses.sum(), grad
+        losses, grad = kernel(hidden[:R], head_weight, labels, sample_weight[:R], bias=bias, softcap=softcap)
+        if others is not None:
+            found = _in_chunks(hidden[R:], head_weight, labels[:0], sample_weight[R:], bias, softcap, others, scratch)
+            losses, grad = torch.cat([losses, found[0]]), torch.cat([grad, found[1]])
+    else:
+        losses, grad = _in_chunks(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch)
+    return losses if per_row else losses.sum(), grad
+
+
+def _in_chunks(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    others: LogitLoss | None,
+    scratch: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss [R + Q] and gradient [R + Q, h]."""
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     grad = torch.empty_like(hidden)
     if scratch is None:
-        scratch = logits_buffer(head_weight, R)
-    chunk = len(scratch)
-    for start in range(0, len(hidden), chunk):
-        r = slice(start, start + chunk)
+        scratch = logits_buffer(head_weight, len(hidden), len(hidden) - len(labels))
+    for stop in range(len(hidden), 0, -len(scratch)):  # from the end: one chunk has all of the others
+        r = slice(max(0, stop - len(scratch)), stop)
         weight, label = sample_weight[r].float(), labels[r]
-        z = torch.mm(hidden[r], head_weight.T, out=scratch[: len(label)])  # [r, V]
+        z = torch.mm(hidden[r], head_weight.T, out=scratch[: len(weight)])  # [r, V]
         if bias is not None:
             z += bias
         z = z.float()
@@ -75,17 +112,27 @@ def target_cross_entropy(
             z = z.div_(softcap).tanh_()
             slope = 1 - z.square()
             z = z.mul_(softcap)
-        largest, place = z.max(1, keepdim=True)
-        at_label = z.gather(1, label[:, None])
-        z = torch.softmax(z, 1, out=z)
-        # log Σ exp z = largest − log p(largest), and that p is at least 1/V
-        losses[r] = weight * (largest - z.gather(1, place).log() - at_label)[:, 0]
-        # minus the label before the product, not after: at p close to 1 half precision would lose the rest
-        z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
+        labelled, rest = z.split([len(label), len(weight) - len(label)])
+        losses[r][: len(label)] = _to_slope(labelled, label)
+        if others is not None and len(rest):
+            losses[r][len(label) :], rest[:] = others(rest)
+        losses[r] *= weight
         if slope is not None:
             z *= slope
         grad[r] = (z.to(hidden.dtype) @ head_weight) * weight[:, None]
-    return losses if per_row else losses.sum(), grad
+    return losses, grad
+
+
+def _to_slope(z: Tensor, label: Tensor) -> Tensor:
+    """The negative log-likelihood [r] of the labels; the logits z [r, V] become its gradient in them."""
+    largest, place = z.max(1, keepdim=True)
+    at_label = z.gather(1, label[:, None])
+    torch.softmax(z, 1, out=z)
+    # log Σ exp z = largest − log p(largest), and that p is at least 1/V
+    loss = (largest - z.gather(1, place).log() - at_label)[:, 0]
+    # minus the label before the product, not after: at p close to 1 half precision would lose the rest
+    z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
+    return loss
 
 
 def _cannot(call: Call) -> str | None:
