@@ -131,6 +131,7 @@ class TargetLoop:
         self.topology, self.cache, self.samples, self.last = topology, cache, samples, last
         self.n, self.z_layer, self.config, self.device = n, z_layer, config, topology.device
         self.n_rewriting = len(samples) // n - 1
+        self.behind = (samples.lengths - last).view(-1, n).amax(0)  # [N] tokens from the subject's last on, and one
         self.held = HeldTokens(topology, cache, samples, last)
         self.site: nn.Module | None = None
         if config.site == "mlp":  # the output of the MLP is that of its last projection, also where it is no module
@@ -143,14 +144,19 @@ class TargetLoop:
         self.steps = torch.zeros(n, dtype=torch.int64, device=self.device)
 
     def run(self, in_flight: int | None, memory: int | None, progress: Progress) -> None:
-        behind = (self.samples.lengths - self.last).view(-1, self.n).amax(0)
-        waiting = behind.sort(descending=True, stable=True).indices  # neighbours in length share a batch
+        waiting = self.behind.sort(descending=True, stable=True).indices  # neighbours in length share a batch
         capacity = in_flight or self._capacity(memory)
+        suits = in_flight is None and self.device.type == "cpu"
         look_every = _LOOK_EVERY.get(self.device.type, 1)
         state: _State | None = None
         while state is not None or len(waiting):
-            room = capacity - (0 if state is None else len(state.edit))
-            if room and len(waiting):
+            flying = waiting[:0] if state is None else state.edit.cpu()
+            most = capacity
+            if suits:  # what a CPU's caches hold: the longest edits in flight are among these
+                longest = self.behind[torch.cat([flying, waiting[:1]])].max()
+                most = min(capacity, max(1, _BATCH_TOKENS // int(longest * (self.n_rewriting + 1))))
+            room = most - len(flying)
+            if room > 0 and len(waiting):
                 entering, waiting = self._enter(waiting[:room]), waiting[room:]
                 state = entering if state is None else state.join(entering)
             assert state is not None
@@ -296,8 +302,12 @@ class TargetLoop:
         state.delta = torch.where(state.alive[:, None], moved, state.delta)
 
     def _capacity(self, memory: int | None) -> int:
-        """Edits that fit in memory at once, from what autograd keeps for the longest of them."""
-        edit = self.samples.lengths.view(-1, self.n).amax(0).argmax()[None]
+        """Edits that fit in memory at once, from what autograd keeps for the longest of them.
+
+        One may be the longest behind its subject, where everything is kept, and another one in all.
+        """
+        longest = self.samples.lengths.view(-1, self.n).amax(0).argmax()
+        edits = torch.stack([longest, self.behind.argmax()]).unique()
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -305,14 +315,12 @@ class TargetLoop:
             return tensor
 
         weights = {p.untyped_storage().data_ptr() for p in self.topology.model.parameters()}
-        state = self._enter(edit)
-        batch = self._lay_out(edit)
+        state = self._enter(edits)
+        batch = self._lay_out(edits)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._states(batch, state.delta)
         # logits and their softmax at the KL row exist about four times over
         saved = sum(n for place, n in kept.items() if place not in weights)
-        needed = 1.5 * saved + 2 * self.held.nbytes + 4 * state.initial.nbytes
+        needed = (1.5 * saved + 2 * self.held.nbytes + 4 * state.initial.nbytes) / len(edits)
         fit = int((free_bytes(self.device) // 2 if memory is None else memory) / needed)
-        if self.device.type == "cpu":
-            fit = min(fit, _BATCH_TOKENS // batch.rows.index.numel())
         return max(1, min(fit, self.n))

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastedit.models.past import Past
-from fastedit.models.prefix import Override, PrefixCache, at_rows, forwards, pruned, resume, run_blocks
+from fastedit.models.prefix import (
+    Override,
+    PrefixCache,
+    at_rows,
+    forwards,
+    in_passes,
+    pass_tokens,
+    pruned,
+    resume,
+    run_blocks,
+)
 from fastedit.models.tokens import Rows, Samples, pack, ragged
 from fastedit.models.topology import Stopped, Topology, eval_mode
 
@@ -146,19 +156,26 @@ class HeldTokens:
     @torch.no_grad()
     def record(self, select: Tensor) -> None:
         """Run the tokens of these samples that are held."""
-        if not self._counts[select].any():
+        select = select[self._counts[select] > 0]
+        passes = in_passes(self._counts[select], pass_tokens(self._topology.device))
+        seen = [self._seen(select[some.start : some.stop]) for some in passes]
+        if not self.supported:
             return
+        for block in seen[0][1] if seen else ():
+            new = [recorded[block] for _, recorded in seen]
+            old = [self._kept[block]] if block in self._kept else []
+            keys, values = (torch.cat(parts) for parts in zip(*old, *new, strict=True))
+            self._kept[block] = keys, values
+        self._tokens = torch.cat([self._tokens, *(tokens for tokens, _ in seen)])
+
+    def _seen(self, select: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """The held tokens [K] of these samples, and the keys and values of each block."""
         topology, layer = self._topology, self._cache.layer
         rows = pack(self._samples, select, packed=False, stop=self._counts[select]).to(topology.device)
         recorder = _Recorder(rows.token_rows.to(topology.device))
         resume(topology, self._cache.hidden(rows), rows, layer, at_tokens(topology, rows, layer), recorder)
         self.supported = self.supported and recorder.seen.keys() == set(range(layer, topology.n_blocks))
-        if self.supported:
-            for block, new in recorder.seen.items():
-                old = self._kept.get(block, tuple(x[:0] for x in new))
-                key, value = (torch.cat(pair) for pair in zip(old, new, strict=True))
-                self._kept[block] = key, value
-            self._tokens = torch.cat([self._tokens, rows.host_index.view(-1)[rows.token_rows]])
+        return rows.host_index.view(-1)[rows.token_rows], recorder.seen
 
     def rest(self, select: Tensor) -> tuple[Rows, Past | None]:
         """The rows of the tokens of these samples that are not held, on the CPU, and what stands in front.

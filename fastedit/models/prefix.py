@@ -298,7 +298,7 @@ class PrefixCache:
     ) -> None:
         """Fill the buffer with the input of block ``stop``, from block ``start``'s or from the tokens."""
         topology = self._topology
-        for select in _batches(self.samples.lengths, self._batch_tokens):
+        for select in in_passes(self.samples.lengths, self._batch_tokens):
             rows = pack(self.samples, select, packed=self._packed).to(topology.device)
             hidden = None if start is None else self.hidden(rows)
             with around(torch.tensor(select)) if around else nullcontext():
@@ -311,7 +311,7 @@ class PrefixCache:
                 progress(len(select))
 
 
-def _batches(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
+def in_passes(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
     """Ranges of consecutive samples of at most ``batch_tokens`` tokens, one sample at least."""
     first, total = 0, 0
     for i, n in enumerate(lengths.tolist()):
