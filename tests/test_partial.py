@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, at_tokens, observe, pack, resume, topology
+from fastedit.models import (
+    BlockCalls,
+    HeldTokens,
+    PrefixCache,
+    Rows,
+    at_tokens,
+    observe,
+    pack,
+    partial,
+    resume,
+    topology,
+)
 
 LENGTHS = [12, 18, 7, 3, 12, 9, 18, 5, 2, 4]
 HELD = torch.tensor([6, 11, 0, 1, 10, 3, 16, 2, 0, 1])  # tokens of each sample in front of the first that runs
@@ -83,6 +94,23 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
         assert held.nbytes == sum(x.nbytes for x in kept) * 2
         assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
     assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
+
+
+def test_held_tokens_run_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = topology(tiny_model("llama"))
+    passes: list[int] = []
+    with PrefixCache(parts, SAMPLES, 2) as cache:
+        at_once, in_passes = (HeldTokens(parts, cache, SAMPLES, HELD) for _ in range(2))
+        everything = torch.arange(len(HELD))
+        at_once.record(everything)
+        monkeypatch.setattr(partial, "pass_tokens", lambda _: 12)
+        parts.blocks[2].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+        in_passes.record(everything)
+    assert len(passes) > 1
+    assert sum(passes) == int((HELD > 0).sum())
+    assert torch.equal(in_passes._tokens, at_once._tokens)
+    for block, wanted in at_once._kept.items():
+        torch.testing.assert_close(in_passes._kept[block], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

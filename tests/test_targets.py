@@ -153,10 +153,12 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.in_flight: list[list[int]] = []
+        self.tokens: list[int] = []  # and pads
         step = target_loop.TargetLoop._step
 
         def watched(loop: Any, state: Any, batch: Any) -> None:
             self.in_flight.append(state.edit.tolist())
+            self.tokens.append(batch.rows.index.numel())
             step(loop, state, batch)
 
         monkeypatch.setattr(target_loop.TargetLoop, "_step", watched)
@@ -190,6 +192,22 @@ def test_memory_decides_how_many_are_in_flight(tokenizer: Any, seed: int, monkey
         most.append(watch.most)
     assert most[0] == 1
     assert 1 < most[1] < most[2] <= most[3] == 12
+
+
+def test_a_cpus_caches_decide_how_many_are_in_flight(
+    tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, edits = Watch(monkeypatch), random_edits(24, seed)
+    monkeypatch.setattr(target_loop, "_BATCH_TOKENS", 100)
+    few = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
+    assert all(tokens <= 100 or len(edits) == 1 for tokens, edits in zip(watch.tokens, watch.in_flight, strict=True))
+    assert max(watch.tokens) > 60  # no room for another one as long
+    ours = {len(edits) for edits in watch.in_flight}
+    assert len(ours) > 1, "shorter edits run side by side in larger numbers"
+    monkeypatch.setattr(target_loop, "_BATCH_TOKENS", 10**6)
+    many = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
+    assert torch.cosine_similarity(few.z, many.z).min() > 0.999
+    assert watch.most == 24
 
 
 def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

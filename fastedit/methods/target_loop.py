@@ -131,7 +131,7 @@ class TargetLoop:
         self.topology, self.cache, self.samples, self.last = topology, cache, samples, last
         self.n, self.z_layer, self.config, self.device = n, z_layer, config, topology.device
         self.n_rewriting = len(samples) // n - 1
-        self.behind = (samples.lengths - last).view(-1, n).amax(0)  # [N] tokens from the subject's last on, and one
+        self.behind = (samples.lengths - 1 - last).view(-1, n).amax(0)  # [N] tokens of a row that run in a step
         self.held = HeldTokens(topology, cache, samples, last)
         self.site: nn.Module | None = None
         if config.site == "mlp":  # the output of the MLP is that of its last projection, also where it is no module

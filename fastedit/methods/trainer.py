@@ -50,6 +50,10 @@ class Trainer:
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
         self.maps = localized(topology.model, parameters, int(tokens))
         self.seen: Seen = {}
+        self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
+        if topology.device.type == "cpu":
+            head: Any = topology.head
+            self.scratch = ops.logits_buffer(head.weight, int((samples.lengths - samples.target_start).sum()))
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def run(self, cache: PrefixCache) -> None:
@@ -140,6 +144,7 @@ class Trainer:
                 weight,
                 bias=getattr(head, "bias", None),
                 softcap=topology.logit_softcap,
+                scratch=self.scratch,
             )
             hidden.backward(grad)
             loss += part

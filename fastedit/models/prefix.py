@@ -22,8 +22,8 @@ from fastedit.models.topology import Stopped, Topology, eval_mode
 
 # Attention that reads restarting positions in every row of a batch; varlen attention needs a single row.
 _BATCHED_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
-# Tokens of a forward pass. On a CPU more of them leave its caches, and their activations are fresh pages every time.
-_PASS_TOKENS = {"cpu": 1024, "cuda": 8192}
+# Tokens of a forward pass. On a CPU buffers of over 32 MiB are fresh pages every time; products of few rows are slow.
+_PASS_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 Override = tuple[nn.Module, Callable[..., Any]]
