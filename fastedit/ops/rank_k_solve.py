@@ -345,7 +345,7 @@ def _whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tenso
     # from the left: LAPACK's solves from the right take two to three times as long
     system, flat = factor.T if back else factor, rows.reshape(-1, len(factor))
     white: Tensor = solve_triangular(system, flat.T, upper=back).T
-    if not white.isfinite().all():
+    if not _finite(white):
         raise ModelError("cov_factor holds NaN or infinity; make it with ops.factor_covariance")
     return white.reshape(rows.shape)
 
@@ -427,9 +427,14 @@ def _check_ridge(value: float, name: str, *, zero: bool = False) -> None:
 
 
 def _require_finite(x: Tensor, name: str, advice: str, error: type[ModelError] | type[EditError] = EditError) -> None:
-    bad = ~x.isfinite().all(-1)
-    if bad.any():
+    if not _finite(x):
+        bad = ~x.isfinite().all(-1)
         raise error(f"{name}{bad.nonzero()[0].tolist()} holds NaN or infinity ({int(bad.sum())} rows do); {advice}")
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of x is; most often a sum shows it, in one pass that writes nothing."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def _plus_diagonal(matrix: Tensor, value: float) -> Tensor:
