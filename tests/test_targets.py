@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -192,6 +193,18 @@ def test_memory_decides_how_many_are_in_flight(tokenizer: Any, seed: int, monkey
         most.append(watch.most)
     assert most[0] == 1
     assert 1 < most[1] < most[2] <= most[3] == 12
+
+
+def test_nothing_stays_behind(tokenizer: Any, seed: int) -> None:
+    """A run of many batches searches targets for each of them."""
+    model, edits = tiny_model("llama"), random_edits(3, seed)
+
+    def alive() -> int:
+        find_targets(topology(model), tokenizer, edits, Z_LAYER, replace(CONFIG, steps=2), contexts=CONTEXTS)
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    assert alive() == alive()
 
 
 def test_a_cpus_caches_decide_how_many_are_in_flight(

@@ -312,7 +312,7 @@ class TargetLoop:
 
         def note(tensor: Tensor) -> Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # an operation that keeps its own output would keep itself alive
 
         weights = {p.untyped_storage().data_ptr() for p in self.topology.model.parameters()}
         state = self._enter(edits)
