@@ -106,7 +106,7 @@ def least_squares(C: Tensor, K: Tensor, R: Tensor, previous: Tensor, about: Sett
 def equality(C: Tensor, K: Tensor, R: Tensor, _: Tensor, about: Settings) -> Tensor:
     """R (Kᵀ(λC)⁻¹K + αI)⁻¹ Kᵀ(λC)⁻¹."""
     inverse = torch.linalg.inv(about.cov_weight * C)
-    return R @ torch.linalg.inv(K.T @ inverse @ K + about.alpha * torch.eye(K.shape[1])) @ K.T @ inverse
+    return R @ torch.linalg.inv(K.T @ inverse @ K + about.alpha * torch.eye(K.shape[1]).double()) @ K.T @ inverse
 
 
 def null_space(C: Tensor, K: Tensor, R: Tensor, previous: Tensor, about: Settings) -> Tensor:
@@ -115,7 +115,7 @@ def null_space(C: Tensor, K: Tensor, R: Tensor, previous: Tensor, about: Setting
     U = vectors[:, values < about.null_threshold]
     assert 0 < U.shape[1] < len(C)
     P = U @ U.T
-    return R @ K.T @ P @ torch.linalg.inv((K @ K.T + previous) @ P + about.l2 * torch.eye(len(C)))
+    return R @ K.T @ P @ torch.linalg.inv((K @ K.T + previous) @ P + about.l2 * torch.eye(len(C)).double())
 
 
 FORMULAS: dict[str, Callable[..., Tensor]] = {
