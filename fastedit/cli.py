@@ -398,7 +398,7 @@ def env() -> None:
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for name in ("fastedit", "torch", "triton", "transformers"):
-        table.add_row(name, _version(name))
+        table.add_row(name, torch.__version__ if name == "torch" else _version(name))  # with its build, as in +cpu
     table.add_row("CPU", f"{torch.get_num_threads()} threads on {os.cpu_count()} cores")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
