@@ -12,10 +12,12 @@ import re
 import shutil
 import subprocess
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 REQUIRED = os.environ.get("FASTEDIT_REQUIRE_EXT") == "1"
 ARCHITECTURES = "80;86;89;90a;100;120+PTX"
@@ -26,9 +28,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            import pybind11
-
-            ext.include_dirs.append(pybind11.get_include())
+            ext.include_dirs.append(pybind11_headers())
             if (nvcc := find_nvcc()) and (architectures := wanted_architectures(nvcc)):
                 self.add_cuda(ext, nvcc, architectures)
             super().build_extension(ext)
@@ -67,6 +67,20 @@ class BuildExtension(build_ext):
         ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         ext.extra_objects.append(str(target))
         ext.define_macros.append(("FASTEDIT_CUDA", f'"{" ".join(architectures)}"'))
+
+
+def pybind11_headers() -> str:
+    """Where pybind11 is not installed, as on a machine without a network, those that come with torch."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ModuleNotFoundError:
+        torch = find_spec("torch")
+        for place in (torch and torch.submodule_search_locations) or ():
+            if Path(place, "include", "pybind11", "pybind11.h").is_file():
+                return str(Path(place, "include"))
+        raise CompileError("pybind11 is not installed") from None
 
 
 def find_nvcc() -> str | None:
