@@ -215,8 +215,8 @@ def test_a_cpus_caches_decide_how_many_are_in_flight(
     few = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
     assert all(tokens <= 100 or len(edits) == 1 for tokens, edits in zip(watch.tokens, watch.in_flight, strict=True))
     assert max(watch.tokens) > 60  # no room for another one as long
-    ours = {len(edits) for edits in watch.in_flight}
-    assert len(ours) > 1, "shorter edits run side by side in larger numbers"
+    numbers = {len(edits) for edits in watch.in_flight}
+    assert len(numbers) > 1, "shorter edits run side by side in larger numbers"
     monkeypatch.setattr(target_loop, "_BATCH_TOKENS", 10**6)
     many = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
     assert torch.cosine_similarity(few.z, many.z).min() > 0.999
