@@ -21,6 +21,7 @@ from setuptools.errors import CompileError
 
 REQUIRED = os.environ.get("FASTEDIT_REQUIRE_EXT") == "1"
 ARCHITECTURES = "80;86;89;90a;100;120+PTX"
+SOURCES = ["csrc/bindings.cpp", "csrc/syrk_cpu.cpp"]
 
 
 class BuildExtension(build_ext):
@@ -109,8 +110,8 @@ setup(
     ext_modules=[
         Extension(
             "fastedit._C",
-            ["csrc/bindings.cpp", "csrc/syrk_cpu.cpp"],
-            depends=["csrc/syrk.h", "csrc/syrk_cpu_kernel.h", "csrc/syrk_cuda.cu", "csrc/ptx.cuh"],
+            SOURCES,
+            depends=sorted({*glob("csrc/*.[ch]*")} - {*SOURCES}),
             extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
             extra_link_args=["-pthread"],
             language="c++",

@@ -44,10 +44,12 @@ int64_t cpu(uintptr_t total, uintptr_t rows, const std::string& dtype, int64_t w
 #ifdef FASTEDIT_CUDA
 // addresses of memory on the device, 0 for none; see syrk.h
 void cuda(uintptr_t total, uintptr_t rows, const std::string& dtype, int64_t width, int64_t stride, uintptr_t mask,
-          int64_t count, uintptr_t kept, uintptr_t planes, int64_t plane_stride, int device, uintptr_t stream) {
+          int64_t count, uintptr_t kept, uintptr_t planes, int64_t plane_stride, bool wgmma, uintptr_t parts, int splits,
+          int device, uintptr_t stream) {
     syrk_cuda(reinterpret_cast<double*>(total), reinterpret_cast<const void*>(rows), dtype_of(dtype), width, stride,
               reinterpret_cast<const uint8_t*>(mask), count, reinterpret_cast<int*>(kept),
-              reinterpret_cast<void*>(planes), plane_stride, device, reinterpret_cast<void*>(stream));
+              reinterpret_cast<void*>(planes), plane_stride, wgmma, reinterpret_cast<float*>(parts), splits, device,
+              reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -65,7 +67,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTEDIT_CUDA
     m.attr("cuda_architectures") = FASTEDIT_CUDA;
     m.def("syrk_cuda", &cuda, "total"_a, "rows"_a, "dtype"_a, "width"_a, "stride"_a, "mask"_a, "count"_a, "kept"_a,
-          "planes"_a, "plane_stride"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+          "planes"_a, "plane_stride"_a, "wgmma"_a, "parts"_a, "splits"_a, "device"_a, "stream"_a, py::call_guard<py::gil_scoped_release>());
+    m.def("syrk_cuda_splits", &syrk_cuda_splits, "width"_a, "count"_a, "device"_a);
 #else
     m.attr("cuda_architectures") = "";
 #endif

@@ -5,8 +5,10 @@
 
 namespace fastedit {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+// what the launch gave, from the first 1,024-byte boundary: the same address in every block of a cluster
+__device__ inline uint32_t dynamic_shared() {
+    extern __shared__ uint8_t bytes[];
+    return (static_cast<uint32_t>(__cvta_generic_to_shared(bytes)) + 1023) & ~1023u;
 }
 
 // 16 bytes of which the first `bytes` are read and the rest is zero

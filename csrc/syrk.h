@@ -19,8 +19,14 @@ int64_t syrk_cpu(double* total, const void* rows, DType dtype, int64_t width, in
 bool supports(Isa isa);
 
 // Only enqueues. mask: bytes, or null for all rows. Scratch on the device: kept [count + 1] int32 where there is a mask,
-// planes [3, count, plane_stride] bf16 for fp32 rows, plane_stride a multiple of 8. Rows of bf16 and fp16 begin on 16 bytes.
+// planes [3, count, plane_stride] bf16 for fp32 rows, [1, count, plane_stride] for others that wgmma takes by a mask,
+// parts [splits, width, width] fp32 where splits > 1; plane_stride a multiple of 8, planes and rows of bf16 and fp16 begin on
+// 16 bytes. by_wgmma: on compute capability 9.0, where the binary has sm_90a.
 void syrk_cuda(double* total, const void* rows, DType dtype, int64_t width, int64_t stride, const uint8_t* mask,
-               int64_t count, int* kept, void* planes, int64_t plane_stride, int device, void* stream);
+               int64_t count, int* kept, void* planes, int64_t plane_stride, bool by_wgmma, float* parts, int splits,
+               int device, void* stream);
+
+// how many parts wgmma wants
+int syrk_cuda_splits(int64_t width, int64_t count, int device);
 
 }  // namespace fastedit

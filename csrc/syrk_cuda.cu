@@ -1,4 +1,5 @@
-// total += rowsᵀ rows on the GPU, lower triangle, by mma.sync: 16-bit operands, sums in fp32, total in fp64.
+// total += rowsᵀ rows on the GPU, lower triangle. Here: which rows count, fp32 rows as 16-bit ones, and the products by
+// mma.sync, with sums in fp32 and the total in fp64, for what is not sm_90a.
 //
 // One thread block makes one TILE × TILE tile of the total. Rows come by cp.async, STAGES of them ahead of the products,
 // through a list of the rows that count; an operand of mma is a column block of the rows, transposed by ldmatrix. fp32
@@ -9,11 +10,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "cuda_launch.h"
 #include "ptx.cuh"
 #include "syrk.h"
+#include "syrk_wgmma.cuh"
 
 namespace fastedit {
 namespace {
@@ -28,7 +29,7 @@ constexpr int64_t kLaunchRows = 8192;  // rows summed in fp32 before the fp64 to
 constexpr int kChunkBytes = 16;        // of one cp.async: 8 elements
 constexpr int kRowBytes = kTile * 2;
 constexpr int kOperandBytes = kStageRows * kRowBytes;
-constexpr int kSharedBytes = kStages * 2 * kOperandBytes;
+constexpr int kSharedBytes = kStages * 2 * kOperandBytes + 1024;
 
 struct Problem {
     double* total;             // [d, d]
@@ -63,8 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const Problem p) {
     if (count <= 0) return;
     const int steps_per_term = (count + kStageRows - 1) / kStageRows, steps = steps_per_term * p.terms;
 
-    extern __shared__ __align__(128) uint8_t stages[];
-    const uint32_t shared = shared_address(stages);
+    const uint32_t shared = dynamic_shared();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warp_i = warp / 4 * 64, warp_j = warp % 4 * 32;
 
     // every thread copies one chunk of two rows of both operands
@@ -166,14 +166,19 @@ __global__ void __launch_bounds__(1024) compact_kernel(const uint8_t* mask, int 
     if (threadIdx.x == 0) kept[0] = done;
 }
 
-// fp32 rows that count, one after the other, into three planes of bf16 that add up to them.
+// where the stage that holds the last of `there` rows ends; a box of it must hold zeros there
+__device__ int64_t stage_end(int64_t there, int64_t count) {
+    return min(count, (there + wgmma::kStageRows - 1) / wgmma::kStageRows * wgmma::kStageRows);
+}
+
+// fp32 rows that count, one after the other, into three planes of bf16 that add up to them; then zeros for a whole stage.
 __global__ void split_kernel(const float* rows, int64_t stride, const int* kept, int64_t count, int d,
                              __nv_bfloat16* planes, int64_t plane_size, int64_t plane_stride) {
-    const int64_t rows_left = kept ? kept[0] : count;
+    const int64_t there = kept ? kept[0] : count;
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= d) return;
-    for (int64_t k = blockIdx.y; k < rows_left; k += gridDim.y) {
-        float rest = rows[(kept ? kept[1 + k] : k) * stride + column];
+    for (int64_t k = blockIdx.y; k < stage_end(there, count); k += gridDim.y) {
+        float rest = k < there ? rows[(kept ? kept[1 + k] : k) * stride + column] : 0;
 #pragma unroll
         for (int plane = 0; plane < 3; ++plane) {
             const __nv_bfloat16 part = __float2bfloat16_rn(rest);
@@ -183,8 +188,26 @@ __global__ void split_kernel(const float* rows, int64_t stride, const int* kept,
     }
 }
 
-void check(cudaError_t status) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+// 16-bit rows that count, one after the other, 8 columns a thread; then zeros for a whole stage.
+__global__ void gather_kernel(const uint16_t* rows, int64_t stride, const int* kept, int64_t count, int d, uint16_t* plane,
+                              int64_t plane_stride) {
+    const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (column >= d) return;
+    for (int64_t k = blockIdx.y; k < stage_end(kept[0], count); k += gridDim.y) {
+        union {
+            uint16_t element[8] = {};
+            uint4 all;
+        } chunk;
+        if (k < kept[0]) {
+            const uint16_t* from = rows + kept[1 + k] * stride + column;
+            if (column + 8 <= d) chunk.all = *reinterpret_cast<const uint4*>(from);
+            else
+#pragma unroll
+                for (int e = 0; e < 8; ++e)
+                    if (column + e < d) chunk.element[e] = from[e];
+        }
+        *reinterpret_cast<uint4*>(plane + k * plane_stride + column) = chunk.all;
+    }
 }
 
 struct OnDevice {  // makes a device current for as long as it lives
@@ -196,29 +219,50 @@ struct OnDevice {  // makes a device current for as long as it lives
     ~OnDevice() { cudaSetDevice(before); }
 };
 
+int processors_of(int device) {
+    int processors;
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    return processors;
+}
+
 }  // namespace
 
+int syrk_cuda_splits(int64_t width, int64_t count, int device) {
+    return wgmma::splits_for(static_cast<int>(width), std::min(count, kLaunchRows), processors_of(device));
+}
+
 void syrk_cuda(double* total, const void* rows, DType dtype, int64_t width, int64_t stride, const uint8_t* mask,
-               int64_t count, int* kept, void* planes, int64_t plane_stride, int device, void* stream_handle) {
+               int64_t count, int* kept, void* planes, int64_t plane_stride, bool by_wgmma, float* parts, int splits,
+               int device, void* stream_handle) {
     const OnDevice current(device);
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     const int d = static_cast<int>(width);
-    if (mask) compact_kernel<<<1, 1024, 0, stream>>>(mask, static_cast<int>(count), kept);
+    const auto some_rows = static_cast<unsigned>(std::min<int64_t>(count, 4096));
+    if (mask) launch(compact_kernel, {1, 1024}, stream, mask, static_cast<int>(count), kept);
     else kept = nullptr;
-    Problem p{total, static_cast<const uint16_t*>(rows), 0, stride, kept ? kept + 1 : nullptr, kept, 0, count, d, 1};
+    const int* list = kept ? kept + 1 : nullptr;
+    int64_t plane_size = 0;
+    int terms = 1;
     if (dtype == DType::float32) {
-        const dim3 grid((d + 255) / 256, static_cast<unsigned>(std::min<int64_t>(count, 4096)));
-        const int64_t plane_size = count * plane_stride;
-        split_kernel<<<grid, 256, 0, stream>>>(static_cast<const float*>(rows), stride, kept, count, d,
-                                               static_cast<__nv_bfloat16*>(planes), plane_size, plane_stride);
-        p = {total, static_cast<const uint16_t*>(planes), plane_size, plane_stride, nullptr, kept, 0, count, d, 6};
+        plane_size = count * plane_stride, terms = 6;
+        launch(split_kernel, {dim3((d + 255) / 256, some_rows), 256}, stream, static_cast<const float*>(rows), stride, kept,
+               count, d, static_cast<__nv_bfloat16*>(planes), plane_size, plane_stride);
+    } else if (by_wgmma && mask) {  // a box has rows that follow one another
+        launch(gather_kernel, {dim3((d + 1023) / 1024, some_rows), 128}, stream, static_cast<const uint16_t*>(rows), stride,
+               kept, count, d, static_cast<uint16_t*>(planes), plane_stride);
     }
-    const auto kernel = dtype == DType::float16 ? syrk_kernel<true> : syrk_kernel<false>;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+    if (dtype == DType::float32 || (by_wgmma && mask)) rows = planes, stride = plane_stride, list = nullptr;
+    const bool half = dtype == DType::float16;
+    if (by_wgmma) {
+        wgmma::Work work{total, parts, kept, 0, count, kLaunchRows, d, terms, splits};
+        wgmma::run(work, wgmma::map_of(rows, half, d, count, stride, terms == 6 ? 3 : 1, plane_size), half,
+                   processors_of(device), stream);
+        return;
+    }
+    Problem p{total, static_cast<const uint16_t*>(rows), plane_size, stride, list, kept, 0, count, d, terms};
     const int squares = (d + kTile * kSuper - 1) / (kTile * kSuper);
-    for (; p.first < count; p.first += kLaunchRows)
-        kernel<<<squares * (squares + 1) / 2 * kSuper * kSuper, kThreads, kSharedBytes, stream>>>(p);
-    check(cudaGetLastError());
+    const Shape shape{unsigned(squares * (squares + 1) / 2 * kSuper * kSuper), kThreads, kSharedBytes};
+    for (; p.first < count; p.first += kLaunchRows) launch(half ? syrk_kernel<true> : syrk_kernel<false>, shape, stream, p);
 }
 
 }  // namespace fastedit

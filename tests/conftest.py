@@ -34,6 +34,11 @@ def seed() -> int:
     return _SEED
 
 
+@pytest.fixture
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word ("w9" … "w96" are 9 … 96), and punctuation by itself."""

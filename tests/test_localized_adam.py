@@ -33,11 +33,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def problem(
     rng: torch.Generator, T: int, out: int, width: int, *, dtype: torch.dtype = F32, product: torch.dtype = F32,
     moments: torch.dtype | None = F32,

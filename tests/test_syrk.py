@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sums import DTYPES, blank, check
 from torch import Tensor
 
 from fastedit import ConfigError, ModelError, ops
 from fastedit.ops import syrk
-from fastedit.ops.registry import Call, choose
+from fastedit.ops.registry import choose
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Add = Callable[..., None]  # (total, rows, mask=None)
 
 
@@ -32,26 +31,6 @@ def add(request: pytest.FixtureRequest) -> Add:
     if extension is None or request.param not in extension.isas:
         pytest.skip("fastedit._C is not built" if extension is None else f"this processor has no {request.param}")
     return lambda total, rows, mask=None: syrk._cpp(total, rows, mask, request.param)
-
-
-@pytest.fixture
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def blank(d: int) -> Tensor:
-    """A total of zeros with sevens above the diagonal: read or written, they would show (NaN would hide a sum)."""
-    return torch.full((d, d), 7.0, dtype=torch.float64).triu(1)
-
-
-def check(total: Tensor, rows: Tensor) -> None:
-    """Every entry c_ij is that of rowsᵀ rows, within 2√n roundings of fp32, n products summed, at size √(c_ii c_jj)."""
-    tolerance = 2**-23 * min(len(rows), syrk.CHUNK) ** 0.5
-    wanted = rows.double().T @ rows.double()
-    norms = wanted.diagonal().sqrt().clamp(min=1e-300)
-    error = (total - wanted).tril().abs() / norms / norms[:, None]
-    assert error.max() < tolerance
-    assert total.triu(1).equal(blank(len(total)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,29 +171,6 @@ def test_the_extension_is_there_and_serves() -> None:
     assert choose("syrk_", device=torch.device("cpu"), dtype=torch.bfloat16, T=4096, d=3072) == "cpp"
 
 
-def no_gpu() -> str | None:
-    """Why the CUDA kernels cannot run here."""
-    device = torch.device("cuda")
-    return syrk._no_cuda(Call(device, torch.bfloat16, {}))
-
-
-@pytest.mark.skipif(no_gpu() is not None, reason=f"CUDA kernels: {no_gpu()}")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "d"), [(1, 1), (7, 3), (129, 129), (2049, 507), (9000, 1160)])
-def test_cuda(dtype: torch.dtype, T: int, d: int, rng: torch.Generator) -> None:
-    rows, keep = torch.randn(T, d + 1, generator=rng).to(dtype), torch.rand(T, generator=rng) < 0.6
-    for start in (0, 1):  # rows that begin on 16 bytes or do not
-        part, total = rows[:, start : start + d], blank(d).cuda()
-        ops.syrk_(total, part.cuda(), backend="cuda")
-        check(total.cpu(), part)
-        masked, again = blank(d).cuda(), blank(d).cuda()
-        junk = torch.where(keep[:, None], part, torch.nan).cuda()
-        ops.syrk_(masked, junk, keep.cuda(), backend="cuda")
-        ops.syrk_(again, junk, keep.cuda(), backend="cuda")
-        check(masked.cpu(), part[keep])
-        assert masked.tril().equal(again.tril())
-
-
 def test_threads_race_nowhere(tmp_path: Path) -> None:
     """Under ThreadSanitizer and UBSan, of every instruction set of this processor."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -231,28 +187,3 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "clean"
-
-
-def test_no_cuda_kernel_spills(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of every architecture in the binary, by the cuobjdump that triton ships; prints the table."""
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    extension = syrk._extension()
-    if extension is None or not extension.cuda_architectures or not tool.exists():
-        pytest.skip("fastedit._C is not built, or without nvcc, or triton has no cuobjdump")
-    done = subprocess.run([tool, "-res-usage", extension.__file__], capture_output=True, text=True, check=True)
-    rows, architecture = [], ""
-    for line in done.stdout.splitlines():
-        if found := re.match(r"arch = (\S+)", line):
-            architecture = found[1]
-        elif found := re.match(r" Function \S*?(syrk|split|compact)_kernel", line):
-            kernel = found[1]
-        elif found := re.match(r"  REG:(\d+) STACK:(\d+) .* LOCAL:(\d+)", line):
-            rows.append((architecture, kernel, *map(int, found.groups())))
-    with capsys.disabled():
-        print(
-            "\n"
-            + "\n".join(f"{arch:8s}{kernel:8s} registers {n:3d} stack {s} local {m}" for arch, kernel, n, s, m in rows)
-        )
-    wanted = {f"sm_{name.removesuffix('+PTX')}" for name in extension.cuda_architectures.split()}
-    assert {row[0] for row in rows} == wanted
-    assert all(stack == local == 0 for *_, stack, local in rows)

@@ -60,10 +60,12 @@ def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
         bad = ~(torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32) <= LARGEST)
         if bad.any():
             raise _not_finite(int(bad.nonzero()[0] if mask is None else mask.nonzero()[bad][0]))
+    tensor_cores = rows.device.type == "cuda" and rows.dtype != torch.float32
     for chunk in rows.split(CHUNK):
-        x = chunk.float()
+        x = chunk if tensor_cores else chunk.float()
         for start in range(0, x.shape[1], _BLOCK):  # block columns: half of the products are never formed
-            product = x[:, start:].T @ x[:, start : start + _BLOCK]
+            left, right = x[:, start:].T, x[:, start : start + _BLOCK]
+            product = torch.mm(left, right, out_dtype=torch.float32) if tensor_cores else left @ right
             product[:_BLOCK].tril_()
             total[start:, start : start + _BLOCK] += product
 
@@ -86,8 +88,10 @@ def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") ->
         raise _not_finite(bad)
 
 
-def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
+def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "auto") -> None:
+    """instruction: wgmma, mma, or wgmma where the GPU and the extension have it."""
     T, d = rows.shape
+    wgmma = instruction == "wgmma" or (instruction == "auto" and _has_wgmma(rows.device))
     padded = -(-d // 8) * 8
     if rows.dtype != torch.float32 and (rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16):
         rows = pad(rows, (0, padded - d)).contiguous()  # 16 bytes at a time are copied
@@ -95,7 +99,14 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
         rows = rows.contiguous()
     mask = mask if mask is None else mask.contiguous()
     kept = None if mask is None else rows.new_empty(T + 1, dtype=torch.int32)
-    planes = rows.new_empty(3, T, padded, dtype=torch.bfloat16) if rows.dtype == torch.float32 else None
+    planes = parts = None
+    if rows.dtype == torch.float32:
+        planes = rows.new_empty(3, T, padded, dtype=torch.bfloat16)
+    elif wgmma and mask is not None:
+        planes = rows.new_empty(T, padded)
+    splits = _extension().syrk_cuda_splits(d, T, rows.device.index) if wgmma else 1
+    if splits > 1:
+        parts = rows.new_empty(splits, d, d, dtype=torch.float32)
     stream = torch.cuda.current_stream(rows.device)
     _extension().syrk_cuda(
         total=total.data_ptr(),
@@ -108,6 +119,9 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
         kept=0 if kept is None else kept.data_ptr(),
         planes=0 if planes is None else planes.data_ptr(),
         plane_stride=padded,
+        wgmma=wgmma,
+        parts=0 if parts is None else parts.data_ptr(),
+        splits=splits,
         device=rows.device.index,
         stream=stream.cuda_stream,
     )
@@ -127,6 +141,10 @@ def _extension() -> Any:
             raise ConfigError(message) from error
         warnings.warn(message, stacklevel=2)
         return None
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _extension().cuda_architectures
 
 
 def _no_cpp(call: Call) -> str | None:
