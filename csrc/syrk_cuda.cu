@@ -41,10 +41,6 @@ struct Problem {
     int d, terms;
 };
 
-// (left plane, right plane) of each product: only the first for bf16 and fp16 rows
-__constant__ int kLeftPlane[6] = {0, 0, 1, 1, 0, 2};
-__constant__ int kRightPlane[6] = {0, 1, 0, 1, 2, 0};
-
 // Byte offset of 8 columns in an operand of a stage: rows of 256 bytes would meet in one bank, so chunks are permuted.
 __device__ int offset_of(int row, int chunk) { return row * kRowBytes + (chunk ^ (row & 7)) * kChunkBytes; }
 
@@ -74,9 +70,10 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const Problem p) {
     const int right_bytes = max(0, min(kChunkBytes, (p.d - right_column) * 2));
     const auto fetch = [&](int step) {
         if (step < steps) {
-            const int term = step / steps_per_term, start = (step - term * steps_per_term) * kStageRows;
-            const uint16_t* left = p.planes + kLeftPlane[term] * p.plane_size;
-            const uint16_t* right = p.planes + kRightPlane[term] * p.plane_size;
+            const int before = step / steps_per_term, start = (step - before * steps_per_term) * kStageRows;
+            const int term = p.terms - 1 - before;  // the smallest first: then little is cut off
+            const uint16_t* left = p.planes + wgmma::kLeftPlane[term] * p.plane_size;
+            const uint16_t* right = p.planes + wgmma::kRightPlane[term] * p.plane_size;
             const uint32_t to = shared + step % kStages * 2 * kOperandBytes;
 #pragma unroll
             for (int part = 0; part < kStageRows; part += kThreads / 16) {

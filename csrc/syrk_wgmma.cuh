@@ -114,8 +114,8 @@ __device__ inline void produce(const CUtensorMap* map, const Work& w, int units,
         const Share share(w, unit, tiles);
         for (int step = 0; step < share.steps; ++step, turn.next()) {
             const uint32_t to = stages + turn.stage * kStageBytes, arrived = full + turn.stage * 8;
-            const int term = step / share.per_term;
-            const int row = static_cast<int>(share.start) + (step - term * share.per_term) * kStageRows;
+            const int before = step / share.per_term, term = w.terms - 1 - before;  // the smallest first
+            const int row = static_cast<int>(share.start) + (step - before * share.per_term) * kStageRows;
             barrier_wait(empty + turn.stage * 8, turn.parity ^ 1);
             barrier_expect(arrived, kStageBytes);
             for (int box = 0; box < kLeft * kBlocks; ++box)

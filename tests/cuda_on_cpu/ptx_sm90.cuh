@@ -28,6 +28,8 @@ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
     auto& at = cuda_on_cpu::blocks.at(rank).barriers.at(barrier);
     if (--at.pending < 0) throw std::runtime_error("more arrivals than the barrier was made for");
     at.settle();
+    for (auto rounds = cuda_on_cpu::random_order() % 8; rounds; --rounds)  // what was let go may be written to now
+        cuda_on_cpu::wait_until([] { return true; });
 }
 
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -71,6 +73,7 @@ inline void products_commit() { cuda_on_cpu::commit(); }
 template <int pending>
 void products_wait() {
     cuda_on_cpu::finish(pending);
+    cuda_on_cpu::meet(cuda_on_cpu::block().warps[cuda_on_cpu::warp()], 32);  // .sync: the warp waits as one
 }
 
 inline void products_done(float (&)[96]) {}
