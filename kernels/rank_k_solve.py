@@ -12,7 +12,7 @@ the same bits. Products of fp64 run on tensor cores where there are such; those 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,6 +35,19 @@ class Config(NamedTuple):
     BLOCK_C: int  # columns of Y or R that a program of `_apply` owns
     num_warps: int
     num_stages: int
+    maxnreg: int | None  # of `_gram` and `_apply`
+
+    def launches(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Keyword arguments of `_gram`, `_invert` and `_apply`."""
+        how: dict[str, Any] = {"BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
+        streams = how | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
+        step = 16 if self.BLOCK_N > 32 else self.BLOCK_N
+        stages = self.num_stages if self.BLOCK_N > step else 1  # one step has nothing to overlap with
+        return (
+            streams | {"BLOCK_K": self.BLOCK_K, "num_stages": self.num_stages},
+            how | {"EPS": torch.finfo(dtype).eps, "SIZE": self.SIZE, "BLOCK_K": 32, "num_stages": 1},
+            streams | {"BLOCK_K": step, "BLOCK_C": self.BLOCK_C, "num_stages": stages},
+        )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -90,15 +103,19 @@ def _diagonal(a):
 
 
 @triton.jit
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee", out_dtype=a.dtype)
+def _product(a_at, b_at, b_row: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The product of two tiles [SIZE, SIZE] in memory, BLOCK_K columns of a and rows of b at a time."""
+    sum = tl.zeros((SIZE, SIZE), a_at.dtype.element_ty)
+    for k in range(0, SIZE, BLOCK_K):
+        sum = tl.dot(tl.load(a_at + k), tl.load(b_at + k * b_row), sum, input_precision="ieee", out_dtype=sum.dtype)
+    return sum
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
 def _invert(
     system, ridge, inverse, failed,
     N, parts,
-    EPS: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """inverse = G⁻¹ of one group; failed = the number of pivots that only rounding has left.
 
@@ -108,16 +125,29 @@ def _invert(
     system, ridge = system + b * parts * BLOCK_N * BLOCK_N, tl.load(ridge + b)
     a = _block(system, ridge, N, parts, 0, 0, BLOCK_N, SIZE)
     a, bad = _eliminate(a, _diagonal(a), tl.minimum(N, SIZE), N * EPS)
-    i = tl.arange(0, SIZE)
-    at = inverse + b * BLOCK_N * BLOCK_N + i[:, None] * BLOCK_N + i[None, :]
+    i, k = tl.arange(0, SIZE), tl.arange(0, BLOCK_K)
+    inverse += b * BLOCK_N * BLOCK_N
+    at = inverse + i[:, None] * BLOCK_N + i[None, :]
     tl.store(at, a)
     if SIZE < BLOCK_N:
-        w = _dot(_block(system, ridge, N, parts, SIZE, 0, BLOCK_N, SIZE), tl.trans(a))
+        # operands pass through `inverse`, whose upper right is free for C and W G_A⁻¹: chained in registers, the
+        # products would give every warp all of an operand
+        below: tl.constexpr = SIZE * BLOCK_N
+        x_at, y_at = inverse + i[:, None] * BLOCK_N + k[None, :], inverse + k[:, None] * BLOCK_N + i[None, :]
+        turned = inverse + i[None, :] * BLOCK_N + k[:, None]
+        tl.store(at + SIZE, _block(system, ridge, N, parts, SIZE, 0, BLOCK_N, SIZE))
+        tl.debug_barrier()
+        tl.store(at + below, _product(x_at + SIZE, turned, 1, SIZE, BLOCK_K))
+        tl.debug_barrier()
+        tl.store(at + SIZE, _product(x_at + below, y_at, BLOCK_N, SIZE, BLOCK_K))
         d = _block(system, ridge, N, parts, SIZE, SIZE, BLOCK_N, SIZE)
-        d, worse = _eliminate(d - _dot(w, tl.trans(w)), _diagonal(d), N - SIZE, N * EPS)
+        schur = d - _product(x_at + below, turned + below, 1, SIZE, BLOCK_K)
+        d, worse = _eliminate(schur, _diagonal(d), N - SIZE, N * EPS)
         bad += worse
-        tl.store(at + SIZE * BLOCK_N + SIZE, d)
-        tl.store(at + SIZE * BLOCK_N, -_dot(d, _dot(w, a)))
+        tl.store(at + below + SIZE, d)
+        tl.debug_barrier()
+        tl.store(at + below, -_product(x_at + below + SIZE, y_at + SIZE, BLOCK_N, SIZE, BLOCK_K))
+        tl.debug_barrier()
         tl.store(at + SIZE, tl.zeros_like(d))
     tl.store(failed + b, bad)
 
@@ -186,11 +216,7 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
     parts = max(1, triton.cdiv(d, span))
     system = Y.new_empty(B, parts, config.BLOCK_N, config.BLOCK_N)
     inverse = Y.new_empty(B, config.BLOCK_N, config.BLOCK_N)
-    how = {"BLOCK_N": config.BLOCK_N, "num_warps": config.num_warps, "enable_fp_fusion": True}
-    gram = how | {"BLOCK_K": config.BLOCK_K, "num_stages": config.num_stages}
-    invert = how | {"EPS": torch.finfo(dtype).eps, "SIZE": config.SIZE, "num_stages": 1}
-    stages = config.num_stages if config.BLOCK_N > 32 else 1  # one step of 32 has nothing to overlap with
-    apply = how | {"BLOCK_K": min(config.BLOCK_N, 32), "BLOCK_C": config.BLOCK_C, "num_stages": stages}
+    gram, invert, apply = (how | {"enable_fp_fusion": True} for how in config.launches(dtype))
     with torch.cuda.device_of(white):
         _gram[B, parts](Y, system, N, d, span, *Y.stride(), **gram)
         _invert[(B,)](system, ridge, inverse, failed, N, parts, **invert)
@@ -205,14 +231,17 @@ def config_for(dtype: torch.dtype, N: int, target: GPUTarget | None) -> Config:
     """The tiles for N rows on a target, None for the interpreter.
 
     At fp64 halves keep the elimination within the registers; at fp32, where products are not on tensor cores, their
-    operands would take more of them than halves save.
+    operands would take more of them than halves save. Where S takes 32 registers a thread or fewer, `maxnreg` grants
+    what four programs on a multiprocessor leave: ptxas aims for more of them by itself, and spills for it.
     """
     block = max(16, triton.next_power_of_2(N))
+    cuda = target is not None and target.backend == "cuda"
     return Config(
         BLOCK_N=block,
         SIZE=block // 2 if block > 32 and dtype == torch.float64 else block,
         BLOCK_K=max(16, 1024 // block) if target else 64,
         BLOCK_C=64 if target else 256,
         num_warps=8 if block == 128 else 4,
-        num_stages=3 if target is None or target.backend == "cuda" else 2,
+        num_stages=3 if target is None or cuda else 2,
+        maxnreg=128 if cuda and block * block * dtype.itemsize <= 1 << 14 else None,
     )

@@ -151,16 +151,17 @@ def rank_k_solve(target: str) -> Iterator[Case]:
         types = dict.fromkeys(names, f"*{kind}") | {"failed": "*i32", "group": "i64"}
         for N in (16, 32, 64, 128):
             config = config_for(dtype, N, TARGETS[target])
-            warps, stages, block = config.num_warps, config.num_stages, {"BLOCK_N": config.BLOCK_N}
-            aligned, name = ("d", "span", "width", "group", "row"), f"{kind}, N={N}"
-            constants = block | {"BLOCK_K": config.BLOCK_K, "col": 1}
-            yield Case(name, "rank_k_solve", "_gram", types, constants, warps, stages, aligned, product)
-            constants = block | {"EPS": torch.finfo(dtype).eps, "SIZE": config.SIZE}
             halves = product if config.SIZE < config.BLOCK_N else None
-            yield Case(name, "rank_k_solve", "_invert", types, constants, warps, 1, (), halves)
-            constants = block | {"BLOCK_K": min(config.BLOCK_N, 32), "BLOCK_C": config.BLOCK_C, "col": 1}
-            stages = stages if N > 32 else 1
-            yield Case(name, "rank_k_solve", "_apply", types, constants, warps, stages, aligned, product)
+            wide = ("d", "span", "width", "group", "row")
+            for kernel, instruction, aligned, launch in zip(
+                ("_gram", "_invert", "_apply"), (product, halves, product), (wide, (), wide), config.launches(dtype)
+            ):
+                options = {name: launch.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")}
+                constants = launch if kernel == "_invert" else launch | {"col": 1}
+                yield Case(
+                    f"{kind}, N={N}", "rank_k_solve", kernel, types, constants, **options,
+                    aligned=aligned, instruction=instruction,
+                )  # fmt: skip
 
 
 KERNELS: list[Callable[[str], Iterator[Case]]] = [localized_adam, target_cross_entropy, rank_k_solve]
