@@ -86,6 +86,8 @@ def _update(
     w_row, m_row, v_row, copy_row, origin_row = strides
     lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
     column = first + tl.arange(0, WIDTH)
+    if not STOCHASTIC:  # by eights, as bf16 would be, fp32 moves between threads before it is stored
+        column = tl.max_contiguous(column, 4)
     mask = (row < M)[:, None] & (column < N)[None, :]
     line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
     w_at, w = _load(w_ptr, row, column, w_row, mask)
