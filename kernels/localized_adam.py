@@ -79,14 +79,14 @@ def _load(pointer, row, column, stride, mask):
 @triton.jit
 def _update(
     d, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
-    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, WIDTH: tl.constexpr,
+    DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, BY_FOURS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Update `row` and the WIDTH columns from `first` on by their gradient d."""
     w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr = pointers
     w_row, m_row, v_row, copy_row, origin_row = strides
     lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
     column = first + tl.arange(0, WIDTH)
-    if not STOCHASTIC:  # by eights, as bf16 would be, fp32 moves between threads before it is stored
+    if BY_FOURS:
         column = tl.max_contiguous(column, 4)
     mask = (row < M)[:, None] & (column < N)[None, :]
     line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
@@ -161,12 +161,15 @@ def localized_adam_kernel(
     third_quarter, last_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
     parts = _halves(first_quarter, BLOCK_M, BLOCK_N // 4) + _halves(second_quarter, BLOCK_M, BLOCK_N // 4)
     parts += _halves(third_quarter, BLOCK_M, BLOCK_N // 4) + _halves(last_quarter, BLOCK_M, BLOCK_N // 4)
+    # if a thread takes eight of bf16, fp32 moves between threads to be stored by fours; Philox makes eight, though, and
+    # beside products of fp32 there are no registers to spare
+    fours: tl.constexpr = not STOCHASTIC and a_ptr.dtype.element_ty != tl.float32
     for i in tl.static_range(8):
         _update(
             parts[i], row, first + i * (BLOCK_N // 8), M, N,
             (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row),
             (lr, beta1, rest1, beta2, rest2, eps, decay, bound), clip, t, step_size, root, seed,
-            DECOUPLED, STOCHASTIC, BLOCK_N // 8,
+            DECOUPLED, STOCHASTIC, fours, BLOCK_N // 8,
         )  # fmt: skip
 
 

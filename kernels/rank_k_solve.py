@@ -42,7 +42,7 @@ class Config(NamedTuple):
         how: dict[str, Any] = {"BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
         streams = how | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
         step = 16 if self.BLOCK_N > 32 else self.BLOCK_N
-        stages = self.num_stages if self.BLOCK_N > step else 1  # one step has nothing to overlap with
+        stages = self.num_stages if step < self.BLOCK_N else 1  # one step has nothing to overlap with
         return (
             streams | {"BLOCK_K": self.BLOCK_K, "num_stages": self.num_stages},
             how | {"EPS": torch.finfo(dtype).eps, "SIZE": self.SIZE, "BLOCK_K": 32, "num_stages": 1},

@@ -220,7 +220,7 @@ def target_cross_entropy(
     if R == 0:
         return losses, grad.to(hidden.dtype)
     target = None if interpreted else triton.runtime.driver.active.get_current_target()
-    first, second = config_for(hidden.dtype, R, target)
+    first, second = config_for(hidden.dtype, R, softcap is not None, target)
     rows, width = triton.cdiv(R, first.BLOCK_R), first.BLOCK_N
     # a tile of the first product for each multiprocessor, and enough of them that the sums' traffic does not count
     processors = 1 if interpreted else torch.cuda.get_device_properties(hidden.device).multi_processor_count
@@ -252,14 +252,20 @@ def target_cross_entropy(
     return losses, grad.to(hidden.dtype)
 
 
-def config_for(dtype: torch.dtype, R: int, target: GPUTarget | None) -> tuple[Config, Config]:
+def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | None) -> tuple[Config, Config]:
     """Tiles of the two products on a target, None for the interpreter.
 
     Up to 64 rows reading the head is all that counts: the narrow second tile has a program for each multiprocessor.
+    With more, Hopper's shared memory is what tiles of 128 × 128 wait for: a step of 64 fills and reads 80 KiB of it in
+    the time of 64 KiB, and one of 128 × 256 fills and reads 128 KiB in that of 128 KiB. The first tile is so wide where
+    z fits the registers, which it does not beside a soft-cap's slope. The second is not: 512 rows and 4096 columns
+    would be half as many programs as there are multiprocessors.
     """
     stages = 4 if target is None or target.backend == "cuda" else 2  # AMD's shared memory is 64 KiB
+    generation = target.arch // 10 if target is not None and target.backend == "cuda" else 0
     if dtype == torch.float32:
-        return (Config(64, 64, 32, 4, min(stages, 3)),) * 2
+        return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # Blackwell's four would spill
     if R <= 64:
         return Config(64, 128, 64, 4, stages), Config(64, 32, 128, 4, stages)
-    return (Config(128, 128, 64, 8, stages),) * 2
+    second = Config(128, 128, 64, 8, stages)
+    return second._replace(BLOCK_N=256) if generation == 9 and not capped else second, second

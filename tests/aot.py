@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -121,11 +122,11 @@ def target_cross_entropy(target: str) -> Iterator[Case]:
         types = pointers | dict.fromkeys(sums, "*fp32") | {"softcap": "fp32"}
         fixed = {"PRECISION": precision, "UPCAST": False, "head_col": 1}
         for R in (64, 512) if kind != "fp32" else (64,):
-            first, second = config_for(dtype, R, TARGETS[target])
             dense = {"aligned": ("V", "h", "head_row", "hidden_row"), "instruction": TENSOR_CORES[target]}
-            launch = {"num_warps": first.num_warps, "num_stages": first.num_stages, **dense}
-            tile = {"BLOCK_R": first.BLOCK_R, "BLOCK_V": first.BLOCK_N, "BLOCK_K": first.BLOCK_K, "hidden_col": 1}
-            for extra, left_out in (("bias, cap", ()), ("", ("bias", "softcap"))):
+            for extra, left_out in (("bias, cap", ()), ("bias", ("softcap",)), ("", ("bias", "softcap"))):
+                first, second = config_for(dtype, R, "softcap" not in left_out, TARGETS[target])
+                launch = {"num_warps": first.num_warps, "num_stages": first.num_stages, **dense}
+                tile = {"BLOCK_R": first.BLOCK_R, "BLOCK_V": first.BLOCK_N, "BLOCK_K": first.BLOCK_K, "hidden_col": 1}
                 constants = fixed | tile | dict.fromkeys(left_out)
                 given = {name: of for name, of in types.items() if name not in left_out}
                 name = f"{kind}, R={R}{', ' * bool(extra)}{extra}"
@@ -145,23 +146,23 @@ def rank_k_solve(target: str) -> Iterator[Case]:
     from fastedit.kernels.rank_k_solve import config_for
 
     amd = target == "gfx942"
+    without_fp64 = ("sm_100",) if VERSION < (3, 8) else ()  # Triton multiplied there as it does fp32
     for kind, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
-        product = "v_mfma" if amd else "mma.sync" if kind == "fp64" else None
+        product = "v_mfma" if amd else "mma.sync" if kind == "fp64" and target not in without_fp64 else None
         names = ("white", "system", "ridge", "inverse", "source", "target")
         types = dict.fromkeys(names, f"*{kind}") | {"failed": "*i32", "group": "i64"}
         for N in (16, 32, 64, 128):
             config = config_for(dtype, N, TARGETS[target])
             halves = product if config.SIZE < config.BLOCK_N else None
             wide = ("d", "span", "width", "group", "row")
-            for kernel, instruction, aligned, launch in zip(
-                ("_gram", "_invert", "_apply"), (product, halves, product), (wide, (), wide), config.launches(dtype)
-            ):
-                options = {name: launch.pop(name, None) for name in ("num_warps", "num_stages", "maxnreg")}
+            products = (product, halves, product)
+            launches = zip(("_gram", "_invert", "_apply"), config.launches(dtype), products, strict=True)
+            for kernel, launch, instruction in launches:
+                options = {option: launch.pop(option, None) for option in ("num_warps", "num_stages", "maxnreg")}
                 constants = launch if kernel == "_invert" else launch | {"col": 1}
-                yield Case(
-                    f"{kind}, N={N}", "rank_k_solve", kernel, types, constants, **options,
-                    aligned=aligned, instruction=instruction,
-                )  # fmt: skip
+                aligned = () if kernel == "_invert" else wide
+                case = Case(f"{kind}, N={N}", "rank_k_solve", kernel, types, constants, **options)
+                yield replace(case, aligned=aligned, instruction=instruction)
 
 
 KERNELS: list[Callable[[str], Iterator[Case]]] = [localized_adam, target_cross_entropy, rank_k_solve]

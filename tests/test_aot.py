@@ -26,7 +26,9 @@ def test_shipped_configurations_fit_their_targets(tmp_path: Path, capsys: pytest
     assert {row["target"] for row in rows} == set(SHARED)
     for row in rows:
         assert row["shared"] <= SHARED[row["target"]], row
+        if row["target"].startswith("sm"):  # a cap on registers can grant more than there are to launch
+            assert -(-row["registers"] // 8) * 8 * 32 * row["num_warps"] <= 1 << 16, row
     poor = [row for row in rows if row["spilled"] or (row["instruction"] and not row["instructions"])]
-    if poor and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    if poor and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         pytest.skip(f"Triton {triton.__version__} spills or takes no tensor cores in {len(poor)} of {len(rows)}")
-    assert not poor  # by the Triton of constraints.txt, which the tiles are for
+    assert not poor  # the tiles are for Triton 3.6 and later
