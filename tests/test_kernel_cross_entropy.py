@@ -59,7 +59,8 @@ def by_row(inputs: dict[str, Any], softcap: float | None) -> tuple[Tensor, Tenso
 def assert_as_exact_as_torch(inputs: dict[str, Any], softcap: float | None = None) -> None:
     """Errors are at most twice those of the plain formula in the same dtype, and a hair.
 
-    Element by element in fp32; where torch is exact by chance in half precision, its largest and mean errors count.
+    Element by element in fp32; where torch is exact by chance in half precision, its largest and mean errors count, and
+    of the gradient what rounding can cost.
     """
     exact = by_row(cast(inputs, torch.float64), softcap)
     found = kernel.target_cross_entropy(**inputs, softcap=softcap)
@@ -69,8 +70,10 @@ def assert_as_exact_as_torch(inputs: dict[str, Any], softcap: float | None = Non
         our_error, their_error = ((x.double() - wanted).abs() for x in (ours, theirs))
         if inputs["hidden"].dtype == F32:
             assert (our_error <= 2 * their_error + scale).all(), (our_error - 2 * their_error).max() / scale
-        assert our_error.max() <= 2 * their_error.max() + scale
-        assert our_error.square().mean().sqrt() <= 2 * their_error.square().mean().sqrt() + scale
+        rounding = torch.finfo(ours.dtype).eps * wanted.abs()  # of probabilities, and of the gradient itself
+        assert our_error.max() <= 2 * their_error.max() + scale + rounding.max()
+        our_mean, their_mean, rounded = (x.square().mean().sqrt() for x in (our_error, their_error, rounding))
+        assert our_mean <= 2 * their_mean + scale + rounded
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
