@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def edit(tokenizer: Any, tmp_path: Path, seed: int) -> Callable[..., tuple[Any, Editor, EditResult]]:
     def run(family: str, method: str, edits: Sequence[EditRequest], device: str) -> tuple[Any, Editor, EditResult]:
         model, config = tiny_model(family, seed=seed), METHODS[method]
+        if family.startswith("opt") and method == "locft-bf":
+            config = config | {"module": "down_proj"}  # it has no mlp of its own
         if method != "locft-bf":
             moments(model, tmp_path, seed)
             config = config | {"statistics": str(tmp_path)}
