@@ -23,7 +23,7 @@ gpu-install:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 gpu-test: gpu-install
-	$(PYTHON) -m pytest $$(grep -l torch.cuda tests/test_*.py)
+	$(PYTHON) -m pytest $$(grep -li cuda tests/test_*.py)
 
 gpu-bench: gpu-install
 	$(PYTHON) -m benchmarks --device cuda
