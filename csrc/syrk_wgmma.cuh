@@ -129,40 +129,50 @@ __device__ inline void produce(const CUtensorMap* map, const Work& w, int units,
     }
 }
 
-// sum: [8 columns of the tile][rows lane / 4 and + 8 of the warp's 16][two columns of a lane]
-__device__ inline void store(const float (&sum)[96], const Work& w, const Share& share, int row, int lane) {
+// sum: [8 columns of the tile][rows lane / 4 and + 8 of the warp's 16][two columns of a lane]; kWhole: all of it is below
+// the diagonal, and two columns of the total lie on 16 bytes
+template <bool kWhole>
+__device__ void add_to_total(const float (&sum)[96], double* total, int half, int i, int column) {
     constexpr int kBatch = 8;  // reads on their way before the first write
+#pragma unroll
+    for (int first = 0; first < kTileJ / 8; first += kBatch) {
+        double2 old[kBatch];
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+            const int j = column + (first + n) * 8;
+            if constexpr (kWhole) old[n] = __ldcg(reinterpret_cast<const double2*>(total + j));
+            else old[n] = {j <= i ? total[j] : 0, j < i ? total[j + 1] : 0};
+        }
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+            const int j = column + (first + n) * 8, e = (first + n) * 4 + half * 2;
+            const double2 now = {old[n].x + static_cast<double>(sum[e]), old[n].y + static_cast<double>(sum[e + 1])};
+            if constexpr (kWhole) __stcg(reinterpret_cast<double2*>(total + j), now);
+            else {
+                if (j <= i) total[j] = now.x;
+                if (j < i) total[j + 1] = now.y;
+            }
+        }
+    }
+}
+
+__device__ inline void store(const float (&sum)[96], const Work& w, const Share& share, int row, int lane) {
+    const bool aligned = w.d % 2 == 0 && reinterpret_cast<uintptr_t>(w.total) % 16 == 0;
+    const int column = share.j0 + lane % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int i = row + lane / 4 + half * 8;
         if (i >= w.d) continue;
         const int64_t line = static_cast<int64_t>(i) * w.d;
         if (w.splits > 1) {
-            float* to = w.parts + share.split * (static_cast<int64_t>(w.d) * w.d) + line;
+            float* part = w.parts + share.split * (static_cast<int64_t>(w.d) * w.d) + line;
 #pragma unroll
-            for (int n = 0; n < kTileJ / 8; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e)
-                    if (const int j = share.j0 + n * 8 + lane % 4 * 2 + e; j <= i) to[j] = sum[n * 4 + half * 2 + e];
-            continue;
-        }
-#pragma unroll
-        for (int batch = 0; batch < kTileJ / 8; batch += kBatch) {
-            double old[kBatch][2];
-#pragma unroll
-            for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int j = share.j0 + (batch + n) * 8 + lane % 4 * 2 + e;
-                    old[n][e] = j <= i ? w.total[line + j] : 0;
-                }
-#pragma unroll
-            for (int n = 0; n < kBatch; ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int j = share.j0 + (batch + n) * 8 + lane % 4 * 2 + e;
-                    if (j <= i) w.total[line + j] = old[n][e] + static_cast<double>(sum[(batch + n) * 4 + half * 2 + e]);
-                }
+            for (int e = 0; e < kTileJ / 4; ++e)
+                if (const int j = column + e / 2 * 8 + e % 2; j <= i) part[j] = sum[e / 2 * 4 + half * 2 + e % 2];
+        } else if (aligned && share.j0 + kTileJ <= row) {
+            add_to_total<true>(sum, w.total + line, half, i, column);
+        } else {
+            add_to_total<false>(sum, w.total + line, half, i, column);
         }
     }
 }

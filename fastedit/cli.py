@@ -6,35 +6,38 @@ on stderr. torch, transformers and matplotlib are imported inside commands only,
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import fields
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 from typer.core import TyperGroup
 
 from fastedit.bars import Bars
-from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
+from fastedit.cli_common import (
+    Dtype,
+    check_files,
+    check_folder,
+    documents_of,
+    edit_all,
+    load,
+    measure,
+    ranges,
+    save,
+    show,
+    summary,
+)
+from fastedit.errors import ConfigError, EditError, FastEditError, ModelError
 from fastedit.flags import config_flags, spelled_out
-
-if TYPE_CHECKING:
-    from fastedit.editor import Editor, EditResult
-    from fastedit.evaluate import EvaluationReport
-    from fastedit.predictions import Predictions
-    from fastedit.requests import EditRequest
 
 
 class _Group(TyperGroup):
@@ -78,13 +81,6 @@ def main() -> None:
     app(prog_name="fastedit")
 
 
-class _Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def _log_to_stderr(verbose: bool) -> bool:
     log = logging.getLogger("fastedit")
     log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)] if verbose else []
@@ -100,7 +96,7 @@ _Text = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text for perplexity, read in windows of the model's context."),
 ]
-_DtypeFlag = Annotated[_Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
+_DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
 _Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
 ]
@@ -125,7 +121,7 @@ def edit(
     delta_only: Annotated[
         bool, typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report.")
     ] = False,
-    dtype: _DtypeFlag = _Dtype.auto,
+    dtype: _DtypeFlag = Dtype.auto,
     device: _Device = None,
     verbose: _Verbose = False,
     **config: Any,
@@ -150,21 +146,21 @@ def edit(
         if name not in known:
             raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
     config_type(**config)  # refuses values before any work starts
-    edits, documents = load_requests(requests), _documents(text)
-    _check_folder(output, model)
+    edits, documents = load_requests(requests), documents_of(text)
+    check_folder(output, model)
     conflicts = find_conflicts(edits)
     if conflicts.conflicts or conflicts.duplicates:
         typer.echo(str(conflicts), err=True)
-    editor = _load(model, dtype, device, method=method, **config)
+    editor = load(model, dtype, device, method=method, **config)
     layer, module = config.get("layer"), config.get("module", "block")
     if layer is not None or "." not in module:
         editor.topology.resolve(layer or 0, module)  # before the model is measured, which takes a while
     if method in PAIRS:
         checked_plan(editor.topology, edits, editor.config, method, fingerprint(editor.model))
     with Bars() as bars:
-        before = _measure(editor, edits, documents, bars, "before") if measured else None
-        result = _edit(editor, edits, bars)
-        after = _measure(editor, edits, documents, bars, "after") if measured else None
+        before = measure(editor, edits, documents, bars, "before") if measured else None
+        result = edit_all(editor, edits, bars)
+        after = measure(editor, edits, documents, bars, "after") if measured else None
     for note in result.notes:
         typer.echo(f"{method}: {note}", err=True)
     report = None
@@ -172,9 +168,9 @@ def edit(
         from fastedit.evaluate import compare
 
         report = compare(edits, after, before)
-        _print(report)
-    _save(output, editor, result, report, checkpoint=not delta_only)
-    typer.echo(f"{_summary(result)}; written to {output}")
+        show(report)
+    save(output, editor, result, report, checkpoint=not delta_only)
+    typer.echo(f"{summary(result)}; written to {output}")
 
 
 def evaluate(
@@ -186,7 +182,7 @@ def evaluate(
         typer.Option(help="An edit to apply; measures before and after it, and with both the locality."),
     ] = None,
     json_file: _Json = None,
-    dtype: _DtypeFlag = _Dtype.auto,
+    dtype: _DtypeFlag = Dtype.auto,
     device: _Device = None,
     verbose: _Verbose = False,
 ) -> None:
@@ -196,21 +192,21 @@ def evaluate(
     """
     from fastedit.requests import load_requests
 
-    edits, documents = load_requests(requests), _documents(text)
-    _check_files(json_file)
+    edits, documents = load_requests(requests), documents_of(text)
+    check_files(json_file)
     from fastedit.delta import WeightDelta
     from fastedit.evaluate import compare
 
     change = WeightDelta.load(delta) if delta else None
-    editor = _load(model, dtype, device)
+    editor = load(model, dtype, device)
     before = None
     with Bars() as bars:
         if change:
-            before = _measure(editor, edits, documents, bars, "before")
+            before = measure(editor, edits, documents, bars, "before")
             change.apply(editor.model)
-        after = _measure(editor, edits, documents, bars, "after" if change else "")
+        after = measure(editor, edits, documents, bars, "after" if change else "")
     report = compare(edits, after, before)
-    _print(report)
+    show(report)
     if json_file:
         report.save(json_file)
 
@@ -236,7 +232,7 @@ def demo(
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} holds no model; train it: python -m fastedit.demo.train --output {path}")
     if output:
-        _check_folder(output, str(path))
+        check_folder(output, str(path))
     import torch
 
     from fastedit.demo.world import Draw
@@ -250,7 +246,7 @@ def demo(
     others = world.questions("trained", [fact for fact in world.facts if fact.subject not in edited])
     asked = [EditRequest(prompt, answer) for prompt, answer in Draw("demo").shuffled(others)[:500]]
     # the weights are stored in bf16; CPUs compute in fp32 faster
-    editor = _load(str(path), _Dtype.float32, None)
+    editor = load(str(path), Dtype.float32, None)
 
     def accuracy(bars: Bars, when: str) -> float:
         progress = bars.of(f"facts not edited, {when}")
@@ -260,18 +256,18 @@ def demo(
 
     originals = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     with Bars() as bars:
-        before, kept_before = _measure(editor, edits, prose, bars, "before"), accuracy(bars, "before")
-        result = _edit(editor, edits, bars)
-        after, kept_after = _measure(editor, edits, prose, bars, "after"), accuracy(bars, "after")
+        before, kept_before = measure(editor, edits, prose, bars, "before"), accuracy(bars, "before")
+        result = edit_all(editor, edits, bars)
+        after, kept_after = measure(editor, edits, prose, bars, "after"), accuracy(bars, "after")
     report = compare(edits, after, before)
     if output:
-        _save(output, editor, result, report, checkpoint=True)
+        save(output, editor, result, report, checkpoint=True)
     result.revert()
     now = editor.model.state_dict()
     restored = all(torch.equal(tensor, now[name]) for name, tensor in originals.items())
-    _print(report)
+    show(report)
     typer.echo(f"facts not edited  {kept_before:.1%} → {kept_after:.1%} of {len(asked)} questions answered")
-    typer.echo(f"time              {_summary(result)}; {time.perf_counter() - started:.0f} s with measuring")
+    typer.echo(f"time              {summary(result)}; {time.perf_counter() - started:.0f} s with measuring")
     if not restored:
         raise EditError("revert did not restore the weights bit for bit; this is a bug, please report it")
     typer.echo("revert            all weights restored, bit for bit")
@@ -291,7 +287,7 @@ def locate(
     generate: Annotated[bool, typer.Option("--generate", help="Measure generated answers (slower).")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw the heat map to this PNG file.")] = None,
     json_file: _Json = None,
-    dtype: _DtypeFlag = _Dtype.auto,
+    dtype: _DtypeFlag = Dtype.auto,
     device: _Device = None,
     verbose: _Verbose = False,
     **config: Any,
@@ -302,13 +298,13 @@ def locate(
     """
     from fastedit.requests import load_requests
 
-    wanted = None if blocks is None else _ranges(blocks)
-    edits, documents = load_requests(requests), _documents(text)
+    wanted = None if blocks is None else ranges(blocks)
+    edits, documents = load_requests(requests), documents_of(text)
     known = [(r.prompt, r.target) for r in load_requests(capability)] if capability else []
-    _check_files(picture, json_file)
+    check_files(picture, json_file)
     from fastedit import locate as locating
 
-    editor = _load(model, dtype, device)
+    editor = load(model, dtype, device)
     names = [name.strip() for name in modules.split(",")]
     places = len(editor.topology.blocks if wanted is None else wanted) * len(names)
     with Bars() as bars:
@@ -326,7 +322,7 @@ def locate(
             progress=bars.of("", min(sample, len(edits)) * places),
             **config,
         )
-    _print(report)
+    show(report)
     if picture:
         report.draw(picture)
     if json_file:
@@ -354,7 +350,7 @@ def covariance(
         bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
     ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass.")] = 8192,
-    dtype: _DtypeFlag = _Dtype.auto,
+    dtype: _DtypeFlag = Dtype.auto,
     device: _Device = None,
     verbose: _Verbose = False,
 ) -> None:
@@ -366,12 +362,12 @@ def covariance(
     """
     from fastedit import cli_covariance as collecting
 
-    wanted = _ranges(layers, "--layers")
+    wanted = ranges(layers, "--layers")
     collecting.check(text, text_column)
     if output:
-        _check_files(output / "statistics")
+        check_files(output / "statistics")
     local, world = collecting.processes()
-    editor = _load(model, dtype, device or (collecting.device_of(local) if world > 1 else None))
+    editor = load(model, dtype, device or (collecting.device_of(local) if world > 1 else None))
     collecting.collect_statistics(
         editor.topology,
         editor.tokenizer,
@@ -408,7 +404,7 @@ def env() -> None:
         table.add_row("GPU", "none")
     for op, taken, why in registry.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         table.add_row(f"ops.{op}", taken + f" ({why})" * bool(why))
-    _print(table)
+    show(table)
 
 
 def _version(package: str) -> str:
@@ -426,142 +422,3 @@ _CONFIGURED: dict[str | None, tuple[Callable[..., None], tuple[str, ...], tuple[
 app.command("edit")(spelled_out(edit, ()))
 app.command("evaluate")(evaluate)
 app.command("locate")(spelled_out(locate, ()))
-
-
-def _ranges(text: str, flag: str = "--blocks") -> list[int]:
-    """Numbers of a list such as 3,5,8-11."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
-
-
-def _documents(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: byte {error.start} is not UTF-8; save as UTF-8") from None
-    if not text.strip():
-        raise RequestError(f"{path}: expected text, but it is empty")
-    return [text]
-
-
-class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before anything takes effect
-    pass
-
-
-def _check_folder(path: Path, model: str) -> None:
-    """Refuse now what `_save` would refuse hours later."""
-    from fastedit.files import replacing_directory
-
-    if path.exists() and Path(model).exists() and path.samefile(model):
-        raise ModelError(f"{path} is the model that is edited; give another folder for the edited one")
-    _try(path, replacing_directory)
-
-
-def _check_files(*paths: Path | None) -> None:
-    from fastedit.files import replacing
-
-    for path in filter(None, paths):
-        if path.is_dir():
-            raise ModelError(f"{path} is a folder; give the name of a file")
-        _try(path, replacing)
-
-
-def _try(path: Path, replacing: Callable[[Path], Any]) -> None:
-    created = [parent for parent in path.parents if not parent.exists()]
-    try:
-        with replacing(path):
-            raise _Possible
-    except _Possible:
-        pass
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def _load(model: str, dtype: _Dtype, device: str | None, **config: Any) -> Editor:
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from fastedit.editor import Editor
-
-    if not logging.getLogger("fastedit").isEnabledFor(logging.INFO):
-        transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    chosen = "auto" if dtype is _Dtype.auto else getattr(torch, dtype.value)
-    try:
-        return Editor.from_pretrained(model, dtype=chosen, device=device, **config)
-    except RuntimeError as error:
-        causes = "of other shapes than config.json says, or too large for the device"
-        raise ModelError(f"{model}: its weights cannot be loaded ({causes}?): {error}") from error
-
-
-def _print(what: RenderableType) -> None:
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width that tables would have to fit
-        console = Console(width=120)
-    console.print(what)
-
-
-def _measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
-    from fastedit.predictions import predict
-
-    return predict(editor.topology, editor.tokenizer, edits, text=text, progress=bars.of(when))
-
-
-def _edit(editor: Editor, edits: Sequence[EditRequest], bars: Bars) -> EditResult:
-    editor.progress = bars.of("", len(edits))
-    return editor.edit(edits)
-
-
-def _summary(result: EditResult) -> str:
-    n = len(result.requests)
-    return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"
-
-
-def _save(
-    directory: Path, editor: Editor, result: EditResult, report: EvaluationReport | None, *, checkpoint: bool
-) -> None:
-    """Write checkpoint, delta and report in one folder that appears whole or not at all.
-
-    Raises:
-        ModelError: `directory` exists and is no checkpoint; it cannot be written; the disk is full.
-    """
-    from safetensors import SafetensorError
-
-    from fastedit.files import replacing_directory
-
-    did: dict[str, Any] = dict(result.delta.metadata)
-    did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
-    did["conflicts"], did["duplicates"] = (
-        [[result.requests[i].id for i in group] for group in groups]
-        for groups in (result.conflicts.conflicts, result.conflicts.duplicates)
-    )
-    content: Mapping[str, Any] = {"edit": did}
-    if report:
-        content = {**content, **report.to_dict(), "requests": report.rows}
-    try:
-        with replacing_directory(directory) as temporary:
-            if checkpoint:
-                editor.topology.model.save_pretrained(temporary)  # type: ignore[operator]
-                editor.tokenizer.save_pretrained(temporary)
-            result.delta.save(temporary / "delta.safetensors")
-            written = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-            (temporary / "report.json").write_text(written, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{directory}: could not be saved: {error}; nothing was written") from error

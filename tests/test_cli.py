@@ -356,7 +356,7 @@ def test_bad_flags_are_refused_before_any_work(
     message: str,
 ) -> None:
     needs_model = flags[0] in ("--layer", "--module")
-    monkeypatch.setattr(*((cli, "_measure") if needs_model else (Editor, "from_pretrained")), None)
+    monkeypatch.setattr(*((cli, "measure") if needs_model else (Editor, "from_pretrained")), None)
     output = tmp_path / "deep" / "out"
     assert message in fails(2, "edit", "--model", model, "--requests", facts, "--output", output, *flags)
     assert not output.parent.exists()

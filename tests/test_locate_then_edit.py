@@ -660,7 +660,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
         ("locft-bf has no field 'layers'", ("--layers", 1)),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "_measure", lambda *_: pytest.fail("the model was measured"))
+            patch.setattr(cli, "measure", lambda *_: pytest.fail("the model was measured"))
             result = call(*common, *arguments)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith("fastedit: ")

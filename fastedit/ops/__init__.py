@@ -1,14 +1,9 @@
 """One public function an operation, its plain torch reference beside it."""
 
+from fastedit.ops.factor import DependentKeysError, factor_covariance, find_dependent
 from fastedit.ops.localized_adam import localized_adam_
-from fastedit.ops.rank_k_solve import (
-    DependentKeysError,
-    SequentialSolver,
-    factor_covariance,
-    find_dependent,
-    null_space_update,
-    rank_k_update,
-)
+from fastedit.ops.rank_k_solve import null_space_update, rank_k_update
+from fastedit.ops.sequential import SequentialSolver
 from fastedit.ops.syrk import syrk_
 from fastedit.ops.target_cross_entropy import logits_buffer, target_cross_entropy
 

@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -38,6 +39,10 @@ struct dim3 {
 
 struct uint4 {
     unsigned x, y, z, w;
+};
+
+struct alignas(16) double2 {
+    double x, y;
 };
 
 inline dim3 gridDim, blockDim;
@@ -206,6 +211,16 @@ inline uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7)
 #define blockIdx (cuda_on_cpu::current->block_index)
 
 inline void __syncthreads() { cuda_on_cpu::meet(cuda_on_cpu::block().all, blockDim.x); }
+template <typename T>
+T __ldcg(const T* from) {
+    if (reinterpret_cast<uintptr_t>(from) % sizeof(T)) throw std::runtime_error("not aligned");
+    return *from;
+}
+template <typename T>
+void __stcg(T* to, T value) {
+    if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) throw std::runtime_error("not aligned");
+    *to = value;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 [[noreturn]] inline void __trap() { std::abort(); }
 
