@@ -173,12 +173,12 @@ def localized_adam_kernel(
         )  # fmt: skip
 
 
-def config_for(dtype: torch.dtype, allow_tf32: bool, lean: bool, target: GPUTarget | None) -> Config:
+def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, target: GPUTarget | None) -> Config:
     """The tiles for products of this dtype on a target; None is the interpreter.
 
     128 × 128 on eight warps: D takes 64 registers a thread, and an eighth of w, m and v beside it fits in the 128 that
-    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `lean`:
-    with no origin, and M and N multiples of 16; otherwise it would spill.
+    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `whole`: M
+    and N are multiples of 16; otherwise it would spill.
     fp32 has no tensor cores on NVIDIA's: half the tile on four warps, 8 × 8 products a thread.
     """
     if target is None:
@@ -189,7 +189,7 @@ def config_for(dtype: torch.dtype, allow_tf32: bool, lean: bool, target: GPUTarg
         return Config(128, 128, 32, 16, 8, stages) if allow_tf32 else Config(64, 128, 16, 16, 4, stages)
     hopper = cuda and target.arch // 10 == 9
     block_t = 64 if cuda and target.arch >= 90 else 32
-    return Config(128, 128, block_t, 16, 8, stages, 128 if hopper and lean else None)
+    return Config(128, 128, block_t, 16, 8, stages, 128 if hopper and whole else None)
 
 
 def localized_adam_(
@@ -223,7 +223,7 @@ def localized_adam_(
     interpreted = triton.knobs.runtime.interpret
     if config is None:
         target = None if interpreted else triton.runtime.driver.active.get_current_target()
-        config = config_for(a.dtype, allow_tf32, original is None and M % 16 == N % 16 == 0, target)
+        config = config_for(a.dtype, allow_tf32, M % 16 == N % 16 == 0, target)
     meta = {name: value for name, value in config._asdict().items() if value is not None}
     rows = [0 if x is None else x.stride(0) for x in (weight, exp_avg, exp_avg_sq, copy, original)]
     logs = [math.log(beta) if beta else -math.inf for beta in betas]

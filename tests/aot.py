@@ -88,15 +88,14 @@ def localized_adam(target: str) -> Iterator[Case]:
     for name, kind, tf32, stored in (
         ("bf16, stochastic", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
         ("bf16, ragged", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
+        ("bf16, bound", "bf16", False, {**fp32, "w_ptr": "*bf16", "origin_ptr": "*bf16"}),
         ("bf16, master", "bf16", False, master),
         ("bf16, full", "bf16", False, full),
         ("fp32, full", "fp32", False, full),
         ("tf32, full", "fp32", True, full),
     ):
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        config = config_for(
-            dtype, tf32, "origin_ptr" not in stored and name != "bf16, ragged", TARGETS[target]
-        )._asdict()
+        config = config_for(dtype, tf32, name != "bf16, ragged", TARGETS[target])._asdict()
         launch = {option: config.pop(option) for option in ("num_warps", "num_stages", "maxnreg")}
         fixed = {"a_col": 1, "b_col": 1, "DECOUPLED": False, "STOCHASTIC": "copy_ptr" not in stored, "UPCAST": False}
         yield Case(
