@@ -81,6 +81,15 @@ def test_on_cpu(
     check(masked, rows[keep], cut_off=1)
 
 
+@pytest.mark.parametrize("instruction", ["mma", "wgmma"])
+def test_more_tiles_than_are_taken_together_on_cpu(
+    on_cpu: ctypes.CDLL, instruction: str, rng: torch.Generator, seed: int
+) -> None:
+    rows, total = torch.randn(9, 1300, generator=rng).bfloat16(), blank(1300)
+    add_on_cpu(on_cpu, seed, instruction == "wgmma", total, rows, None)
+    check(total, rows, cut_off=1)
+
+
 @pytest.mark.parametrize("splits", [2, 3])
 def test_split_rows_on_cpu(on_cpu: ctypes.CDLL, splits: int, rng: torch.Generator, seed: int) -> None:
     """With so few rows that count that a part has none; the order of threads changes no bit."""
