@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "cuda_launch.h"
+#include "planes.cuh"
 #include "ptx.cuh"
 #include "syrk.h"
 #include "syrk_wgmma.cuh"
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kThreads, 1) syrk_kernel(const Problem p) {
         if (step < steps) {
             const int before = step / steps_per_term, start = (step - before * steps_per_term) * kStageRows;
             const int term = p.terms - 1 - before;  // the smallest first: then little is cut off
-            const uint16_t* left = p.planes + wgmma::kLeftPlane[term] * p.plane_size;
-            const uint16_t* right = p.planes + wgmma::kRightPlane[term] * p.plane_size;
+            const uint16_t* left = p.planes + kLeftPlane[term] * p.plane_size;
+            const uint16_t* right = p.planes + kRightPlane[term] * p.plane_size;
             const uint32_t to = shared + step % kStages * 2 * kOperandBytes;
 #pragma unroll
             for (int part = 0; part < kStageRows; part += kThreads / 16) {
@@ -163,18 +164,18 @@ __global__ void __launch_bounds__(1024) compact_kernel(const uint8_t* mask, int 
     if (threadIdx.x == 0) kept[0] = done;
 }
 
-// where the stage that holds the last of `there` rows ends; a box of it must hold zeros there
-__device__ int64_t stage_end(int64_t there, int64_t count) {
-    return min(count, (there + wgmma::kStageRows - 1) / wgmma::kStageRows * wgmma::kStageRows);
+// end of the zeros behind `there` rows
+__device__ int64_t zeros_end(int64_t there, int64_t count) {
+    return min(count, (there + kZeroRows - 1) / kZeroRows * kZeroRows);
 }
 
-// fp32 rows that count, one after the other, into three planes of bf16 that add up to them; then zeros for a whole stage.
+// fp32 rows that count, one after the other, into three planes of bf16 that add up to them; then zeros.
 __global__ void split_kernel(const float* rows, int64_t stride, const int* kept, int64_t count, int d,
                              __nv_bfloat16* planes, int64_t plane_size, int64_t plane_stride) {
     const int64_t there = kept ? kept[0] : count;
     const int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= d) return;
-    for (int64_t k = blockIdx.y; k < stage_end(there, count); k += gridDim.y) {
+    for (int64_t k = blockIdx.y; k < zeros_end(there, count); k += gridDim.y) {
         float rest = k < there ? rows[(kept ? kept[1 + k] : k) * stride + column] : 0;
 #pragma unroll
         for (int plane = 0; plane < 3; ++plane) {
@@ -185,12 +186,12 @@ __global__ void split_kernel(const float* rows, int64_t stride, const int* kept,
     }
 }
 
-// 16-bit rows that count, one after the other, 8 columns a thread; then zeros for a whole stage.
+// 16-bit rows that count, one after the other, 8 columns a thread; then zeros.
 __global__ void gather_kernel(const uint16_t* rows, int64_t stride, const int* kept, int64_t count, int d, uint16_t* plane,
                               int64_t plane_stride) {
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     if (column >= d) return;
-    for (int64_t k = blockIdx.y; k < stage_end(kept[0], count); k += gridDim.y) {
+    for (int64_t k = blockIdx.y; k < zeros_end(kept[0], count); k += gridDim.y) {
         union {
             uint16_t element[8] = {};
             uint4 all;
@@ -240,15 +241,17 @@ void syrk_cuda(double* total, const void* rows, DType dtype, int64_t width, int6
     const int* list = kept ? kept + 1 : nullptr;
     int64_t plane_size = 0;
     int terms = 1;
+    const auto use_planes = [&] { rows = planes, stride = plane_stride, list = nullptr; };
     if (dtype == DType::float32) {
         plane_size = count * plane_stride, terms = 6;
         launch(split_kernel, {dim3((d + 255) / 256, some_rows), 256}, stream, static_cast<const float*>(rows), stride, kept,
                count, d, static_cast<__nv_bfloat16*>(planes), plane_size, plane_stride);
+        use_planes();
     } else if (by_wgmma && mask) {  // a box has rows that follow one another
         launch(gather_kernel, {dim3((d + 1023) / 1024, some_rows), 128}, stream, static_cast<const uint16_t*>(rows), stride,
                kept, count, d, static_cast<uint16_t*>(planes), plane_stride);
+        use_planes();
     }
-    if (dtype == DType::float32 || (by_wgmma && mask)) rows = planes, stride = plane_stride, list = nullptr;
     const bool half = dtype == DType::float16;
     if (by_wgmma) {
         wgmma::Work work{total, parts, kept, 0, count, kLaunchRows, d, terms, splits};

@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "cuda_launch.h"
+#include "planes.cuh"
 #include "ptx.cuh"
 #include "ptx_sm90.cuh"
 
@@ -22,7 +23,7 @@ constexpr int kTileI = 128, kTileJ = 192;   // of a block; a block below has the
 constexpr int kBlocks = 2;                  // of a cluster
 constexpr int kGroups = 2;                  // warpgroups that multiply
 constexpr int kThreads = (1 + kGroups) * 128;
-constexpr int kStageRows = 64, kStages = 5;
+constexpr int kStageRows = kZeroRows, kStages = 5;
 constexpr int kBoxColumns = 64, kBoxRows = kStageRows / kBlocks;  // 128 bytes wide: as far as chunks are permuted
 constexpr int kBoxBytes = kBoxRows * kBoxColumns * 2;
 constexpr int kColumnBytes = kBlocks * kBoxBytes;  // 64 columns of a stage
@@ -44,10 +45,6 @@ struct Work {
 struct Tile {
     int row, column;  // in units of kBlocks × kTileI and of kTileJ
 };
-
-// (left plane, right plane) of each product: only the first for bf16 and fp16 rows
-__constant__ int kLeftPlane[6] = {0, 0, 1, 1, 0, 2};
-__constant__ int kRightPlane[6] = {0, 1, 0, 1, 2, 0};
 
 __host__ __device__ inline int rows_of(int d) { return (d + kBlocks * kTileI - 1) / (kBlocks * kTileI); }
 

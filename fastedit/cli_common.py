@@ -42,6 +42,7 @@ def ranges(text: str, flag: str = "--blocks") -> list[int]:
 
 
 def documents_of(path: Path | None) -> list[str]:
+    """The text of a file, for perplexity; RequestError where it cannot be read or is empty."""
     if path is None:
         return []
     try:
@@ -69,6 +70,7 @@ def check_folder(path: Path, model: str) -> None:
 
 
 def check_files(*paths: Path | None) -> None:
+    """Refuse now what could not be written at the end."""
     from fastedit.files import replacing
 
     for path in filter(None, paths):
@@ -93,6 +95,7 @@ def _try(path: Path, replacing: Callable[[Path], Any]) -> None:
 
 
 def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
+    """`Editor.from_pretrained`, its failures as a ModelError."""
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -114,6 +117,7 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
 
 
 def show(what: RenderableType) -> None:
+    """Print to the terminal's width, or to 120 columns of a file."""
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width that tables would have to fit
         console = Console(width=120)

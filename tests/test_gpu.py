@@ -62,14 +62,15 @@ def test_edits(
             assert (after[name].cpu() - p).norm() <= 1e-2 * (p - before[name]).norm(), name
         else:
             assert after[name].cpu().equal(before[name]), name
-    reports = [editor.evaluate(edits).to_dict() for editor in (cpu, gpu)]
-    for metric in ("reliability", "generalization"):
-        assert reports[1][metric] == pytest.approx(reports[0][metric], abs=0.2), metric
     result.delta.save(tmp_path / "edit.safetensors")
     result.revert()
     assert all(p.cpu().equal(before[name]) for name, p in model.named_parameters())
     WeightDelta.load(tmp_path / "edit.safetensors").apply(model)
     assert all(p.equal(after[name]) for name, p in model.named_parameters())
+    model.load_state_dict(wanted.state_dict())
+    reports = [editor.evaluate(edits).to_dict() for editor in (cpu, gpu)]
+    for metric in ("reliability", "generalization"):
+        assert reports[1][metric] == reports[0][metric]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
