@@ -176,7 +176,7 @@ __device__ inline void store(const float (&sum)[96], const Work& w, const Share&
 
 template <bool kHalf>
 __device__ void consume(const Work& w, int units, int tiles, uint32_t stages, uint32_t full, uint32_t empty) {
-    const int group = __shfl_sync(0xffffffff, threadIdx.x / 128 - 1, 0), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Turn turn;
     float part[96] = {};
     const auto multiply = [&](bool add) {
