@@ -109,13 +109,15 @@ def test_logits_that_grow_from_chunk_to_chunk(dtype: torch.dtype, seed: int) -> 
 def test_gradient_of_certain_rows_keeps_its_digits(seed: int) -> None:
     """1 − p = 1e-5 and less is no difference of two numbers near one."""
     inputs = given(seed, 9, 33, 252)
-    inputs["head_weight"][inputs["labels"]] = 5 * inputs["hidden"] / inputs["hidden"].norm(dim=1, keepdim=True)
-    inputs["hidden"] *= torch.linspace(0.2, 0.7, 9, device=DEVICE)[:, None]  # fp64 loses the rest
+    directions = inputs["hidden"] / inputs["hidden"].norm(dim=1, keepdim=True)
+    inputs["head_weight"][inputs["labels"]] = 5 * directions
+    inputs["hidden"] = torch.linspace(1, 5, 9, device=DEVICE)[:, None] * directions  # of larger ones fp64 loses digits
     losses, grad = kernel.target_cross_entropy(**inputs)
     exact = by_row(cast(inputs, torch.float64), None)
     assert exact[0].min() < 1e-5
-    assert ((grad - exact[1]).norm(dim=1) <= 1e-5 * exact[1].norm(dim=1)).all()
-    assert ((losses - exact[0]).abs() <= 1e-6).all()
+    rounding = 25 * torch.finfo(F32).eps  # of the largest logit
+    assert ((grad - exact[1]).norm(dim=1) <= 4 * rounding * exact[1].norm(dim=1)).all()
+    assert ((losses - exact[0]).abs() <= rounding).all()
 
 
 def test_labels_alone_and_labels_outside(seed: int) -> None:
