@@ -128,17 +128,19 @@ def _accumulate(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc = shrink·acc + p @ head over one chunk of the vocabulary, a tile of rows × hidden."""
+    """acc = shrink·acc + p @ head, a tile of rows × hidden over one part of a chunk; each part has its acc."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    k = tl.arange(0, BLOCK_K)
     width = tiles * BLOCK_V
+    share = tl.cdiv(width // BLOCK_K, tl.num_programs(2)) * BLOCK_K
+    begin = tl.program_id(2) * share
+    k = begin + tl.arange(0, BLOCK_K)
     p_at = p + tl.minimum(row, R - 1).to(tl.int64)[:, None] * width + k[None, :]
     w_at = head + (start + k).to(tl.int64)[:, None] * head_row + col.to(tl.int64)[None, :] * head_col
-    sum_at = acc + row.to(tl.int64)[:, None] * h + col[None, :]
+    sum_at = acc + (tl.program_id(2).to(tl.int64) * R + row[:, None]) * h + col[None, :]
     within = (row < R)[:, None] & (col < h)[None, :]
     sum = tl.load(sum_at, mask=within, other=0.0) * tl.load(shrink + row, mask=row < R, other=0.0)[:, None]
-    for first in range(0, width, BLOCK_K):
+    for first in range(0, tl.minimum(share, width - begin), BLOCK_K):
         a = tl.load(p_at)  # [BLOCK_R, BLOCK_K]
         w = tl.load(w_at, mask=(k[:, None] < V - start - first) & (col[None, :] < h), other=0.0)  # [BLOCK_K, BLOCK_H]
         if UPCAST:
@@ -149,12 +151,12 @@ def _accumulate(
     tl.store(sum_at, sum, mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _finish(
     acc, top, total, own, head, labels, weight, losses, grad,
-    V, h, softcap, head_row, head_col, BLOCK_H: tl.constexpr,
+    parts, V, h, softcap, head_row, head_col, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The label joins: loss and gradient of one row, a block of hidden."""
+    """The parts and the label join: loss and gradient of one row, a block of hidden."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     e, mine = tl.load(top + row), tl.load(own + row)
@@ -170,7 +172,9 @@ def _finish(
         back *= 1 - t * t
     label = tl.minimum(tl.maximum(tl.load(labels + row), 0), V - 1)  # outside, `own` is NaN
     target = tl.load(head + label * head_row + col.to(tl.int64) * head_col, mask=col < h, other=0.0).to(tl.float32)
-    sum = tl.load(acc + row * h + col, mask=col < h, other=0.0)
+    sum = tl.zeros((BLOCK_H,), tl.float32)
+    for part in range(parts):
+        sum += tl.load(acc + (part * tl.num_programs(0) + row) * h + col, mask=col < h, other=0.0)
     value = w * scale / partition * (sum - back * target)
     tl.store(grad + row * h + col, value.to(grad.dtype.element_ty), mask=col < h)
 
@@ -186,7 +190,8 @@ def target_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Weighted negative log-likelihood of each row's label, and the gradient of their sum in the hidden states.
 
-    Besides what it returns it takes 4·R·h bytes for sums in fp32, and probabilities of `_CHUNK` columns, or one tile of
+    Besides what it returns it takes 4·R·h bytes for sums in fp32, for each of the parts into which a chunk is cut where
+    the sums have fewer tiles than there are multiprocessors, and probabilities of `_CHUNK` columns, or one tile of
     columns for each multiprocessor and row tile if that is more, in the dtype of hidden.
 
     Args:
@@ -221,14 +226,15 @@ def target_cross_entropy(
         return losses, grad.to(hidden.dtype)
     target = None if interpreted else triton.runtime.driver.active.get_current_target()
     first, second = config_for(hidden.dtype, R, softcap is not None, target)
-    rows, width = triton.cdiv(R, first.BLOCK_R), first.BLOCK_N
-    # a tile of the first product for each multiprocessor, and enough of them that the sums' traffic does not count
-    processors = 1 if interpreted else torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    rows, columns, width = triton.cdiv(R, first.BLOCK_R), triton.cdiv(h, second.BLOCK_N), first.BLOCK_N
+    # a program of either product for each multiprocessor, and so many columns that the sums' traffic does not count
+    processors = _processors(hidden.device)
     tiles = min(triton.cdiv(V, width), max(_CHUNK // width, processors // rows))
+    parts = max(1, processors // (rows * columns))
     p = grad.new_empty(R, tiles * width)
     exponent, mass = losses.new_empty(2, R, tiles)
     top, total, own = (losses.new_full((R,), x) for x in (_NOTHING.value, 0.0, float("nan")))
-    shrink, acc = losses.new_empty(R), losses.new_zeros(R, h)
+    shrink, acc = losses.new_empty(R), losses.new_zeros(parts, R, h)
     labels, weight = labels.contiguous(), sample_weight.float().contiguous()
     bias = None if bias is None else bias.contiguous()
     cap, strides = None if softcap is None else float(softcap), head_weight.stride()
@@ -242,30 +248,33 @@ def target_cross_entropy(
                 R, V, h, start, here, cap, *hidden.stride(), *strides, **how, **first.meta("V"),
             )  # fmt: skip
             _settle[(R,)](p, exponent, mass, top, total, shrink, here, BLOCK_V=width, BLOCK_T=32, enable_fp_fusion=True)
-            _accumulate[rows, triton.cdiv(h, second.BLOCK_N)](
+            _accumulate[rows, columns, parts](
                 p, head_weight, shrink, acc, R, V, h, start, here, *strides, BLOCK_V=width, **how, **second.meta("H")
             )
         _finish[R, triton.cdiv(h, 1024)](
             acc, top, total, own, head_weight, labels, weight, losses, grad,
-            V, h, cap, *strides, BLOCK_H=1024, enable_fp_fusion=True,
+            parts, V, h, cap, *strides, BLOCK_H=1024, enable_fp_fusion=True,
         )  # fmt: skip
     return losses, grad.to(hidden.dtype)
+
+
+def _processors(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | None) -> tuple[Config, Config]:
     """Tiles of the two products on a target, None for the interpreter.
 
-    Up to 64 rows reading the head is all that counts: the narrow second tile has a program for each multiprocessor.
-    With more, Hopper's shared memory is what tiles of 128 × 128 wait for: a step of 64 fills and reads 80 KiB of it in
-    the time of 64 KiB, and one of 128 × 256 fills and reads 128 KiB in that of 128 KiB. The first tile is so wide where
-    z fits the registers, which it does not beside a soft-cap's slope. The second is not: 512 rows and 4096 columns
-    would be half as many programs as there are multiprocessors.
+    Up to 64 rows reading the head is all that counts. With more, Hopper's shared memory is what tiles of 128 × 128 wait
+    for: a step of 64 fills and reads 80 KiB of it in the time of 64 KiB, one of 128 × 256 fills and reads 128 in that
+    of 128. The first tile is so wide where z fits the registers, which it does not beside a soft-cap's slope.
+    The second is not: 512 rows and 4096 columns would be half as many programs as there are multiprocessors.
     """
     stages = 4 if target is None or target.backend == "cuda" else 2  # AMD's shared memory is 64 KiB
     generation = target.arch // 10 if target is not None and target.backend == "cuda" else 0
     if dtype == torch.float32:
         return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # Blackwell's four would spill
     if R <= 64:
-        return Config(64, 128, 64, 4, stages), Config(64, 32, 128, 4, stages)
+        return (Config(64, 128, 64, 4, stages),) * 2
     second = Config(128, 128, 64, 8, stages)
     return second._replace(BLOCK_N=256) if generation == 9 and not capped else second, second

@@ -87,9 +87,28 @@ def test_as_exact_as_torch(
         assert max(allocated) <= R * max(128, h)  # no logits
 
 
+@pytest.mark.parametrize(("h", "processors", "grid"), [(33, 5, (1, 1, 5)), (70, 7, (1, 2, 3))])
+def test_a_chunk_in_parts(
+    h: int, processors: int, grid: tuple[int, ...], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tiles are fewer than multiprocessors, each part of a chunk has its own sum; parts differ in length."""
+    grids: list[tuple[int, ...]] = []
+    launch = type(kernel._accumulate).__getitem__
+
+    def spy(function: Any, launched: tuple[int, ...]) -> Any:
+        grids.append(launched)
+        return launch(function, launched)
+
+    monkeypatch.setattr(kernel, "_processors", lambda device: processors)
+    monkeypatch.setattr(type(kernel._accumulate), "__getitem__", spy)
+    for softcap in (None, 5.0):
+        assert_as_exact_as_torch(given(seed, 9, h, 1000), softcap)
+    assert grid in grids
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes a GPU")
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("R", [64, 515])
+@pytest.mark.parametrize("R", [64, 200, 515])
 def test_many_chunks(R: int, dtype: torch.dtype, seed: int) -> None:
     assert_as_exact_as_torch(given(seed, R, 520, 50_257, dtype=dtype))
 
