@@ -23,7 +23,7 @@ from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestErr
 from fastedit.methods import LocFTBFConfig, MethodResult, contexts, locft_bf, trainer
 from fastedit.methods.locft_bf import batch_size_for
 from fastedit.methods.presets import locft_bf_preset
-from fastedit.models import pack, topology
+from fastedit.models import Samples, pack, topology
 
 MakeEdits = Callable[..., list[EditRequest]]
 Pairs = Sequence[tuple[str, str]]
@@ -193,18 +193,26 @@ def test_fp32_learns_as_fp64(family: str, tokenizer: Any, make_edits: MakeEdits,
 
 
 @pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("most", [20, 5])
 @pytest.mark.parametrize("loss_average", ["sample", "token"])
 def test_steps_of_several_passes_equal_the_published_loop(
-    loss_average: str, tokenizer: Any, make_edits: MakeEdits, seed: int, monkeypatch: pytest.MonkeyPatch
+    loss_average: str, most: int, tokenizer: Any, make_edits: MakeEdits, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes: list[int] = []
-    monkeypatch.setattr(trainer, "pass_tokens", lambda _: 20)
-    monkeypatch.setattr(trainer, "pack", lambda *args, **kw: passes.append(len(args[1])) or pack(*args, **kw))
+    """No pass has more tokens than it may, except where one sample has."""
+    passes: list[list[int]] = []
+
+    def spy(samples: Samples, select: torch.Tensor, **kwargs: Any) -> Any:
+        passes.append(samples.lengths[select].tolist())
+        return pack(samples, select, **kwargs)
+
+    monkeypatch.setattr(trainer, "pass_tokens", lambda _: most)
+    monkeypatch.setattr(trainer, "pack", spy)
     model, edits, settings = tiny_model("llama", seed=seed), make_edits(13), PLAIN | {"loss_average": loss_average}
     wanted = published(model, tokenizer, pairs_of(edits), DOWN_PROJ, **settings)
     wanted.check(run(model, tokenizer, edits, **settings))
-    assert sum(passes) == 13 * PLAIN["epochs"]
+    assert sum(map(len, passes)) == 13 * PLAIN["epochs"]
     assert len(passes) > 4 * PLAIN["epochs"]
+    assert all(sum(lengths) <= most or len(lengths) == 1 for lengths in passes)
 
 
 @pytest.mark.usefixtures("double")

@@ -14,7 +14,18 @@ from fastedit.errors import EditError
 from fastedit.methods.adam import Adam, Seen, localized, watched
 from fastedit.methods.base import Edit, Progress
 from fastedit.methods.subjects import named
-from fastedit.models import FrozenPart, Override, PrefixCache, Samples, Topology, full, pack, pass_tokens, resume
+from fastedit.models import (
+    FrozenPart,
+    Override,
+    PrefixCache,
+    Samples,
+    Topology,
+    full,
+    in_passes,
+    pack,
+    pass_tokens,
+    resume,
+)
 
 if TYPE_CHECKING:
     from fastedit.methods.locft_bf import LocFTBFConfig
@@ -126,11 +137,11 @@ class Trainer:
         weights = 1 / (
             n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
-        n_passes = -(-int(self.samples.lengths[batch].sum()) // pass_tokens(topology.device))
         loss = torch.zeros_like(loss_out)
-        for select, weight in zip(batch.tensor_split(n_passes), weights.tensor_split(n_passes), strict=True):
+        for some in in_passes(self.samples.lengths[batch], pass_tokens(topology.device)):
+            select = batch[some]
             rows = pack(self.samples, select, packed=topology.packs)
-            weight = weight[rows.sample_of].to(topology.device, non_blocking=True)
+            weight = weights[some][rows.sample_of].to(topology.device, non_blocking=True)
             rows = rows.to(topology.device, non_blocking=True)
             around: AbstractContextManager[list[Override]] = nullcontext([])
             if self.frozen:

@@ -6,7 +6,7 @@ from fastedit.models.low_rank import LowRank, Update, add_
 from fastedit.models.partial import BlockCalls, HeldTokens, at_tokens, observe
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
-from fastedit.models.prefix import Override, PrefixCache, full, pass_tokens, resume
+from fastedit.models.prefix import Override, PrefixCache, full, in_passes, pass_tokens, resume
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import Rows, Samples, pack, tokenize
 from fastedit.models.topology import Topology, topology
@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint",
     "free_bytes",
     "full",
+    "in_passes",
     "observe",
     "pack",
     "pass_tokens",
