@@ -42,7 +42,7 @@ class WeightDelta:
         self.metadata = dict(metadata)
         self._model = applied_to
         self._originals = dict(originals or {})
-        self._sums = _checksums(applied_to, self._originals) if applied_to else {}
+        self._sums = _checksums(applied_to, self._originals) if applied_to is not None else {}
 
     @property
     def applied(self) -> bool:

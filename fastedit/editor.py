@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastedit.delta import WeightDelta, versions
@@ -64,6 +65,25 @@ class EditResult:
         self._editor.save_model(directory)
 
 
+class _Edit:
+    """An edit of an Editor: kept while the model holds it, and after that only as long as somebody can apply it."""
+
+    def __init__(self, delta: WeightDelta, keys: dict[str, Tensor]) -> None:
+        self.keys = keys
+        self._delta: WeightDelta | None = delta
+        self._weak = ref(delta)
+
+    def standing(self, model: nn.Module) -> WeightDelta | None:
+        """Its delta, if the model holds it now."""
+        delta = self._weak()
+        self._delta = delta if delta is not None and delta.applied_to(model) else None
+        return self._delta
+
+    @property
+    def gone(self) -> bool:
+        return self._weak() is None
+
+
 class Editor:
     """Edits the knowledge of a Hugging Face causal language model, in place and reversibly.
 
@@ -101,8 +121,7 @@ class Editor:
         self.topology = topology(model)
         self.config = config_type(seed=seed, **config)
         self.progress = progress
-        self._applied: list[WeightDelta] = []
-        self._keys: list[dict[str, Tensor]] = []  # of each of these edits
+        self._edits: list[_Edit] = []
         self._kept: dict[Any, Tensor] = {}
 
     @classmethod
@@ -157,21 +176,24 @@ class Editor:
         history = self._history(before)
         found = self._run(self.topology, self.tokenizer, edits, self.config, self.progress, history=history)
         seconds = time.perf_counter() - started
-        delta = WeightDelta(
-            found.updates,
-            {"method": self.method, "config": found.config, "fingerprint": before, "versions": versions()}
-            | {"edits": len(edits)},
-            applied_to=self.topology.model,
-            originals=found.originals,
-        )
-        self._applied.append(delta)
-        self._keys.append(found.keys)
+        model = self.topology.model
+        metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": before}
+        metadata |= {"versions": versions(), "edits": len(edits)}
+        try:
+            delta = WeightDelta(found.updates, metadata, applied_to=model, originals=found.originals)
+        except BaseException:
+            for path, original in found.originals.items():
+                model.get_parameter(path).data.copy_(original)
+            raise
+        self._edits.append(_Edit(delta, found.keys))
         return EditResult(delta, edits, conflicts, found.losses, found.notes, seconds, self)
 
     def edit_each(self, requests: Requests) -> EachEditResult:
         """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
 
-        The edits share every pass, and `EachEditResult.evaluate` measures each request under its own edit.
+        The edits share every pass, and `EachEditResult.evaluate` measures each request under its own edit. Where the
+        model has no preset, `lr` follows the typical state of these edits: give it for updates that do not depend on
+        which edits are solved together.
 
         Raises:
             ConfigError: the method has no independent edits (locft-bf has none).
@@ -192,13 +214,19 @@ class Editor:
 
     def _history(self, now: str) -> History:
         """What this Editor did to the model, whose fingerprint is `now`."""
-        standing = [i for i, delta in enumerate(self._applied) if delta.applied_to(self.model)]
-        keys: dict[str, Tensor] = {}
-        for i in standing:
-            for path, more in self._keys[i].items():
-                keys[path] = torch.cat([keys[path], more]) if path in keys else more
-        unedited = self._applied[standing[0]].metadata["fingerprint"] if standing else now
-        return History(unedited, keys, self._kept)
+        standing = self._standing()
+        keys: dict[str, list[Tensor]] = {}
+        for _, edit in standing:
+            for path, more in edit.keys.items():
+                keys.setdefault(path, []).append(more)
+        unedited = standing[0][0].metadata["fingerprint"] if standing else now
+        return History(unedited, {path: torch.cat(some) for path, some in keys.items()}, self._kept)
+
+    def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
+        """The edits that the model holds now, the first one first."""
+        found = [(edit.standing(self.topology.model), edit) for edit in self._edits]
+        self._edits = [edit for edit in self._edits if not edit.gone]
+        return [(delta, edit) for delta, edit in found if delta is not None]
 
     def evaluate(
         self, requests: Requests, *, text: Sequence[str] = (), generate: bool = True, batch_tokens: int | None = None
@@ -229,7 +257,7 @@ class Editor:
             )
 
         after = measure()
-        standing = [delta for delta in self._applied if delta.applied_to(self.model)]
+        standing = [delta for delta, _ in self._standing()]
         if not standing:
             return compare(asked, after, None)
         reverted: list[WeightDelta] = []

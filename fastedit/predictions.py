@@ -23,8 +23,19 @@ from transformers.generation import StoppingCriteriaList
 
 from fastedit.errors import EditError, RequestError
 from fastedit.methods.base import Progress, no_progress
-from fastedit.models import Factors, Samples, Topology, full, pack, pass_tokens, per_sample_updates, tokenize
-from fastedit.models.topology import eval_mode
+from fastedit.models import (
+    Factors,
+    PairError,
+    Samples,
+    Topology,
+    full,
+    generate_by,
+    no_autocast,
+    pack,
+    pass_tokens,
+    per_sample_updates,
+    tokenize,
+)
 from fastedit.requests import EditRequest
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
@@ -89,6 +100,7 @@ def normalize(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", "".join(kept)).split()) or text
 
 
+@no_autocast
 @torch.no_grad()
 def predict(
     topology: Topology,
@@ -182,9 +194,8 @@ def _samples(tokenizer: Any, owners: Mapping[_Asked, str], context: int) -> Samp
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]
         return tokenize(tokenizer, pairs, append_eos=False, max_length=context)
-    except RequestError as error:
-        number, _, reason = str(error).removeprefix("pair ").partition(": ")
-        raise RequestError(f"{list(owners.values())[int(number)]}: {reason}") from None
+    except PairError as error:
+        raise RequestError(f"{list(owners.values())[error.pair]}: {error.reason}; {error.remedy}") from None
 
 
 def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:
@@ -301,16 +312,4 @@ def _continue(model: Any, input_ids: Tensor, new: int, weights: Tensor, allowed:
         return weights[ids[:, start:]].sum(1) > allowed
 
     config = GenerationConfig(max_new_tokens=new, do_sample=False, num_beams=1, use_cache=True)
-    # generate() fills what a given config leaves open from the model's own: penalties, suppressed tokens
-    own, model.generation_config = model.generation_config, config
-    try:
-        with eval_mode(model):
-            tokens: Tensor = model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
-    finally:
-        model.generation_config = own
-    return tokens[:, start:]
+    return generate_by(model, config, input_ids, stopping_criteria=StoppingCriteriaList([stop]))[:, start:]

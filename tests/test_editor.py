@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -427,3 +429,60 @@ def test_code_in_a_checkpoint_is_never_run_nor_offered(
         with pytest.raises(ModelError, match="no model could be loaded"):
             Editor.from_pretrained(path, device="cpu")
     assert not ran.exists()
+
+
+def test_a_reverted_edit_is_not_kept(tokenizer: Any, make_edits: MakeEdits) -> None:
+    """Nor its updates, once nobody can apply it again; one that somebody applies again counts again."""
+    model, edits = tiny_model("llama"), make_edits(4)
+    editor = Editor(model, tokenizer, **CONFIG | {"epochs": 2})
+    held: list[weakref.ref[Tensor]] = []
+    for _ in range(3):
+        result = editor.edit(edits)
+        held += [weakref.ref(update) for update in result.delta.updates.values() if isinstance(update, Tensor)]
+        result.revert()
+    del result
+    kept = editor.edit(edits)
+    gc.collect()
+    assert held
+    assert not any(update() is not None for update in held)
+    kept.revert()
+    assert editor.evaluate(edits, generate=False).to_dict()["locality"]["teacher_forced"] is None
+    kept.delta.apply(model)
+    assert editor.evaluate(edits, generate=False).to_dict()["locality"]["teacher_forced"] is not None
+
+
+def test_the_model_is_as_it_was_if_its_delta_cannot_be_made(
+    tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    before = state(model)
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(editor_module, "WeightDelta", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Editor(model, tokenizer, **CONFIG | {"epochs": 2}).edit(make_edits(4))
+    assert_holds(model, before)
+
+
+def test_a_compiled_model_is_the_model_it_wraps(tokenizer: Any, make_edits: MakeEdits) -> None:
+    model, edits = tiny_model("llama"), make_edits(4)
+    wanted = Editor(model, tokenizer, **CONFIG | {"epochs": 2}).edit(edits)
+    after = state(model)
+    wanted.revert()
+    result = Editor(torch.compile(model), tokenizer, **CONFIG | {"epochs": 2}).edit(edits)
+    assert result.delta.metadata == wanted.delta.metadata
+    assert_holds(model, after)
+
+
+def test_autocast_of_the_caller_does_not_matter(tokenizer: Any, make_edits: MakeEdits) -> None:
+    model, edits = tiny_model("llama"), make_edits(4)
+    editor = Editor(model, tokenizer, **CONFIG | {"epochs": 4})
+    wanted = editor.edit(edits)
+    measured = editor.evaluate(edits).to_dict()
+    wanted.revert()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = editor.edit(edits)
+        assert found.losses == wanted.losses
+        assert editor.evaluate(edits).to_dict() == measured

@@ -310,6 +310,19 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 SOUGHT: dict[str, Any] = {"steps": 4, "lr": 0.3, "stop_loss": 0.0}
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_rate_of_the_targets_is_that_of_all_edits(batch_size: int, case: Case, seed: int) -> None:
+    """Not of those that happen to come first."""
+    edits = random_edits(7, seed)
+    rates = []
+    for given, size in ((edits, len(edits)), (edits, batch_size), (edits[::-1], batch_size)):
+        result = case.editor("memit", METHODS["memit"], **SOUGHT | {"lr": None, "batch_size": size}).edit(given)
+        rates.append(result.delta.metadata["config"]["lr"])
+        assert sum(note.startswith("lr ") for note in result.notes) == 1
+        result.revert()
+    assert rates == pytest.approx([rates[0]] * 3, rel=1e-6)
+
+
 def test_edits_without_a_target_are_dropped_and_the_others_made(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     case = Case(tokenizer, tmp_path, seed, dtype=torch.float32)
     break_token(case)
@@ -336,7 +349,7 @@ def test_edits_without_a_target_are_dropped_and_the_others_made(tokenizer: Any, 
                 assert torch.equal(found[name], wanted[name])
             assert_close(found[name], wanted[name], case.before[name], 2e-2)
     first = case.editor("memit", about, batch_size=1, steps=2).edit([edits[3], *good])
-    assert first.delta.metadata["config"]["lr"] > 0  # of the first batch that has one
+    assert first.delta.metadata["config"]["lr"] > 0  # of those that have states
     first.revert()
     with pytest.raises(EditError, match="no edit has a target"):
         case.editor("memit", about, batch_size=1, steps=2).edit([edits[1], edits[3]])

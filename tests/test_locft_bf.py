@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
@@ -644,6 +645,19 @@ def test_contexts_are_written_without_dropout(tokenizer: Any) -> None:
     model.train()
     assert contexts.sample_contexts(topology(model), tokenizer, 10, seed=1) == texts
     assert all(part.training for part in model.modules())
+
+
+def test_contexts_follow_neither_the_model_s_generation_config_nor_an_eos(tokenizer: Any) -> None:
+    """What a chat checkpoint ships; and a tokenizer that ends every text."""
+    model, ended = tiny_model("llama"), copy.deepcopy(tokenizer)
+    texts = contexts.sample_contexts(topology(model), tokenizer, 10, seed=1)
+    ended.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    assert ended("The").input_ids[-1] == ended.eos_token_id
+    assert contexts.sample_contexts(topology(model), ended, 10, seed=1) == texts
+    own = model.generation_config
+    own.num_beams, own.repetition_penalty, own.suppress_tokens = 2, 5.0, list(range(20, 60))
+    assert contexts.sample_contexts(topology(model), tokenizer, 10, seed=1) == texts
+    assert model.generation_config is own
 
 
 def test_batch_size_is_the_published_one_and_keeps_30_steps() -> None:

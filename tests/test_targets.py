@@ -385,7 +385,9 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
         run(EditRequest("w10 w11", "w12"))
     with pytest.raises(RequestError, match=r"^edit x: prompt and target take 70 tokens"):
         run(EditRequest("w10 " * 70, "w12", "w10", id="x"))
-    with pytest.raises(RequestError, match=r"^edit x: prompt and target take 66 tokens"):
+    with pytest.raises(
+        RequestError, match=r"^edit x, behind the context 'w13 .* {}': prompt and target take 66 tokens"
+    ):
         run(EditRequest("w10 " * 60, "w12", "w10", id="x"), contexts=["w13 {}", "w13 w13 w13 w13 w13 w13 {}"])
     with pytest.raises(ConfigError, match=r"the context 'w13 \{\} \{\}' needs exactly one"):
         run(good, contexts=["w13 {} {}"])

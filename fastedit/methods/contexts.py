@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from fastedit.models import Topology
-from fastedit.models.topology import eval_mode
+from fastedit.models import Topology, generate_by
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
@@ -24,6 +23,7 @@ def sample_contexts(topology: Topology, tokenizer: Any, n: int, *, seed: int, n_
     device = topology.device
     sampling = GenerationConfig(
         do_sample=True,
+        num_beams=1,
         top_k=5,
         top_p=1.0,
         temperature=1.0,
@@ -33,11 +33,13 @@ def sample_contexts(topology: Topology, tokenizer: Any, n: int, *, seed: int, n_
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     texts: list[list[str]] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), eval_mode(model):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for opening in _OPENINGS:
-            ids = tokenizer(opening, return_tensors="pt").input_ids.to(device)
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=sampling)
+            ids = tokenizer(opening)["input_ids"]
+            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+                ids.pop()
+            out = generate_by(model, sampling, torch.tensor([ids], device=device))
             texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
     return [" ".join(text.split()).rstrip(".") + "." for text in mixed]

@@ -120,11 +120,14 @@ class KeyWalk:
         assert keys is not None
         return self._finite(keys, f"keys at layer {self.layer}")
 
-    def outputs(self, layer: int, module: str = "block") -> Tensor:
+    def outputs(self, layer: int, module: str = "block", *, finite: bool = True) -> Tensor:
         """What a module of block ``layer`` (the current one or a later) gives at the subject in the bare prompt.
 
         Returns:
             [N, width] fp32.
+
+        Raises:
+            EditError: some are not ``finite``, and should be; names the edits.
         """
         _, found = self._topology.resolve(layer, module)
         seen = []
@@ -132,7 +135,8 @@ class KeyWalk:
             rows, hidden = self._batch(select)
             with self._own(select):
                 seen.append(observe(self._topology, hidden, rows, self.layer, found, output=True).float())
-        return self._finite(torch.cat(seen), f"outputs of {module} {layer}")
+        outputs = torch.cat(seen)
+        return self._finite(outputs, f"outputs of {module} {layer}") if finite else outputs
 
     def close(self) -> None:
         """Free the prefix cache."""

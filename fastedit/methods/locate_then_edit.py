@@ -6,7 +6,6 @@ distribution the objective's update of one projection.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,9 +21,10 @@ from fastedit.methods.keys import KeyWalk
 from fastedit.methods.objectives import Equality, LeastSquares, NullSpace, Objective, null_space
 from fastedit.methods.plan import LocateThenEditConfig, Plan, resolve
 from fastedit.methods.subjects import BARE, named, subject_ends
+from fastedit.methods.target_loop import relative_lr
 from fastedit.methods.target_store import TargetStore
 from fastedit.methods.targets import Targets, find_targets, target_samples
-from fastedit.models import Budget, LowRank, Topology, Update, add_
+from fastedit.models import Budget, LowRank, Topology, Update, add_, no_autocast
 from fastedit.models.per_sample import Factors
 from fastedit.ops import DependentKeysError
 from fastedit.statistics import load_covariance, load_factor, require_statistics
@@ -34,6 +34,7 @@ Write = Callable[[int, Tensor, Callable[[], Tensor]], Factors | None]
 factors of one update an edit (`per_sample_updates`), which then count for that edit alone."""
 
 
+@no_autocast
 def locate_then_edit(
     topology: Topology,
     tokenizer: Any,
@@ -62,15 +63,17 @@ def locate_then_edit(
     weights = _Weights(layers, plan.config.on_duplicates)
     size = len(edits) if plan.config.batch_size == "auto" else int(plan.config.batch_size)
     losses: list[float] = []
+    if plan.target.lr is None and size < len(edits):  # or the first batch would decide for all
+        plan = plan.with_lr(_lr_of_all(topology, tokenizer, edits, plan))
     notes, dropped = dict.fromkeys([*plan.notes, *said]), list[int]()
     try:
         try:
             for first in range(0, len(edits), size):
                 batch = edits[first : first + size]
                 targets = find_or_load(topology, tokenizer, batch, plan, contexts, store, progress)
-                if plan.target.lr is None and math.isfinite(targets.lr):
+                if plan.target.lr is None:
                     plan = plan.with_lr(targets.lr)
-                    notes[plan.notes[-1]] = None
+                    notes |= dict.fromkeys(plan.notes)
                 kept = [i for i in range(len(batch)) if i not in targets.dropped]
                 if kept:
                     chosen, z = [batch[i] for i in kept], targets.z[kept]
@@ -95,6 +98,7 @@ def locate_then_edit(
     return MethodResult(updates, originals, asdict(plan.config), losses, list(notes), keys, tuple(dropped))
 
 
+@no_autocast
 def locate_then_edit_each(
     topology: Topology,
     tokenizer: Any,
@@ -115,7 +119,7 @@ def locate_then_edit_each(
     contexts = make_contexts(topology, tokenizer, plan.config)
     store = target_store(topology, plan.config, layers)
     targets = find_or_load(topology, tokenizer, edits, plan, contexts, store, progress)
-    if plan.target.lr is None and math.isfinite(targets.lr):
+    if plan.target.lr is None:
         plan = plan.with_lr(targets.lr)
     kept = [i for i in range(len(edits)) if i not in targets.dropped]
     factors: dict[str, Factors] = {}
@@ -291,6 +295,13 @@ def walk_layers(
             factors = write(layer, walk.keys(config.module), residuals)
             if factors is not None:
                 walk.updates[topology.resolve(layer, config.module)[1]] = factors
+
+
+def _lr_of_all(topology: Topology, tokenizer: Any, edits: Sequence[Edit], plan: Plan) -> float:
+    """The targets' rate by the states of all edits in the model as it is."""
+    site = "down_proj" if plan.config.site == "mlp" else "block"
+    with KeyWalk(topology, tokenizer, edits, plan.z_layer, budget=_budget(plan.config)) as walk:
+        return relative_lr(walk.outputs(plan.z_layer, site, finite=False))
 
 
 def _budget(config: LocateThenEditConfig) -> Budget:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from fastedit.errors import ConfigError, EditError, ModelError, RequestError
+from fastedit.errors import ConfigError, EditError, ModelError
 from fastedit.methods.base import Edit, MethodResult, Progress, no_progress
 from fastedit.methods.contexts import sample_contexts
 from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
+from fastedit.methods.subjects import behind, name_of
 from fastedit.methods.trainer import Trainer, only_trainable
-from fastedit.models import Budget, PrefixCache, Samples, Topology, tokenize
+from fastedit.models import Budget, PairError, PrefixCache, Samples, Topology, no_autocast, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ def batch_size_for(n_edits: int) -> int:
     return max(1, min(100, n_edits // 30))
 
 
+@no_autocast
 def locft_bf(
     topology: Topology,
     tokenizer: Any,
@@ -153,13 +154,11 @@ def prepare(
     pairs = _augmented(topology, tokenizer, edits, config)
     try:
         samples = tokenize(tokenizer, pairs, append_eos=True, max_length=topology.context_length)
-    except RequestError as error:
-        place = re.match(r"pair (\d+)", str(error))
-        if place is None:
-            raise
-        i = int(place[1])
-        i = i if i < len(edits) else (i - len(edits)) // config.augment
-        raise RequestError(f"edit {edits[i].id or i}" + str(error)[place.end() :]) from None
+    except PairError as error:
+        i, context = error.pair, ""
+        if i >= len(edits):
+            i, context = (i - len(edits)) // config.augment, pairs[i][0]
+        raise behind(name_of(edits[i], i), context, error) from None
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     done = 0
 

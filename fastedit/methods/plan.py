@@ -130,7 +130,9 @@ class Plan:
         return self.places[-1][0]
 
     def with_lr(self, lr: float) -> Plan:
-        """The same with the rate that the first batch of targets was given, for the others and for the record."""
+        """The same with a rate by the edits' states, for the record too; as it is where they are not finite."""
+        if not math.isfinite(lr):
+            return self
         note = f"lr {lr:.3g} (no preset for this model: half the root mean square of a typical state)"
         config, target = replace(self.config, lr=lr), replace(self.target, lr=lr)
         return replace(self, config=config, target=target, notes=[*self.notes, note])

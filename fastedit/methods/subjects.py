@@ -8,6 +8,7 @@ from typing import Any
 
 from fastedit.errors import ConfigError, RequestError
 from fastedit.methods.base import Edit
+from fastedit.models import PairError
 
 BARE = "{}"
 """The template that leaves a prompt as it is."""
@@ -24,6 +25,15 @@ def named(edits: Sequence[Edit], places: Sequence[int], shown: int = 10) -> str:
     """Names of the edits at these places, the first ones if they are many."""
     names = ", ".join(name_of(edits[i], i) for i in places[:shown])
     return names + (f" and {len(places) - shown} more" if len(places) > shown else "")
+
+
+def behind(name: str, context: str, error: PairError) -> RequestError:
+    """The error of an edit whose texts, behind a context or ("") alone, cannot be tokenized."""
+    remedy = error.remedy
+    if context:
+        name += f", behind the context {context[:60]!r}"
+        remedy = "shorten the prompt, or take shorter contexts, or none"
+    return RequestError(f"{name}: {error.reason}; {remedy}")
 
 
 def subject_ends(edits: Sequence[Edit]) -> tuple[list[int], list[str]]:

@@ -73,6 +73,11 @@ class TargetConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
 
 
+def relative_lr(h0: Tensor) -> float:
+    """Adam's rate where none is given, from the states [N, h] of the edits; NaN where none is finite."""
+    return RELATIVE_LR * float(h0.norm(dim=1).nanmedian()) / math.sqrt(h0.shape[1])
+
+
 @dataclass
 class _State:
     """What belongs to each of the F edits in flight; all on the model's device."""
@@ -137,8 +142,7 @@ class TargetLoop:
         if config.site == "mlp":  # the output of the MLP is that of its last projection, also where it is no module
             self.site = topology.resolve(z_layer, "down_proj")[1]
         self.h0 = self._initial_states()
-        typical = self.h0.norm(dim=1).nanmedian().item() / math.sqrt(topology.hidden_size)
-        self.lr = RELATIVE_LR * typical if config.lr is None else config.lr
+        self.lr = relative_lr(self.h0) if config.lr is None else config.lr
         self.z = self.h0.clone()
         self.loss, self.probability = (self.h0.new_full((n,), torch.nan) for _ in range(2))
         self.steps = torch.zeros(n, dtype=torch.int64, device=self.device)

@@ -7,7 +7,6 @@ A vector δ, added to the output of one block (MEMIT, arXiv 2210.07229, section 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastedit.errors import ConfigError, RequestError
+from fastedit.errors import ConfigError
 from fastedit.methods.base import Edit, Progress, no_progress
 from fastedit.methods.keys import subject_samples
-from fastedit.methods.subjects import BARE, in_templates, last_tokens, name_of, named, subject_ends
+from fastedit.methods.subjects import BARE, behind, in_templates, last_tokens, name_of, named, subject_ends
 from fastedit.methods.target_loop import RELATIVE_LR, TargetConfig, TargetLoop
-from fastedit.models import Budget, PrefixCache, Samples, Topology, tokenize
+from fastedit.models import Budget, PairError, PrefixCache, Samples, Topology, tokenize
 
 __all__ = ["RELATIVE_LR", "TargetConfig", "Targets", "find_targets", "target_samples"]
 
@@ -110,12 +109,9 @@ def target_samples(
     pairs = [(text, edits[i % n].target) for i, text in enumerate(texts)]
     try:
         rewriting = tokenize(tokenizer, pairs, append_eos=False, max_length=topology.context_length)
-    except RequestError as error:
-        place = re.match(r"pair (\d+)", str(error))
-        if place is None:
-            raise
-        i = int(place[1]) % n
-        raise RequestError(name_of(edits[i], i) + str(error)[place.end() :]) from None
+    except PairError as error:
+        context, i = divmod(error.pair, n)
+        raise behind(name_of(edits[i], i), contexts[context - 1] if context else "", error) from None
     _, last = last_tokens(tokenizer, [f"{prompt} {target}" for prompt, target in pairs], places)
     # nothing behind the subject is read in these rows: they end there
     subjects = [str(edit.subject) for edit in edits]

@@ -2,14 +2,15 @@
 
 from fastedit.models.fingerprint import checksum, fingerprint
 from fastedit.models.frozen import FrozenPart
+from fastedit.models.generation import generate_by
 from fastedit.models.low_rank import LowRank, Update, add_
 from fastedit.models.partial import BlockCalls, HeldTokens, at_tokens, observe
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix import Override, PrefixCache, full, in_passes, pass_tokens, resume
 from fastedit.models.token_states import Budget, free_bytes
-from fastedit.models.tokens import Rows, Samples, pack, tokenize
-from fastedit.models.topology import Topology, topology
+from fastedit.models.tokens import PairError, Rows, Samples, pack, tokenize
+from fastedit.models.topology import Topology, no_autocast, topology
 
 __all__ = [
     "BlockCalls",
@@ -19,6 +20,7 @@ __all__ = [
     "HeldTokens",
     "LowRank",
     "Override",
+    "PairError",
     "Past",
     "PrefixCache",
     "Rows",
@@ -31,7 +33,9 @@ __all__ = [
     "fingerprint",
     "free_bytes",
     "full",
+    "generate_by",
     "in_passes",
+    "no_autocast",
     "observe",
     "pack",
     "pass_tokens",

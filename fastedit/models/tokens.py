@@ -40,6 +40,14 @@ class Samples:
         return self.offsets.diff()
 
 
+class PairError(RequestError):
+    """A pair that cannot be tokenized: ``pair`` is its place, ``reason`` what is wrong, ``remedy`` what to do."""
+
+    def __init__(self, pair: int, reason: str, remedy: str) -> None:
+        super().__init__(f"pair {pair}: {reason}; {remedy}")
+        self.pair, self.reason, self.remedy = pair, reason, remedy
+
+
 def tokenize(
     tokenizer: Any,
     pairs: Sequence[tuple[str, str]],
@@ -58,8 +66,8 @@ def tokenize(
         max_length: the most tokens the model can read; a sample reads all its tokens but the last.
 
     Raises:
-        RequestError: an empty target, a prompt without tokens (nothing could predict the target), or a
-            sample longer than ``max_length``; the message gives the pair's place in ``pairs``.
+        PairError: an empty target, a prompt without tokens (nothing could predict the target), or a sample longer
+            than ``max_length``.
         ModelError: ``append_eos`` and a tokenizer that has no EOS token.
     """
     eos: int | None = tokenizer.eos_token_id
@@ -75,12 +83,10 @@ def tokenize(
             while end and ids[end - 1] == eos:
                 end -= 1
             if start >= end or not pairs[i][1].strip():
-                raise RequestError(f"pair {i}: the target {pairs[i][1]!r} is empty; give it a text")
+                raise PairError(i, f"the target {pairs[i][1]!r} is empty", "give it a text")
             if start == 0:
-                raise RequestError(
-                    f"pair {i}: the prompt {pairs[i][0]!r} has no tokens, so nothing predicts its target; "
-                    "give it a text"
-                )
+                reason = f"the prompt {pairs[i][0]!r} has no tokens, so nothing predicts its target"
+                raise PairError(i, reason, "give it a text")
             flat += ids[:end]
             if append_eos:
                 flat.append(eos)  # type: ignore[arg-type]  # checked above
@@ -88,10 +94,8 @@ def tokenize(
             starts.append(start)
             n_read = offsets[-1] - offsets[-2] - 1
             if max_length is not None and n_read > max_length:
-                raise RequestError(
-                    f"pair {i}: prompt and target take {n_read} tokens, more than the model's context of "
-                    f"{max_length}; shorten the prompt that begins {pairs[i][0][:60]!r}"
-                )
+                reason = f"prompt and target take {n_read} tokens, more than the model's context of {max_length}"
+                raise PairError(i, reason, f"shorten the prompt that begins {pairs[i][0][:60]!r}")
     return Samples(torch.tensor(flat, dtype=torch.int64), torch.tensor(offsets), torch.tensor(starts).long())
 
 

@@ -8,14 +8,15 @@ projection back to the model's width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
@@ -34,6 +35,8 @@ _VERIFIED = (
     "qwen2",
     "qwen3",
 )
+P = ParamSpec("P")
+R = TypeVar("R")
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
 
 
@@ -55,6 +58,20 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
+
+    Autocast would keep the first cast of a weight that then changes.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +306,8 @@ def topology(model: nn.Module) -> Topology:
     Raises:
         ModelError: an architecture that this package does not support, or a model without the expected parts.
     """
-    inner: Any = next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), None)
+    # torch.compile's wrapper has the attributes of what it wraps
+    inner: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise ModelError(
             f"{type(model).__name__} is no Hugging Face causal language model; load one with "
