@@ -25,6 +25,7 @@ from fastedit import ConfigError, EditError, Editor, EditRequest, ModelError, Re
 from fastedit.collect import collect
 from fastedit.covariance import StreamingCovariance
 from fastedit.delta import WeightDelta
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.objectives import LeastSquares
 from fastedit.methods.plan import LocateThenEditConfig
 from fastedit.methods.targets import Targets
@@ -630,6 +631,30 @@ def test_choices_that_make_no_sense_are_named(case: Case, seed: int) -> None:
     with pytest.raises(ConfigError, match=r"memit has no field 'layer'; its fields: .*layers"):
         case.editor("memit", about, layer=1)
     assert same(case.model, case.before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_target_is_reached_or_it_is_said_that_it_is_not(
+    family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to nothing to preserve. A norm behind the MLP keeps a block's output from following an update."""
+    case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)  # Gemma 2's softmax is fp32 and masks 0/0 in fp64
+    edits = random_edits(2, seed)
+    found: list[Any] = []
+    seek = lte.find_targets
+    monkeypatch.setattr(lte, "find_targets", lambda *args, **named: found.append(seek(*args, **named)) or found[-1])
+    config: dict[str, Any] = {"statistics": str(case.folder), "n_contexts": 0, "cov_weight": 1e-9, "steps": 5}
+    for layers, options in (((1,), {"distribution": "single"}), ((0, 1), {})):
+        editor = Editor(case.model, tokenizer, "memit", layers=layers, **config, **options)
+        result = editor.edit(edits)
+        site = result.delta.metadata["config"]["site"]
+        with KeyWalk(editor.topology, tokenizer, edits, 1) as walk:
+            now = walk.outputs(1, "down_proj" if site == "mlp" else "block")
+        z, h0 = found[-1].z, found[-1].h0
+        reached = bool((now - z).norm() < 1e-3 * (z - h0).norm())
+        assert reached != any("targets are reached in part" in note for note in result.notes)
+        assert reached or (len(layers) > 1 and family in ("gemma2", "gemma3", "olmo2", "opt_post_norm"))
+        result.revert()
 
 
 def test_what_was_chosen_is_said(case: Case, seed: int) -> None:

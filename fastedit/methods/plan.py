@@ -39,7 +39,8 @@ class LocateThenEditConfig:
         l2: AlphaEdit's weight of ‖ΔW‖²; None is the preset's.
         null_threshold: eigenvalues of C below it span AlphaEdit's null space; None is the preset's, else the lowest
             quarter of them.
-        site: where a target is sought: the output of the last written block, or of its MLP; None is mlp for rome.
+        site: where a target is sought: the output of the last written block, or of its MLP; None is mlp for rome, and
+            for a single layer of a model with a norm behind its MLPs.
         steps: loss evaluations of a target; None is the preset's.
         lr: Adam's rate for a target; None is the preset's, else half the root mean square of a typical state.
         weight_decay: weight of ‖δ‖/‖h₀‖² in a target's loss; None is the preset's.
@@ -156,7 +157,15 @@ def resolve(topology: Topology, config: LocateThenEditConfig, method: str) -> Pl
         layers = (preset.single,) if single else preset.layers
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
     places = shares(distribution, layers)
-    site = config.site or ("mlp" if rome else "block")
+    behind_norm = config.module == "down_proj" and not topology.mlp_adds
+    site = config.site or ("mlp" if rome or (behind_norm and single) else "block")
+    if behind_norm and site == "block":
+        notes.append(
+            "a norm stands behind down_proj in this model, so that no update moves a block's output by its whole "
+            "residual: targets are reached in part; distribution single with site mlp reaches them"
+        )
+    elif behind_norm and not rome and config.site is None:
+        notes.append("site mlp (a norm stands behind down_proj in this model)")
     if site == "mlp" and len(places) > 1:
         raise ConfigError("site mlp is one layer's MLP, but the edit is distributed over several; take site block")
     for layer, _ in places:

@@ -234,6 +234,29 @@ class Topology:
         # equal shapes run equal kernels and a masked token weighs exactly 0: no tolerance is needed
         return torch.equal(one[0, 1], other[0, 1]), tuples
 
+    @cached_property
+    def mlp_adds(self) -> bool:
+        """Whether the residual stream behind a block moves as the output of its ``down_proj`` does.
+
+        It does not where a norm stands between (Gemma 2 and 3, OLMo 2) or behind the sum (some OPT). Measured once, in
+        block 0.
+        """
+        tokens = [self.config.vocab_size // 4]
+        before = self._hidden(self._first_block(tokens))
+        shift = before.new_ones(self.hidden_size) * before.square().mean().sqrt()
+        shift[::2] *= -1
+        handle = self.resolve(0, "down_proj")[1].register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))
+        try:
+            moved = self._hidden(self._first_block(tokens)) - before
+        finally:
+            handle.remove()
+        return bool((moved - shift).norm() < 0.1 * (moved + shift).norm())
+
+    def _hidden(self, output: Any) -> Tensor:
+        """The hidden states in fp32 among what a block returns."""
+        hidden: Tensor = output[0] if self.blocks_return_tuples else output
+        return hidden.float()
+
     @torch.no_grad()
     def _first_block(self, tokens: list[int]) -> Any:
         """What block 0 returns for a row of tokens that are a sequence each."""
