@@ -20,7 +20,7 @@ bench: $(VENV)/.installed
 
 # no network: torch, nvcc and what pyproject.toml names are taken from where $(PYTHON) finds them
 gpu-install:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	FASTEDIT_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 gpu-test: gpu-install
 	$(PYTHON) -m pytest $$(grep -li cuda tests/test_*.py)

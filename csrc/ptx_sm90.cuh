@@ -29,11 +29,13 @@ __device__ inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// an arrival at the barrier of the same address in block `rank` of the cluster
+// an arrival at the barrier of the same address in block `rank` of the cluster. It and the wait below have the scope of
+// the block: with the cluster's, ptxas waits for all of the GPU's memory and empties L1, for stores that there are none
+// of, since copies bring the data and products, ended by their wait, read it
 __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
         "r"(rank)
         : "memory");
 }
@@ -42,7 +44,7 @@ __device__ inline void barrier_arrive(uint32_t barrier, uint32_t rank) {
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
     uint32_t over;
     do asm volatile(
-        "{\n.reg .pred over;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], %2;\n"
+        "{\n.reg .pred over;\nmbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
         "selp.b32 %0, 1, 0, over;\n}"
         : "=r"(over)
         : "r"(barrier), "r"(parity)

@@ -16,7 +16,7 @@
 namespace fastedit {
 namespace {
 
-constexpr uint32_t kLargest = (127 + 58) << 23;    // 2⁵⁸ as bits; kChunk of its squares sum to a finite number
+constexpr uint32_t kLargest = (127 + 57) << 23;    // 2⁵⁷ as bits: 8,192 of its squares sum to a finite number
 constexpr int64_t kRowsPerTask = 32;               // scanned or packed
 constexpr int64_t kBlocksPerTask = 4;              // of PANEL × PANEL sums
 constexpr int64_t kProductsPerThread = 1 << 22;    // about as long as starting the thread takes, ten times over

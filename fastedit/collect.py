@@ -113,7 +113,7 @@ def collect(
     moments = {layer: _start(topology, layer, settings, whole) for layer in layers}
     part, share = whole, max_tokens
     if world > 1:
-        if any(moment.count for moment in moments.values()):  # summed up when all had finished
+        if all(moment.count for moment in moments.values()):  # summed up when all had finished
             return _finished(moments, max_tokens, whole)
         part = None if whole is None else whole / f"part-{rank}-of-{world}"
         share = None if max_tokens is None else -(-max_tokens // world)
@@ -194,18 +194,23 @@ class _Run:
                 half, halves = self.count, self._means()
             elif half and self.count >= 2 * half:
                 means = self._means()
-                found = Doubling(self.count, *_difference(halves, means))
+                found = self._known() or Doubling(self.count, *_difference(halves, means))
                 report(found)
                 half, halves = self.count, means
                 small = found.change <= tolerance[0] and found.subspace <= tolerance[1]
                 converged = small and self.count >= 10 * widest
                 for moment in self.moments.values():
-                    moment.metadata |= {"doublings": [*moment.metadata.get("doublings", []), asdict(found)]}
-                    moment.metadata |= {"converged": converged}
+                    before = [d for d in moment.metadata.get("doublings", []) if d["tokens"] < self.count]
+                    moment.metadata |= {"doublings": [*before, asdict(found)], "converged": converged}
                 self.save()
                 if converged:
                     return
         self.save()
+
+    def _known(self) -> Doubling | None:
+        """What a run that was cut off while it saved this doubling had found: its first layers are ahead."""
+        noted = (d for moment in self.moments.values() for d in moment.metadata.get("doublings", []))
+        return next((Doubling(**d) for d in noted if d["tokens"] == self.count), None)
 
     def save(self) -> None:
         """Write the sums that have changed since they were written."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS
 from tiny_models import FAMILIES, tiny_model
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from transformers import PreTrainedTokenizerFast
 
 from fastedit.collect import Doubling, collect
@@ -241,22 +242,70 @@ def test_a_converging_run_that_was_interrupted_stops_at_the_same_place(
     assert again[1].metadata == whole[1].metadata
 
 
-def _process(rank: int, port: int, documents: list[str], directory: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("cut_off", [1, 3])
+def test_a_converging_run_that_was_cut_off_between_the_files_of_two_layers(
+    cut_off: int, seed: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, documents = parts_of(), make_documents(seed, 3000, longest=9)
+    given: dict[str, Any] = {"batch_tokens": 96, "row_tokens": ROW, "until_converged": True, "tolerance": (0.08, 0.05)}
+    whole = collect(parts, tokenizer, documents, [0, 1], **given)
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamingCovariance, "save", cut_off_after(cut_off))
+        with pytest.raises(Interrupted):
+            collect(parts, tokenizer, documents, [0, 1], **given, directory=tmp_path)
+    again = collect(parts, tokenizer, documents, [0, 1], **given, directory=tmp_path)
+    for layer, moment in whole.items():
+        assert again[layer].count == moment.count
+        assert torch.equal(again[layer].finalize(), moment.finalize())
+        assert again[layer].metadata == moment.metadata
+
+
+def cut_off_after(n: int, directory: Path | None = None) -> Callable[..., None]:
+    """StreamingCovariance.save, cut off at the n-th file, of those in the directory."""
+    save, done = StreamingCovariance.save, 0
+
+    def function(moment: StreamingCovariance, path: Path) -> None:
+        nonlocal done
+        if directory in (None, path.parent):
+            if done == n:
+                raise Interrupted
+            done += 1
+        save(moment, path)
+
+    return function
+
+
+def _process(
+    rank: int, port: int, documents: list[str], directory: Path, tokenizer: Any, cut_off: int | None = None
+) -> None:
     torch.set_num_threads(1)
+    if cut_off is not None:
+        StreamingCovariance.save = cut_off_after(cut_off, directory)  # type: ignore[method-assign]
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     found = collect(parts_of(), tokenizer, documents, [0, 1], **SMALL, directory=directory)
     found[1].save(directory / f"of-{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_share_the_documents_and_sum_up_once(seed: int, tokenizer: Any, tmp_path: Path) -> None:
-    documents = make_documents(seed, 61)
+def in_two_processes(*args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(
-        _process, (port, documents, tmp_path, tokenizer), nprocs=2, start_method="fork"
-    )  # spawned ones would import everything anew
+    # spawned ones would import everything anew
+    torch.multiprocessing.start_processes(_process, (port, *args), nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("cut_off", [None, 1])
+def test_two_processes_share_the_documents_and_sum_up_once(
+    cut_off: int | None, seed: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Also when the first attempt is cut off while the sums of both are written."""
+    documents = make_documents(seed, 61)
+    if cut_off is not None:
+        with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+            in_two_processes(documents, tmp_path, tokenizer, cut_off)
+        assert len(list(tmp_path.glob("*.safetensors"))) == cut_off
+    in_two_processes(documents, tmp_path, tokenizer)
     alone = collect(parts_of(), tokenizer, documents, [1], **SMALL)[1]
     names = ("1.down_proj.safetensors", "of-0.safetensors", "of-1.safetensors")
     files = [StreamingCovariance.load(tmp_path / name) for name in names]

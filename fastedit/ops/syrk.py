@@ -17,8 +17,8 @@ from fastedit.ops.registry import Backend, Call, Option, choose, register
 
 CHUNK = 1024
 """Rows whose products are summed in fp32 before they are promoted into the fp64 total."""
-LARGEST = 2.0**58
-"""Largest magnitude of a row: CHUNK squares of it still sum to a finite fp32 number."""
+LARGEST = 2.0**57
+"""Largest magnitude of a row: the squares of 8,192 rows, the most that a GPU sums in fp32, are still finite."""
 _BLOCK = 1024
 _NOT_BUILT = "the extension fastedit._C is not built"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,8 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "
     wgmma = instruction == "wgmma" or (instruction == "auto" and _has_wgmma(rows.device))
     padded = -(-d // 8) * 8
     if rows.dtype != torch.float32 and (rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16):
-        rows = pad(rows, (0, padded - d)).contiguous()  # 16 bytes at a time are copied
+        # 16 bytes at a time are copied; a single row would count as contiguous whatever its stride
+        rows = pad(rows, (0, padded - d)).clone(memory_format=torch.contiguous_format)
     elif rows.stride(1) != 1:
         rows = rows.contiguous()
     mask = mask if mask is None else mask.contiguous()
@@ -144,7 +145,8 @@ def _extension() -> Any:
 
 
 def _has_wgmma(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _extension().cuda_architectures
+    built = getattr(_extension(), "cuda_architectures", ())
+    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in built
 
 
 def _no_cpp(call: Call) -> str | None:
