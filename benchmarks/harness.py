@@ -203,7 +203,7 @@ class Suite:
         room = torch.cuda.mem_get_info(self.device)[0] // (3 * held)
         sets = [inputs, *(setup() for _ in range(min(_MOST_SETS - 1, math.ceil(2 * cache / held), room)))]
         # read, not written: lines that are dirty would be written back on somebody else's time
-        flush = torch.ones(4 * cache // 4, device=self.device)
+        flush = torch.ones(16 * cache // 4, device=self.device)
         for call in calls.values():
             for some in sets:
                 call(*some)

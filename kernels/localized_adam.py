@@ -177,8 +177,8 @@ def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, target: GPUTar
     """The tiles for products of this dtype on a target; None is the interpreter.
 
     128 × 128 on eight warps: D takes 64 registers a thread, and an eighth of w, m and v beside it fits in the 128 that
-    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `whole`: M
-    and N are multiples of 16; otherwise it would spill.
+    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `whole`: M,
+    N, the distances of rows and all addresses are multiples of 16, and columns lie side by side; else it would spill.
     fp32 has no tensor cores on NVIDIA's: half the tile on four warps, 8 × 8 products a thread.
     """
     if target is None:
@@ -223,7 +223,9 @@ def localized_adam_(
     interpreted = triton.knobs.runtime.interpret
     if config is None:
         target = None if interpreted else triton.runtime.driver.active.get_current_target()
-        config = config_for(a.dtype, allow_tf32, M % 16 == N % 16 == 0, target)
+        given = [x for x in (a, b, weight, exp_avg, exp_avg_sq, copy, original) if x is not None]
+        laid = all(x.stride(1) == 1 and x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in given)
+        config = config_for(a.dtype, allow_tf32, laid and M % 16 == N % 16 == 0, target)
     meta = {name: value for name, value in config._asdict().items() if value is not None}
     rows = [0 if x is None else x.stride(0) for x in (weight, exp_avg, exp_avg_sq, copy, original)]
     logs = [math.log(beta) if beta else -math.inf for beta in betas]
