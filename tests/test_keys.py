@@ -36,12 +36,18 @@ def random_edits(n: int, seed: int) -> list[EditRequest]:
     return edits
 
 
+def last_of_subject(tokenizer: Any, edit: EditRequest, template: str = "{}") -> int:
+    """Index of the token where the subject's last occurrence in the prompt ends, in words."""
+    words, subject = edit.prompt.split(), (edit.subject or "").split()
+    ends = [i for i in range(len(words) + 1) if words[max(0, i - len(subject)) : i] == subject]
+    return len(tokenizer(" ".join([template.split("{}")[0], *words[: ends[-1]]])).input_ids) - 1
+
+
 def at_subject(
     model: nn.Module, module: nn.Module, tokenizer: Any, edit: EditRequest, template: str, *, output: bool = False
 ) -> Tensor:
     """What enters or leaves a module at the subject's last token: the whole model on the whole prompt, alone."""
-    text = template.format(edit.prompt)
-    place = len(tokenizer(text[: text.rindex(edit.subject) + len(edit.subject)]).input_ids) - 1
+    text, place = template.format(edit.prompt), last_of_subject(tokenizer, edit, template)
     seen = []
     if output:
         handle = module.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))

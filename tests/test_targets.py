@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_keys import random_edits
+from test_keys import last_of_subject, random_edits
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
@@ -42,10 +42,11 @@ def one_at_a_time(model: nn.Module, module: nn.Module, tokenizer: Any, edit: Edi
     target = tokenizer(edit.target).input_ids
     rows = []
     for template in ("{}", *CONTEXTS, None):
-        text = f"{edit.subject} is a" if template is None else template.format(edit.prompt)
-        ids = tokenizer(text).input_ids + ([] if template is None else target[:-1])
-        head = text[: text.rindex(edit.subject) + len(edit.subject)]
-        rows.append((torch.tensor([ids]), len(tokenizer(head).input_ids) - 1))
+        if template is None:
+            rows.append((torch.tensor([tokenizer(f"{edit.subject} is a").input_ids]), len(edit.subject.split()) - 1))
+        else:
+            ids = tokenizer(template.format(edit.prompt)).input_ids + target[:-1]
+            rows.append((torch.tensor([ids]), last_of_subject(tokenizer, edit, template)))
     delta: Any = None
     first: list[Tensor] = []
 
@@ -249,10 +250,9 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest
     assert tokens[0] == tokens[1]  # once each
     before, behind = 0, 0  # tokens of the rows in front of the subject's last, and from there on
     for edit in edits:
-        end = edit.prompt.rindex(edit.subject or "") + len(edit.subject or "")
-        behind += len(edit.prompt[end:].split()) + len(edit.target.split())
-        name = len((edit.subject or "").split()) - 1
-        before += 4 * name + 3 * len(edit.prompt[: end - len(edit.subject or "")].split())
+        end, name = last_of_subject(tokenizer, edit), len((edit.subject or "").split()) - 1
+        behind += len(edit.prompt.split()) - 1 - end + len(edit.target.split())
+        before += name + 3 * end
         before += sum(len(context.split()) - 1 for context in CONTEXTS)
     assert tokens[2] == before + (3 * behind + 6) * CONFIG.steps  # of the KL row one token
     n_targets = 3 * sum(len(edit.target.split()) for edit in edits)
@@ -353,8 +353,9 @@ def test_the_model_stays_as_it_is(tokenizer: Any, seed: int, monkeypatch: pytest
     edits = random_edits(3, seed)
     for config in CONFIGS.values():
         with torch.no_grad():
-            targets = find_targets(topology(model), tokenizer, edits, Z_LAYER, config, contexts=CONTEXTS)
-        assert targets.steps.any()
+            sought = replace(config, stop_loss=0.0)
+            targets = find_targets(topology(model), tokenizer, edits, Z_LAYER, sought, contexts=CONTEXTS)
+        assert targets.steps.all()
         assert attributes() == expected
 
     def fail(*_: Any, **__: Any) -> None:
