@@ -33,14 +33,15 @@ ADAM = {
     "cuda": [(4096, 14336, 512, "bfloat16"), (4096, 14336, 2048, "bfloat16"), (4096, 14336, 128, "float32")],
     "cpu": [(512, 1792, 256, "float32")],
 }
-# (groups, N, d, h, dtype)
+# (groups, N, d, h, dtype); fewer groups show from where on the kernel is the faster one
 SOLVES = {
-    "cuda": [(256, n, 4096, 4096, dtype) for dtype in ("float64", "float32") for n in (16, 32, 64, 128)],
+    "cuda": [(256, n, 4096, 4096, dtype) for dtype in ("float64", "float32") for n in (16, 32, 64, 128)]
+    + [(groups, n, 4096, 4096, "float64") for groups in (4, 32) for n in (16, 64)],
     "cpu": [(16, 16, 256, 256, "float64"), (16, 64, 256, 256, "float64")],
 }
 # (rows, h, vocabulary, dtype)
 CROSS_ENTROPY = {
-    "cuda": [(rows, 4096, 128_256, "bfloat16") for rows in (128, 512, 2048)],
+    "cuda": [(rows, 4096, 128_256, "bfloat16") for rows in (32, 128, 512, 2048)],
     "cpu": [(128, 512, 50_304, "float32")],
 }
 
