@@ -1,6 +1,6 @@
 """The command line: `fastedit edit | evaluate | demo | locate | covariance | env`, also `python -m fastedit`.
 
-Exit codes: 0 it worked; 1 an edit failed while it ran, or Ctrl-C; 2 bad usage or bad input, told in one line
+Exit codes: 0 it worked; 1 it failed while it ran, or Ctrl-C; 2 bad usage or bad input, told in one line
 on stderr. torch, transformers and matplotlib are imported inside commands only, so that `--help` is quick.
 """
 
@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,19 +26,22 @@ from typer.core import TyperGroup
 from fastedit.bars import Bars
 from fastedit.cli_common import (
     Dtype,
-    check_files,
-    check_folder,
+    check_backend,
     documents_of,
     edit_all,
+    inputs_of,
+    interruption,
     load,
     measure,
     ranges,
+    requests_of,
     save,
     show,
     summary,
 )
-from fastedit.errors import ConfigError, EditError, FastEditError, ModelError
-from fastedit.flags import config_flags, spelled_out
+from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
+from fastedit.files import check_directory, check_file, check_writable
+from fastedit.flags import LARGEST, config_flags, spelled_out
 
 
 class _Group(TyperGroup):
@@ -50,6 +54,8 @@ class _Group(TyperGroup):
             alone = typer.Typer(add_completion=False)
             alone.command(name)(spelled_out(function, config_flags(left_out, methods)))
             command = typer.main.get_command(alone)
+        if command and command.callback:
+            command.callback = _in_known_surroundings(command.callback)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -58,13 +64,22 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             message, code = "interrupted; nothing was written", 1
         except FastEditError as error:
-            message, code = str(error), 1 if isinstance(error, EditError) else 2
+            message, code = str(error), 2 if isinstance(error, (RequestError, ModelError, ConfigError)) else 1
         except Exception as error:
             if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
                 raise
             message, code = f"{error.format_message()} (--help shows an example)", 2
         typer.echo("fastedit: " + " ".join(message.split("\n")), err=True)
         raise typer.Exit(code)
+
+
+def _in_known_surroundings(command: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        check_backend()
+        return command(**given)
+
+    return run
 
 
 app = typer.Typer(
@@ -136,7 +151,6 @@ def edit(
     from fastedit.methods.locate_then_edit import checked_plan
     from fastedit.methods.plan import PAIRS
     from fastedit.models import fingerprint
-    from fastedit.requests import find_conflicts, load_requests
 
     if method not in METHODS:
         raise ConfigError(f"--method {method}: unknown; known methods: {', '.join(METHODS)}")
@@ -146,11 +160,11 @@ def edit(
         if name not in known:
             raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
     config_type(**config)  # refuses values before any work starts
-    edits, documents = load_requests(requests), documents_of(text)
-    check_folder(output, model)
-    conflicts = find_conflicts(edits)
-    if conflicts.conflicts or conflicts.duplicates:
-        typer.echo(str(conflicts), err=True)
+    edits, documents = requests_of(requests), documents_of(text)
+    folders = {name: config.get(name) for name in ("statistics", "targets")}
+    check_directory(output, inputs_of(model, requests=requests, text=text, **folders))
+    if folders["targets"]:
+        check_writable(Path(folders["targets"]))
     editor = load(model, dtype, device, method=method, **config)
     layer, module = config.get("layer"), config.get("module", "block")
     if layer is not None or "." not in module:
@@ -171,6 +185,8 @@ def edit(
         show(report)
     save(output, editor, result, report, checkpoint=not delta_only)
     typer.echo(f"{summary(result)}; written to {output}")
+    if interruption(result):
+        raise typer.Exit(1)
 
 
 def evaluate(
@@ -190,10 +206,11 @@ def evaluate(
 
     Example: fastedit evaluate --model ./Llama-3-8B --delta ./edited/delta.safetensors --requests facts.json
     """
-    from fastedit.requests import load_requests
-
-    edits, documents = load_requests(requests), documents_of(text)
-    check_files(json_file)
+    edits, documents = requests_of(requests), documents_of(text)
+    if json_file:
+        check_file(json_file, inputs_of(model, requests=requests, text=text, delta=delta))
+    if delta and delta.is_dir():
+        raise ModelError(f"--delta {delta} is a folder; give its file, such as {delta / 'delta.safetensors'}")
     from fastedit.delta import WeightDelta
     from fastedit.evaluate import compare
 
@@ -216,7 +233,7 @@ def demo(
     n: Annotated[int, typer.Option("--n", min=1, help="Counterfactual edits to make.")] = 500,
     output: Annotated[
         Path | None,
-        typer.Option(help="Also write the edited checkpoint, the delta and the report to this new folder."),
+        typer.Option(help="Also write checkpoint, delta and report to this folder; replaces a checkpoint."),
     ] = None,
     verbose: _Verbose = False,
 ) -> None:
@@ -232,7 +249,7 @@ def demo(
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} holds no model; train it: python -m fastedit.demo.train --output {path}")
     if output:
-        check_folder(output, str(path))
+        check_directory(output, inputs_of(str(path)))
     import torch
 
     from fastedit.demo.world import Draw
@@ -279,7 +296,7 @@ def locate(
     blocks: Annotated[str | None, typer.Option(help="Such as 0-7 or 3,5,8-11; by default all.")] = None,
     modules: Annotated[str, typer.Option(help="Such as down_proj,up_proj.")] = "down_proj",
     sample: Annotated[int, typer.Option(help="Edits to make at each place.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the sample and of the edits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST, help="Of the sample and of the edits.")] = 0,
     text: _Text = None,
     capability: Annotated[
         Path | None, typer.Option(help="File of requests whose targets are known already and should stay so.")
@@ -299,9 +316,13 @@ def locate(
     from fastedit.requests import load_requests
 
     wanted = None if blocks is None else ranges(blocks)
-    edits, documents = load_requests(requests), documents_of(text)
+    edits, documents = requests_of(requests), documents_of(text)
     known = [(r.prompt, r.target) for r in load_requests(capability)] if capability else []
-    check_files(picture, json_file)
+    inputs = inputs_of(model, requests=requests, text=text, capability=capability)
+    for name, path in (("the output of --picture", picture), ("the output of --json", json_file)):
+        if path:
+            check_file(path, inputs)
+            inputs[name] = path
     from fastedit import locate as locating
 
     editor = load(model, dtype, device)
@@ -341,7 +362,8 @@ def covariance(
     ] = None,
     module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many; by default at the end of the text.")
+        int | None,
+        typer.Option(min=1, help="Stop with the batch that reaches so many; by default at the end of the text."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
@@ -349,7 +371,9 @@ def covariance(
     until_converged: Annotated[
         bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
     ] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a forward pass.")] = 8192,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a pass, in whole rows of the context (2,048 at most), one at least.")
+    ] = 8192,
     dtype: _DtypeFlag = Dtype.auto,
     device: _Device = None,
     verbose: _Verbose = False,
@@ -364,9 +388,9 @@ def covariance(
 
     wanted = ranges(layers, "--layers")
     collecting.check(text, text_column)
-    if output:
-        check_files(output / "statistics")
     local, world = collecting.processes()
+    if output and not local:  # each process would take away the folders that another one tries
+        check_writable(output)
     editor = load(model, dtype, device or (collecting.device_of(local) if world > 1 else None))
     collecting.collect_statistics(
         editor.topology,

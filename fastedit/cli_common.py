@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+import typer
 from rich.console import Console, RenderableType
 
 from fastedit.bars import Bars
-from fastedit.errors import ConfigError, ModelError, RequestError
+from fastedit.errors import ConfigError, EditError, ModelError, RequestError
+from fastedit.files import replacing_directory
+from fastedit.flags import numbers
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor, EditResult
@@ -32,13 +35,36 @@ class Dtype(str, Enum):
 
 def ranges(text: str, flag: str = "--blocks") -> list[int]:
     """Numbers of a list such as 3,5,8-11."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+    try:
+        return numbers(text)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11") from None
+
+
+def check_backend() -> None:
+    """Refuse a backend of the environment that no operation has; the operations look only when they are called."""
+    if "FASTEDIT_BACKEND" not in os.environ:
+        return
+    from fastedit.ops.registry import VARIABLE, Backend
+
+    if (wanted := os.environ[VARIABLE]) not in get_args(Backend):
+        raise ConfigError(f"{VARIABLE}={wanted}: there is no such backend; set one of {', '.join(get_args(Backend))}")
+
+
+def requests_of(path: Path) -> list[EditRequest]:
+    """The edits of a file; tells on stderr what cannot be reached or does not need to be edited."""
+    from fastedit.requests import find_conflicts, load_requests
+
+    edits = load_requests(path)
+    if (found := find_conflicts(edits)).any:
+        typer.echo(str(found), err=True)
+    return edits
+
+
+def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
+    """What a command reads, by its name in messages; a hub name is no path."""
+    found = {"the model": Path(model)} if os.path.isdir(model) else {}
+    return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
 def documents_of(path: Path | None) -> list[str]:
@@ -54,44 +80,6 @@ def documents_of(path: Path | None) -> list[str]:
     if not text.strip():
         raise RequestError(f"{path}: expected text, but it is empty")
     return [text]
-
-
-class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before anything takes effect
-    pass
-
-
-def check_folder(path: Path, model: str) -> None:
-    """Refuse now what `save` would refuse hours later."""
-    from fastedit.files import replacing_directory
-
-    if path.exists() and Path(model).exists() and path.samefile(model):
-        raise ModelError(f"{path} is the model that is edited; give another folder for the edited one")
-    _try(path, replacing_directory)
-
-
-def check_files(*paths: Path | None) -> None:
-    """Refuse now what could not be written at the end."""
-    from fastedit.files import replacing
-
-    for path in filter(None, paths):
-        if path.is_dir():
-            raise ModelError(f"{path} is a folder; give the name of a file")
-        _try(path, replacing)
-
-
-def _try(path: Path, replacing: Callable[[Path], Any]) -> None:
-    created = [parent for parent in path.parents if not parent.exists()]
-    try:
-        with replacing(path):
-            raise _Possible
-    except _Possible:
-        pass
-    except OSError as error:
-        raise ModelError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
 
 
 def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
@@ -135,8 +123,15 @@ def edit_all(editor: Editor, edits: Sequence[EditRequest], bars: Bars) -> EditRe
     return editor.edit(edits)
 
 
+def interruption(result: EditResult) -> str | None:
+    """What was kept of an edit that Ctrl-C ended, such as "kept the first 20 edits"."""
+    return next((note.partition("; ")[2] for note in result.notes if note.startswith("interrupted; ")), None)
+
+
 def summary(result: EditResult) -> str:
     n = len(result.requests)
+    if kept := interruption(result):
+        return f"interrupted after {result.seconds:.1f} s, of {n} edits: {kept}"
     return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"
 
 
@@ -146,14 +141,15 @@ def save(
     """Write checkpoint, delta and report in one folder that appears whole or not at all.
 
     Raises:
-        ModelError: `directory` exists and is no checkpoint; it cannot be written; the disk is full.
+        EditError: `directory` exists by now and is no checkpoint; it cannot be written; the disk is full.
     """
     from safetensors import SafetensorError
 
-    from fastedit.files import replacing_directory
-
     did: dict[str, Any] = dict(result.delta.metadata)
     did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
+    did["interrupted"] = kept = interruption(result)
+    if found := re.fullmatch(r"kept the first (\d+) edits", kept or ""):
+        did["edits"] = int(found[1])
     did["conflicts"], did["duplicates"] = (
         [[result.requests[i].id for i in group] for group in groups]
         for groups in (result.conflicts.conflicts, result.conflicts.duplicates)
@@ -169,5 +165,6 @@ def save(
             result.delta.save(temporary / "delta.safetensors")
             written = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
             (temporary / "report.json").write_text(written, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{directory}: could not be saved: {error}; nothing was written") from error
+    except (OSError, SafetensorError, ModelError) as error:
+        reason = error.__cause__ or error  # of the delta, it is said to have failed already
+        raise EditError(f"{directory}: could not be saved: {reason}; nothing was written") from error

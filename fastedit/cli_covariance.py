@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from fastedit.bars import Bars
-from fastedit.errors import RequestError
+from fastedit.errors import EditError, ModelError, RequestError
+from fastedit.files import check_writable
 
 if TYPE_CHECKING:
     from fastedit.collect import Doubling
@@ -34,8 +35,9 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
     paragraph: list[str] = []
     number = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
+                line.encode()  # an error here knows the line, one of the reading would not
                 if column or path.suffix in _JSON_LINES:
                     if line.strip():
                         yield _field(line, name, path, number)
@@ -46,8 +48,8 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
                     paragraph = []
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise RequestError(f"{path}: behind line {number} it is not UTF-8; save as UTF-8") from None
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: line {number} is not UTF-8; save as UTF-8") from None
     if paragraph:
         yield "".join(paragraph).strip()
 
@@ -88,17 +90,26 @@ def collect_statistics(
     until_converged: bool,
 ) -> None:
     """Collect, keep in `output` (None: the user's cache) and print what there is now."""
+    from safetensors import SafetensorError
     from torch import distributed
 
     from fastedit.collect import collect
     from fastedit.models import fingerprint
-    from fastedit.statistics import user_directory
+    from fastedit.statistics import statistics_path, user_directory
 
     world = processes()[1]
     if world > 1:
         distributed.init_process_group("nccl" if topology.device.type == "cuda" else "gloo")
     directory = output or user_directory(fingerprint(topology.model))
     speaks = world == 1 or distributed.get_rank() == 0
+    if speaks:
+        check_writable(directory)
+
+    def kept() -> str:
+        names = [statistics_path(topology, "", layer, module).name for layer in layers]
+        if any((folder / name).exists() for folder in (directory, *directory.glob("part-*")) for name in names):
+            return "the same command goes on where the statistics were last saved"
+        return "nothing was saved yet: the same command starts anew, and goes on where it was saved from 5 minutes on"
 
     def report(found: Doubling) -> None:
         typer.echo(
@@ -133,8 +144,12 @@ def collect_statistics(
                 on_doubling=report,
             )
     except KeyboardInterrupt:
-        typer.echo("fastedit: interrupted; the same command goes on where the statistics were last saved", err=True)
+        typer.echo(f"fastedit: interrupted; {kept()}", err=True)
         raise typer.Exit(1) from None
+    except ModelError as error:
+        if not fresh or not isinstance(error.__cause__, (OSError, SafetensorError)):
+            raise
+        raise EditError(f"{directory}: the statistics could not be saved: {error.__cause__}; {kept()}") from error
     finally:
         if world > 1:
             distributed.destroy_process_group()

@@ -6,11 +6,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from fastedit.errors import ModelError
+
+_DELTA = ["delta.safetensors", "report.json"]  # all that `fastedit edit --delta-only` writes
 
 
 @contextmanager
@@ -30,13 +32,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """The same for a folder; only an empty folder or a checkpoint is replaced, with all that it holds.
+    """The same for a folder; an empty one, a checkpoint, or one of a delta and its report is replaced, and no other.
+
+    What the old folder holds is gone then. Those whose inputs may lie in it ask `check_directory` first.
 
     Raises:
         ModelError: `path` is something else: no folder, or one without config.json and safetensors files.
     """
     path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
-    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or not any(path.iterdir()))):
+    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or _names(path) in ([], _DELTA))):
         raise ModelError(f"{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -60,5 +64,84 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
+    """Refuse now a file that `replacing` could not write at the end, or would write over an input.
+
+    Args:
+        inputs: what it is called ("the model") -> file or folder that is read, for messages.
+
+    Raises:
+        ModelError: `path` is one of the inputs or in a folder of them, is no ordinary file, or cannot be written.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # as root, replacing /dev/null would work
+        raise ModelError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file")
+    _refuse_inputs(path, inputs or {})
+    _try(path, replacing, path)
+
+
+def check_directory(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
+    """Refuse now a folder that `replacing_directory` could not write at the end, or would delete an input with.
+
+    Args:
+        inputs: as for `check_file`.
+
+    Raises:
+        ModelError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
+    """
+    _refuse_inputs(path, inputs or {})
+    _try(path, replacing_directory, path)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse now a folder in which no file could be written later, by writing one; nothing is left behind.
+
+    Raises:
+        ModelError: it cannot be made, or not be written.
+    """
+    _try(folder / "trial", replacing, folder)
+
+
+def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:
+    for name, source in inputs.items():
+        if path.resolve() == source.resolve():
+            raise ModelError(f"{path} is {name}; give another place to write to")
+        entries = source.iterdir() if os.path.isdir(source) and os.access(source, os.R_OK) else ()
+        if os.path.isfile(path) and _lies_in(path, source):
+            raise ModelError(f"{path} is a part of {name} {source}; give another file")
+        if any(_lies_in(each, path) for each in (source, *entries)):  # an entry may be a link
+            raise ModelError(f"{path} would be replaced, and {name} {source} lies in it; write to another place")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether it, or what it is a link to, is inside the folder or is it."""
+    places = path.resolve(), path.parent.resolve() / path.name
+    return any(folder.resolve() in (place, *place.parents) for place in places)
+
+
+class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before anything takes effect
+    pass
+
+
+def _try(path: Path, way: Callable[[Path], AbstractContextManager[Path]], named: Path) -> None:
+    created = [parent for parent in path.parents if not os.path.exists(parent)]
+    try:
+        with way(path):
+            raise _Possible
+    except _Possible:
+        pass
+    except OSError as error:
+        file = next((parent for parent in path.parents if os.path.isfile(parent)), None)
+        reason = f"{'it' if file == named else file} is a file" if file else error.strerror
+        raise ModelError(f"{named} cannot be written: {reason}; give another place") from error
+    finally:
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
+
+
 def _is_checkpoint(path: Path) -> bool:
     return (path / "config.json").exists() and any(path.glob("*.safetensors"))
+
+
+def _names(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.iterdir())

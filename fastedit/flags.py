@@ -13,6 +13,19 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+LARGEST = 2**63 - 1  # whole number that torch takes
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers of a list such as 3,5,8-11; ValueError where it is none."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(part)
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
 
 def spelled_out(function: Callable[..., None], flags: Sequence[inspect.Parameter]) -> Callable[..., None]:
     """`function` for typer: its `**config` replaced by `flags`, of which only those given are passed on."""
@@ -59,6 +72,8 @@ def config_flags(left_out: Sequence[str], methods: Sequence[str] | None = None) 
             "help": helps[0] if len(owners) == 1 else "\n\n".join(map(": ".join, zip(owners, helps, strict=True))),
             "rich_help_panel": panel,
         }
+        if tuple[int, ...] in members:
+            more["help"] += " Such as 4-8 or 3,5,8-11."
         flag = f"--{name.replace('_', '-')}"
         annotation: Any
         if bool in members:
@@ -103,7 +118,10 @@ def _parser(members: Sequence[Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         for member in members:
             with suppress(ValueError):
-                return _converted(text, member)
+                value = _converted(text, member)
+                if isinstance(value, int) and abs(value) > LARGEST:
+                    raise typer.BadParameter(f"expected {_metavar(member)} of at most {LARGEST}, got {text}")
+                return value
         expected = " or ".join(map(_metavar, members))
         raise typer.BadParameter(f"expected {expected}, got {text!r}")
 
@@ -114,5 +132,6 @@ def _converted(text: str, member: Any) -> Any:
     if get_origin(member) is Literal:
         return get_args(member)[list(map(str, get_args(member))).index(text)]
     if get_origin(member) is tuple:
-        return tuple(_converted(part, get_args(member)[0]) for part in text.split(","))
+        element = get_args(member)[0]
+        return tuple(numbers(text) if element is int else (_converted(part, element) for part in text.split(",")))
     return member(text)

@@ -6,10 +6,12 @@ same wherever they appear, so one set of tables reads them for every format.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +48,7 @@ _PORTABILITY = ("portability", ("mhop", "mhop_ans"))
 _QUESTION = ("prompt", "loc", "New Question")
 _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 
+_log = logging.getLogger(__name__)
 _SHOWN = 10  # items that a message lists before it only counts the rest
 
 
@@ -102,6 +105,22 @@ class EditRequest:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type.
         """
         return _read(record, where, None)
+
+
+_OWN = [field.name for field in dataclasses.fields(EditRequest)]
+_OPTIONAL = (*_SUBJECT, *_ID, *_TRUE_TARGET, *_PARAPHRASES, *_NEIGHBOURS, *_PORTABILITY)
+_PUBLISHED = {(field if isinstance(field, str) else field[0]).partition(".")[0] for field in _OPTIONAL} - {*_OWN}
+
+
+def _unread(record: Mapping[str, Any]) -> set[str]:
+    """Unknown fields of a record in our own format; the published ones have more than an edit needs."""
+    ours = "prompt" in record and "target" in record and _PUBLISHED.isdisjoint(record)
+    return {str(name) for name in record if name not in _OWN} if ours else set()
+
+
+def _warn(unread: set[str], where: str) -> None:
+    if unread:
+        _log.warning("%s: unknown and not read: %s; known: %s", where, _listed(sorted(unread)), ", ".join(_OWN))
 
 
 def _read(record: Mapping[str, Any], where: str, default_id: str | None) -> EditRequest:
@@ -259,8 +278,9 @@ def _pair_up(prompts: Any, answers: Any, field: str) -> Iterator[Pair]:
 
 
 def load_requests(path: AnyPath) -> list[EditRequest]:
-    """Reads a UTF-8 file of edit requests: a JSON array of records or JSON Lines, formats mixed at will.
+    """Reads a UTF-8 file of edit requests: a JSON array of records, JSON Lines or one record, formats mixed at will.
 
+    Unknown fields of records in this package's own format are logged as a warning, once for each name.
     The id of a record without one is its position in the list, counted from 0.
 
     Raises:
@@ -280,9 +300,13 @@ def load_requests(path: AnyPath) -> list[EditRequest]:
         found = f"it starts with {start!r}" if start else "it is empty"
         raise RequestError(f"{path}: expected a JSON array of records, or JSON Lines, but {found}")
     records = _array(text, path) if start == "[" else _lines(text, path)
-    requests = [_read(record, where, str(index)) for index, (where, record) in enumerate(records)]
+    requests, unread = [], set[str]()
+    for index, (where, record) in enumerate(records):
+        requests.append(_read(record, where, str(index)))
+        unread |= _unread(record)
     if not requests:
         raise RequestError(f"{path}: expected edit requests, but the array is empty")
+    _warn(unread, str(path))
     return requests
 
 
@@ -309,6 +333,13 @@ def _whole_records(text: str) -> int:
 
 
 def _lines(text: str, path: AnyPath) -> Iterator[tuple[str, Any]]:
+    try:
+        alone = json.loads(text) if "\n" in text.strip() else None  # one object over several lines
+    except (ValueError, RecursionError):
+        alone = None
+    if alone is not None:
+        yield f"{path}, record 0 (counted from 0)", alone
+        return
     # Not splitlines(): U+2028 and its like may stand in a JSON string as they are.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -316,7 +347,10 @@ def _lines(text: str, path: AnyPath) -> Iterator[tuple[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise RequestError(f"{where}: not a whole JSON object, is it truncated? {error}") from error
+                raise RequestError(
+                    f"{where}: not a whole JSON object: {error}. Is it truncated? Several objects over more than a "
+                    "line each have to stand in an array"
+                ) from error
             yield where, record
 
 
@@ -332,13 +366,15 @@ def as_requests(requests: AnyPath | Sequence[EditRequest | Mapping[str, Any]]) -
         return load_requests(requests)
     if isinstance(requests, (EditRequest, Mapping)) or not isinstance(requests, Iterable):
         raise RequestError(f"expected a path or a list of edit requests, got {type(requests).__name__}")
-    result = []
+    result, unread = [], set[str]()
     for index, item in enumerate(requests):
         if not isinstance(item, EditRequest):
-            item = _read(item, f"requests[{index}]", str(index))
+            record, item = item, _read(item, f"requests[{index}]", str(index))
+            unread |= _unread(record)
         result.append(item if item.id is not None else replace(item, id=str(index)))
     if not result:
         raise RequestError("the list of edit requests is empty; give at least one")
+    _warn(unread, "requests")
     return result
 
 
@@ -347,36 +383,51 @@ class RequestReport:
     """What `find_conflicts` found; `str()` shows the first ten groups of each kind.
 
     `conflicts` has for each prompt with several targets the positions of its requests in `requests`,
-    `duplicates` the positions of equal edits (prompt and target).
+    `duplicates` the positions of equal edits (prompt and target), `unchanged` those whose target is their true target.
     """
 
     requests: Sequence[EditRequest]
     conflicts: tuple[tuple[int, ...], ...]
     duplicates: tuple[tuple[int, ...], ...]
+    unchanged: tuple[int, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """Whether there is something to report."""
+        return bool(self.conflicts or self.duplicates or self.unchanged)
 
     def __str__(self) -> str:
         lines = []
+        used = Counter(request.id for request in self.requests)
+        names = [
+            str(position) if r.id is None else r.id if used[r.id] == 1 else f"{r.id} of record {position}"
+            for position, r in enumerate(self.requests)
+        ]
         for groups, meaning in (
             (self.conflicts, "prompt(s) with more than one target; an edit can reach only one of them"),
             (self.duplicates, "edits are given more than once"),
         ):
             if groups:
-                lines += [f"{len(groups)} {meaning}:", *map(self._line, groups[:_SHOWN])]
+                lines += [f"{len(groups)} {meaning}:", *(self._line(group, names) for group in groups[:_SHOWN])]
             if len(groups) > _SHOWN:
                 lines.append(f"  and {len(groups) - _SHOWN} more")
+        if self.unchanged:
+            listed = _listed([names[position] for position in self.unchanged])
+            lines.append(f"{len(self.unchanged)} edits have their true_target as target: id {listed}")
+        if lines and any(count > 1 for id_, count in used.items() if id_ is not None):
+            lines.append("(some ids are given more than once; records are counted from 0)")
         return "\n".join(lines) or f"no conflicts and no duplicates among {len(self.requests)} requests"
 
-    def _line(self, group: tuple[int, ...]) -> str:
+    def _line(self, group: tuple[int, ...], names: Sequence[str]) -> str:
         ids: defaultdict[str, list[str]] = defaultdict(list)
         for position in group:
-            request = self.requests[position]
-            ids[request.target].append(str(position) if request.id is None else request.id)
-        targets = [f"{target!r:.80} (id {_listed(names)})" for target, names in ids.items()]
+            ids[self.requests[position].target].append(names[position])
+        targets = [f"{target!r:.80} (id {_listed(found)})" for target, found in ids.items()]
         return f"  {self.requests[group[0]].prompt!r:.80}: {_listed(targets)}"
 
 
 def find_conflicts(requests: Sequence[EditRequest]) -> RequestReport:
-    """Finds prompts with several targets, and edits (prompt and target) that are given more than once.
+    """Finds prompts with several targets, edits (prompt and target) given more than once, and edits of nothing.
 
     Conflicts cap the reliability that any editor can reach. Prompts and targets are compared as exact text.
     """
@@ -387,7 +438,8 @@ def find_conflicts(requests: Sequence[EditRequest]) -> RequestReport:
         by_edit[request.prompt, request.target].append(position)
     conflicts = (tuple(same) for same in by_prompt.values() if len({requests[p].target for p in same}) > 1)
     duplicates = (tuple(same) for same in by_edit.values() if len(same) > 1)
-    return RequestReport(requests, tuple(conflicts), tuple(duplicates))
+    unchanged = (position for position, request in enumerate(requests) if request.target == request.true_target)
+    return RequestReport(requests, tuple(conflicts), tuple(duplicates), tuple(unchanged))
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -97,9 +97,9 @@ def works(*args: Any, **env: str) -> Result:
     return result
 
 
-def fails(code: int, *args: Any) -> str:
+def fails(code: int, *args: Any, **env: str) -> str:
     """The last line on stderr of a call that fails as it should: no traceback, nothing on stdout."""
-    result = call(*args)
+    result = call(*args, **env)
     assert result.exit_code == code
     assert isinstance(result.exception, SystemExit)
     assert not result.stdout
@@ -195,11 +195,11 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 
     monkeypatch.setitem(methods.METHODS, "toy", (Toy, run))
     help_text = " ".join(works("edit", "--help", COLUMNS="200").stdout.split())
-    assert "the blocks that it edits. (default (1, 2))" in help_text
+    assert "the blocks that it edits. (default (1, 2)) Such as 4-8 or" in help_text
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
-    fails(1, *common, "--method", "toy", "--layers", "0,2", "--mode", "b", "--no-fast")
+    fails(1, *common, "--method", "toy", "--layers", "0,2-3", "--mode", "b", "--no-fast")
     fails(1, *common, "--method", "toy")
-    assert seen == [Toy(layers=(0, 2), mode="b", fast=False), Toy()]
+    assert seen == [Toy(layers=(0, 2, 3), mode="b", fast=False), Toy()]
     assert "expected INT,…, got '1,x'" in fails(2, *common, "--method", "toy", "--layers", "1,x")
     assert "expected a|b, got 'c'" in fails(2, *common, "--method", "toy", "--mode", "c")
     assert "toy has no field 'lr'" in fails(2, *common, "--method", "toy", "--lr", "1")
@@ -342,6 +342,10 @@ def test_bad_requests(model: Path, tmp_path: Path, command: str, content: bytes 
         (["--schedule", "sideways"], "breadth-first|depth-first"),
         (["--method", "memoir"], "known methods: locft-bf"),
         (["--lrr", "1"], "No such option"),
+        (["--seed", "9" * 20], "'--seed': expected INT of at most 9223372036854775807"),
+        (["--batch-size", "9" * 20], "'--batch-size': expected INT of at most"),
+        (["--method", "memit", "--targets", "/proc"], "/proc cannot be written"),
+        (["--output", "{facts}/out/deep"], "{facts}/out/deep cannot be written: {facts} is a file"),
         (["--dtype", "int3"], "--dtype"),
         (["--device", "gpu9"], "--device gpu9"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
@@ -358,6 +362,7 @@ def test_bad_flags_are_refused_before_any_work(
     needs_model = flags[0] in ("--layer", "--module")
     monkeypatch.setattr(*((cli, "measure") if needs_model else (Editor, "from_pretrained")), None)
     output = tmp_path / "deep" / "out"
+    flags, message = [flag.replace("{facts}", str(facts)) for flag in flags], message.replace("{facts}", str(facts))
     assert message in fails(2, "edit", "--model", model, "--requests", facts, "--output", output, *flags)
     assert not output.parent.exists()
 
@@ -397,6 +402,12 @@ def test_bad_model(spoiled: Path, facts: Path, fault: str) -> None:
     assert str(spoiled) in fails(2, "evaluate", "--model", spoiled, "--requests", facts)
 
 
+def test_a_name_that_is_no_folder_and_a_folder_that_is_no_model_are_told_so(facts: Path, tmp_path: Path) -> None:
+    common = ("evaluate", "--requests", facts, "--model")
+    assert "no folder ./nope" in fails(2, *common, "./nope")
+    assert "lacks config.json" in fails(2, *common, tmp_path)
+
+
 def test_unsupported_architecture(model: Path, facts: Path, tmp_path: Path) -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300}
     config = AutoConfig.for_model("bert", **small, intermediate_size=8, is_decoder=True)
@@ -413,6 +424,74 @@ def test_conflicts_are_told_before_any_work(tmp_path: Path) -> None:
     assert "'green' (id 0, 1), 'pink' (id 2)" in conflicts
     assert "more than once" in conflicts
     assert str(tmp_path / "none") in message
+
+
+@pytest.mark.parametrize("command", ["evaluate", "locate"])
+def test_conflicts_are_told_by_every_command_that_reads_requests(tmp_path: Path, command: str) -> None:
+    said = {"prompt": "The sky is", "target": "blue", "true_target": "blue"}
+    path = write(tmp_path / "facts.json", [said, said | {"target": "pink"}])
+    result = call(command, "--model", "./none", "--requests", path)
+    assert "more than one target" in result.stderr
+    assert "1 edits have their true_target as target: id 0" in result.stderr
+    assert "no folder" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("given", ["--model", "--requests", "--text", "--statistics", "--targets"])
+def test_an_output_that_holds_an_input_is_refused_before_any_work(
+    spoiled: Path, model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    (tmp_path / "prose.txt").write_text("words")
+    (tmp_path / "statistics").mkdir()
+    sources = {"--model": model, "--requests": facts, "--text": tmp_path / "prose.txt"}
+    if given in ("--statistics", "--targets"):
+        sources |= {"--method": "memit", "--statistics": tmp_path / "statistics", "--targets": tmp_path / "targets"}
+    within = spoiled / "checkpoint-5" / "input"
+    if given == "--model":
+        shutil.copytree(model, within)
+    elif given in ("--requests", "--text"):
+        within.parent.mkdir()
+        shutil.copy(sources[given], within)
+    before = sorted(tmp_path.rglob("*"))
+    flags = [word for pair in (sources | {given: within}).items() for word in pair]
+    said = fails(2, "edit", "--output", spoiled, *flags)
+    assert f"{spoiled} would be replaced, and " in said
+    assert f"{given[2:]} {within} lies in it" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_demo_does_not_replace_a_folder_around_its_model(
+    model: Path, spoiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model, spoiled / "inside")
+    monkeypatch.setattr(fastedit.demo, "checkpoint_path", lambda: spoiled / "inside")
+    assert "the model" in fails(2, "demo", "--n", 1, "--output", spoiled)
+    assert (spoiled / "inside" / "config.json").exists()
+
+
+def test_files_do_not_replace_what_a_command_reads_nor_one_another(
+    spoiled: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    (delta := tmp_path / "delta.safetensors").touch()
+    (link := tmp_path / "link").symlink_to(facts)
+    common = ("--model", spoiled, "--requests", facts)
+    for path, what in (
+        (facts, "is the input of --requests"),
+        (link, "is the input of --requests"),
+        (delta, "is the input of --delta"),
+        (spoiled / "model.safetensors", f"is a part of the model {spoiled}"),
+    ):
+        before = path.read_bytes()
+        said = fails(2, "evaluate", *common, "--delta", delta, "--json", path)
+        assert f"{path} {what}; give another" in said
+        assert path.read_bytes() == before
+    assert "is a part of the model" in fails(2, "locate", *common, "--picture", spoiled / "config.json")
+    known = write(tmp_path / "known.json", RECORDS)
+    assert "input of --capability" in fails(2, "locate", *common, "--capability", known, "--picture", known)
+    assert "is the output of --picture" in fails(2, "locate", *common, "--picture", "new", "--json", "./new")
+    assert f"{facts} is a file" in fails(2, "evaluate", *common, "--json", facts / "x")
+    assert f"{tmp_path} is a folder; give its file" in fails(2, "evaluate", *common, "--delta", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "below a file", "the model"])
@@ -448,6 +527,16 @@ def test_an_older_checkpoint_is_replaced(model: Path, facts: Path, spoiled: Path
     assert (spoiled / "delta.safetensors").exists()
 
 
+def test_an_older_delta_is_replaced(model: Path, facts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    common = ("edit", "--model", model, "--requests", facts, "--output", output, "--no-evaluate", "--delta-only")
+    works(*common, *LEARNS)
+    works(*common, *LEARNS, "--seed", 5)
+    assert WeightDelta.load(output / "delta.safetensors").metadata["config"]["seed"] == 5
+    (output / "notes.txt").touch()
+    assert "is no checkpoint" in fails(2, *common, *LEARNS)
+
+
 def test_a_loss_that_is_not_finite(model: Path, facts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     common = ("edit", "--model", model, "--requests", facts, "--output", output, "--lr", "1e38")
@@ -477,9 +566,9 @@ def test_a_disk_that_fills_up(
     before = sorted(tmp_path.rglob("*"))
     common = ("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS, "--no-evaluate")
     with small_files():
-        said = fails(2, *common, *flags)
+        said = fails(1, *common, *flags)
     assert "could not be saved" in said
-    assert "nothing was written" in said
+    assert said.endswith("; nothing was written")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -494,7 +583,7 @@ def test_a_disk_that_is_full(
     edit = ("edit", "--output", tmp_path / "out", "--no-evaluate", *LEARNS)
     command = edit if file == "report.json" else ("evaluate", "--json", tmp_path / file)
     result = call(*command, "--model", model, "--requests", facts)
-    assert result.exit_code == 2
+    assert result.exit_code == 1
     assert "No space left on device" in result.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json"]
 
@@ -531,10 +620,102 @@ def test_ctrl_c_keeps_the_last_epoch_if_told_to(
     monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
     output = tmp_path / "out"
     common = ("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS, "--no-evaluate")
-    assert "kept the weights of epoch 3" in works(*common, "--keep-partial").stderr
-    assert len(json.loads((output / "report.json").read_text())["edit"]["losses"]) == 3
+    result = call(*common, "--keep-partial")
+    assert result.exit_code == 1
+    assert "interrupted; kept the weights of epoch 3" in result.stderr
+    assert "of 4 edits: kept the weights of epoch 3; written to" in result.stdout
+    report = json.loads((output / "report.json").read_text())["edit"]
+    assert len(report["losses"]) == 3
+    assert report["interrupted"] == "kept the weights of epoch 3"
     path = "model.layers.1.mlp.down_proj.weight"
     assert not torch.equal(weights(output)[path], weights(model)[path])
+
+
+def test_ctrl_c_keeps_the_batches_that_are_done_and_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = [{"prompt": r.prompt, "target": r.target, "subject": r.subject} for r in fastedit.demo.World().requests(6)]
+    interrupt = _CtrlC("edits", 4)
+    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    files = ("--requests", write(tmp_path / "facts.json", edits), "--output", tmp_path / "out")
+    method = ("--method", "memit", "--layers", "1-2", "--batch-size", 2, "--steps", 2, "--n-contexts", 0)
+    common = ("edit", "--model", fastedit.demo.checkpoint_path(), "--dtype", "float32", *files, *method)
+    result = call(*common, "--keep-partial", "--no-evaluate")
+    assert result.exit_code == 1, result.stderr
+    assert "of 6 edits: kept the first 4 edits; written to" in result.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["edit"]
+    assert (report["edits"], report["interrupted"]) == (4, "kept the first 4 edits")
+    assert report["config"]["layers"] == [1, 2]
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "edit": ("--model", "./m", "--requests", "./r", "--output", "./o"),
+    "evaluate": ("--model", "./m", "--requests", "./r"),
+    "locate": ("--model", "./m", "--requests", "./r"),
+    "covariance": ("./m", "--text", "./t", "--layers", "1"),
+    "demo": (),
+    "env": (),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unknown_backend_is_told_first_by_every_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    said = fails(2, command, *COMMANDS[command], FASTEDIT_BACKEND="nonsense")
+    assert "FASTEDIT_BACKEND=nonsense: there is no such backend; set one of auto" in said
+    works(command, "--help", FASTEDIT_BACKEND="nonsense")
+
+
+@pytest.fixture
+def collecting(model: Path, tmp_path: Path) -> tuple[Any, ...]:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"The king of Gaul has {n} geese." for n in range(200)))
+    return ("covariance", model, "--text", tmp_path / "text.txt", "--layers", "0-1", "--batch-tokens", 1)
+
+
+def test_covariance_sees_first_whether_its_folder_can_be_written(
+    collecting: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
+    (tmp_path / "out" / "statistics").mkdir()
+    works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
+    monkeypatch.setattr("fastedit.collect.collect", None)
+    monkeypatch.setattr("fastedit.statistics.user_directory", lambda mark: Path("/proc") / mark)
+    assert "/proc/" in (said := fails(2, *collecting))
+    assert "cannot be written" in said
+
+
+def test_covariance_tells_the_line_that_is_not_utf_8(collecting: tuple[Any, ...], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"caf\xe9\n")
+    assert "line 1 is not UTF-8" in fails(2, *collecting)
+    (tmp_path / "text.txt").write_bytes("é\n".encode() * 9999 + b"caf\xe9\n")
+    assert "line 10000 is not UTF-8" in fails(2, *collecting, "--output", tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_path: Path) -> None:
+    wide = (*collecting, "--output", tmp_path / "out")
+    with small_files():
+        said = fails(1, *wide)
+    assert "the statistics could not be saved" in said
+    assert "nothing was saved yet" in said
+    works(*wide, "--tokens", 1)
+    with small_files():
+        assert said.partition("; ")[0] in (again := fails(1, *wide))
+    assert "goes on where the statistics were last saved" in again
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_covariance_says_after_ctrl_c_whether_anything_was_saved(
+    collecting: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    wide = (*collecting, "--output", tmp_path / "out")
+    if saved:
+        works(*wide, "--tokens", 1)
+    interrupt = _CtrlC("covariance", 10**9)
+    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr("fastedit.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    said = fails(1, *wide)
+    assert ("goes on where the statistics were last saved" in said) == saved
+    assert ("nothing was saved yet" in said) != saved
 
 
 def test_as_a_process(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fastedit import ModelError
-from fastedit.files import replacing_directory
+from fastedit.files import check_directory, check_file, check_writable, replacing_directory
 
 
 def checkpoint(path: Path, text: str) -> None:
@@ -93,3 +93,49 @@ def test_the_working_folder_and_links_can_be_replaced(tmp_path: Path, monkeypatc
         assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
     assert (tmp_path / "link").is_symlink()
     shutil.rmtree(tmp_path / "model")
+
+
+def test_a_folder_of_a_delta_and_its_report_is_replaced_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "edit"
+    path.mkdir()
+    (path / "report.json").touch()
+    with pytest.raises(ModelError, match="no checkpoint"):
+        check_directory(path)
+    (path / "delta.safetensors").touch()
+    check_directory(path)
+    (path / "notes").touch()
+    with pytest.raises(ModelError, match="no checkpoint"):
+        check_directory(path)
+
+
+def test_an_output_may_stand_beside_an_input_but_not_around_it(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "run", "old")
+    checkpoint(tmp_path / "run" / "checkpoint-5", "input")
+    checkpoint(tmp_path / "run-2", "beside")
+    inputs = {"the model": tmp_path / "run" / "checkpoint-5"}
+    check_directory(tmp_path / "run-2", inputs)
+    check_directory(tmp_path / "run" / "checkpoint-6", inputs)
+    check_file(tmp_path / "run" / "checkpoint-5" / "new.json", inputs)
+    for output in (tmp_path / "run", tmp_path / "run" / "checkpoint-5", tmp_path / "run-2" / ".." / "run"):
+        with pytest.raises(ModelError, match="the model"):
+            check_directory(output, inputs)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "run-2" / "model.safetensors")
+    with pytest.raises(ModelError, match="lies in it"):
+        check_directory(tmp_path / "run-2", {"the model": tmp_path / "linked"})
+
+
+def test_what_cannot_be_written_is_told_and_a_trial_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "deep" / "folder")
+    check_file(tmp_path / "deep" / "file")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ModelError, match=r"/file cannot be written: it is a file"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(ModelError, match=r"/file/a/b cannot be written: .*/file is a file"):
+        check_writable(tmp_path / "file" / "a" / "b")
+    with pytest.raises(ModelError, match=r"^/proc cannot be written"):  # not even by root
+        check_writable(Path("/proc"))
+    with pytest.raises(ModelError, match="no ordinary file"):
+        check_file(Path(os.devnull))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]

@@ -378,7 +378,7 @@ BAD_FILES = {
     ),
     "two arrays": (b'[{"prompt": "p", "target": "t"}] []', "record 1 .*not valid JSON"),
     "truncated line": (b'{"prompt": "p", "target": "t"}\n{"prompt": "p", "tar', "line 2: .*truncated"),
-    "object over several lines": (b'{\n"prompt": "p",\n"target": "t"}', "line 1: not a whole JSON object"),
+    "objects over several lines": (b'{\n"prompt": "p"}\n{\n"prompt": "p"}', "line 1: .*stand in an array"),
     "Latin-1": (
         '{"prompt": "p", "target": "t"}\n{"prompt": "é"'.encode("latin-1"),
         "line 2: byte 43 is not UTF-8",
@@ -394,6 +394,26 @@ def test_a_bad_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_bytes(content)
     with pytest.raises(RequestError, match=rf"facts\.json[:,] .*{message}"):
         as_requests(tmp_path / "facts.json")
+
+
+def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
+    (tmp_path / "fact.json").write_text(json.dumps(OWN, indent=2) + "\n")
+    assert load_requests(tmp_path / "fact.json") == [EditRequest(**OWN, id="0")]
+    (tmp_path / "fact.json").write_text(json.dumps({**OWN, "target": 5}, indent=2))
+    with pytest.raises(RequestError, match=r"record 0 .*field 'target'"):
+        load_requests(tmp_path / "fact.json")
+
+
+def test_unknown_fields_of_our_own_format_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{**OWN, "paraphrase": "x", "note": 1}, {**OWN, "paraphrase": "y"}]
+    load_requests(write(tmp_path / "facts.json", records))
+    assert len(caplog.messages) == 1
+    assert "facts.json: unknown and not read: note, paraphrase; known: prompt, target, subject" in caplog.text
+    as_requests(records)
+    assert len(caplog.messages) == 2
+    caplog.clear()
+    load_requests(write(tmp_path / "facts.json", [record for record, _ in FORMATS.values()]))
+    assert not caplog.messages  # the published formats have more than an edit needs
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
@@ -431,6 +451,18 @@ def test_conflicts_and_duplicates() -> None:
     assert "1 prompt(s) with more than one target" in str(report)
     assert "'p': 'a' (id 0, 4), 'b' (id mine)" in str(report)
     assert "'q': 'a' (id 1, 5)" in str(report)
+
+
+def test_equal_ids_are_told_apart_and_true_targets_as_targets_are_named() -> None:
+    edits = [EditRequest("p", t, id=i, true_target="b") for t, i in (("a", "0"), ("b", "0"), ("c", "mine"))]
+    report = find_conflicts(edits)
+    assert "'a' (id 0 of record 0), 'b' (id 0 of record 1), 'c' (id mine)" in str(report)
+    assert "records are counted from 0" in str(report)
+    assert report.unchanged == (1,)
+    assert "1 edits have their true_target as target: id 0 of record 1" in str(report)
+    assert report.any
+    assert not find_conflicts(edits[:1]).any
+    assert "records" not in str(find_conflicts(edits[1:]))
 
 
 def test_report_is_capped_and_says_when_all_is_well() -> None:
