@@ -169,6 +169,28 @@ def test_passes_of_a_step_are_summed_in_fp32(dtype: torch.dtype, seed: int) -> N
     assert master.grad is None
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_steps_do_not_depend_on_the_scale_of_the_gradients(watched: bool, seed: int) -> None:
+    """A power of two rounds nothing; ε and decay count here."""
+    results = []
+    for scale in (1.0, 64.0):
+        torch.manual_seed(seed)
+        linear, x = nn.Linear(6, 7, bias=False).to(DEVICE), torch.randn(9, 6).to(DEVICE) * 1e-8
+        maps = {"weight": linear} if watched else {}
+        parameters = {"weight": linear.weight}
+        masters = {"weight": linear.weight.detach()}
+        with adam.watched(maps) as seen:
+            optimizer = adam.Adam(parameters, masters, maps, seen, lr=0.1, weight_decay=1e-7, scale=scale)
+            for _ in range(3):
+                linear(x).backward(torch.full((9, 7), scale, device=DEVICE))
+                optimizer.gather()
+                optimizer.step()
+        results.append(linear.weight.detach().clone())
+    torch.manual_seed(seed)
+    assert not torch.equal(results[0], nn.Linear(6, 7, bias=False).weight.to(DEVICE))
+    assert torch.equal(*results)
+
+
 def test_on_cpu_torch_s_adam_stays(seed: int) -> None:
     model = tiny_model("llama", seed=seed)
     assert adam.localized(model, dict(model.named_parameters()), 100) == {}

@@ -70,6 +70,7 @@ class Adam:
         masters: fp32, like the parameters or the parameters themselves.
         maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `seen` has of them.
         seen: filled by `watched(maps)`; cleared by a step.
+        scale: by which all gradients are too large. Steps do not depend on it: ε and what decay adds grow with them.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class Adam:
         *,
         lr: float,
         weight_decay: float,
+        scale: float = 1.0,
     ) -> None:
         self._parameters, self._masters, self._seen = parameters, masters, seen
-        self._lr, self._weight_decay = lr, weight_decay
+        self._lr, self._weight_decay, self._eps = lr, scale * weight_decay, scale * 1e-8
         self._steps = torch.zeros((), device=next(iter(masters.values())).device)
         self._stored: dict[str, list[Tensor]] = {}
         for path, module in maps.items():
@@ -92,7 +94,8 @@ class Adam:
             stored += [parameter] * (parameter.dtype != weight.dtype)
             self._stored[path] = [x.T for x in stored] if isinstance(module, Conv1D) else stored
         rest = [master for path, master in masters.items() if path not in maps]
-        self._rest = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
+        options: dict[str, Any] = {"lr": lr, "weight_decay": self._weight_decay, "eps": self._eps, "fused": True}
+        self._rest = torch.optim.Adam(rest, **options) if rest else None
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -119,6 +122,7 @@ class Adam:
                 self._steps,
                 lr=self._lr,
                 weight_decay=self._weight_decay,
+                eps=self._eps,
                 copy=copy[0] if copy else None,
                 skip=skip,
                 backend="triton",

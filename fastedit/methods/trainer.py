@@ -56,6 +56,9 @@ class Trainer:
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
         }
+        # by which losses are weighed up, as the mean's gradients would leave what fp16 holds with all digits
+        fp16 = next(iter(parameters.values())).dtype == torch.float16
+        self.scale = 2.0 ** int(config.batch_size).bit_length() if fp16 else 1.0
         self.losses: list[float] = []
         self.kept: tuple[str, dict[str, Tensor], list[float]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
@@ -112,7 +115,13 @@ class Trainer:
         """
         config = self.config
         optimizer = Adam(
-            self.parameters, self.masters, self.maps, self.seen, lr=config.lr or 0.0, weight_decay=config.weight_decay
+            self.parameters,
+            self.masters,
+            self.maps,
+            self.seen,
+            lr=config.lr or 0.0,
+            weight_decay=config.weight_decay,
+            scale=self.scale,
         )
         for epoch in range(1, config.epochs + 1):
             batches = self._order(select).split(int(config.batch_size))
@@ -134,7 +143,7 @@ class Trainer:
         config, topology = self.config, self.topology
         head: Any = topology.head
         n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
-        weights = 1 / (
+        weights = self.scale / (
             n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
         loss = torch.zeros_like(loss_out)
@@ -160,7 +169,7 @@ class Trainer:
             hidden.backward(grad)
             loss += part
             optimizer.gather()
-        loss_out.copy_(loss)
+        loss_out.copy_(loss.div_(self.scale))
         skip = loss < config.skip_loss
         if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
             optimizer.step(skip.float())
