@@ -1,7 +1,7 @@
 """The errors fastedit raises on purpose.
 
 Every message names the record, field, file or layer, says what was expected and what to do.
-The command line turns any of them into one line on stderr and exit code 2.
+The command line turns any of them into one line on stderr, and exit code 2; 1 where work had begun.
 """
 
 from __future__ import annotations

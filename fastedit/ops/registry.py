@@ -60,6 +60,14 @@ def register(op: str, *options: Option) -> None:
     _OPTIONS[op] = (*options, Option("torch", _none))
 
 
+def of_environment() -> str | None:
+    """FASTEDIT_BACKEND, None where it is not set; ConfigError where no op has such a backend."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None and wanted not in get_args(Backend):
+        raise ConfigError(f"{VARIABLE}={wanted}: there is no such backend; set one of {', '.join(get_args(Backend))}")
+    return wanted
+
+
 def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: torch.dtype, **sizes: int) -> str:
     """The backend of this call: the one asked for, else FASTEDIT_BACKEND's if the op has it, else the first able.
 
@@ -69,11 +77,8 @@ def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: t
     """
     call, options = Call(device, dtype, sizes), {option.backend: option for option in _OPTIONS[op]}
     name = f"backend={backend!r}"
-    if backend == "auto" and VARIABLE in os.environ:
-        wanted = os.environ[VARIABLE]
+    if backend == "auto" and (wanted := of_environment()):
         name = f"{VARIABLE}={wanted}"
-        if wanted not in get_args(Backend):
-            raise ConfigError(f"{name}: there is no such backend; set one of {', '.join(get_args(Backend))}")
         backend = wanted if wanted in options else "auto"
     if backend == "auto":
         return next(o.backend for o in options.values() if not (o.cannot(call) or o.slower(call)))
