@@ -30,7 +30,6 @@ from fastedit.cli_common import (
     documents_of,
     edit_all,
     inputs_of,
-    interruption,
     load,
     measure,
     ranges,
@@ -185,7 +184,7 @@ def edit(
         show(report)
     save(output, editor, result, report, checkpoint=not delta_only)
     typer.echo(f"{summary(result)}; written to {output}")
-    if interruption(result):
+    if result.interrupted:
         raise typer.Exit(1)
 
 

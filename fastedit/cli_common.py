@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -121,15 +120,10 @@ def edit_all(editor: Editor, edits: Sequence[EditRequest], bars: Bars) -> EditRe
     return editor.edit(edits)
 
 
-def interruption(result: EditResult) -> str | None:
-    """What was kept of an edit that Ctrl-C ended, such as "kept the first 20 edits"."""
-    return next((note.partition("; ")[2] for note in result.notes if note.startswith("interrupted; ")), None)
-
-
 def summary(result: EditResult) -> str:
     n = len(result.requests)
-    if kept := interruption(result):
-        return f"interrupted after {result.seconds:.1f} s, of {n} edits: {kept}"
+    if result.interrupted:
+        return f"interrupted after {result.seconds:.1f} s, of {n} edits: {result.interrupted}"
     return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"
 
 
@@ -145,9 +139,7 @@ def save(
 
     did: dict[str, Any] = dict(result.delta.metadata)
     did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
-    did["interrupted"] = kept = interruption(result)
-    if found := re.fullmatch(r"kept the first (\d+) edits", kept or ""):
-        did["edits"] = int(found[1])
+    did["interrupted"] = result.interrupted
     did["conflicts"], did["duplicates"] = (
         [[result.requests[i].id for i in group] for group in groups]
         for groups in (result.conflicts.conflicts, result.conflicts.duplicates)

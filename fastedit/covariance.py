@@ -121,11 +121,13 @@ class StreamingCovariance:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> StreamingCovariance:
-        """Read a file written by `save`.
+        """Read a file written by `save`, or a published one (.npz).
 
         Raises:
             ModelError: missing, truncated, changed since it was written, or something else.
         """
+        if Path(path).suffix == ".npz":
+            return load_npz(path, device=device)
         packed, about = read_tensor(Path(path), _FORMAT, "a second moment of fastedit")
         try:
             count, dim = int(about["count"]), int(about["dim"])

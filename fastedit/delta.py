@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastedit.errors import ModelError
 from fastedit.files import replacing
 from fastedit.models import LowRank, Update, add_, checksum, fingerprint, topology
+from fastedit.models.fingerprint import FP16
+from fastedit.models.topology import check_editable
 
 _DENSE, _FACTORED = "fastedit-delta-1", "fastedit-delta-2"  # the second one may hold factors
 _LEFT, _RIGHT = "..left", "..right"  # no parameter's path has two dots in a row
@@ -42,7 +44,7 @@ class WeightDelta:
         self.metadata = dict(metadata)
         self._model = applied_to
         self._originals = dict(originals or {})
-        self._sums = _checksums(applied_to, self._originals) if applied_to is not None else {}
+        self._sums = {} if applied_to is None else _checksums(_parameters(applied_to, self._originals))
 
     @property
     def applied(self) -> bool:
@@ -59,11 +61,14 @@ class WeightDelta:
 
         Raises:
             ModelError: already applied; another model (by fingerprint; `force` skips that check only); a
-                parameter that the model lacks or has in another shape. Nothing is changed then.
+                parameter that the model lacks or has in another shape; quantized or offloaded weights. Nothing is
+                changed then.
         """
         if self.applied:
             raise ModelError("this delta is already applied; revert it first, or load it again for another model")
-        inner = topology(model).model
+        parts = topology(model)
+        check_editable(parts)
+        inner = parts.model
         parameters = dict(inner.named_parameters())
         for path, update in self.updates.items():
             if path not in parameters:
@@ -76,13 +81,13 @@ class WeightDelta:
         if not force and made_for != fingerprint(inner):
             raise ModelError(
                 f"the delta was made for a model with fingerprint {made_for}, this one has {fingerprint(inner)}; "
-                "load the unedited model it was made for, or force it"
+                f"load the unedited model it was made for ({FP16}), or force it"
             )
         self._originals = {path: parameters[path].detach().clone() for path in self.updates}
         try:
             for path, update in self.updates.items():
                 add_(parameters[path], update)
-            self._sums = _checksums(inner, self._originals)
+            self._sums = _checksums(_parameters(inner, self._originals))
         except BaseException:
             self._restore(parameters)
             raise
@@ -94,14 +99,15 @@ class WeightDelta:
 
         Raises:
             ModelError: not applied, or the parameters were changed since: by an edit made on top, which has to
-                be reverted first.
+                be reverted first, or by the caller.
         """
         if self._model is None:
             raise ModelError("this delta is not applied to a model; there is nothing to revert")
-        for path, now in _checksums(self._model, self._originals).items():
+        for path, now in _checksums(_parameters(self._model, self._originals)).items():
             if now != self._sums[path]:
                 raise ModelError(
-                    f"{path} was changed after this edit; revert the later edits first, the last one before the others"
+                    f"{path} was changed after this edit: by a later edit (revert the later edits first, the last one "
+                    "before the others) or by something else (undo that, or load the model again)"
                 )
         self._restore(dict(self._model.named_parameters()))
         self._model = None
@@ -123,11 +129,13 @@ class WeightDelta:
                 tensors |= {name + _LEFT: update.left, name + _RIGHT: update.right}
             else:
                 tensors[name] = update
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         metadata = {"format": _DENSE if tensors.keys() == self.updates.keys() else _FACTORED}
         metadata["fastedit"] = json.dumps(self.metadata)
+        metadata["checksums"] = json.dumps(_checksums(tensors))
         try:
             with replacing(Path(path)) as temporary:
-                save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, temporary, metadata)
+                save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: the delta could not be saved: {error}; nothing was written") from error
 
@@ -136,7 +144,7 @@ class WeightDelta:
         """Read a file written by `save`.
 
         Raises:
-            ModelError: missing, truncated, or not a delta.
+            ModelError: missing, truncated, changed since it was written, or not a delta.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -145,6 +153,8 @@ class WeightDelta:
                     raise ModelError(f"{path} is no fastedit delta (its header lacks format {_DENSE} or {_FACTORED})")
                 # copies: a tensor that is mapped changes with the file, or crashes when it gets shorter
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # no mapping
+            if "checksums" in header and json.loads(header["checksums"]) != _checksums(tensors):
+                raise ValueError("changed since it was written")
             updates: dict[str, Update] = {}
             for key in list(tensors):
                 if not key.endswith((_LEFT, _RIGHT)):
@@ -158,10 +168,15 @@ class WeightDelta:
             raise ModelError(f"{path}: the delta is damaged ({error!r}); make the edit again") from error
 
 
-def _checksums(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
-    """Of parameters as they are: what an update was added to could round another way if it were added anew."""
+def _parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """As they are: what an update was added to could round another way if it were added anew."""
     parameters = dict(model.named_parameters())
-    return {path: checksum(parameters[path]) for path in paths}
+    return {path: parameters[path] for path in paths}
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What is true of these very bits, and of this dtype and shape."""
+    return {name: f"{t.dtype} {list(t.shape)} {checksum(t)}" for name, t in tensors.items()}
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -61,8 +62,8 @@ class EachEditResult:
         Raises:
             ConfigError: there is no such edit, or it was dropped.
         """
-        if not 0 <= i < len(self) or i in self.dropped:
-            raise ConfigError(f"there is no edit {i}: {len(self)} were made, dropped were {list(self.dropped)}")
+        if not isinstance(i, Integral) or not 0 <= i < len(self) or i in self.dropped:
+            raise ConfigError(f"there is no edit {i!r}: {len(self)} were made, dropped were {list(self.dropped)}")
         updates = {}
         for path, (left, right) in self._found.factors.items():
             turned = isinstance(self._topology.model.get_submodule(path.removesuffix(".weight")), Conv1D)

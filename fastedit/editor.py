@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,14 +20,22 @@ from fastedit.delta import WeightDelta, versions
 from fastedit.each import EachEditResult
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluate import EvaluationReport, compare
-from fastedit.files import replacing_directory
+from fastedit.files import check_directory, replacing_directory
 from fastedit.methods import EACH, METHODS, Progress
 from fastedit.methods.base import History, no_progress
 from fastedit.models import fingerprint, topology
+from fastedit.models.topology import check_editable
 from fastedit.predictions import predict
 from fastedit.requests import EditRequest, RequestReport, as_requests, find_conflicts
 
 Requests = str | Path | Sequence[EditRequest | Mapping[str, Any]]
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_PARTS = {
+    "config.json": ("config.json",),
+    "weights as *.safetensors": ("*.safetensors",),
+    "the tokenizer's files": ("tokenizer.json", "tekken.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+}
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
 @dataclass
@@ -33,7 +43,8 @@ class EditResult:
     """What an edit did.
 
     `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
-    conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit.
+    conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;
+    `interrupted` what was kept where Ctrl-C ended it (`keep_partial`), else None.
     """
 
     delta: WeightDelta
@@ -43,6 +54,7 @@ class EditResult:
     notes: list[str]
     seconds: float
     _editor: Editor = field(repr=False)
+    interrupted: str | None = None
 
     def revert(self) -> None:
         """Restore the model bit for bit; later edits have to be reverted first.
@@ -92,12 +104,14 @@ class Editor:
         tokenizer: its tokenizer.
         method: one of `fastedit.methods.METHODS`.
         seed: of everything random in the method.
-        progress: called with (stage, done, total, loss).
+        progress: called with (stage, done, total) and, once there is one, the mean loss as a fourth argument:
+            ``def progress(stage, done, total, loss=None)``.
         **config: the fields of the method's configuration (`layer`, `lr`, `batch_size`, …).
 
     Raises:
-        ConfigError: an unknown method, an unknown field, or a value that a field cannot take.
-        ModelError: an unsupported architecture.
+        ConfigError: an unknown method, an unknown field, a value that a field cannot take, or no tokenizer.
+        ModelError: no model; an unsupported architecture; quantized or offloaded weights, or weights on several
+            devices.
     """
 
     def __init__(
@@ -117,8 +131,12 @@ class Editor:
         for name in config:
             if name not in known:
                 raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
-        self.model, self.tokenizer, self.method = model, tokenizer, method
         self.topology = topology(model)
+        check_editable(self.topology)
+        if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+            given = type(tokenizer).__name__
+            raise ConfigError(f"tokenizer is a {given}; give the model's, as AutoTokenizer.from_pretrained loads it")
+        self.model, self.tokenizer, self.method = model, tokenizer, method
         self.config = config_type(seed=seed, **config)
         self.progress = progress
         self._edits: list[_Edit] = []
@@ -137,24 +155,47 @@ class Editor:
         """Load model and tokenizer from a folder or by hub name; only safetensors, and no remote code.
 
         Args:
-            dtype: of the weights; "auto" is the checkpoint's own.
+            dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own.
             device: None is the GPU if there is one.
 
         Raises:
-            ModelError: not to be found or loaded; ConfigError as for `Editor`.
+            ModelError: not to be found or loaded, or not with the weights that its config.json says.
+            ConfigError: as for `Editor`; a dtype or a device that there is not.
         """
+        if not isinstance(name, str | Path):
+            raise ConfigError(f"name is {name!r}; give a folder or a hub name")
+        if (chosen := str(dtype).removeprefix("torch.")) not in _DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; give one of {', '.join(_DTYPES)}")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ConfigError(f"device is {device!r}, which cannot be used: {_reason(error)}; give another") from error
         try:
             # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                name,
+                dtype=chosen,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ModelError(f"no model could be loaded from {name}: {reason}") from error
+        except Exception as error:  # whatever a wrong file makes transformers, tokenizers or safetensors raise
+            raise ModelError(_why_not_loaded(name, error)) from error
+        if other := sorted(loading["mismatched_keys"]):
+            path, theirs, ours = other[0]
+            raise ModelError(f"{name}: {path} is {list(theirs)}, but by its config.json it should be {list(ours)}")
         if missing := sorted(loading["missing_keys"]):
             raise ModelError(f"{name} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        blocks = int(model.config.get_text_config().num_hidden_layers)
+        # others are left out for good reasons: masks and rotations in old checkpoints, say
+        if more := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
+            raise ModelError(
+                f"{name} has {len(more)} weights of blocks behind the {blocks} of its config.json, {more[0]} among "
+                "them; give the config.json that belongs to the weights"
+            )
         return cls(model.to(device).eval(), tokenizer, method, **config)
 
     def edit(self, requests: Requests) -> EditResult:
@@ -178,7 +219,7 @@ class Editor:
         seconds = time.perf_counter() - started
         model = self.topology.model
         metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": before}
-        metadata |= {"versions": versions(), "edits": len(edits)}
+        metadata |= {"versions": versions(), "edits": len(edits) if found.kept is None else found.kept}
         try:
             delta = WeightDelta(found.updates, metadata, applied_to=model, originals=found.originals)
         except BaseException:
@@ -186,7 +227,7 @@ class Editor:
                 model.get_parameter(path).data.copy_(original)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        return EditResult(delta, edits, conflicts, found.losses, found.notes, seconds, self)
+        return EditResult(delta, edits, conflicts, found.losses, found.notes, seconds, self, found.interrupted)
 
     def edit_each(self, requests: Requests) -> EachEditResult:
         """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
@@ -275,13 +316,42 @@ class Editor:
         """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
 
         Raises:
-            ModelError: `directory` exists and is not an empty folder or a checkpoint; the disk is full.
+            ModelError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
+                model was loaded from; the disk is full.
         """
         model: Any = self.topology.model
-        directory = Path(directory)
+        directory, source = Path(directory), Path(model.config._name_or_path or ".fastedit")
+        if source.is_dir() and source.resolve() != directory.resolve():
+            check_directory(directory, {"the model": source})
         try:
             with replacing_directory(directory) as temporary:
                 model.save_pretrained(temporary)
                 self.tokenizer.save_pretrained(temporary)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{directory}: the model could not be saved: {error}; nothing was written") from error
+
+
+def _why_not_loaded(name: str | Path, error: Exception) -> str:
+    """What to tell of a checkpoint that could not be loaded: what is wrong with the folder, or what the hub said."""
+    folder = Path(name)
+    if not os.path.exists(folder):
+        return f"no folder {name}, and no model could be loaded from the hub: {_reason(error)}"
+    reason = _reason(error) if folder.is_dir() else "it is no folder"
+    if folder.is_dir():
+        found = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
+        if missing := [part for part, paths in found.items() if not paths]:
+            reason = f"it lacks {' and '.join(missing)}"
+        for path in (path for paths in found.values() for path in paths):
+            try:
+                path.open("rb").close()
+            except OSError as unreadable:
+                reason = f"{path.name} cannot be read: {unreadable.strerror}"
+    return f"no model could be loaded from {name}: {reason}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, or all of it where that line only introduces the others."""
+    text = str(error).strip()
+    first = next(iter(text.splitlines()), "").strip()
+    said = " ".join(text.split()) if first.endswith(":") else first
+    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fastedit.covariance import (
     StreamingCovariance,
-    load_npz,
     pack_lower,
     read_about,
     read_tensor,
@@ -30,7 +29,8 @@ from fastedit.covariance import (
     write_tensor,
 )
 from fastedit.errors import ModelError
-from fastedit.models import Topology
+from fastedit.models import Topology, checksum
+from fastedit.models.fingerprint import FP16
 from fastedit.ops import factor_covariance
 
 _FACTOR = "fastedit-factor-1"
@@ -50,7 +50,8 @@ def load_factor(
 ) -> Tensor:
     """The lower Cholesky factor L [d, d] fp64 of C = L Lᵀ on the module's device, from the folder of statistics.
 
-    Made once and kept beside the statistics, or in the user's cache where that folder cannot be written.
+    Made once and kept beside the statistics, or in the user's cache where that folder cannot be written. A kept one
+    is checked against its own checksum, and the statistics that it was made of then need not be read.
 
     Args:
         fingerprint: of the unedited model.
@@ -66,10 +67,11 @@ def load_factor(
     device = _device(topology, layer, module)
     width, name = topology.input_width(layer, module), _name(topology, layer, module, "factor.")
     places = [folder / name for folder in (path.parent, user_directory(fingerprint))]
+    about = {"digest": digest, "dim": width}
     for place in places:
         with suppress(ModelError):  # a damaged factor is made again
-            packed, about = read_tensor(place, _FACTOR, "a factor")
-            if about == {"digest": digest, "dim": width} and packed.numel() == width * (width + 1) // 2:
+            packed, found_about = read_tensor(place, _FACTOR, "a factor")
+            if found_about == about | {"checksum": checksum(packed)} and packed.numel() == width * (width + 1) // 2:
                 return unpack_lower(packed, width).to(device)
     found = _read(path, width)
     C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite
@@ -82,7 +84,7 @@ def load_factor(
     packed = pack_lower(factor)
     for place in places:
         try:
-            write_tensor(place, packed, _FACTOR, {"digest": digest, "dim": width})
+            write_tensor(place, packed, _FACTOR, about | {"checksum": checksum(packed)})
             break
         except ModelError as error:
             _log.info("the factor of layer %d is not kept: %s", layer, error)
@@ -166,7 +168,7 @@ def _find(
             elif made_for not in (None, fingerprint) and not unchecked:
                 wrong.append(
                     f"{path} was made for a model with fingerprint {made_for}, this one has {fingerprint}; load the "
-                    "unedited model it was made for, collect statistics of this one, or go on with "
+                    f"unedited model it was made for ({FP16}), collect statistics of this one, or go on with "
                     "unchecked_statistics"
                 )
             else:
@@ -194,23 +196,28 @@ def _folders(topology: Topology, fingerprint: str, directory: str | Path | None)
 
 
 def _published(topology: Topology, root: Path, layer: int, module: str) -> list[Path]:
-    """Published files of a layer's statistics: in the folder of a data set, of a model, or of all models."""
-    checkpoint = _checkpoint(topology)
-    models = {checkpoint.replace("/", "_"), checkpoint.rpartition("/")[2]} - {""}
-    folders = [root, *sorted(root.glob("*_stats"))]
-    folders += [folder for model in sorted(models) for folder in sorted((root / model).glob("*_stats"))]
+    """Published files of a layer's statistics."""
     wanted = topology.resolve(layer, module)[0].rpartition(".")[2]
     down = topology.resolve(layer, "down_proj")[0].rpartition(".")[2]
     found = []
-    for path in (path for folder in folders for path in sorted(folder.glob("*.npz"))):
+    for path in _npz(topology, root):
         match = _PUBLISHED.fullmatch(path.name)
         if match and int(match["layer"]) == layer and (match["module"] or down).rpartition(".")[2] == wanted:
             found.append(path)
     return found
 
 
+def _npz(topology: Topology, root: Path) -> list[Path]:
+    """The .npz files in the folder of a data set, of a model, or of all models."""
+    checkpoint = _checkpoint(topology)
+    models = {checkpoint.replace("/", "_"), checkpoint.rpartition("/")[2]} - {""}
+    folders = [root, *sorted(root.glob("*_stats"))]
+    folders += [folder for model in sorted(models) for folder in sorted((root / model).glob("*_stats"))]
+    return [path for folder in folders for path in sorted(folder.glob("*.npz"))]
+
+
 def _read(path: Path, width: int) -> StreamingCovariance:
-    found = load_npz(path) if path.suffix == ".npz" else StreamingCovariance.load(path)
+    found = StreamingCovariance.load(path)
     if found.dim != width:
         raise ModelError(f"{path} is of width {found.dim}, the projection reads {width}: of another model?")
     return found
@@ -223,6 +230,12 @@ def _missing(
     listed = ",".join(map(str, layers))
     more = "" if module == "down_proj" else f" --module {module}"
     more += "" if directory is None else f" --output {directory}"
+    if directory is not None and (others := _npz(topology, Path(directory))):
+        names = ", ".join(path.name for path in others[:3]) + f" and {len(others) - 3} more" * (len(others) > 3)
+        wanted = layers[0] if module == "down_proj" else topology.resolve(layers[0], module)[0]
+        looked += f"; of its .npz files, {names}, none is called such as {wanted}_float32_mom2_100000.npz"
+    if directory is None and topology.head.weight.dtype == torch.float16:
+        looked += f"; {FP16}"
     return (
         f"no statistics of {module} in layer{'s' * (len(layers) > 1)} {listed} (looked in {looked}); make them: "
         f"fastedit covariance {_checkpoint(topology) or 'MODEL'} --text FILE --layers {listed}{more}"

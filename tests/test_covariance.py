@@ -201,7 +201,7 @@ def test_published_files_hold_the_sum(seed: int, tmp_path: Path) -> None:
         np.testing.assert_allclose(
             entries["mom2.mom2"] / 500, moment(x).numpy(), rtol=0, atol=1e-5 * float(x.max()) ** 2
         )
-    found = load_npz(path)
+    found = StreamingCovariance.load(path)
     assert (found.count, found.stored, found.metadata) == (500, torch.float32, {"documents": 12})
     torch.testing.assert_close(found.finalize(), moment(x), rtol=0, atol=1e-6 * float(moment(x).max()))
     made(x).save_npz(path, sample_size=100000)

@@ -187,8 +187,41 @@ def test_unknown_names_are_errors_that_list_the_known(tokenizer: Any) -> None:
         Editor(model, tokenizer, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="epochs is 0"):
         Editor(model, tokenizer, epochs=0)
-    with pytest.raises(ModelError, match="no Hugging Face causal language model"):
-        Editor(nn.Linear(3, 3), tokenizer)
+    for wrong, said in ((nn.Linear(3, 3), "Linear"), (None, "NoneType"), ("./llama", "'./llama'")):
+        with pytest.raises(ModelError, match=rf"^{said} is no Hugging Face.* Editor\.from_pretrained"):
+            Editor(wrong, tokenizer)
+    for nothing in (None, "gpt2"):
+        with pytest.raises(ConfigError, match=f"tokenizer is a {type(nothing).__name__}; .*AutoTokenizer"):
+            Editor(model, nothing)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "float99"}, "dtype is 'float99'; give one of auto, float32, bfloat16"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8; give one of"),
+        ({"device": "foo"}, "device is 'foo', which cannot be used: .*; give another"),
+        ({"device": "cuda:77"}, "device is 'cuda:77', which cannot be used: .*; give another"),
+        ({"name": None}, "name is None; give a folder"),
+    ],
+)
+def test_dtypes_and_devices_that_there_are_not(
+    wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded."""
+    monkeypatch.setattr(editor_module, "AutoTokenizer", None)
+    with pytest.raises(ConfigError, match=message):
+        Editor.from_pretrained(**{"name": "there is no such model"} | wrong)
+
+
+def test_progress_is_called_with_a_loss_only_where_there_is_one(tokenizer: Any, make_edits: MakeEdits) -> None:
+    """So that its fourth parameter needs a default, as is documented, and no more."""
+    calls: list[tuple[Any, ...]] = []
+    Editor(tiny_model("llama"), tokenizer, epochs=1, progress=lambda *call: calls.append(call)).edit(make_edits(3))
+    assert {len(call) for call in calls if call[0] == "prefix"} == {3}
+    assert isinstance(next(call[3] for call in calls if call[0] == "train"), float)
+    documented = "def progress(stage, done, total, loss=None)"
+    assert documented in (Editor.__doc__ or "")
 
 
 def test_a_failed_edit_leaves_nothing(tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +384,16 @@ def test_a_model_is_saved_to_the_folder_it_came_from(tokenizer: Any, make_edits:
     assert_holds(Editor.from_pretrained(tmp_path / "one", device="cpu").model, after)
 
 
+def test_a_folder_that_holds_the_model_s_own_is_not_replaced(tokenizer: Any, tmp_path: Path) -> None:
+    """As a trainer's last checkpoint lies in the folder of its run."""
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-5"):
+        Editor(tiny_model("llama"), tokenizer).save_model(folder)
+    editor = Editor.from_pretrained(tmp_path / "run" / "checkpoint-5", device="cpu")
+    with pytest.raises(ModelError, match=r"run would be replaced, and the model .*checkpoint-5 lies in it"):
+        editor.save_model(tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint-5" / "model.safetensors").is_file()
+
+
 def test_a_folder_of_something_else_is_not_overwritten(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     editor = Editor(tiny_model("llama"), tokenizer)
@@ -363,6 +406,23 @@ def test_a_folder_of_something_else_is_not_overwritten(tokenizer: Any, tmp_path:
 def spoil(path: Path, how: str) -> None:
     """Make a checkpoint one that cannot be loaded."""
     weights, config = path / "model.safetensors", path / "config.json"
+    changes = {
+        "config that contradicts itself": {"num_attention_heads": 5},
+        "config of fewer layers": {"num_hidden_layers": 2},
+        "config of other shapes": {"intermediate_size": 40},
+        "config with an unknown function": {"hidden_act": "w9"},
+    }
+    if how in changes:
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes[how]))
+    if how.startswith("no "):
+        for file in path.glob({"no config": "config.json", "no tokenizer": "tokenizer.json"}.get(how, "no such")):
+            file.unlink()
+    if how == "nothing in it":
+        for file in path.iterdir():
+            file.unlink()
+    if how == "weights behind a dead link":
+        weights.unlink()
+        weights.symlink_to(path / "gone")
     if how == "no such folder":
         path.rename(path.with_name("elsewhere"))
     elif how == "cut weights":
@@ -397,6 +457,14 @@ def spoil(path: Path, how: str) -> None:
         "config is no JSON",
         "unknown type",
         "unsupported architecture",
+        "config that contradicts itself",
+        "config of fewer layers",
+        "config of other shapes",
+        "config with an unknown function",
+        "no config",
+        "no tokenizer",
+        "nothing in it",
+        "weights behind a dead link",
     ],
 )
 def test_checkpoints_that_cannot_be_loaded_are_errors(how: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -404,12 +472,36 @@ def test_checkpoints_that_cannot_be_loaded_are_errors(how: str, tokenizer: Any, 
     Editor(tiny_model("llama"), tokenizer).save_model(path)
     Editor.from_pretrained(path, device="cpu")
     spoil(path, how)
+    reasons = {
+        "config that contradicts itself": r".*hidden size \(32\) is not a multiple .* heads \(5\)",
+        "config with an unknown function": "KeyError: 'w9'",
+        "no config": "it lacks config.json$",
+        "no tokenizer": "it lacks the tokenizer's files$",
+        "nothing in it": r"it lacks config.json and weights as \*.safetensors and the tokenizer's files$",
+        "weights behind a dead link": "model.safetensors cannot be read: No such file",
+    }
     expected = {
         "unsupported architecture": "not supported",
         "a missing weight": "lacks 1 weights of its architecture, model.layers.1.mlp.up_proj.weight",
-    }.get(how, f"no model could be loaded from {path}")
+        "no such folder": f"^no folder {path}, and no model could be loaded from the hub: .",
+        "config of fewer layers": f"{path} has 18 weights of blocks behind the 2 .*, model.layers.2.input_layernorm",
+        "config of other shapes": r"layers.0.mlp.down_proj.weight is \[32, 56\], .*should be \[32, 40\]",
+    }.get(how, f"no model could be loaded from {path}: " + reasons.get(how, "."))
     with pytest.raises(ModelError, match=expected):
         Editor.from_pretrained(path, device="cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neox", "llama"])
+def test_buffers_of_old_checkpoints_are_no_weights_too_many(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Causal masks and frequencies, which transformers once saved."""
+    model = tiny_model(family)
+    Editor(model, tokenizer).save_model(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    paths = {"gpt_neox": "gpt_neox.layers.1.attention", "llama": "model.layers.1.self_attn"}
+    attn = paths.get(family, "transformer.h.1.attn")
+    names = ["rotary_emb.inv_freq"] if family == "llama" else ["bias", "masked_bias"]
+    save_file(load_file(weights) | {f"{attn}.{name}": torch.ones(4) for name in names}, weights, {"format": "pt"})
+    assert_holds(Editor.from_pretrained(tmp_path / "model", device="cpu").model, state(model))
 
 
 @pytest.mark.parametrize("kind", ["llama", "brand-new"])
@@ -466,6 +558,7 @@ def test_the_model_is_as_it_was_if_its_delta_cannot_be_made(
     assert_holds(model, before)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_a_compiled_model_is_the_model_it_wraps(tokenizer: Any, make_edits: MakeEdits) -> None:
     model, edits = tiny_model("llama"), make_edits(4)
     wanted = Editor(model, tokenizer, **CONFIG | {"epochs": 2}).edit(edits)

@@ -190,7 +190,7 @@ class Case:
         moments(self.model, folder, seed)
 
     def editor(self, method: str, about: Settings, **config: Any) -> Editor:
-        return Editor(self.model, self.tokenizer, method, **{"statistics": str(self.folder)} | about.config | config)
+        return Editor(self.model, self.tokenizer, method, **{"statistics": self.folder} | about.config | config)
 
     def published(self, edits: Sequence[EditRequest], about: Settings, *more: Any) -> dict[int, Tensor]:
         """On a fresh model."""
@@ -589,11 +589,23 @@ def test_a_subject_that_stands_twice_is_said_once(case: Case) -> None:
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
-    ("objective is 'memit'; choose one of least-squares, equality, null-space", {"objective": "memit"}),
-    ("distribution is 'all'; choose one of single, spread, endpoints", {"distribution": "all"}),
-    ("on_duplicates is 'drop'; choose one of error, merge, sequential", {"on_duplicates": "drop"}),
+    ("objective is 'memit'; give one of least-squares, equality, null-space", {"objective": "memit"}),
+    ("distribution is 'all'; give one of single, spread, endpoints", {"distribution": "all"}),
+    ("on_duplicates is 'drop'; give one of error, merge, sequential", {"on_duplicates": "drop"}),
     ("layers is 3; give a tuple", {"layers": 3}),
     ("layers is 'last'; give a tuple", {"layers": "last"}),
+    (r"layers is \(1, True\); give a tuple, each item a whole number", {"layers": (1, True)}),
+    ("contexts is 'w10 {}'; give a tuple", {"contexts": "w10 {}"}),
+    ("steps is 'x'; give a whole number, or leave it out", {"steps": "x"}),
+    *((f"{name} is 'x'; give a number, or leave it out", {name: "x"}) for name in ("lr", "alpha", "null_threshold")),
+    ("kl_factor is None; give a number$", {"kl_factor": None}),
+    ("n_contexts is 2.5; give a whole number", {"n_contexts": 2.5}),
+    *((f"{name} is 5; give a text", {name: 5}) for name in ("module", "statistics", "targets")),
+    ("unchecked_statistics is 'no'; give True or False", {"unchecked_statistics": "no"}),
+    ("cache_bytes is -5; give 0 or more", {"cache_bytes": -5}),
+    ("cache_bytes is '1G'; give a whole number", {"cache_bytes": "1G"}),
+    *((f"seed is {seed}; give 0 to", {"seed": seed}) for seed in (-1, 2**63)),
+    ("seed is None; give a whole number$", {"seed": None}),
     (r"layers is \(\); give different layers", {"layers": ()}),
     (r"layers is \(2, 0\); give different layers from the lowest", {"layers": (2, 0)}),
     (r"layers is \(1, 1\)", {"layers": (1, 1)}),
@@ -633,12 +645,21 @@ def test_choices_that_make_no_sense_are_named(case: Case, seed: int) -> None:
     assert same(case.model, case.before)
 
 
+@pytest.mark.usefixtures("given")
+def test_an_independent_edit_that_there_is_not_is_named(case: Case, seed: int) -> None:
+    each = case.editor("memit", METHODS["memit"]).edit_each(random_edits(2, seed))
+    assert each.delta(1).metadata["edits"] == 1
+    for wrong in (2, -1, "0", None, 1.0):
+        with pytest.raises(ConfigError, match=f"there is no edit {wrong!r}: 2 were made"):
+            each.delta(wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_target_is_reached_or_it_is_said_that_it_is_not(
     family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With next to nothing to preserve. A norm behind the MLP keeps a block's output from following an update."""
-    case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)  # Gemma 2's softmax is fp32 and masks 0/0 in fp64
+    case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)  # Gemma 2's softmax is fp32, 0/0 in fp64
     edits = random_edits(2, seed)
     found: list[Any] = []
     seek = lte.find_targets

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -191,6 +193,27 @@ def test_fp32_learns_as_fp64(family: str, tokenizer: Any, make_edits: MakeEdits,
     result = run(model, tokenizer, edits, module="block")
     assert {update.dtype for update in result.updates.values()} == {torch.float32}
     assert result.losses == pytest.approx(wanted.losses, rel=1e-4)
+
+
+def test_fp16_keeps_the_digits_of_small_gradients(
+    tokenizer: Any, make_edits: MakeEdits, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the mean over a batch are below the smallest normal number of fp16, as near the end of training."""
+    gradients: list[Tensor] = []
+
+    def step(optimizer: Any, *args: Any) -> None:
+        gradients.append(optimizer._masters["model.layers.2.mlp.down_proj.weight"].grad * (1e-8 / optimizer._eps))
+        optimizer.clear()
+
+    monkeypatch.setattr(trainer.Adam, "step", step)
+    model, edits = tiny_model("llama", seed=seed), make_edits(64)
+    model.lm_head.weight.data /= 2048
+    model.model.norm.weight.data *= 2048
+    model.half()
+    for given in (copy.deepcopy(model).float(), model):
+        run(given, tokenizer, edits, batch_size=64, epochs=1)
+    wanted, mine = gradients
+    assert (mine - wanted).norm() <= 0.01 * wanted.norm()
 
 
 @pytest.mark.usefixtures("double")
@@ -752,6 +775,20 @@ def test_absent_layers_and_modules_are_errors_that_list_what_there_is(tokenizer:
     assert not changed(model, before)
 
 
+def test_weights_from_which_no_rate_follows_are_named(tokenizer: Any, make_edits: MakeEdits) -> None:
+    """Where a rate is given, the weights may be zeros."""
+    cases = ((torch.nan, f"{DOWN_PROJ}.weight is not finite"), (0.0, f"{DOWN_PROJ} are all zero, .*give lr"))
+    for value, said in cases:
+        model = tiny_model("llama")
+        weight = model.get_parameter(f"{DOWN_PROJ}.weight").data
+        weight[1 if value else slice(None)] = value
+        before = state(model)
+        with pytest.raises(ModelError, match=said):
+            run(model, tokenizer, make_edits(3), epochs=1, lr=None)
+        assert value or not changed(model, before)
+    run(model, tokenizer, make_edits(3), epochs=1, lr=1e-3)
+
+
 @pytest.mark.parametrize("augment", [0, 2])
 def test_a_prompt_longer_than_the_context_names_its_edit(augment: int, tokenizer: Any, make_edits: MakeEdits) -> None:
     """63 words and two of the target fill the context of 64 tokens but for one; a context does not fit."""
@@ -760,7 +797,8 @@ def test_a_prompt_longer_than_the_context_names_its_edit(augment: int, tokenizer
     run(tiny_model("llama"), tokenizer, [*edits, longest], epochs=1)
     if not augment:
         longest = replace(longest, prompt=longest.prompt + " w9", id="too long")
-    with pytest.raises(RequestError, match=f"edit {longest.id}.*context of 64"):
+    remedy = "prompt, or take shorter contexts" if augment else "prompt that begins 'w9"
+    with pytest.raises(RequestError, match=f"edit {longest.id}.*context of 64; shorten the {remedy}"):
         run(tiny_model("llama"), tokenizer, [*edits, longest], augment=augment)
 
 
@@ -778,11 +816,33 @@ def test_a_prompt_longer_than_the_context_names_its_edit(augment: int, tokenizer
         ("weight_decay", -0.1),
         ("loss_average", "batch"),
         ("schedule", "width-first"),
+        ("lr", "x"),
+        ("lr", True),
+        ("epochs", "3"),
+        ("epochs", 1.5),
+        ("augment", None),
+        ("weight_decay", None),
+        ("layer", "3"),
+        ("layer", 3.0),
+        ("module", 5),
+        ("shuffle", "yes"),
+        ("cache_bytes", "1G"),
+        ("cache_bytes", -5),
+        ("seed", None),
+        ("seed", 1.5),
+        ("seed", -1),
+        ("seed", 2**64),
     ],
 )
 def test_values_that_a_field_cannot_take(field: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{field} is"):
+    with pytest.raises(ConfigError, match=f"{field} is {value!r}; (give|choose)"):
         LocFTBFConfig(**{field: value})
+
+
+def test_values_that_only_look_different_are_taken() -> None:
+    """Whole numbers where a number is wanted, and numbers of numpy, which no file of an edit could hold as they are."""
+    config = LocFTBFConfig(lr=1, epochs=np.int64(3), layer=np.int32(2), stop_loss=np.float32(0.5), seed=2**63 - 1)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(asdict(config))) == asdict(replace(config, lr=1.0, epochs=3, layer=2, stop_loss=0.5))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

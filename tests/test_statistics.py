@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -95,7 +96,15 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
     second = kept()
     assert not torch.equal(second, first)
     whole = (tmp_path / FACTOR).read_bytes()
-    for damaged in (whole[:-9], b"", whole.replace(b"factor-1", b"factor-0")):
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    flipped = begin + random.Random(seed).randrange(len(whole) - begin)
+    for damaged in (
+        whole[:-9],
+        b"",
+        whole.replace(b"factor-1", b"factor-0"),
+        whole.replace(b"checksum", b"checksun"),
+        whole[:flipped] + bytes([whole[flipped] ^ 1]) + whole[flipped + 1 :],
+    ):
         (tmp_path / FACTOR).write_bytes(damaged)
         loads(tmp_path)
         assert torch.equal(kept(), second)
@@ -204,6 +213,29 @@ def test_published_trees_are_read(name: str, model: str, seed: int, tmp_path: Pa
     made(rows(seed, 300, D)).save_npz(path.with_name("1_float32_mom2_50.npz"))
     with pytest.raises(ModelError, match="several statistics of layer 1"):
         loads(tmp_path / "stats", FP32)
+
+
+def test_published_files_under_unknown_names_are_told_of(seed: int, tmp_path: Path) -> None:
+    """With the name that would count."""
+    for name in ("1_mom2.npz", "layer1.npz", "2_float32_mom2_100000.npz", "z.npz"):
+        made(rows(seed, 300, D)).save_npz(tmp_path / name)
+    listed = r"1_mom2\.npz, 2_float32_mom2_100000\.npz, layer1\.npz and 1 more, none is called such as"
+    with pytest.raises(ModelError, match=rf"{listed} 1_float32_mom2_100000\.npz\); make them"):
+        loads(tmp_path)
+    with pytest.raises(ModelError, match=r"such as model\.layers\.1\.mlp\.up_proj_float32_mom2_100000\.npz\)"):
+        load_factor(parts, OURS, 1, "up_proj", directory=tmp_path)
+
+
+def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: Path) -> None:
+    """Of the very model that the statistics were made of."""
+    half = topology(tiny_model("llama", dtype=torch.float16))
+    mark = fingerprint(half.model)
+    assert mark != OURS
+    keep(tmp_path, rows(seed, 200, D))
+    with pytest.raises(ModelError, match=r"made for \(in fp16 a model has another .* or go on with unchecked_stat"):
+        load_factor(half, mark, 1, directory=tmp_path)
+    with pytest.raises(ModelError, match=r"no statistics .*; in fp16 a model has another fingerprint"):
+        load_factor(half, mark, 1)
 
 
 def test_published_files_of_another_width_are_refused(seed: int, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_is_told_before_any_work(
 ) -> None:
     count = Count(monkeypatch)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match=r"file: no folder for targets: .*give another"):
+    with pytest.raises(ModelError, match=r"file cannot be written: it is a file; give another"):
         case.editor("memit", ABOUT, targets=str(tmp_path / "file")).edit(random_edits(2, seed))
     assert count.n == 0
     assert same(case.model, case.before)

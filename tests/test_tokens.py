@@ -132,6 +132,9 @@ def test_unusable_pairs_are_named() -> None:
         tokenize(tokenizer, [("a", "b"), ("", "b")])
     with pytest.raises(RequestError, match=r"pair 1: prompt and target take \d+ tokens.*context of 9"):
         tokenize(tokenizer, [("a", "b"), ("a " * 20, "b")], max_length=9)
+    for pair, longer in ((("a " * 20, "b"), "prompt that begins 'a"), (("a", "b " * 20), "target that begins 'b")):
+        with pytest.raises(RequestError, match=f"context of 9; shorten the {longer}"):
+            tokenize(tokenizer, [pair], max_length=9)
     for kind in ("byte-level", "metaspace"):
         with pytest.raises(RequestError, match="pair 0: the target ' ' is empty"):
             tokenize(fast_tokenizer(kind), [("a", " ")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import FAMILIES, randomize, tiny_model
@@ -14,8 +16,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from fastedit import Editor, WeightDelta
 from fastedit.errors import ModelError
-from fastedit.models import topology
+from fastedit.models import fingerprint, topology
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2")
 # family -> list of blocks, and where block 1 keeps attention, MLP, up, gate and down
@@ -135,6 +138,39 @@ def test_the_text_part_of_a_vision_model() -> None:
     with torch.no_grad():
         hidden = found.backbone(input_ids=ids, use_cache=False)[0]
         torch.testing.assert_close(found.logits(hidden), model(ids).logits, rtol=0, atol=0)
+
+
+class Elsewhere(nn.Parameter):
+    """A parameter that says it is on another device."""
+
+    device = torch.device("cuda:1")  # type: ignore[assignment]
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"  # [32, 56]
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (nn.Parameter(torch.ones(32, 56, dtype=torch.int8), False), "holds torch.int8: it is quantized; load"),
+        (nn.Parameter(torch.ones(896, 1, dtype=torch.uint8), False), "holds torch.uint8: it is quantized"),
+        (nn.Parameter(torch.ones(32, 56).to(torch.float8_e4m3fn), False), "holds torch.float8_e4m3fn: it is quantized"),
+        (nn.Parameter(torch.ones(448, 1)), r"has shape \(448, 1\), expected \(32, 56\): it is quantized or sharded"),
+        (nn.Parameter(torch.ones(32, 56, device="meta")), "is on the meta device: it is offloaded.* one device"),
+        (Elsewhere(torch.ones(32, 56)), r"is on cuda:1, but model\.embed_tokens\.weight on cpu; load .* one device"),
+    ],
+)
+def test_weights_that_cannot_be_edited_are_named(weight: nn.Parameter, message: str, tokenizer: Any) -> None:
+    """Before any work, and with what to do."""
+    model = tiny_model("llama")
+    model.get_submodule(DOWN.removesuffix(".weight")).weight = weight
+    for use in (
+        lambda: Editor(model, tokenizer),
+        lambda: WeightDelta({DOWN: torch.ones(32, 56)}, {}).apply(model, force=True),
+        lambda: fingerprint(model),
+    ):
+        with pytest.raises(ModelError, match=DOWN.replace(".", r"\.") + " " + message):
+            use()
 
 
 def test_packing_is_found_out_without_dropout() -> None:

@@ -63,6 +63,7 @@ def locate_then_edit(
     weights = _Weights(layers, plan.config.on_duplicates)
     size = len(edits) if plan.config.batch_size == "auto" else int(plan.config.batch_size)
     losses: list[float] = []
+    interrupted, kept_edits = None, None
     if plan.target.lr is None and size < len(edits):  # or the first batch would decide for all
         plan = plan.with_lr(_lr_of_all(topology, tokenizer, edits, plan))
     notes, dropped = dict.fromkeys([*plan.notes, *said]), list[int]()
@@ -87,7 +88,9 @@ def locate_then_edit(
         except KeyboardInterrupt:
             if not plan.config.keep_partial or len(dropped) == weights.edits:
                 raise
-            notes[f"interrupted; kept the first {weights.edits} edits"] = None
+            kept_edits = weights.edits
+            interrupted = f"kept the first {kept_edits} edits"
+            notes[f"interrupted; {interrupted}"] = None
         updates, keys = weights.finish()
     except BaseException:
         weights.restore()
@@ -95,7 +98,8 @@ def locate_then_edit(
     if dropped:
         notes[f"dropped, because the loss is not finite: {named(edits, dropped)}"] = None
     originals = {layer.path: layer.original for layer in layers.values()}
-    return MethodResult(updates, originals, asdict(plan.config), losses, list(notes), keys, tuple(dropped))
+    about = asdict(plan.config), losses, list(notes), keys, tuple(dropped)
+    return MethodResult(updates, originals, *about, interrupted, kept_edits)
 
 
 @no_autocast

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from fastedit.errors import ConfigError, EditError, ModelError
-from fastedit.methods.base import Edit, MethodResult, Progress, no_progress
+from fastedit.methods.base import Edit, MethodResult, Progress, check_fields, no_progress
 from fastedit.methods.contexts import sample_contexts
 from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
 from fastedit.methods.subjects import behind, name_of
@@ -69,7 +69,8 @@ class LocFTBFConfig:
     keep_partial: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+        check_fields(self)
+        if self.batch_size != "auto" and self.batch_size < 1:
             raise ConfigError(f'batch_size is {self.batch_size!r}; give "auto" or a number of edits, at least 1')
         if self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}; give at least 1")
@@ -80,9 +81,6 @@ class LocFTBFConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.augment < 0:
             raise ConfigError(f"augment is {self.augment}; give a number of contexts an edit, 0 for none")
-        for name, known in (("loss_average", ("sample", "token")), ("schedule", ("breadth-first", "depth-first"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
 
 def batch_size_for(n_edits: int) -> int:
@@ -118,7 +116,7 @@ def locft_bf(
     _, module = topology.resolve(config.layer, config.module)
     samples, cache = prepared or prepare(topology, tokenizer, edits, config, progress)
     owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
-    trainer = Trainer(topology, samples, owner, edits, module, config, progress)
+    trainer, interrupted = Trainer(topology, samples, owner, edits, module, config, progress), None
     try:
         cache.advance(config.layer)
         try:
@@ -127,7 +125,8 @@ def locft_bf(
         except KeyboardInterrupt:
             if trainer.kept is None:
                 raise
-            notes.append(f"interrupted; kept the weights {trainer.go_back()}")
+            interrupted = f"kept the weights {trainer.go_back()}"
+            notes.append(f"interrupted; {interrupted}")
         updates = trainer.updates()
         if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss was seen
             raise EditError(
@@ -140,7 +139,7 @@ def locft_bf(
     finally:
         if prepared is None:
             cache.close()
-    return MethodResult(updates, trainer.originals, asdict(config), trainer.losses, notes)
+    return MethodResult(updates, trainer.originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
 
 
 def prepare(
@@ -184,13 +183,19 @@ def _resolved(topology: Topology, config: LocFTBFConfig, n_edits: int) -> tuple[
     if module is None:
         module = preset.module
         notes.append(f"module {module} ({where})")
-    weights = list(topology.resolve(layer, module)[1].parameters())
+    path, found = topology.resolve(layer, module)
+    weights = list(found.parameters())
     if not weights:
         raise ModelError(f"module {module!r} of block {layer} has no weights to train; choose another")
     if lr is None:
         lr, why = preset.lr, where
         if lr is None:
             lr, why = scaled_learning_rate(weights), f"{where}: 0.025 of the weights' RMS"
+            if lr == 0:
+                raise ModelError(f"the weights of {path} are all zero, and no rate follows from their size; give lr")
+            if not math.isfinite(lr):
+                broken = (f"{path}.{name}" for name, w in found.named_parameters() if not w.isfinite().all())
+                raise ModelError(f"{next(broken, path)} is not finite; load a model whose weights are whole")
         notes.append(f"lr {lr:.3g} ({why})")
     if batch_size == "auto":
         batch_size = batch_size_for(n_edits * (1 + config.augment))

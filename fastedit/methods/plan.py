@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastedit.errors import ConfigError
+from fastedit.methods.base import check_fields
 from fastedit.methods.distributions import DistributionName, shares
 from fastedit.methods.objectives import ObjectiveName
 from fastedit.methods.presets import locate_then_edit_preset
@@ -86,19 +86,9 @@ class LocateThenEditConfig:
     keep_partial: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "objective": ("least-squares", "equality", "null-space", None),
-            "distribution": ("single", "spread", "endpoints", None),
-            "on_duplicates": ("error", "merge", "sequential"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(filter(None, known))}")
-        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+        check_fields(self)
+        if self.batch_size != "auto" and self.batch_size < 1:
             raise ConfigError(f'batch_size is {self.batch_size!r}; give "auto" or a number of edits, at least 1')
-        layers = self.layers
-        if layers is not None and not (isinstance(layers, Sequence) and all(isinstance(i, int) for i in layers)):
-            raise ConfigError(f"layers is {layers!r}; give a tuple of block numbers, such as (4, 5, 6)")
         for name in ("cov_weight", "l2", "null_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -32,7 +32,7 @@ def behind(name: str, context: str, error: PairError) -> RequestError:
     remedy = error.remedy
     if context:
         name += f", behind the context {context[:60]!r}"
-        remedy = "shorten the prompt, or take shorter contexts, or none"
+        remedy = remedy.partition(" that begins")[0] + ", or take shorter contexts, or none"
     return RequestError(f"{name}: {error.reason}; {remedy}")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastedit import ops
 from fastedit.errors import ConfigError
-from fastedit.methods.base import Progress
+from fastedit.methods.base import Progress, check_fields
 from fastedit.models import (
     BlockCalls,
     HeldTokens,
@@ -60,8 +60,7 @@ class TargetConfig:
     stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.site not in ("block", "mlp"):
-            raise ConfigError(f"site is {self.site!r}; choose block or mlp")
+        check_fields(self)
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; give at least 1")
         for name in ("lr", "clamp"):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit.errors import ModelError
-from fastedit.files import replacing
+from fastedit.files import check_writable, replacing
 from fastedit.methods.base import Edit
 from fastedit.methods.targets import TargetConfig, Targets, target_samples
 from fastedit.models import Topology, checksum
@@ -33,10 +33,8 @@ class TargetStore:
 
     def __init__(self, folder: str | Path, topology: Topology, written: Sequence[str]) -> None:
         self._folder, self._topology = Path(folder), topology
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError(f"{folder}: no folder for targets: {error.strerror}; give another one") from error
+        check_writable(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._parameters = dict(topology.model.named_parameters())
         self._written = sorted(written)
         config = topology.config.to_dict()

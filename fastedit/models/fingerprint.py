@@ -7,25 +7,33 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from fastedit.models.topology import topology
+from fastedit.models.topology import check_editable, topology
 
 _SAMPLED = 256
 _CHUNK = 2**20
+FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
+"""For messages that fingerprints differ."""
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """Hash of the names, shapes and up to 256 evenly spaced values of every parameter.
 
-    Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16.
+    Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16. In fp16
+    it has another: what is below 6e-5 has lost digits there, and the rest was rounded twice if it came from fp32.
+
+    Raises:
+        ModelError: weights that this package cannot edit.
     """
+    parts = topology(model)
+    check_editable(parts)
     digest = hashlib.sha256()
     values = []
-    for path, p in sorted(topology(model).model.named_parameters()):
+    for path, p in sorted(parts.model.named_parameters()):
         digest.update(f"{path} {tuple(p.shape)};".encode())
         step = max(1, p.numel() // _SAMPLED)
         values.append(p.detach().reshape(-1)[::step][:_SAMPLED].to(torch.bfloat16))
-    flat = torch.cat([v.to(values[0].device) for v in values]).cpu()
+    flat = torch.cat(values).cpu()
     digest.update(flat.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
 

@@ -95,7 +95,8 @@ def tokenize(
             n_read = offsets[-1] - offsets[-2] - 1
             if max_length is not None and n_read > max_length:
                 reason = f"prompt and target take {n_read} tokens, more than the model's context of {max_length}"
-                raise PairError(i, reason, f"shorten the prompt that begins {pairs[i][0][:60]!r}")
+                longer = "prompt" if start > end - start else "target"
+                raise PairError(i, reason, f"shorten the {longer} that begins {pairs[i][longer == 'target'][:60]!r}")
     return Samples(torch.tensor(flat, dtype=torch.int64), torch.tensor(offsets), torch.tensor(starts).long())
 
 

@@ -8,6 +8,7 @@ projection back to the model's width.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _VERIFIED = (
     "qwen2",
     "qwen3",
 )
+_EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WHOLE = "load the whole model on one device, without device_map"
 P = ParamSpec("P")
 R = TypeVar("R")
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
@@ -330,11 +333,13 @@ def topology(model: nn.Module) -> Topology:
         ModelError: an architecture that this package does not support, or a model without the expected parts.
     """
     # torch.compile's wrapper has the attributes of what it wraps
-    inner: Any = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else iter(())
+    inner: Any = next((m for m in modules if isinstance(m, PreTrainedModel)), None)
     if inner is None:
+        given = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
         raise ModelError(
-            f"{type(model).__name__} is no Hugging Face causal language model; load one with "
-            "AutoModelForCausalLM.from_pretrained"
+            f"{given} is no Hugging Face causal language model; load one with AutoModelForCausalLM.from_pretrained, "
+            "or model and tokenizer by their folder or hub name with Editor.from_pretrained"
         )
     config = inner.config.get_text_config()
     name = f"{type(inner).__name__} ({config.model_type})"
@@ -368,6 +373,30 @@ def topology(model: nn.Module) -> Topology:
         hidden_size=config.hidden_size,
         context_length=config.max_position_embeddings,
     )
+
+
+def check_editable(found: Topology) -> None:
+    """See that the weights are such as this package can edit: of floating point, whole, and on one device.
+
+    Raises:
+        ModelError: quantized, sharded or offloaded weights, or weights on several devices; names the parameter.
+    """
+    parameters = dict(found.model.named_parameters())
+    first, device = next((path, parameter.device) for path, parameter in parameters.items())
+    for path, parameter in parameters.items():
+        if parameter.dtype not in _EDITABLE:
+            raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; load the model in fp32, bf16 or fp16")
+        if parameter.is_meta:
+            raise ModelError(f"{path} is on the meta device: it is offloaded, or was never loaded; {_WHOLE}")
+        if parameter.device != device:
+            raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
+    for path, module in found.blocks.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
+            expected = (module.out_features, module.in_features)
+            raise ModelError(
+                f"{found.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it is "
+                "quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
+            )
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Module]]:
