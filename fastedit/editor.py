@@ -185,8 +185,9 @@ class Editor:
         except Exception as error:  # whatever a wrong file makes transformers, tokenizers or safetensors raise
             raise ModelError(_why_not_loaded(name, error)) from error
         if other := sorted(loading["mismatched_keys"]):
-            path, theirs, ours = other[0]
-            raise ModelError(f"{name}: {path} is {list(theirs)}, but by its config.json it should be {list(ours)}")
+            path, *shapes = [other[0]] if isinstance(other[0], str) else other[0]  # transformers 4 has names alone
+            said = ", but by its config.json it should be ".join(str(list(shape)) for shape in shapes)
+            raise ModelError(f"{name}: {path} is {said or 'of another shape than its config.json says'}")
         if missing := sorted(loading["missing_keys"]):
             raise ModelError(f"{name} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
         blocks = int(model.config.get_text_config().num_hidden_layers)
