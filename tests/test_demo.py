@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +82,12 @@ def test_requests_are_consistent(world: World) -> None:
             assert answer == r.true_target
             assert not any(s in prompt for s in edited)
     assert any(r.portability for r in requests)
+
+
+def test_transformers_4_knows_the_tokenizer_s_class() -> None:
+    """Which 5 calls TokenizersBackend when it saves."""
+    about = json.loads((Path(checkpoint_path()) / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_the_shipped_model_knows_its_facts(world: World, shipped: Topology, tokenizer: object, seed: int) -> None:

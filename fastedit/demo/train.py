@@ -218,6 +218,9 @@ def train(
     forward: Any = torch.compile(logits_of)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
+    saved = output / "tokenizer_config.json"
+    about = json.loads(saved.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # transformers 4 knows it
+    saved.write_text(json.dumps(about, indent=2) + "\n")
     decay = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
