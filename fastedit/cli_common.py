@@ -80,8 +80,7 @@ def documents_of(path: Path | None) -> list[str]:
 
 
 def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
-    """`Editor.from_pretrained`, its failures as a ModelError."""
-    import torch
+    """`Editor.from_pretrained`, quietly; a model that is too large is a ModelError."""
     from transformers.utils import logging as transformers_logging
 
     from fastedit.editor import Editor
@@ -90,15 +89,9 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    chosen = "auto" if dtype is Dtype.auto else getattr(torch, dtype.value)
-    try:
-        return Editor.from_pretrained(model, dtype=chosen, device=device, **config)
+        return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
     except RuntimeError as error:
-        causes = "of other shapes than config.json says, or too large for the device"
-        raise ModelError(f"{model}: its weights cannot be loaded ({causes}?): {error}") from error
+        raise ModelError(f"{model} cannot be moved to the device, is it too large for it? {error}") from error
 
 
 def show(what: RenderableType) -> None:

@@ -321,9 +321,9 @@ class Editor:
                 model was loaded from; the disk is full.
         """
         model: Any = self.topology.model
-        directory, source = Path(directory), Path(model.config._name_or_path or ".fastedit")
-        if source.is_dir() and source.resolve() != directory.resolve():
-            check_directory(directory, {"the model": source})
+        directory, source = Path(directory), str(model.config._name_or_path)
+        if os.path.isdir(source) and Path(source).resolve() != directory.resolve():
+            check_directory(directory, {"the model": Path(source)})
         try:
             with replacing_directory(directory) as temporary:
                 model.save_pretrained(temporary)

@@ -70,8 +70,8 @@ def load_factor(
     about = {"digest": digest, "dim": width}
     for place in places:
         with suppress(ModelError):  # a damaged factor is made again
-            packed, found_about = read_tensor(place, _FACTOR, "a factor")
-            if found_about == about | {"checksum": checksum(packed)} and packed.numel() == width * (width + 1) // 2:
+            packed, noted = read_tensor(place, _FACTOR, "a factor")
+            if noted == about | {"checksum": checksum(packed)} and packed.numel() == width * (width + 1) // 2:
                 return unpack_lower(packed, width).to(device)
     found = _read(path, width)
     C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite

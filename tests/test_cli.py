@@ -347,7 +347,7 @@ def test_bad_requests(model: Path, tmp_path: Path, command: str, content: bytes 
         (["--method", "memit", "--targets", "/proc"], "/proc cannot be written"),
         (["--output", "{facts}/out/deep"], "{facts}/out/deep cannot be written: {facts} is a file"),
         (["--dtype", "int3"], "--dtype"),
-        (["--device", "gpu9"], "--device gpu9"),
+        (["--device", "gpu9"], "device is 'gpu9', which cannot be used"),
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],
 )
@@ -359,7 +359,7 @@ def test_bad_flags_are_refused_before_any_work(
     flags: list[str],
     message: str,
 ) -> None:
-    needs_model = flags[0] in ("--layer", "--module")
+    needs_model = flags[0] in ("--layer", "--module", "--device")
     monkeypatch.setattr(*((cli, "measure") if needs_model else (Editor, "from_pretrained")), None)
     output = tmp_path / "deep" / "out"
     flags, message = [flag.replace("{facts}", str(facts)) for flag in flags], message.replace("{facts}", str(facts))

@@ -63,7 +63,7 @@ def locate_then_edit(
     weights = _Weights(layers, plan.config.on_duplicates)
     size = len(edits) if plan.config.batch_size == "auto" else int(plan.config.batch_size)
     losses: list[float] = []
-    interrupted, kept_edits = None, None
+    interrupted: str | None = None
     if plan.target.lr is None and size < len(edits):  # or the first batch would decide for all
         plan = plan.with_lr(_lr_of_all(topology, tokenizer, edits, plan))
     notes, dropped = dict.fromkeys([*plan.notes, *said]), list[int]()
@@ -88,8 +88,7 @@ def locate_then_edit(
         except KeyboardInterrupt:
             if not plan.config.keep_partial or len(dropped) == weights.edits:
                 raise
-            kept_edits = weights.edits
-            interrupted = f"kept the first {kept_edits} edits"
+            interrupted = f"kept the first {weights.edits} edits"
             notes[f"interrupted; {interrupted}"] = None
         updates, keys = weights.finish()
     except BaseException:
@@ -98,8 +97,17 @@ def locate_then_edit(
     if dropped:
         notes[f"dropped, because the loss is not finite: {named(edits, dropped)}"] = None
     originals = {layer.path: layer.original for layer in layers.values()}
-    about = asdict(plan.config), losses, list(notes), keys, tuple(dropped)
-    return MethodResult(updates, originals, *about, interrupted, kept_edits)
+    return MethodResult(
+        updates,
+        originals,
+        asdict(plan.config),
+        losses,
+        list(notes),
+        keys,
+        tuple(dropped),
+        interrupted=interrupted,
+        kept=weights.edits if interrupted else None,
+    )
 
 
 @no_autocast

@@ -38,8 +38,8 @@ _VERIFIED = (
 )
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = "load the whole model on one device, without device_map"
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
 
 
@@ -63,14 +63,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def no_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def no_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
 
     Autocast would keep the first cast of a weight that then changes.
     """
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 
