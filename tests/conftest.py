@@ -14,12 +14,15 @@ if not torch.cuda.is_available():
 
 import pytest
 from helpers import SPECIAL, WORDS
+from interpreted import remember_builtins
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fastedit import EditRequest
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    remember_builtins()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 
 _SEED = int(os.environ.get("FASTEDIT_TEST_SEED") or secrets.randbelow(2**31))
