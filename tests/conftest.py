@@ -25,12 +25,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     remember_builtins()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 
-_SEED = int(os.environ.get("FASTEDIT_TEST_SEED") or secrets.randbelow(2**31))
+if not os.environ.get("FASTEDIT_TEST_SEED"):
+    os.environ["FASTEDIT_TEST_SEED"] = str(secrets.randbelow(2**31))  # where the workers of this run find it
+_SEED = int(os.environ["FASTEDIT_TEST_SEED"])
 
 
 @pytest.fixture
 def seed() -> int:
-    """Drawn anew by every run; shown when a test fails, and FASTEDIT_TEST_SEED sets it."""
+    """FASTEDIT_TEST_SEED, or drawn anew by every run; shown when a test fails."""
     print(f"FASTEDIT_TEST_SEED={_SEED}")
     return _SEED
 
