@@ -12,9 +12,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	FASTEDIT_TEST_SEED=$(FASTEDIT_TEST_SEED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# random inputs that no run has seen
+# random inputs that no run has seen, and every kernel compiled anew
 test-fresh: $(VENV)/.installed
-	FASTEDIT_TEST_SEED= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	FASTEDIT_TEST_SEED= FASTEDIT_TEST_COMPILE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,12 +1,15 @@
 """Every shipped configuration of every Triton kernel, compiled for real targets; needs no GPU.
 
 `python -m tests.ops.aot` prints a table of registers, spills and shared memory, `--json FILE` writes it for
-test_aot.py. TRITON_INTERPRET must not be set.
+test_aot.py. TRITON_INTERPRET must not be set. A compilation gives the same every time: what aot.json has of the same
+source, configuration and Triton is not compiled again, unless `--all` asks for it. `--record` writes aot.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import importlib
 import json
 import os
@@ -25,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+RECORD = Path(__file__).with_suffix(".json")
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -167,8 +171,8 @@ def rank_k_solve(target: str) -> Iterator[Case]:
 KERNELS: list[Callable[[str], Iterator[Case]]] = [localized_adam, target_cross_entropy, rank_k_solve]
 
 
-def compiled(case: Case, target: str) -> Usage:
-    """Compile a case and read what it takes from the machine code."""
+def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton compiles, and with which options."""
     kernel = getattr(importlib.import_module(f"fastedit.kernels.{case.module}"), case.kernel)
     signature = {
         name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in kernel.arg_names
@@ -181,9 +185,20 @@ def compiled(case: Case, target: str) -> Usage:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
     if case.maxnreg:
         options["maxnreg"] = case.maxnreg
-    built = triton.compile(
-        ASTSource(kernel, signature, case.constants, aligned), target=TARGETS[target], options=options
-    )
+    return ASTSource(kernel, signature, case.constants, aligned), options
+
+
+def key(case: Case, target: str) -> str:
+    """Of all that decides what comes of a compilation, and of what is looked for in it."""
+    kernel, options = source(case)
+    asked = (triton.__version__, kernel.hash(), target, sorted(options.items()), name_of(case), case.instruction)
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:24]
+
+
+def compiled(case: Case, target: str) -> Usage:
+    """Compile a case and read what it takes from the machine code."""
+    kernel, options = source(case)
+    built = triton.compile(kernel, target=TARGETS[target], options=options)
     if TARGETS[target].backend == "cuda":
         registers, spilled = _cubin_usage(built.asm["cubin"])
         text = built.asm["ptx"]
@@ -192,8 +207,13 @@ def compiled(case: Case, target: str) -> Usage:
         registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
         spilled = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
     count = text.count(case.instruction) if case.instruction else 0
-    name = f"{case.kernel.removesuffix('_kernel')}: {case.name}"
-    return Usage(name, target, case.num_warps, registers, spilled, built.metadata.shared, case.instruction, count)
+    return Usage(
+        name_of(case), target, case.num_warps, registers, spilled, built.metadata.shared, case.instruction, count
+    )
+
+
+def name_of(case: Case) -> str:
+    return f"{case.kernel.removesuffix('_kernel')}: {case.name}"
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -212,11 +232,17 @@ def _work(work: tuple[Case, str]) -> Usage:
     return compiled(*work)
 
 
-def usage(targets: list[str], only: str = "") -> list[Usage]:
-    """Of all cases whose kernel's name contains `only`, for each target, on all processors."""
+def usage(targets: list[str], only: str = "", known: dict[str, Usage] | None = None) -> dict[str, Usage]:
+    """By key, of all cases whose kernel's name contains `only`, for each target; on all processors."""
     work = [(case, target) for of in KERNELS if only in of.__name__ for target in targets for case in of(target)]
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_work, work))
+    keys, known = [key(*each) for each in work], known or {}
+    new = {at: each for at, each in zip(keys, work, strict=True) if at not in known}
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", *(f"fastedit.kernels.{of.__name__}" for of in KERNELS)])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, gc.disable) as pool:
+        found = known | dict(zip(new, pool.map(_work, new.values()), strict=True))
+    print(f"{len(new)} of {len({*keys})} compiled")
+    return {at: found[at] for at in keys}
 
 
 def table(rows: list[Usage]) -> str:
@@ -234,8 +260,15 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--only", default="", help="part of a kernel's name")
+    parser.add_argument("--all", action="store_true", help="compile what is recorded, too")
+    parser.add_argument("--record", action="store_true", help="compile all, and write aot.json")
     chosen = parser.parse_args()
-    found = usage(chosen.targets, chosen.only)
-    print(table(found))
+    recorded = {} if chosen.all or chosen.record else json.loads(RECORD.read_text(encoding="utf-8"))
+    found = usage(chosen.targets, chosen.only, {at: Usage(**u) for at, u in recorded.items()})
+    print(table([*found.values()]))
+    as_json = {at: asdict(u) for at, u in found.items()}
     if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(u) for u in found]))
+        chosen.json.write_text(json.dumps(as_json))
+    if chosen.record:
+        lines = (f"{json.dumps(at)}: {json.dumps(u, ensure_ascii=False)}" for at, u in as_json.items())
+        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
