@@ -179,7 +179,7 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
     here, program = Path(__file__), tmp_path / "syrk_threads"
     sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
     sources = [here.with_name("syrk_threads.cpp"), here.parents[2] / "csrc" / "syrk_cpu.cpp"]
-    command = [compiler, "-std=c++20", "-O1", "-g", "-pthread", *sanitizers, *sources, "-o", program]
+    command = [compiler, "-std=c++20", "-O2", "-g", "-pthread", *sanitizers, *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if (built.returncode and "sanitize" in built.stderr + built.stdout) or "tsan" in built.stderr:
         pytest.skip(f"{compiler} has no sanitizers: {built.stderr.splitlines()[-1]}")

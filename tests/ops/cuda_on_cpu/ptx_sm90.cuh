@@ -81,22 +81,23 @@ inline void products_done(float (&)[96]) {}
 template <bool kHalf>
 void multiply_add(float (&sum)[96], uint64_t a, uint64_t b, bool add) {
     cuda_on_cpu::current->open.push_back([&sum, a, b, add] {
-        const auto element = [](uint64_t descriptor, int k, int column) {
+        const auto pair = [](uint64_t descriptor, int k, int column, double (&x)[2]) {  // of columns, the first even
             const auto field = [&](int from) { return static_cast<uint32_t>(descriptor >> from & 0x3fff) << 4; };
             if (descriptor >> 62 != 1 || descriptor >> 49 & 7) throw std::runtime_error("not chunks permuted in 128 bytes");
             const uint32_t at = field(0) + column / 64 * field(16) + k / 8 * field(32) + k % 8 * 128 + column % 64 * 2;
-            uint16_t bits;
-            std::memcpy(&bits, &cuda_on_cpu::block().memory.at(cuda_on_cpu::permuted(at)), 2);
-            return cuda_on_cpu::number(bits, kHalf);
+            uint16_t bits[2];
+            std::memcpy(bits, &cuda_on_cpu::block().memory.at(cuda_on_cpu::permuted(at)), 4);
+            for (int n = 0; n < 2; ++n) x[n] = cuda_on_cpu::number(bits[n], kHalf);
         };
-        const int lane = cuda_on_cpu::lane(), warp = cuda_on_cpu::warp() % 4;
-        double left[16][2], total[96];
+        const int lane = cuda_on_cpu::lane(), row = cuda_on_cpu::warp() % 4 * 16 + lane / 4;
+        double total[96];  // [8 columns][row and row + 8][two columns of a lane]
         for (int e = 0; e < 96; ++e) total[e] = add ? sum[e] : 0;
         for (int k = 0; k < 16; ++k) {
-            for (int half = 0; half < 2; ++half) left[k][half] = element(a, k, warp * 16 + lane / 4 + half * 8);
-            for (int n = 0; n < 48; ++n) {  // columns
-                const double right = element(b, k, n / 2 * 8 + lane % 4 * 2 + n % 2);
-                for (int half = 0; half < 2; ++half) total[n / 2 * 4 + half * 2 + n % 2] += left[k][half] * right;
+            double left[2][2], right[2];
+            for (int half = 0; half < 2; ++half) pair(a, k, (row + half * 8) & ~1, left[half]);
+            for (int n = 0; n < 24; ++n) {
+                pair(b, k, n * 8 + lane % 4 * 2, right);
+                for (int e = 0; e < 4; ++e) total[n * 4 + e] += left[e / 2][row % 2] * right[e % 2];
             }
         }
         for (int e = 0; e < 96; ++e) sum[e] = cuda_on_cpu::nearest_zero(total[e]);
