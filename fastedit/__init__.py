@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastedit.covariance import StreamingCovariance
     from fastedit.delta import WeightDelta
-    from fastedit.each import EachEditResult
-    from fastedit.editor import Editor, EditResult
-    from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
-    from fastedit.evaluate import EvaluationReport
+    from fastedit.editor import Editor
+    from fastedit.errors import ConfigError, EditError, FastEditError, FileError, ModelError, RequestError, TensorError
+    from fastedit.evaluation.report import EvaluationReport
     from fastedit.requests import EditRequest, load_requests
+    from fastedit.results import EachEditResult, EditResult
+    from fastedit.statistics.moment import StreamingCovariance
 
 __all__ = [
     "ConfigError",
@@ -21,20 +21,22 @@ __all__ = [
     "Editor",
     "EvaluationReport",
     "FastEditError",
+    "FileError",
     "ModelError",
     "RequestError",
     "StreamingCovariance",
+    "TensorError",
     "WeightDelta",
     "load_requests",
 ]
 
 _HOMES = {
-    "StreamingCovariance": "covariance",
+    "StreamingCovariance": "statistics.moment",
     "WeightDelta": "delta",
-    "EachEditResult": "each",
+    "EachEditResult": "results",
     "Editor": "editor",
-    "EditResult": "editor",
-    "EvaluationReport": "evaluate",
+    "EditResult": "results",
+    "EvaluationReport": "evaluation.report",
     "EditRequest": "requests",
     "load_requests": "requests",
 }

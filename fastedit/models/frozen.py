@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastedit.errors import ModelError
-from fastedit.models.prefix import Override, PrefixCache
+from fastedit.models.hooks import Override, hooked
+from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import TokenStates
 from fastedit.models.tokens import Rows
 from fastedit.models.topology import Topology
@@ -48,12 +50,8 @@ class FrozenPart:
         if self._seen[select].all():
             yield self._stand_ins(rows)
             return
-        handles = self._watch(rows)
-        try:
+        with hooked(self._recorders(rows)):
             yield []
-        finally:
-            for handle in handles:
-                handle.remove()
         self._seen[select] = True
 
     def _stand_ins(self, rows: Rows) -> list[Override]:
@@ -72,7 +70,7 @@ class FrozenPart:
             overrides.append((self._mlp, lambda x: self._trained(kept(self._trained, x))))
         return overrides
 
-    def _watch(self, rows: Rows) -> list[Any]:
+    def _recorders(self, rows: Rows) -> Iterator[RemovableHandle]:
         """Hooks that keep what the frozen modules give in a pass."""
         last: list[Tensor] = []
 
@@ -90,13 +88,11 @@ class FrozenPart:
             if not (last and output is last[-1]):  # the projection is not all that is left of this MLP
                 self._mlp = None
 
-        handles = []
         if self._attn is not None:
-            handles.append(self._attn.register_forward_hook(note_attention))
+            yield self._attn.register_forward_hook(note_attention)
         if self._mlp is not None:
-            handles.append(self._trained.register_forward_hook(note_projection))
-            handles.append(self._mlp.register_forward_hook(compare))
-        return handles
+            yield self._trained.register_forward_hook(note_projection)
+            yield self._mlp.register_forward_hook(compare)
 
     @torch.no_grad()
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:

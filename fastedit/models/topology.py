@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
+from fastedit.models.hooks import Stopped, eval_mode, hooked
 
 _VERIFIED = (
     "gemma2",
@@ -38,43 +38,7 @@ _VERIFIED = (
 )
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = "load the whole model on one device, without device_map"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
-
-
-class Stopped(Exception):  # noqa: N818  # no error: it ends a forward pass that has shown what was wanted
-    """Raised by a hook, with what the hook has seen."""
-
-    def __init__(self, seen: Any) -> None:
-        self.seen = seen
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside; every sub-module gets its own flag back."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-def no_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
-
-    Autocast would keep the first cast of a weight that then changes.
-    """
-
-    @wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*args, **kwargs)
-
-    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,11 +212,9 @@ class Topology:
         before = self._hidden(self._first_block(tokens))
         shift = before.new_ones(self.hidden_size) * before.square().mean().sqrt()
         shift[::2] *= -1
-        handle = self.resolve(0, "down_proj")[1].register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))
-        try:
+        down = self.resolve(0, "down_proj")[1]
+        with hooked([down.register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))]):
             moved = self._hidden(self._first_block(tokens)) - before
-        finally:
-            handle.remove()
         return bool((moved - shift).norm() < 0.1 * (moved + shift).norm())
 
     def _hidden(self, output: Any) -> Tensor:
@@ -268,14 +230,11 @@ class Topology:
             raise Stopped(output)
 
         input_ids = torch.tensor([tokens], device=self.device)
-        handle = self.blocks[0].register_forward_hook(stop)
         try:
-            with eval_mode(self.backbone):
+            with hooked([self.blocks[0].register_forward_hook(stop)]), eval_mode(self.backbone):
                 self.backbone(input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False)
         except Stopped as stopped:
             return stopped.seen
-        finally:
-            handle.remove()
 
     @property
     def _name(self) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 from torch.nn.functional import normalize
 
-from fastedit.errors import ConfigError, EditError, ModelError
-from fastedit.ops.factor import (
+from fastedit.errors import ConfigError, EditError, TensorError
+from fastedit.ops.cholesky import (
     DEPENDENT,
     check_ridge,
     checked,
@@ -63,7 +63,7 @@ def rank_k_update(
 
     Raises:
         ConfigError: ridge or constraint has a value it cannot take.
-        ModelError: cov_factor is no factor, or of another width than the keys.
+        TensorError: cov_factor is no factor, or of another width than the keys.
         EditError: keys or residuals hold NaN or infinity (the row is named), or do not fit one another.
         DependentKeysError: equality at ridge 0 with keys that depend on one another, by `DEPENDENT`.
     """
@@ -111,15 +111,15 @@ def null_space_update(
 
     Raises:
         ConfigError, EditError: as in `rank_k_update`, or previous is no sum of squares.
-        ModelError: basis or previous does not fit the keys.
+        TensorError: basis or previous does not fit the keys.
     """
     check_ridge(l2, "l2")
     if basis.ndim != 2 or basis.shape[0] != keys.shape[-1]:
-        raise ModelError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
+        raise TensorError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
     U, r, factor = basis.double(), basis.shape[1], None
     if previous is not None:
         if previous.shape != (r, r):
-            raise ModelError(f"previous is {list(previous.shape)}, expected [{r}, {r}], in coordinates of basis")
+            raise TensorError(f"previous is {list(previous.shape)}, expected [{r}, {r}], in coordinates of basis")
         factor, info = cholesky_ex(plus_diagonal(previous.double().clone(), l2))
         if info:
             raise EditError("previous is no sum of squares of keys: l2·I + previous is not positive definite")

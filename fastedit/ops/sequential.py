@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from fastedit.ops.factor import check_ridge, checked, checked_factor, delicate, inverse, orthogonal, whiten
+from fastedit.ops.cholesky import check_ridge, checked, checked_factor, delicate, inverse, orthogonal, whiten
 from fastedit.ops.rank_k_solve import update_of_white
 
 
@@ -26,7 +26,7 @@ class SequentialSolver:
     Keys that would outnumber d are folded into L: one d×d factorization for d keys, less than writing them cost.
 
     Args:
-        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. ModelError if it is no factor.
+        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. TensorError if it is no factor.
         ridge: λ, the weight of C. ConfigError if it is not positive.
     """
 
