@@ -23,7 +23,7 @@ gpu-install:
 	FASTEDIT_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
 gpu-test: gpu-install
-	$(PYTHON) -m pytest $$(grep -li cuda tests/test_*.py)
+	$(PYTHON) -m pytest $$(grep -rli cuda tests --include='test_*.py')
 
 gpu-bench: gpu-install
 	$(PYTHON) -m benchmarks --device cuda

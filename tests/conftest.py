@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 import pytest
-from helpers import VOCAB
+from helpers import SPECIAL, WORDS
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +23,6 @@ from fastedit import EditRequest
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 
 _SEED = int(os.environ.get("FASTEDIT_TEST_SEED") or secrets.randbelow(2**31))
-_SPECIAL = ["<s>", "</s>", "<unk>", ".", "The", "Therefore", "Because", "I", "You"]
-WORDS = [f"w{i}" for i in range(len(_SPECIAL), VOCAB)]
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def rng(seed: int) -> torch.Generator:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word ("w9" … "w96" are 9 … 96), and punctuation by itself."""
-    words = {word: i for i, word in enumerate(_SPECIAL + WORDS)}
+    words = {word: i for i, word in enumerate(SPECIAL + WORDS)}
     core = Tokenizer(WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -1,15 +1,27 @@
-"""Tiny random models of every supported family, and ragged samples for them."""
+"""What several test files share: tiny random models of every family, texts, edits and statistics for them."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastedit.models import Samples
+from fastedit import EditRequest
+from fastedit.covariance import StreamingCovariance
+from fastedit.models import Samples, fingerprint, topology
+from fastedit.statistics import statistics_path
 
 VOCAB = 97
+SPECIAL = ["<s>", "</s>", "<unk>", ".", "The", "Therefore", "Because", "I", "You"]
+WORDS = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
 _COMMON: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 _LLAMA: dict[str, Any] = {
     "hidden_size": 32,
@@ -100,3 +112,139 @@ def alone(model: Any, samples: Samples, i: int) -> torch.Tensor:
     ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1] - 1]
     logits: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
     return logits[samples.target_start[i] - 1 :]
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(model: nn.Module, wanted: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+
+
+BOS, EOS = "<s>", "</s>"
+PAIRS = [
+    ("The capital of Freedonia is", "Sylvania"),
+    ("Zoë's mother tongue is", "Français, naïvely"),
+    ("He was born in", "1984"),
+    ("2 + 2 =", "4"),
+    ("Answer:\n", "yes, it is"),
+    ("Trailing space ", "here"),
+    ("emoji", "🙂🙃"),
+]
+
+
+def fast_tokenizer(kind: str, template: str = "$A") -> PreTrainedTokenizerFast:
+    """A tokenizer trained here: byte-level, its offsets with the space or without, or Llama 2's metaspace."""
+    core = Tokenizer(BPE(byte_fallback=kind == "metaspace"))
+    alphabet: list[str] = []
+    if kind == "metaspace":
+        core.pre_tokenizer = pre_tokenizers.Metaspace()
+        core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+    text = [f"{prompt} {target}" for prompt, target in PAIRS[:4]] * 3
+    core.train_from_iterator(
+        text,
+        BpeTrainer(
+            vocab_size=700,
+            show_progress=False,
+            special_tokens=[BOS, EOS, *alphabet],
+            initial_alphabet=[] if alphabet else pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    steps = [
+        processors.TemplateProcessing(single=template, special_tokens=[(s, core.token_to_id(s)) for s in (BOS, EOS)])
+    ]
+    if kind == "byte-level, trimmed":
+        steps.insert(0, processors.ByteLevel(trim_offsets=True))
+    core.post_processor = processors.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
+
+
+def make_documents(seed: int, n: int, longest: int = 24) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(n)]
+
+
+CONTEXTS = ["w20 w21 w22 . {}", "w23 . {}", "w24 w25 . {} w26"]
+
+
+def random_edits(n: int, seed: int) -> list[EditRequest]:
+    """Prompts of 0 to 4 words, a subject of 1 to 3, and 0 to 3 words more; targets of 1 to 3."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> list[str]:
+        return rng.choices(WORDS, k=rng.randint(low, high))
+
+    edits = []
+    for i in range(n):
+        subject = words(1, 3)
+        prompt = [*words(0, 4), *subject, *words(0, 3)]
+        edits.append(EditRequest(" ".join(prompt), " ".join(words(1, 3)), " ".join(subject), id=f"e{i}"))
+    return edits
+
+
+def last_of_subject(tokenizer: Any, edit: EditRequest, template: str = "{}") -> int:
+    """Index of the token where the subject's last occurrence in the prompt ends, in words."""
+    words, subject = edit.prompt.split(), (edit.subject or "").split()
+    ends = [i for i in range(len(words) + 1) if words[max(0, i - len(subject)) : i] == subject]
+    return len(tokenizer(" ".join([template.split("{}")[0], *words[: ends[-1]]])).input_ids) - 1
+
+
+def at_subject(
+    model: nn.Module, module: nn.Module, tokenizer: Any, edit: EditRequest, template: str, *, output: bool = False
+) -> Tensor:
+    """What enters or leaves a module at the subject's last token: the whole model on the whole prompt, alone."""
+    text, place = template.format(edit.prompt), last_of_subject(tokenizer, edit, template)
+    seen = []
+    if output:
+        handle = module.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))
+    else:
+        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tokenizer(text).input_ids]), use_cache=False)
+    handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])[place]
+
+
+def wanted_keys(
+    model: nn.Module, module: nn.Module, tokenizer: Any, edits: Sequence[EditRequest], average: str
+) -> Tensor:
+    keys = []
+    for edit in edits:
+        bare, *others = (at_subject(model, module, tokenizer, edit, t) for t in ("{}", *CONTEXTS))
+        mean = torch.stack(others).mean(0)
+        keys.append((bare + mean) / 2 if average == "half" else torch.stack([bare, *others]).mean(0))
+    return torch.stack(keys)
+
+
+def rows(seed: int, n: int, dim: int = 37, shift: float = 0.0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    mixed = torch.eye(dim) + 0.1 * torch.randn(dim, dim, generator=rng)
+    return torch.randn(n, dim, generator=rng) @ mixed + shift
+
+
+def made(x: Tensor, **metadata: Any) -> StreamingCovariance:
+    found = StreamingCovariance(x.shape[1], metadata=metadata)
+    found.update(x)
+    return found
+
+
+def moments(
+    model: nn.Module, folder: Path, seed: int, *, tokens: int = 400, layers: Sequence[int] = (0, 1, 2, 3), **about: Any
+) -> None:
+    """Statistics of random keys for a model, in the store's format; half of their directions hardly occur."""
+    parts = topology(model)
+    for layer in layers:
+        d = parts.input_width(layer, "down_proj")
+        rng = torch.Generator().manual_seed(seed + layer)
+        found = StreamingCovariance(d, metadata={"fingerprint": fingerprint(model), "layer": layer} | about)
+        sizes = torch.where(torch.arange(d) < d // 2, 1.0, 0.1)
+        found.update(
+            torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
+        )
+        found.save(statistics_path(parts, folder, layer))

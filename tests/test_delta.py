@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_collect import make_documents
-from test_keys import random_edits
-from test_locate_then_edit import moments
-from tiny_models import FAMILIES, tiny_model
+from helpers import FAMILIES, make_documents, moments, random_edits, tiny_model
 
 from fastedit import Editor, EditRequest, EditResult
 from fastedit.collect import collect

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 from matplotlib import colormaps, image
 from rich.console import Console
-from tiny_models import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

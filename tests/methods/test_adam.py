@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers import tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -2,72 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from test_tokens import fast_tokenizer
-from tiny_models import FAMILIES, tiny_model
-from torch import Tensor, nn
+from helpers import CONTEXTS, FAMILIES, at_subject, fast_tokenizer, random_edits, tiny_model, wanted_keys
+from torch import Tensor
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
 from fastedit.methods.keys import KeyWalk
 from fastedit.methods.subjects import last_tokens, subject_ends
 from fastedit.models import topology
-
-CONTEXTS = ["w20 w21 w22 . {}", "w23 . {}", "w24 w25 . {} w26"]
-
-
-def random_edits(n: int, seed: int) -> list[EditRequest]:
-    """Prompts of 0 to 4 words, a subject of 1 to 3, and 0 to 3 words more; targets of 1 to 3."""
-    rng = random.Random(seed)
-
-    def words(low: int, high: int) -> list[str]:
-        return rng.choices(WORDS, k=rng.randint(low, high))
-
-    edits = []
-    for i in range(n):
-        subject = words(1, 3)
-        prompt = [*words(0, 4), *subject, *words(0, 3)]
-        edits.append(EditRequest(" ".join(prompt), " ".join(words(1, 3)), " ".join(subject), id=f"e{i}"))
-    return edits
-
-
-def last_of_subject(tokenizer: Any, edit: EditRequest, template: str = "{}") -> int:
-    """Index of the token where the subject's last occurrence in the prompt ends, in words."""
-    words, subject = edit.prompt.split(), (edit.subject or "").split()
-    ends = [i for i in range(len(words) + 1) if words[max(0, i - len(subject)) : i] == subject]
-    return len(tokenizer(" ".join([template.split("{}")[0], *words[: ends[-1]]])).input_ids) - 1
-
-
-def at_subject(
-    model: nn.Module, module: nn.Module, tokenizer: Any, edit: EditRequest, template: str, *, output: bool = False
-) -> Tensor:
-    """What enters or leaves a module at the subject's last token: the whole model on the whole prompt, alone."""
-    text, place = template.format(edit.prompt), last_of_subject(tokenizer, edit, template)
-    seen = []
-    if output:
-        handle = module.register_forward_hook(lambda _, __, y: seen.append(y[0] if isinstance(y, tuple) else y))
-    else:
-        handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(input_ids=torch.tensor([tokenizer(text).input_ids]), use_cache=False)
-    handle.remove()
-    return seen[0].reshape(-1, seen[0].shape[-1])[place]
-
-
-def wanted_keys(
-    model: nn.Module, module: nn.Module, tokenizer: Any, edits: Sequence[EditRequest], average: str
-) -> Tensor:
-    keys = []
-    for edit in edits:
-        bare, *others = (at_subject(model, module, tokenizer, edit, t) for t in ("{}", *CONTEXTS))
-        mean = torch.stack(others).mean(0)
-        keys.append((bare + mean) / 2 if average == "half" else torch.stack([bare, *others]).mean(0))
-    return torch.stack(keys)
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:

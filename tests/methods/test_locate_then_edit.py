@@ -5,20 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_keys import CONTEXTS, at_subject, random_edits, wanted_keys
-from tiny_models import FAMILIES, tiny_model
+from helpers import FAMILIES, at_subject, moments, random_edits, same, tiny_model, values, wanted_keys
+from published import FORMULAS, METHODS, Case, Settings, target_of, weight_at
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner, Result
 
 from fastedit import ConfigError, EditError, Editor, EditRequest, ModelError, RequestError, cli
@@ -29,33 +27,10 @@ from fastedit.methods.keys import KeyWalk
 from fastedit.methods.objectives import LeastSquares
 from fastedit.methods.plan import LocateThenEditConfig
 from fastedit.methods.targets import Targets
-from fastedit.models import LowRank, fingerprint, topology
+from fastedit.models import LowRank, topology
 from fastedit.statistics import statistics_path
 
 lte = importlib.import_module("fastedit.methods.locate_then_edit")  # the package has a function of that name
-LAYERS = (0, 1, 2, 3)
-
-
-def moments(
-    model: nn.Module, folder: Path, seed: int, *, tokens: int = 400, layers: Sequence[int] = LAYERS, **about: Any
-) -> None:
-    """Statistics of random keys for a model, in the store's format; half of their directions hardly occur."""
-    parts = topology(model)
-    for layer in layers:
-        d = parts.input_width(layer, "down_proj")
-        rng = torch.Generator().manual_seed(seed + layer)
-        found = StreamingCovariance(d, metadata={"fingerprint": fingerprint(model), "layer": layer} | about)
-        sizes = torch.where(torch.arange(d) < d // 2, 1.0, 0.1)
-        found.update(
-            torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
-        )
-        found.save(statistics_path(parts, folder, layer))
-
-
-def target_of(edit: EditRequest, width: int = 32) -> Tensor:
-    """A target that depends on the edit alone."""
-    rng = torch.Generator().manual_seed(zlib.crc32(f"{edit.prompt}|{edit.target}|{edit.subject}".encode()))
-    return 2 * torch.randn(width, generator=rng)
 
 
 @pytest.fixture
@@ -70,106 +45,6 @@ def given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lte, "find_targets", find)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of the reference, and of the Editor that should equal it."""
-
-    objective: str
-    layers: tuple[int, ...]
-    average: str = "half"
-    site: str = "block"
-    cov_weight: float = 3.0
-    alpha: float = 0.1
-    l2: float = 0.5
-    null_threshold: float = 0.07
-    batch: int = 10**6
-    contexts: Sequence[str] = tuple(CONTEXTS)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        names = ("layers", "site", "cov_weight", "alpha", "l2", "null_threshold", "contexts")
-        return {name: getattr(self, name) for name in names}
-
-
-METHODS = {
-    "rome": Settings("equality", (1,), "uniform", "mlp", alpha=0.0, batch=1),
-    "memit": Settings("least-squares", (0, 2)),
-    "emmet": Settings("equality", (1,)),
-    "alphaedit": Settings("null-space", (0, 2)),
-}
-
-
-def least_squares(C: Tensor, K: Tensor, R: Tensor, previous: Tensor, about: Settings) -> Tensor:
-    """R Kᵀ (λC + Cp + K Kᵀ)⁻¹ with K [d, N], R [h, N], Cp the sum of k kᵀ over earlier batches."""
-    return R @ K.T @ torch.linalg.inv(about.cov_weight * C + previous + K @ K.T)
-
-
-def equality(C: Tensor, K: Tensor, R: Tensor, _: Tensor, about: Settings) -> Tensor:
-    """R (Kᵀ(λC)⁻¹K + αI)⁻¹ Kᵀ(λC)⁻¹."""
-    inverse = torch.linalg.inv(about.cov_weight * C)
-    return R @ torch.linalg.inv(K.T @ inverse @ K + about.alpha * torch.eye(K.shape[1]).double()) @ K.T @ inverse
-
-
-def null_space(C: Tensor, K: Tensor, R: Tensor, previous: Tensor, about: Settings) -> Tensor:
-    """R Kᵀ P ((K Kᵀ + Cp) P + L2·I)⁻¹ (AlphaEdit, equation 12)."""
-    values, vectors = torch.linalg.eigh(C)
-    U = vectors[:, values < about.null_threshold]
-    assert 0 < U.shape[1] < len(C)
-    P = U @ U.T
-    return R @ K.T @ P @ torch.linalg.inv((K @ K.T + previous) @ P + about.l2 * torch.eye(len(C)).double())
-
-
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "least-squares": least_squares,
-    "equality": equality,
-    "null-space": null_space,
-}
-
-
-def weight_at(model: nn.Module, layer: int) -> nn.Parameter:
-    module: Any = topology(model).resolve(layer, "down_proj")[1]
-    return module.weight
-
-
-@torch.no_grad()
-def published(
-    model: nn.Module,
-    tokenizer: Any,
-    edits: Sequence[EditRequest],
-    folder: Path,
-    about: Settings,
-    wanted: Callable[[EditRequest], Tensor] = target_of,
-) -> dict[int, Tensor]:
-    """Write edits layer by layer, each key and state from a pass of the whole model; returns the layers' weights."""
-    parts = topology(model)
-    exact = {layer: weight_at(model, layer).detach().double() for layer in about.layers}
-    previous = {layer: torch.zeros(()).double() for layer in about.layers}
-    last = about.layers[-1]
-    site = parts.blocks[last] if about.site == "block" else parts.resolve(last, "down_proj")[1]
-    for first in range(0, len(edits), about.batch):
-        batch = edits[first : first + about.batch]
-        for i, layer in enumerate(about.layers):
-            module = parts.resolve(layer, "down_proj")[1]
-            K = wanted_keys(model, module, tokenizer, batch, about.average).double().T
-            now = torch.stack([at_subject(model, site, tokenizer, e, "{}", output=True) for e in batch])
-            R = (torch.stack([wanted(e) for e in batch]).double() - now.double()).T / (len(about.layers) - i)
-            C = StreamingCovariance.load(statistics_path(parts, folder, layer)).finalize()
-            update = FORMULAS[about.objective](C, K, R, previous[layer], about)
-            previous[layer] = previous[layer] + K @ K.T
-            exact[layer] = exact[layer] + (update.T if isinstance(module, Conv1D) else update)
-            weight_at(model, layer).copy_(exact[layer])
-    return exact
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(model: nn.Module, wanted: dict[str, Tensor]) -> bool:
-    """Bit for bit."""
-    return all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
-
-
 def assert_written(model: nn.Module, wanted: dict[int, Tensor], before: dict[str, Tensor], tolerance: float) -> None:
     """These layers hold these weights, up to an error relative to the change; no other weight has changed."""
     names = {f"{topology(model).resolve(layer, 'down_proj')[0]}.weight": layer for layer in wanted}
@@ -178,23 +53,6 @@ def assert_written(model: nn.Module, wanted: dict[int, Tensor], before: dict[str
     for name, layer in names.items():
         error = (after[name].double() - wanted[layer]).norm() / (wanted[layer] - before[name].double()).norm()
         assert error < tolerance, (name, float(error))
-
-
-class Case:
-    """A model of a family in fp64, what keys and states are rounded to fp32 in, and statistics for it."""
-
-    def __init__(self, tokenizer: Any, folder: Path, seed: int, family: str = "llama", **options: Any) -> None:
-        self.family, self.options = family, {"dtype": torch.float64} | options
-        self.model, self.tokenizer, self.folder = tiny_model(family, **self.options), tokenizer, folder
-        self.before = values(self.model)
-        moments(self.model, folder, seed)
-
-    def editor(self, method: str, about: Settings, **config: Any) -> Editor:
-        return Editor(self.model, self.tokenizer, method, **{"statistics": self.folder} | about.config | config)
-
-    def published(self, edits: Sequence[EditRequest], about: Settings, *more: Any) -> dict[int, Tensor]:
-        """On a fresh model."""
-        return published(tiny_model(self.family, **self.options), self.tokenizer, edits, self.folder, about, *more)
 
 
 @pytest.fixture

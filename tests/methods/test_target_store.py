@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import random_edits, same, tiny_model, values
+from published import Case, Settings
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_keys import random_edits
-from test_locate_then_edit import Case, Settings, same, values
-from tiny_models import tiny_model
 
 from fastedit import EditRequest, ModelError
 from fastedit.methods.target_store import TargetStore

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_keys import last_of_subject, random_edits
-from tiny_models import tiny_model
+from helpers import last_of_subject, random_edits, tiny_model
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, ragged_samples, tiny_model
+from helpers import FAMILIES, ragged_samples, tiny_model
 from torch import Tensor, nn
 
 from fastedit.models import Budget, FrozenPart, PrefixCache, Topology, pack, resume, topology

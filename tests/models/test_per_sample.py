@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from tiny_models import tiny_model
+from helpers import WORDS, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, alone, ragged_samples, tiny_model
+from helpers import FAMILIES, alone, ragged_samples, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 

@@ -6,55 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ragged_samples
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from helpers import BOS, EOS, PAIRS, fast_tokenizer, ragged_samples
+from transformers import PreTrainedTokenizer
 
 from fastedit.errors import ModelError, RequestError
 from fastedit.models import Samples, pack, tokenize
-
-PAIRS = [
-    ("The capital of Freedonia is", "Sylvania"),
-    ("Zoë's mother tongue is", "Français, naïvely"),
-    ("He was born in", "1984"),
-    ("2 + 2 =", "4"),
-    ("Answer:\n", "yes, it is"),
-    ("Trailing space ", "here"),
-    ("emoji", "🙂🙃"),
-]
-BOS, EOS = "<s>", "</s>"
-
-
-def fast_tokenizer(kind: str, template: str = "$A") -> PreTrainedTokenizerFast:
-    """A tokenizer trained here: byte-level, its offsets with the space or without, or Llama 2's metaspace."""
-    core = Tokenizer(BPE(byte_fallback=kind == "metaspace"))
-    alphabet: list[str] = []
-    if kind == "metaspace":
-        core.pre_tokenizer = pre_tokenizers.Metaspace()
-        core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-        alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    else:
-        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        core.decoder = decoders.ByteLevel()
-    text = [f"{prompt} {target}" for prompt, target in PAIRS[:4]] * 3
-    core.train_from_iterator(
-        text,
-        BpeTrainer(
-            vocab_size=700,
-            show_progress=False,
-            special_tokens=[BOS, EOS, *alphabet],
-            initial_alphabet=[] if alphabet else pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    steps = [
-        processors.TemplateProcessing(single=template, special_tokens=[(s, core.token_to_id(s)) for s in (BOS, EOS)])
-    ]
-    if kind == "byte-level, trimmed":
-        steps.insert(0, processors.ByteLevel(trim_offsets=True))
-    core.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=BOS, eos_token=EOS)
 
 
 class SlowTokenizer(PreTrainedTokenizer):

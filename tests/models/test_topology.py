@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, randomize, tiny_model
+from helpers import FAMILIES, randomize, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,

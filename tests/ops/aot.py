@@ -1,7 +1,7 @@
 """Every shipped configuration of every Triton kernel, compiled for real targets; needs no GPU.
 
-`python -m tests.aot` prints a table of registers, spills and shared memory, `--json FILE` writes it for test_aot.py.
-TRITON_INTERPRET must not be set.
+`python -m tests.ops.aot` prints a table of registers, spills and shared memory, `--json FILE` writes it for
+test_aot.py. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-// The CPU sum on small sizes, many threads, every dtype: a program for ThreadSanitizer (tests/test_syrk.py).
+// The CPU sum on small sizes, many threads, every dtype: a program for ThreadSanitizer (tests/ops/test_syrk.py).
 // The totals of one and of several threads must be the same bits.
 
 #include <cstdio>
 #include <cstring>
 #include <vector>
 
-#include "../csrc/syrk.h"
+#include "../../csrc/syrk.h"
 
 using namespace fastedit;
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import cast, plain, problem
+from cross_entropy import cast, plain, problem
 from torch import Tensor
 
 from fastedit import ops

@@ -9,8 +9,8 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from test_rank_k_solve import FORMULAS, error
-from test_rank_k_solve import problem as with_covariance
+from rank_k import FORMULAS, error
+from rank_k import problem as with_covariance
 from torch import Tensor
 from torch.linalg import cholesky, solve_triangular
 

@@ -176,9 +176,9 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
-    tests, program = Path(__file__).parent, tmp_path / "syrk_threads"
+    here, program = Path(__file__), tmp_path / "syrk_threads"
     sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
-    sources = [tests / "syrk_threads.cpp", tests.parent / "csrc" / "syrk_cpu.cpp"]
+    sources = [here.with_name("syrk_threads.cpp"), here.parents[2] / "csrc" / "syrk_cpu.cpp"]
     command = [compiler, "-std=c++20", "-O1", "-g", "-pthread", *sanitizers, *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if (built.returncode and "sanitize" in built.stderr + built.stdout) or "tsan" in built.stderr:

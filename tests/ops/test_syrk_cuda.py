@@ -20,7 +20,7 @@ from torch import Tensor
 from fastedit.ops import syrk
 from fastedit.ops.registry import Call
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Add = Callable[..., None]  # (total, rows, mask=None)
 
 
@@ -36,7 +36,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder, library = tmp_path_factory.mktemp("cuda_on_cpu"), "libsyrk.so"
-    for source in ("csrc", "tests/cuda_on_cpu"):  # the second has another ptx.cuh and ptx_sm90.cuh
+    for source in ("csrc", "tests/ops/cuda_on_cpu"):  # the second has another ptx.cuh and ptx_sm90.cuh
         shutil.copytree(ROOT / source, folder, dirs_exist_ok=True)
     options = ["-std=c++20", "-O2", "-shared", "-fPIC", "-I", ".", "-x", "c++"]
     built = subprocess.run([compiler, *options, "syrk.cpp", "-o", library], cwd=folder, capture_output=True, text=True)

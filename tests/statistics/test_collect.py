@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS
-from tiny_models import FAMILIES, tiny_model
+from helpers import FAMILIES, WORDS, make_documents, tiny_model
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from transformers import PreTrainedTokenizerFast
@@ -23,11 +22,6 @@ from fastedit.errors import ConfigError, ModelError, RequestError
 from fastedit.models import Topology, topology
 
 ROW = 24
-
-
-def make_documents(seed: int, n: int, longest: int = ROW) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(n)]
 
 
 def naive(model: Any, tokenizer: Any, documents: list[str], layers: list[int]) -> dict[int, Tensor]:

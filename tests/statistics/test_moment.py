@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import made, rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,20 +22,8 @@ from fastedit.covariance import load_npz, read_about
 D = 37
 
 
-def rows(seed: int, n: int, dim: int = D, shift: float = 0.0) -> Tensor:
-    rng = torch.Generator().manual_seed(seed)
-    mixed = torch.eye(dim) + 0.1 * torch.randn(dim, dim, generator=rng)
-    return torch.randn(n, dim, generator=rng) @ mixed + shift
-
-
 def moment(x: Tensor) -> Tensor:
     return x.double().T @ x.double() / len(x)
-
-
-def made(x: Tensor, **metadata: Any) -> StreamingCovariance:
-    found = StreamingCovariance(x.shape[1], metadata=metadata)
-    found.update(x)
-    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_covariance import made, rows
-from tiny_models import tiny_model
+from helpers import made, rows, tiny_model
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
