@@ -27,13 +27,13 @@ class Kind:
     """What a type annotation admits.
 
     Attributes:
-        name: for the help of a command line, such as "INT|auto".
+        names: for the help of a command line, such as ("INT", "auto").
         wanted: in words, for messages.
         convert: a Python value as the annotated type; TypeError if it is not one.
         parse: a text of the command line; ValueError if it is not one.
     """
 
-    name: str
+    names: tuple[str, ...]
     wanted: str
     convert: Callable[[Any], Any]
     parse: Callable[[str], Any]
@@ -106,8 +106,9 @@ def union(kinds: Sequence[Kind]) -> Kind:
         return run
 
     wanted = " or ".join(kind.wanted for kind in others) + ", or leave it out" * optional
-    name = "|".join(kind.name for kind in others)
-    return Kind(name, wanted, first("convert", TypeError), first("parse", ValueError))
+    names = dict.fromkeys(name for kind in others for name in kind.names)
+    shown = tuple(name for name in names if f"{name},…" not in names)  # a list has room for one
+    return Kind(shown, wanted, first("convert", TypeError), first("parse", ValueError))
 
 
 def _literal(texts: tuple[str, ...]) -> Kind:
@@ -120,7 +121,7 @@ def _literal(texts: tuple[str, ...]) -> Kind:
         return run
 
     wanted = f"one of {', '.join(texts)}" if len(texts) > 1 else f'"{texts[0]}"'
-    return Kind("|".join(texts), wanted, same(TypeError), same(ValueError))
+    return Kind(("|".join(texts),), wanted, same(TypeError), same(ValueError))
 
 
 def _tuple(item: Kind) -> Kind:
@@ -132,7 +133,7 @@ def _tuple(item: Kind) -> Kind:
     def parse(text: str) -> Any:
         return tuple(numbers(text) if item is _PLAIN[int] else (item.parse(part) for part in text.split(",")))
 
-    return Kind(f"{item.name},…", f"a tuple, each item {item.wanted}", convert, parse)
+    return Kind((f"{item.names[0]},…",), f"a tuple, each item {item.wanted}", convert, parse)
 
 
 def _same_type(expected: type) -> Callable[[Any], Any]:
@@ -171,11 +172,11 @@ def _no_text(text: str) -> None:
 
 
 _PLAIN: dict[Any, Kind] = {
-    int: Kind("INT", "a whole number", _number(int, Integral), _parse_int),
-    float: Kind("FLOAT", "a number", _number(float, Real), float),
-    bool: Kind("BOOL", "True or False", _same_type(bool), _no_text),  # a pair of flags, without a text
-    str: Kind("STR", "a text", _path_or_text, str),
-    types.NoneType: Kind("", "None", _same_type(types.NoneType), _no_text),
+    int: Kind(("INT",), "a whole number", _number(int, Integral), _parse_int),
+    float: Kind(("FLOAT",), "a number", _number(float, Real), float),
+    bool: Kind(("BOOL",), "True or False", _same_type(bool), _no_text),  # a pair of flags, without a text
+    str: Kind(("STR",), "a text", _path_or_text, str),
+    types.NoneType: Kind((), "None", _same_type(types.NoneType), _no_text),
 }
 
 

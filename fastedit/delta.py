@@ -54,15 +54,8 @@ class WeightDelta:
         """Whether this model holds these updates now."""
         return self._model is topology(model).model
 
-    @torch.no_grad()
-    def apply(self, model: nn.Module, *, force: bool = False) -> None:
-        """Add the updates to the model's parameters, in fp32, rounded once to the parameter's dtype.
-
-        Raises:
-            ModelError: already applied; another model (by fingerprint; `force` skips that check only); a
-                parameter that the model lacks or has in another shape; quantized or offloaded weights. Nothing is
-                changed then.
-        """
+    def check(self, model: nn.Module, *, force: bool = False) -> None:
+        """Raise what `apply` would raise; the model stays as it is."""
         if self.applied:
             raise ModelError("this delta is already applied; revert it first, or load it again for another model")
         parts = topology(model)
@@ -82,6 +75,19 @@ class WeightDelta:
                 f"the delta was made for a model with fingerprint {made_for}, this one has {fingerprint(inner)}; "
                 f"load the unedited model it was made for ({FP16}), or force it"
             )
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, *, force: bool = False) -> None:
+        """Add the updates to the model's parameters, in fp32, rounded once to the parameter's dtype.
+
+        Raises:
+            ModelError: already applied; another model (by fingerprint; `force` skips that check only); a
+                parameter that the model lacks or has in another shape; quantized or offloaded weights. Nothing is
+                changed then.
+        """
+        self.check(model, force=force)
+        inner = topology(model).model
+        parameters = dict(inner.named_parameters())
         with Snapshot({path: parameters[path] for path in self.updates}) as snapshot:
             for path, update in self.updates.items():
                 add_(parameters[path], update)

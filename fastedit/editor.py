@@ -127,7 +127,8 @@ class Editor:
     def _plan(self, edits: Sequence[EditRequest], now: str) -> Plan:
         history = self._history(now)
         method = METHODS[self.method]
-        return method.plan(self.parts, edits, self.config, history=history, progress=self.progress)
+        # looked up when the work reports: a caller may set another one between plan and run
+        return method.plan(self.parts, edits, self.config, history=history, progress=lambda *done: self.progress(*done))
 
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastedit import EditRequest
-from fastedit.covariance import StreamingCovariance
 from fastedit.models import Samples, fingerprint, topology
-from fastedit.statistics import statistics_path
+from fastedit.statistics.moment import StreamingCovariance
+from fastedit.statistics.store import statistics_path
 
 VOCAB = 97
 SPECIAL = ["<s>", "</s>", "<unk>", ".", "The", "Therefore", "Because", "I", "You"]

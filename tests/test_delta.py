@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from fastedit import Editor, EditRequest, EditResult, ModelError, WeightDelta
 from fastedit import delta as delta_module
-from fastedit.delta import fingerprint
-from fastedit.models import LowRank, checksum
+from fastedit.models import fingerprint
+from fastedit.tensorfile import checksum
+from fastedit.weights import LowRank
 
 MakeEdits = Callable[..., list[EditRequest]]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-import types
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, fields
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-LARGEST = 2**63 - 1  # whole number that torch takes
+from fastedit.configs import LARGEST_INT, Kind, kind_of, numbers, union
+from fastedit.errors import ConfigError
+from fastedit.methods import METHODS, method_of
+
+_SAME = {"layer": "layers"}  # fields that are one flag: where a method edits
 
 
-def numbers(text: str) -> list[int]:
-    """Numbers of a list such as 3,5,8-11; ValueError where it is none."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ValueError(part)
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+def configured(
+    function: Callable[..., None], left_out: Sequence[str] = (), methods: Sequence[str] | None = None
+) -> Callable[..., None]:
+    """`function` for typer: a flag for each field of the methods' configurations in the place of its `**config`.
 
+    A field that several configurations have is one flag, whose help says what it means to each. Only the flags that
+    are given are passed on.
 
-def spelled_out(function: Callable[..., None], flags: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """`function` for typer: its `**config` replaced by `flags`, of which only those given are passed on."""
+    Args:
+        left_out: fields that are no flags.
+        methods: whose fields they are; None is all methods.
+    """
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _annotations(left_out, methods or list(METHODS)).items()
+    ]
     parameters = inspect.signature(function, eval_str=True).parameters.values()
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
     names = {p.name for p in own}
@@ -42,96 +46,92 @@ def spelled_out(function: Callable[..., None], flags: Sequence[inspect.Parameter
     return command
 
 
-def config_flags(left_out: Sequence[str], methods: Sequence[str] | None = None) -> list[inspect.Parameter]:
-    """A flag for each field of the methods' configurations, with its help from the classes' docstrings.
+def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a method's configuration that flags have given, checked.
 
-    A field that several configurations have is one flag, whose help says what it means to each.
-
-    Args:
-        left_out: fields that are no flags.
-        methods: whose fields they are; None is all methods.
+    Raises:
+        ConfigError: an unknown method, a field that it has not, or a value that it cannot take.
     """
-    from fastedit.methods import METHODS
+    config_type = method_of(method).config
+    known = {field.name: field for field in fields(config_type)}
+    config: dict[str, Any] = {}
+    for flag, value in given.items():
+        name = next((field for field, same in _SAME.items() if same == flag and field in known), flag)
+        if name not in known:
+            raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
+        config[name] = _fitting(value, name, get_type_hints(config_type)[name])
+    config_type(**config)  # refuses values before any work starts
+    return config
 
-    names: dict[type[Any], list[str]] = {}  # the methods of a configuration
-    for method, (config_type, _) in METHODS.items():
-        if methods is None or method in methods:
-            names.setdefault(config_type, []).append(method)
-    having: dict[str, list[type[Any]]] = {}
-    for config_type in names:
+
+def _fitting(value: Any, name: str, hint: Any) -> Any:
+    """One block as a list of one, or a list of one as the block, whichever the field takes."""
+    if name not in (*_SAME, *_SAME.values()):
+        return value
+    if kind_of(hint).names == ("INT,…",):
+        return value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and len(value) != 1:
+        raise ConfigError(f"--layers names {len(value)} blocks, but this method edits one; give one")
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    """Name of each flag -> its annotation for typer."""
+    owners: dict[type[Any], list[str]] = {}  # the methods of a configuration
+    for method in methods:
+        owners.setdefault(METHODS[method].config, []).append(method)
+    having: dict[str, list[tuple[type[Any], Field[Any]]]] = {}
+    for config_type in owners:
         for field in fields(config_type):
             if field.name not in left_out:
-                having.setdefault(field.name, []).append(config_type)
-    found = []
-    for name, types_ in having.items():
-        owners, helps = [", ".join(names[t]) for t in types_], [_help(t, name) for t in types_]
-        members = list(dict.fromkeys(member for t in types_ for member in _members(get_type_hints(t)[name])))
-        panel = "Configuration of " + (owners[0] if len(owners) == 1 else "several methods")
-        more: Any = {
+                having.setdefault(_SAME.get(field.name, field.name), []).append((config_type, field))
+    found = {}
+    for name, places in having.items():
+        kind = union([kind_of(get_type_hints(config_type)[field.name]) for config_type, field in places])
+        names = [", ".join(owners[config_type]) for config_type, _ in places]
+        helps = [_help(field) for _, field in places]
+        text = helps[0] if len(places) == 1 else "\n\n".join(map(": ".join, zip(names, helps, strict=True)))
+        text += " Such as 4-8 or 3,5,8-11." * ("INT,…" in kind.names)
+        more: dict[str, Any] = {
             "show_default": False,
-            "help": helps[0] if len(owners) == 1 else "\n\n".join(map(": ".join, zip(owners, helps, strict=True))),
-            "rich_help_panel": panel,
+            "help": text,
+            "rich_help_panel": "Configuration of " + (names[0] if len(names) == 1 else "several methods"),
         }
-        if tuple[int, ...] in members:
-            more["help"] += " Such as 4-8 or 3,5,8-11."
-        flag = f"--{name.replace('_', '-')}"
-        annotation: Any
-        if bool in members:
-            annotation = Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **more)]
-        else:
-            metavar = "|".join(map(_metavar, members))
-            annotation = Annotated[str | None, typer.Option(flag, parser=_parser(members), metavar=metavar, **more)]
-        found.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        spellings = dict.fromkeys(f"--{n.replace('_', '-')}" for n in (name, *(field.name for _, field in places)))
+        found[name] = _annotation(kind, list(spellings), more)
     return found
 
 
-def _help(config_type: type[Any], name: str) -> str:
-    """What a configuration's docstring says of a field, and the field's default."""
-    field = next(field for field in fields(config_type) if field.name == name)
+def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
+    if "BOOL" in kind.names:
+        return Annotated[bool | None, typer.Option(f"{spellings[0]}/--no-{spellings[0][2:]}", **more)]
+    return Annotated[str | None, typer.Option(*spellings, parser=_parser(kind), metavar="|".join(kind.names), **more)]
+
+
+def _help(field: Field[Any]) -> str:
+    """A field's help, and its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    text = _attributes(inspect.getdoc(config_type) or "").get(name, "").replace("None is", "by default")
+    text = str(field.metadata.get("help", "")).replace("None is", "by default")
     return text + ("" if default in (None, MISSING) else f" (default {default})")
 
 
-def _attributes(docstring: str) -> dict[str, str]:
-    """The text of each name under "Attributes:"."""
-    section = re.search(r"^Attributes:\n((?:[ ].*\n?|\n)+)", docstring, re.MULTILINE)
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+def _parser(kind: Kind) -> Callable[[str], Any]:
+    expected = " or ".join(kind.names)
 
-
-def _members(hint: Any) -> list[Any]:
-    """The types that a hint admits, without None."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [member for member in members if member is not types.NoneType]
-
-
-def _metavar(member: Any) -> str:
-    if get_origin(member) is Literal:
-        return "|".join(map(str, get_args(member)))
-    if get_origin(member) is tuple:
-        return f"{_metavar(get_args(member)[0])},…"
-    return str(member.__name__).upper()
-
-
-def _parser(members: Sequence[Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        for member in members:
-            with suppress(ValueError):
-                value = _converted(text, member)
-                if isinstance(value, int) and abs(value) > LARGEST:
-                    raise typer.BadParameter(f"expected {_metavar(member)} of at most {LARGEST}, got {text}")
-                return value
-        expected = " or ".join(map(_metavar, members))
-        raise typer.BadParameter(f"expected {expected}, got {text!r}")
+        try:
+            return kind.parse(text)
+        except OverflowError:
+            raise typer.BadParameter(f"expected {expected} of at most {LARGEST_INT}, got {text}") from None
+        except ValueError:
+            raise typer.BadParameter(f"expected {expected}, got {text!r}") from None
 
     return parse
 
 
-def _converted(text: str, member: Any) -> Any:
-    if get_origin(member) is Literal:
-        return get_args(member)[list(map(str, get_args(member))).index(text)]
-    if get_origin(member) is tuple:
-        element = get_args(member)[0]
-        return tuple(numbers(text) if element is int else (_converted(part, element) for part in text.split(",")))
-    return member(text)
+def layer_list(text: str, flag: str = "--layers") -> list[int]:
+    """Blocks of a list such as 3,5,8-11. Raises ConfigError."""
+    try:
+        return numbers(text)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11") from None

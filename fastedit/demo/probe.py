@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastedit.demo import checkpoint_path
 from fastedit.demo.lexicon import RELATIONS
 from fastedit.demo.world import Draw, Fact, World
+from fastedit.evaluation.predict import predict
 from fastedit.models import Model, PrefixCache, hooked, pack, resume, tokenize
 from fastedit.ops import target_cross_entropy
-from fastedit.evaluation.predict import predict
 from fastedit.requests import EditRequest
 
 PARTS = ("before", "subject, first", "subject, middle", "subject, last", "after", "last token")

@@ -20,6 +20,7 @@ from rich.table import Table
 from fastedit.errors import ConfigError, EditError, ModelError, RequestError
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.evaluation.predict import Predictions, predict
+from fastedit.evaluation.questions import ask
 from fastedit.evaluation.report import Requests, compare
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.method import LocFTBFPlan, plan
@@ -125,36 +126,78 @@ def locate(
             cannot be used; before the model is touched.
         EditError: a loss or a measured model that is not finite; names the layer and the module.
     """
-    everything = as_requests(requests)
-    known = [field.name for field in fields(LocFTBFConfig) if field.name not in _OWN]
-    for name in config:
-        if name not in known:
-            raise ConfigError(f"locate sets or lacks the field {name!r}; it takes {', '.join(known)}")
-    places = _places(model.topology, layers, modules)
-    if sample < 1:
-        raise ConfigError(f"sample is {sample}; give a number of edits, at least 1")
-    base = LocFTBFConfig(layer=places[0][0], module=places[0][1], seed=seed, **config)
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-    chosen: list[int] = order[:sample].sort().values.tolist()
-    edits = [everything[i] for i in chosen]
-    questions = [_question(i, *pair) for i, pair in enumerate(capability)]
-    first = plan(model, edits, base, progress=progress)
-    measure = _Measure(model, edits, questions, text, generate, progress)
-    cells: list[LocateCell] = []
-    total = len(places) * base.epochs
-    with first.data.prefix_cache(places[0][0]) as cache:
-        for i, (layer, module) in enumerate(places):
-            done = i * base.epochs
+    return Sweep(
+        model,
+        requests,
+        layers=layers,
+        modules=modules,
+        sample=sample,
+        seed=seed,
+        text=text,
+        capability=capability,
+        generate=generate,
+        **config,
+    ).run(progress)
 
-            def count(stage: str, n: int, of: int, loss: float | None = None, *, before: int = done) -> None:
-                progress("locate", before + base.epochs * n // of, total, loss)  # depth-first counts edits
 
-            cells.append(_try_place(first.placed(layer, module, count), cache, measure))
-            progress("locate", done + base.epochs, total, cells[-1].losses[-1])
-    before = {name: value for name, value in measure.before.items() if name != "locality"}
-    common = asdict(first.placed(*places[-1], progress).config)
-    common = {key: value for key, value in common.items() if key not in ("layer", "module", "lr")}
-    return LocateReport(cells, before, chosen, generate, common)
+class Sweep:
+    """What `locate` will do, with the same arguments: every refusal is made by then, and nothing is edited yet.
+
+    Attributes:
+        edits: the sample.
+        places: (layer, module) from below.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        requests: Requests,
+        *,
+        layers: Sequence[int] | None = None,
+        modules: Sequence[str] = ("down_proj",),
+        sample: int = 100,
+        seed: int = 0,
+        text: Sequence[str] = (),
+        capability: Sequence[tuple[str, str]] = (),
+        generate: bool = False,
+        **config: Any,
+    ) -> None:
+        everything = as_requests(requests)
+        known = [field.name for field in fields(LocFTBFConfig) if field.name not in _OWN]
+        for name in config:
+            if name not in known:
+                raise ConfigError(f"locate sets or lacks the field {name!r}; it takes {', '.join(known)}")
+        self.places = _places(model.topology, layers, modules)
+        if sample < 1:
+            raise ConfigError(f"sample is {sample}; give a number of edits, at least 1")
+        layer, module = self.places[0]
+        self._config = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
+        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+        self._sample: list[int] = order[:sample].sort().values.tolist()
+        self.edits = [everything[i] for i in self._sample]
+        self._questions = [_question(i, *pair) for i, pair in enumerate(capability)]
+        self._text, self._generate, self._model = text, generate, model
+        ask(model, [*self.edits, *self._questions], kinds=_KINDS, text=text)
+        self._plan = plan(model, self.edits, self._config)
+
+    def run(self, progress: Progress = no_progress) -> LocateReport:
+        """Edit at each place, measure, and take the edit back. Raises EditError like `locate`."""
+        epochs, places = self._config.epochs, self.places
+        measure = _Measure(self._model, self.edits, self._questions, self._text, self._generate, progress)
+        cells: list[LocateCell] = []
+        total = len(places) * epochs
+        first = self._plan.placed(*places[0], progress)
+        with first.data.prefix_cache(places[0][0]) as cache:
+            for i, (layer, module) in enumerate(places):
+                done = i * epochs
+
+                place = first.placed(layer, module, _counting_epochs(progress, done, epochs, total))
+                cells.append(_try_place(place, cache, measure))
+                progress("locate", done + epochs, total, cells[-1].losses[-1])
+        before = {name: value for name, value in measure.before.items() if name != "locality"}
+        common = asdict(first.placed(*places[-1], progress).config)
+        common = {key: value for key, value in common.items() if key not in ("layer", "module", "lr")}
+        return LocateReport(cells, before, self._sample, self._generate, common)
 
 
 class _Measure:
@@ -195,6 +238,15 @@ class _Measure:
         )
         shares = {name: of_edits[name][way] for name in SHARES}
         return shares | {"perplexity": now.perplexity, "accuracy": of_questions["reliability"][way]}
+
+
+def _counting_epochs(progress: Progress, before: int, epochs: int, of_all: int) -> Progress:
+    """The progress of one place as a part of the progress of all."""
+
+    def count(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        progress("locate", before + epochs * done // total, of_all, loss)  # depth-first counts edits
+
+    return count
 
 
 def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> LocateCell:

@@ -10,7 +10,7 @@ import re
 import string
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -21,11 +21,11 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteriaList
 
-from fastedit.errors import EditError, RequestError
+from fastedit.errors import EditError
+from fastedit.evaluation.questions import KINDS, ask, inner_dots
 from fastedit.models import (
     Factors,
     Model,
-    PairError,
     Samples,
     Topology,
     generate_by,
@@ -34,25 +34,14 @@ from fastedit.models import (
     pass_tokens,
     per_sample_updates,
     run_from_tokens,
-    tokenize,
     trailing,
 )
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
-_WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
 _LOGITS = 2**25  # elements of logits alive at once
 _ALWAYS = 2**20  # more dots than any answer holds
-
-# kind -> (prompt, answer, the answer that competes with it) of a request's prompts
-_QUESTIONS: dict[str, Callable[[EditRequest], Iterable[tuple[str, str, str | None]]]] = {
-    "rewrite": lambda r: [(r.prompt, r.target, r.true_target)],
-    "paraphrase": lambda r: [(prompt, r.target, r.true_target) for prompt in r.paraphrases],
-    "neighbour": lambda r: [(prompt, answer, r.target) for prompt, answer in r.neighbours],
-    "portability": lambda r: [(prompt, answer, None) for prompt, answer in r.portability],
-}
-KINDS = tuple(_QUESTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +72,6 @@ class Prediction:
         return None if self.other_logp is None else self.logp > self.other_logp
 
 
-_Asked = tuple[int, str, str]  # edit, prompt, answer; the edit is 0 where the model is measured as it is
 Answers = Mapping[str, Sequence[Prediction]]  # of one request, by kind
 
 
@@ -133,24 +121,16 @@ def predict(
         progress: called after each batch, with the stages "answers", "text" and "generation".
 
     Raises:
-        RequestError: prompt and answer do not fit the model's context, or one of them has no tokens.
+        RequestError: as `questions.ask`.
         EditError: the model gives NaN, or an answer a probability of 0; an update is not finite.
         ValueError: ``updates`` of another number of edits, or with ``text``.
     """
     if updates:
         _check(updates, requests, text)
-    topology, tokenizer = model.topology, model.tokenizer
+    topology = model.topology
     batch_tokens = batch_tokens or pass_tokens(topology.device)
-    asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
-    owners: dict[_Asked, str] = {}  # each once, and the request that asks it first
-    dots: dict[tuple[int, str], int] = {}
-    for kind, i, prompt, answer, other in asked:
-        edit = i if updates else 0
-        for said in filter(None, (answer, other)):
-            owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
-        dots[edit, prompt] = max(dots.get((edit, prompt), 0), _inner_dots(answer))
-    samples = _samples(tokenizer, owners, topology.context_length)
-    documents = _windows(tokenizer, [text] if isinstance(text, str) else text, topology.context_length)
+    questions = ask(model, requests, kinds=kinds, text=text, by_edit=bool(updates))
+    owners, samples, documents = questions.owners, questions.samples, questions.documents
 
     edits = torch.tensor([edit for edit, _, _ in owners], dtype=torch.int64)
     best, logp = _score(topology, samples, batch_tokens, partial(progress, "answers"), updates or {}, edits)
@@ -169,13 +149,13 @@ def predict(
         _, logp = _score(topology, documents, batch_tokens, partial(progress, "text"), {}, none)
         _finite(logp.mean()[None], ["the text for perplexity"])
         perplexity = math.exp(min(-logp.double().mean().item(), 700.0))  # JSON has no infinity
-    texts = _generate(model, dots, batch_tokens, progress, updates or {}) if generate and dots else {}
+    texts = _generate(model, questions.dots, batch_tokens, progress, updates or {}) if generate and owners else {}
 
     answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in requests]
-    for kind, i, prompt, answer, other in asked:
+    for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # no rival of itself
-        generated = _cut(texts[edit, prompt], _inner_dots(answer)) if generate else None
+        generated = _cut(texts[edit, prompt], inner_dots(answer)) if generate else None
         answers[i][kind].append(Prediction(prompt, answer, *scored[edit, prompt, answer], rival, generated))
     return Predictions(answers, perplexity)
 
@@ -190,26 +170,6 @@ def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest]
         if broken:
             named = ", ".join(str(requests[i].id or i) for i in broken[:5])
             raise EditError(f"the updates of {len(broken)} requests are not finite ({named}); leave them out")
-
-
-def _samples(tokenizer: Any, owners: Mapping[_Asked, str], context: int) -> Samples:
-    try:
-        pairs = [(prompt, said) for _, prompt, said in owners]
-        return tokenize(tokenizer, pairs, append_eos=False, max_length=context)
-    except PairError as error:
-        names = list(owners.values())
-        problems = [(names[p.pair], f"{names[p.pair]}: {p.sentence()}") for p in error.problems]
-        raise RequestError.of(problems, "prompts") from None
-
-
-def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:
-    """Documents in pieces of the context; all tokens but a document's first are labels, once."""
-    size = min(context, _WINDOW)
-    encoded = tokenizer(list(text), return_attention_mask=False, verbose=False)["input_ids"] if text else []
-    pieces = [ids[i : i + size + 1] for ids in encoded for i in range(0, len(ids) - 1, size)]
-    flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
-    offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0)
-    return Samples(flat, offsets, torch.ones(len(pieces), dtype=torch.int64))
 
 
 def _score(
@@ -253,11 +213,6 @@ def _finite(values: Tensor, names: Sequence[str]) -> None:
     if broken:
         named = "; ".join(broken[:5]) + "; …" * (len(broken) > 5)
         raise EditError(f"the model gives NaN or infinity ({named}); try a lower learning rate, or bf16 or fp32")
-
-
-def _inner_dots(answer: str) -> int:
-    """The "." that generation goes past; at one that ends the answer it may as well stop."""
-    return answer.rstrip(".").count(".")
 
 
 def _cut(text: str, dots: int) -> str:

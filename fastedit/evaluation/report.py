@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastedit.evaluation.predict import KINDS, Answers, Predictions, normalize, predict
+from fastedit.evaluation.predict import Answers, Predictions, normalize, predict
+from fastedit.evaluation.questions import KINDS
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing

@@ -60,7 +60,7 @@ def register(op: str, *options: Option) -> None:
     _OPTIONS[op] = (*options, Option("torch", _none))
 
 
-def of_environment() -> str | None:
+def environment_backend() -> str | None:
     """FASTEDIT_BACKEND, None where it is not set; ConfigError where no op has such a backend."""
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in get_args(Backend):
@@ -77,7 +77,7 @@ def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: t
     """
     call, options = Call(device, dtype, sizes), {option.backend: option for option in _OPTIONS[op]}
     name = f"backend={backend!r}"
-    if backend == "auto" and (wanted := of_environment()):
+    if backend == "auto" and (wanted := environment_backend()):
         name = f"{VARIABLE}={wanted}"
         backend = wanted if wanted in options else "auto"
     if backend == "auto":

@@ -48,27 +48,34 @@ def _no_report(doubling: Doubling) -> None:
     pass
 
 
-@torch.no_grad()
 def collect(
     model: Model,
     documents: Iterable[str],
     layers: Sequence[int],
     *,
-    module: str = "down_proj",
-    max_tokens: int | None = None,
-    batch_tokens: int = 8192,
-    row_tokens: int | None = None,
-    until_converged: bool = False,
-    tolerance: tuple[float, float] = (0.02, 0.01),
-    directory: str | Path | None = None,
-    save_seconds: float = 300.0,
     progress: Progress = no_progress,
     on_doubling: Callable[[Doubling], None] = _no_report,
+    **settings: Any,
 ) -> dict[int, StreamingCovariance]:
     """Second moments of what a projection reads, at every token of the documents, in the model's dtype.
 
-    Documents longer than a row are cut, and each piece begins with BOS where the tokenizer puts one. Under
+    Documents longer than a row are cut, and each piece begins with BOS if the tokenizer puts one. Under
     torch.distributed every process takes each n-th document, and all return the same sums.
+
+    Args:
+        layers: blocks; one pass serves them all and ends in the last of them.
+        progress: called with the stage "covariance" and tokens.
+        on_doubling: called with each comparison of `until_converged`.
+        **settings: those of `Collection`.
+
+    Raises:
+        ConfigError, ModelError, FileError: as `Collection` and `Collection.run`. RequestError: as `Collection.run`.
+    """
+    return Collection(model, layers, **settings).run(documents, progress=progress, on_doubling=on_doubling)
+
+
+class Collection:
+    """A collection of second moments that can begin, or go on: every refusal that needs no text is made by then.
 
     Args:
         layers: blocks; one pass serves them all and ends in the last of them.
@@ -76,65 +83,111 @@ def collect(
         max_tokens: ends with the batch that reaches it; None takes all the text.
         batch_tokens: tokens of a forward pass.
         row_tokens: tokens of a row; None is the model's context, 2,048 at most.
-        until_converged: end where twice the tokens change C by no more than `tolerance`, from 10 times its width on.
+        until_converged: end when twice the tokens change C by no more than `tolerance`, from 10 times its width on.
         tolerance: of `Doubling.change` and `Doubling.subspace`.
         directory: keep the statistics there. What it holds already of this model and text goes on where it was saved,
             and comes out the same, bit for bit, as without the interruption.
         save_seconds: between saves; with `until_converged` they are made at doublings, which are what it compares.
-        progress: called with the stage "covariance" and tokens.
-        on_doubling: called with each comparison of `until_converged`.
 
     Raises:
-        ModelError: no such layer or projection; a key that is not finite (names layer and document); `directory`
-            holds statistics of another model or text, or of other settings. Saved files stay as they were.
-        RequestError: the text has no tokens.
+        ModelError: no such layer or projection; `directory` holds statistics of another model, or of other settings.
         ConfigError: `until_converged` in several processes, no layers, or numbers out of range.
     """
-    topology = model.topology
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    row = min(topology.context_length, row_tokens or _ROW)
-    if not layers or batch_tokens < 1 or row < 2 or (max_tokens is not None and max_tokens < 1):
-        raise ConfigError("collect needs at least one layer, and at least one token a batch, two a row and one in all")
-    if until_converged and world > 1:
-        raise ConfigError(f"until_converged compares in one process, these are {world}; give max_tokens instead")
-    layers = sorted(set(layers))
-    settings = {
-        "fingerprint": fingerprint(topology.model),
-        "module": module,
-        "dtype": str(next(topology.backbone.parameters()).dtype).removeprefix("torch."),
-        "batch_tokens": batch_tokens,
-        "row_tokens": row,
-        "processes": world,
-    }
-    whole = None if directory is None else Path(directory)
-    moments = {layer: _start(topology, layer, settings, whole) for layer in layers}
-    part, share = whole, max_tokens
-    if world > 1:
-        if all(moment.count for moment in moments.values()):  # summed up when all had finished
-            return _finished(moments, max_tokens, whole)
-        part = None if whole is None else whole / f"part-{rank}-of-{world}"
-        share = None if max_tokens is None else -(-max_tokens // world)
-        moments = {layer: _start(topology, layer, settings, part) for layer in layers}
-    run = _Run(topology, moments, part, share, save_seconds, progress)
-    own = itertools.islice(documents, rank, None, world)
-    batches = document_batches(model, own, batch_tokens, row)
-    if until_converged:
-        run.until_converged(batches, tolerance, on_doubling)
-    else:
-        run.all(batches)
-    if world > 1:
-        for layer, moment in moments.items():
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[int],
+        *,
+        module: str = "down_proj",
+        max_tokens: int | None = None,
+        batch_tokens: int = 8192,
+        row_tokens: int | None = None,
+        until_converged: bool = False,
+        tolerance: tuple[float, float] = (0.02, 0.01),
+        directory: str | Path | None = None,
+        save_seconds: float = 300.0,
+    ) -> None:
+        topology, distributes = model.topology, distributed.is_initialized()
+        self._rank, self._world = (distributed.get_rank(), distributed.get_world_size()) if distributes else (0, 1)
+        row = min(topology.context_length, row_tokens or _ROW)
+        if not layers or batch_tokens < 1 or row < 2 or (max_tokens is not None and max_tokens < 1):
+            raise ConfigError(
+                "collect needs at least one layer, and at least one token a batch, two a row and one in all"
+            )
+        if until_converged and self._world > 1:
+            raise ConfigError(
+                f"until_converged compares in one process, these are {self._world}; give max_tokens instead"
+            )
+        self._model, self._layers, self._max_tokens = model, sorted(set(layers)), max_tokens
+        self._tolerance = tolerance if until_converged else None
+        self._save_seconds = save_seconds
+        self._settings: dict[str, Any] = {
+            "fingerprint": fingerprint(topology.model),
+            "module": module,
+            "dtype": str(next(topology.backbone.parameters()).dtype).removeprefix("torch."),
+            "batch_tokens": batch_tokens,
+            "row_tokens": row,
+            "processes": self._world,
+        }
+        self._whole = None if directory is None else Path(directory)
+        self._moments = self._begin(self._whole)
+        # several processes sum up when all of them have finished
+        self._finished = self._world > 1 and all(moment.count for moment in self._moments.values())
+        if self._finished:
+            _check_finished(self._moments, max_tokens, self._whole)
+
+    def _begin(self, directory: Path | None) -> dict[int, StreamingCovariance]:
+        return {layer: _start(self._model.topology, layer, self._settings, directory) for layer in self._layers}
+
+    @torch.no_grad()
+    def run(
+        self,
+        documents: Iterable[str],
+        *,
+        progress: Progress = no_progress,
+        on_doubling: Callable[[Doubling], None] = _no_report,
+    ) -> dict[int, StreamingCovariance]:
+        """Read the documents; the arguments are those of `collect`.
+
+        Raises:
+            ModelError: a key that is not finite (names layer and document); statistics begun with another text. Saved
+                files stay as they were.
+            RequestError: the text has no tokens. FileError: the statistics cannot be saved.
+        """
+        if self._finished:
+            return self._moments
+        world, whole, topology = self._world, self._whole, self._model.topology
+        part, share = whole, self._max_tokens
+        if world > 1:
+            part = None if whole is None else whole / f"part-{self._rank}-of-{world}"
+            share = None if share is None else -(-share // world)
+            self._moments = self._begin(part)
+        run = _Run(topology, self._moments, part, share, self._save_seconds, progress)
+        own = itertools.islice(documents, self._rank, None, world)
+        batches = document_batches(self._model, own, self._settings["batch_tokens"], self._settings["row_tokens"])
+        if self._tolerance:
+            run.until_converged(batches, self._tolerance, on_doubling)
+        else:
+            run.all(batches)
+        if world > 1:
+            self._sum_up(part)
+        if not all(moment.count for moment in self._moments.values()):
+            raise RequestError("the text has no tokens; give documents that are not empty")
+        return self._moments
+
+    def _sum_up(self, part: Path | None) -> None:
+        """Add up what all processes have seen, write it, and take their parts away."""
+        topology, module = self._model.topology, self._settings["module"]
+        for layer, moment in self._moments.items():
             moment.all_reduce()
-            if whole is not None and rank == 0:
-                moment.save(statistics_path(topology, whole, layer, module))
+            if self._whole is not None and self._rank == 0:
+                moment.save(statistics_path(topology, self._whole, layer, module))
         distributed.barrier()
         if part is not None and part.is_dir():
-            for layer in layers:
+            for layer in self._layers:
                 statistics_path(topology, part, layer, module).unlink(missing_ok=True)
             part.rmdir()
-    if not all(moment.count for moment in moments.values()):
-        raise RequestError("the text has no tokens; give documents that are not empty")
-    return moments
 
 
 class _Run:
@@ -296,16 +349,13 @@ def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: 
     return found
 
 
-def _finished(
-    moments: dict[int, StreamingCovariance], max_tokens: int | None, directory: Path | None
-) -> dict[int, StreamingCovariance]:
+def _check_finished(moments: dict[int, StreamingCovariance], max_tokens: int | None, directory: Path | None) -> None:
     count = min(moment.count for moment in moments.values())
-    if not count or count < (max_tokens or 0):
+    if count < (max_tokens or 0):
         raise ModelError(
             f"{directory} holds sums that several processes made, of {count} tokens; no run can go on with those, give "
             "another folder"
         )
-    return moments
 
 
 def _place(batch: DocumentBatch, flat: Tensor) -> str:

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 
 import fastedit.demo
 from fastedit import Editor, WeightDelta, cli, methods
+from fastedit.cli.output import Bars
 from fastedit.methods import LocFTBFConfig
 
 RECORDS: list[dict[str, Any]] = [
@@ -293,8 +294,8 @@ def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setenv("COLUMNS", "160")
     clock = iter([0.0, 0.0, 4.0, 10.0, 30.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    with cli.Bars() as bars:
-        report = bars.of("", n_edits=200)
+    with Bars() as bars:
+        report = bars.callback("", n_edits=200)
         report("prefix", 200, 200)  # from 0 to 4 s
         report("train", 1, 20, 2.5)  # from 4 to 10 s: 10 of 200 edits are through
         report("train", 5, 20, 1.25)  # to 30 s: 50 edits in 26 s; 78 s are left
@@ -360,7 +361,8 @@ def test_bad_flags_are_refused_before_any_work(
     message: str,
 ) -> None:
     needs_model = flags[0] in ("--layer", "--module", "--device")
-    monkeypatch.setattr(*((cli, "measure") if needs_model else (Editor, "from_pretrained")), None)
+    work = ("fastedit.cli.edit.measure",) if needs_model else (Editor, "from_pretrained")
+    monkeypatch.setattr(*work, None)
     output = tmp_path / "deep" / "out"
     flags, message = [flag.replace("{facts}", str(facts)) for flag in flags], message.replace("{facts}", str(facts))
     assert message in fails(2, "edit", "--model", model, "--requests", facts, "--output", output, *flags)
@@ -607,7 +609,7 @@ def test_ctrl_c_writes_nothing(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: tuple[str, int]
 ) -> None:
     interrupt = _CtrlC(*stage)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "out", *LEARNS)
     assert "interrupted" in fails(1, *common)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json"]
@@ -617,7 +619,7 @@ def test_ctrl_c_keeps_the_last_epoch_if_told_to(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt = _CtrlC("train", 3)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     output = tmp_path / "out"
     common = ("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS, "--no-evaluate")
     result = call(*common, "--keep-partial")
@@ -636,7 +638,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done_and_counts_them(
 ) -> None:
     edits = [{"prompt": r.prompt, "target": r.target, "subject": r.subject} for r in fastedit.demo.World().requests(6)]
     interrupt = _CtrlC("edits", 4)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     files = ("--requests", write(tmp_path / "facts.json", edits), "--output", tmp_path / "out")
     method = ("--method", "memit", "--layers", "1-2", "--batch-size", 2, "--steps", 2, "--n-contexts", 0)
     common = ("edit", "--model", fastedit.demo.checkpoint_path(), "--dtype", "float32", *files, *method)
@@ -678,8 +680,8 @@ def test_covariance_sees_first_whether_its_folder_can_be_written(
     works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
     (tmp_path / "out" / "statistics").mkdir()
     works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
-    monkeypatch.setattr("fastedit.collect.collect", None)
-    monkeypatch.setattr("fastedit.statistics.user_directory", lambda mark: Path("/proc") / mark)
+    monkeypatch.setattr("fastedit.statistics.collect.Collection", None)
+    monkeypatch.setattr("fastedit.statistics.store.user_directory", lambda mark: Path("/proc") / mark)
     assert "/proc/" in (said := fails(2, *collecting))
     assert "cannot be written" in said
 
@@ -711,8 +713,10 @@ def test_covariance_says_after_ctrl_c_whether_anything_was_saved(
     if saved:
         works(*wide, "--tokens", 1)
     interrupt = _CtrlC("covariance", 10**9)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
-    monkeypatch.setattr("fastedit.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(
+        "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     said = fails(1, *wide)
     assert ("goes on where the statistics were last saved" in said) == saved
     assert ("nothing was saved yet" in said) != saved

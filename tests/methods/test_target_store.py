@@ -17,9 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastedit import EditRequest, ModelError
-from fastedit.methods.target_store import TargetStore
-from fastedit.methods.targets import TargetConfig, Targets
-from fastedit.models import topology
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import TargetConfig
+from fastedit.methods.locate_then_edit.target_store import TargetStore
+from fastedit.methods.locate_then_edit.targets import Targets
+from fastedit.models import Model, topology
 
 lte = importlib.import_module("fastedit.methods.locate_then_edit")
 ABOUT = Settings("least-squares", (0, 1), contexts=("w20 w21 . {}",))
@@ -88,8 +90,9 @@ def test_whatever_matters_makes_another_key(tokenizer: Any, tmp_path: Path, seed
 
     def key(**other: Any) -> str:
         store = TargetStore(tmp_path, topology(model), written)
-        given = {"tokenizer": tokenizer, "edits": edits, "z_layer": 1, "config": config, "contexts": ["w9 {}"]} | other
-        return store.key(**given)
+        given = {"edits": edits, "z_layer": 1, "config": config, "contexts": ["w9 {}"]} | other
+        batch = Batch(Model.of(model, tokenizer), given.pop("edits"), given.pop("contexts"))
+        return store.key(batch, **given)
 
     wanted, keys = key(), []
     assert key() == wanted
@@ -136,19 +139,21 @@ def test_another_tokenizer_makes_another_key(tokenizer: Any, tmp_path: Path, see
                     found["offset_mapping"] = [[(0, 0), *spans] for spans in found["offset_mapping"]]
             return found
 
-    store = TargetStore(tmp_path, topology(tiny_model("llama")), [])
+    parts = topology(tiny_model("llama"))
+    store = TargetStore(tmp_path, parts, [])
     edits = random_edits(3, seed)
-    assert store.key(tokenizer, edits, 1, TargetConfig(), ()) != store.key(Longer(), edits, 1, TargetConfig(), ())
+    keys = {store.key(Batch(Model(parts, t), edits), 1, TargetConfig()) for t in (tokenizer, Longer())}
+    assert len(keys) == 2
 
 
 def test_a_key_is_that_of_the_weights_as_they_are_now(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     model, edits = tiny_model("gpt2"), random_edits(2, seed)
     store = TargetStore(tmp_path, topology(model), ["transformer.h.1.mlp.c_proj.weight"])
-    before = store.key(tokenizer, edits, 1, TargetConfig(), ())
+    before = store.key(Batch(Model.of(model, tokenizer), edits), 1, TargetConfig())
     weight = model.transformer.h[1].mlp.c_proj.weight
     with torch.no_grad():
         weight[3, 5] += 1e-3
-    assert store.key(tokenizer, edits, 1, TargetConfig(), ()) != before
+    assert store.key(Batch(Model.of(model, tokenizer), edits), 1, TargetConfig()) != before
     with torch.no_grad():
         weight[3, 5] -= 1e-3
 

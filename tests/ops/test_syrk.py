@@ -79,7 +79,7 @@ def test_denormals(add: Add, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.01 * syrk.LARGEST])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.01 * syrk.LARGEST_VALUE])
 def test_bad_value_is_named_and_nothing_added(add: Add, dtype: torch.dtype, value: float) -> None:
     rows, total = torch.ones(1100, 52, dtype=dtype), blank(52)
     rows[1090, 50] = value

@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit import ModelError, StreamingCovariance
-from fastedit.covariance import load_npz, read_about
+from fastedit.statistics.moment import TAG, WHAT
+from fastedit.statistics.npz import load_npz
+from fastedit.tensorfile import load_metadata
 
 D = 37
 
@@ -115,7 +117,7 @@ def test_a_saved_run_goes_on_with_the_same_bits(seed: int, tmp_path: Path) -> No
         found = StreamingCovariance.load(tmp_path / "4.safetensors")
     assert (found.count, found.metadata) == (3000, {"layer": 4, "text": "ä"})
     assert torch.equal(found.finalize(), whole.finalize())
-    about = read_about(tmp_path / "4.safetensors")
+    about = load_metadata(tmp_path / "4.safetensors", (TAG,), WHAT)
     assert (about["count"], about["dim"]) == (3000, D)
 
 

@@ -1,15 +1,17 @@
-"""Progress bars of the command line."""
+"""What the command line shows: tables, progress bars, summaries."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fastedit.progress import Progress as Report
+
 if TYPE_CHECKING:
-    from fastedit.methods import Progress as Report
+    from fastedit.results import EditResult
 
 # stage -> (what it says, what its speed counts); a training's total is in epochs, its speed in edits
 _STAGES = {
@@ -41,7 +43,7 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def of(self, title: str, n_edits: int | None = None) -> Report:
+    def callback(self, title: str, n_edits: int | None = None) -> Report:
         """A callback for the stages of one piece of work.
 
         Args:
@@ -73,3 +75,19 @@ class Bars:
             )
 
         return report
+
+
+def show(what: RenderableType) -> None:
+    """Print to the terminal's width, or to 120 columns of a file."""
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width that tables would have to fit
+        console = Console(width=120)
+    console.print(what)
+
+
+def summary(result: EditResult) -> str:
+    """One line about an edit: how many, how fast, and what was kept if it was interrupted."""
+    n = len(result.requests)
+    if result.interrupted:
+        return f"interrupted after {result.seconds:.1f} s, of {n} edits: {result.interrupted}"
+    return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"
