@@ -38,7 +38,7 @@ def save_tensors(
     """
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     header = {"format": tag, "fastedit": json.dumps(metadata), "checksums": json.dumps(checksums(tensors))}
-    with writing(path, what) as temporary:
+    with writing(path, f"{what} could not be saved") as temporary:
         save_file(tensors, temporary, header)
 
 
@@ -67,13 +67,14 @@ def load_metadata(path: str | Path, tags: Sequence[str], what: str) -> dict[str,
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str], what: str) -> Iterator[Path]:
-    """`files.replacing`, whose failures are FileErrors."""
+def writing(path: str | os.PathLike[str], failure: str) -> Iterator[Path]:
+    """`files.replacing`, whose failures are FileErrors that begin with `failure`."""
     try:
         with replacing(Path(path)) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        raise FileError(Path(path), f"{what} could not be saved: {error}; nothing was written") from error
+        text = f"{failure}: {error}; nothing was changed. Make room, or give another folder or another path"
+        raise FileError(Path(path), text) from error
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _parser(kind: Kind) -> Callable[[str], Any]:
         try:
             return kind.parse(text)
         except OverflowError:
-            raise typer.BadParameter(f"expected {expected} of at most {LARGEST_INT}, got {text}") from None
+            raise typer.BadParameter(f"expected INT of at most {LARGEST_INT}, got {text}") from None
         except ValueError:
             raise typer.BadParameter(f"expected {expected}, got {text!r}") from None
 

@@ -44,7 +44,7 @@ def draw(cells: Sequence[LocateCell], path: AnyPath) -> None:
                 color = "black" if bright else "white"
                 axes.text(x, y, _short(value, unit), color=color, fontsize=7, ha="center", va="center")
     panels[-1].set_xlabel("block")
-    with writing(path, "the report") as temporary:
+    with writing(path, "the report was not written") as temporary:
         figure.savefig(temporary, format="png")
 
 

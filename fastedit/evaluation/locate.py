@@ -59,7 +59,7 @@ class LocateReport:
     def save(self, path: AnyPath) -> None:
         """Write `to_dict` as JSON, whole or not at all. Raises FileError."""
         text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1) + "\n"
-        with writing(path, "the report") as temporary:
+        with writing(path, "the report was not written") as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def draw(self, path: AnyPath) -> None:
@@ -272,7 +272,7 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
     found = sorted(set(range(topology.n_blocks) if layers is None else layers))  # the cache only moves up
     places = [(block, module) for block in found for module in dict.fromkeys(modules)]
     if not places:
-        raise ConfigError("there is nothing to try; give at least one layer and one module")
+        raise ConfigError("there is nothing to try; give at least one block and one module")
     for block, module in places:
         if not any(True for _ in topology.resolve(block, module)[1].parameters()):
             raise ModelError(f"module {module!r} of block {block} has no weights to train")

@@ -80,8 +80,8 @@ def ask(
         samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=context)
     except PairError as error:
         names = list(owners.values())
-        problems = [(names[p.pair], f"{names[p.pair]}: {p.sentence()}") for p in error.problems]
-        raise RequestError.of(problems, "prompts") from None
+        problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
+        raise RequestError.of(list(reversed(problems.items())), "prompts") from None
     documents = _windows(model.tokenizer, [text] if isinstance(text, str) else text, context)
     return Questions(asked, owners, dots, samples, documents, len(requests))
 

@@ -57,7 +57,7 @@ class EvaluationReport:
     def save(self, path: AnyPath) -> None:
         """Write `to_dict` and the rows (as "requests") as JSON, whole or not at all. Raises FileError."""
         text = json.dumps(self.to_dict() | {"requests": self.rows}, ensure_ascii=False, indent=1)
-        with writing(path, "the report") as temporary:
+        with writing(path, "the report was not written") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def __rich__(self) -> Table:

@@ -25,7 +25,7 @@ def save_npz(path: str | Path, total: Tensor, count: int, sample_size: int) -> N
     """
     entries = {"constructor": np.array(_CONSTRUCTOR), "count": np.array(count), "mom2": total.float().cpu().numpy()}
     named: dict[str, Any] = {f"mom2.{name}": entry for name, entry in entries.items()}
-    with writing(path, "the statistics") as temporary, temporary.open("wb") as file:
+    with writing(path, "the statistics could not be saved") as temporary, temporary.open("wb") as file:
         np.savez(file, **named, sample_size=np.array(sample_size))
 
 

@@ -26,6 +26,7 @@ from typer.testing import CliRunner, Result
 import fastedit.demo
 from fastedit import Editor, WeightDelta, cli, methods
 from fastedit.cli.output import Bars
+from fastedit.configs import option
 from fastedit.methods import LocFTBFConfig
 
 RECORDS: list[dict[str, Any]] = [
@@ -177,24 +178,20 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 
     @dataclass(frozen=True)
     class Toy:
-        """A method to come.
+        """A method to come."""
 
-        Attributes:
-            layers: the blocks
-                that it edits.
-            fast: does less.
-        """
-
-        seed: int = 0
-        layers: tuple[int, ...] = (1, 2)
+        seed: int = option(0, "of everything.")
+        layers: tuple[int, ...] = option((1, 2), "the blocks that it edits.")
         mode: Literal["a", "b"] = "a"
-        fast: bool | None = None
+        fast: bool | None = option(None, "does less.")
 
-    def run(topology: Any, tokenizer: Any, edits: Any, config: Toy, progress: Any, **_: Any) -> Any:
-        seen.append(config)
-        raise KeyboardInterrupt
+    class ToyMethod(methods.Method):
+        def plan(self, model: Any, edits: Any, config: Any, **_: Any) -> Any:
+            seen.append(config)
+            raise KeyboardInterrupt
 
-    monkeypatch.setitem(methods.METHODS, "toy", (Toy, run))
+    monkeypatch.setitem(methods.METHODS, "toy", ToyMethod(Toy, ""))
+    monkeypatch.setattr(cli, "app", cli.make_app())
     help_text = " ".join(works("edit", "--help", COLUMNS="200").stdout.split())
     assert "the blocks that it edits. (default (1, 2)) Such as 4-8 or" in help_text
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,9 @@ def test_a_cell_is_what_the_editor_does_there(family: str, augment: int, tokeniz
     before = state(model)
     modules = ("down_proj", "attn")
     report = locate(
-        topology(model),
-        tokenizer,
+        Model.of(model, tokenizer),
         EDITS,
-        blocks=(3, 1),
+        layers=(3, 1),
         modules=modules,
         seed=5,
         text=TEXT,
@@ -223,9 +223,9 @@ def test_a_loss_that_is_not_finite_names_the_place(tokenizer: Any) -> None:
     ("options", "error", "message"),
     [
         ({"modules": ["down_proj", "gate_proj"]}, ModelError, "block 0 of .* has no gate_proj"),
-        ({"blocks": [0, 4]}, ModelError, "layer 4 does not exist: .* 0 to 3"),
+        ({"layers": [0, 4]}, ModelError, "layer 4 does not exist: .* 0 to 3"),
         ({"modules": ["mlp.act"]}, ModelError, "'mlp.act' of block 0 has no weights"),
-        ({"blocks": []}, ConfigError, "at least one block"),
+        ({"layers": []}, ConfigError, "at least one block"),
         ({"modules": []}, ConfigError, "at least one block and one module"),
         ({"sample": 0}, ConfigError, "sample is 0"),
         ({"layer": 2}, ConfigError, "'layer'; it takes lr,"),
@@ -297,7 +297,7 @@ def test_the_picture_shows_each_measure_at_each_place(report: LocateReport, tmp_
     for share in (0.0, 5 / 7, 1.0):
         assert colors[colormaps["viridis"](share, bytes=True)[:3]] > 1000
     flat = LocateReport(
-        [module_under_test.replace(c, reliability=0.5, generalization=None) for c in report.cells[1::2]],
+        [replace(c, reliability=0.5, generalization=None) for c in report.cells[1::2]],
         *(report.before, report.sample, report.generated, report.config),
     )
     flat.draw(tmp_path / "flat.png")

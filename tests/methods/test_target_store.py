@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastedit import EditRequest, ModelError
+from fastedit.methods.locate_then_edit import method as method_module
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets
 from fastedit.models import Model, topology
 
-lte = importlib.import_module("fastedit.methods.locate_then_edit")
 ABOUT = Settings("least-squares", (0, 1), contexts=("w20 w21 . {}",))
 SOUGHT: dict[str, Any] = {"steps": 3, "batch_size": 2}
 
@@ -45,7 +44,7 @@ class Count:
     """How often targets are sought."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt: int = 0) -> None:
-        self.n, find = 0, lte.find_targets
+        self.n, find = 0, method_module.find_targets
 
         def counted(*args: Any, **named: Any) -> Targets:
             self.n += 1
@@ -54,7 +53,7 @@ class Count:
             found: Targets = find(*args, **named)
             return found
 
-        monkeypatch.setattr(lte, "find_targets", counted)
+        monkeypatch.setattr(method_module, "find_targets", counted)
 
 
 @pytest.mark.parametrize("lr", [None, 0.3])
@@ -228,7 +227,7 @@ def test_a_full_disk_leaves_no_file_and_the_model_as_it_was(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastedit.methods.target_store.save_file", full)
+    monkeypatch.setattr("fastedit.tensorfile.save_file", full)
     with pytest.raises(ModelError, match=r"could not be saved: .*No space left.*give another folder"):
         case.editor("memit", ABOUT, targets=str(tmp_path / "targets"), **SOUGHT).edit(random_edits(2, seed))
     assert not list((tmp_path / "targets").iterdir())

@@ -21,6 +21,7 @@ from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_loop import RELATIVE_LR
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.models import Model, topology
+from fastedit.progress import no_progress
 
 CONTEXTS = ["w20 w21 w22 . {}", "w23 . {}"]
 Z_LAYER = 1
@@ -95,8 +96,8 @@ def one_at_a_time(model: nn.Module, module: nn.Module, tokenizer: Any, edit: Edi
 
 
 def found(family: str, tokenizer: Any, edits: Sequence[EditRequest], config: TargetConfig, **options: Any) -> Targets:
-    parts = topology(tiny_model(family))
-    return find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS), Z_LAYER, config, **options)
+    parts, about = topology(tiny_model(family)), {"progress": options.pop("progress", no_progress)}
+    return find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS, **about), Z_LAYER, config, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -134,7 +134,7 @@ def test_more_tokens_go_on_from_fewer(seed: int, tokenizer: Any, tmp_path: Path)
     parts, documents = parts_of(), make_documents(seed, 200)
     reported: list[tuple[str, int, int]] = []
     few = collect(
-        *(parts, tokenizer, documents, [1]),
+        *(Model(parts, tokenizer), documents, [1]),
         **SMALL,
         directory=tmp_path,
         max_tokens=300,

@@ -84,7 +84,7 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
 ) -> None:
     def kept() -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr("fastedit.statistics.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
+            patch.setattr("fastedit.statistics.store.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
             return StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
 
     keep(tmp_path, rows(seed, 200, D))
