@@ -1,10 +1,9 @@
 """Collect the statistics of a model from a text file, then edit it with MEMIT.
 
-    python examples/memit_with_your_statistics.py --folder ./statistics --model ./Llama-3-8B --layers 4-8 \\
-        --text wiki.txt --tokens 150000 --requests facts.json
+    python examples/memit_with_your_statistics.py --folder ./kept --model ./Llama-3-8B --text wiki.txt --layers 4-8
 
-Without --model, --text and --requests it takes the small model that ships with the package. Statistics are collected
-once for each model, from at least ten times as many tokens as the edited matrix has inputs.
+Without --model and --text it takes the small model that ships with the package. Statistics are collected once for each
+model. Give as --tokens at least ten times the number of inputs of the edited matrix, such as 150000 for Llama-3-8B.
 """
 
 import argparse
