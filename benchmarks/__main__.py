@@ -1,7 +1,7 @@
 """Runs the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
 
 Rows are appended as they are measured, so that it can be stopped at any time; what fails does not stop the rest. Then
-the pictures and the README's tables are made anew.
+the pictures and the tables of both READMEs are made anew.
 """
 
 from __future__ import annotations

@@ -191,7 +191,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        written = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md")
+        changed = git("status", "--porcelain", "--", ".", *written)
         return git("rev-parse", "--short=7", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
