@@ -51,6 +51,14 @@ def described(config_type: type[_Config]) -> type[_Config]:
     return config_type
 
 
+def hints_of(config_type: type[Any]) -> dict[str, Any]:
+    """The annotation of each field of a configuration class."""
+    return _hints(config_type)  # type: ignore[arg-type]  # mypy does not see that classes are hashable
+
+
+_hints = cache(get_type_hints)
+
+
 def check_fields(config: Any) -> None:
     """Convert every field of a configuration to its type, and check the fields that all methods share.
 
@@ -59,7 +67,7 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: names the field, its value, and what it takes.
     """
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in hints_of(type(config)).items():
         value = getattr(config, name)
         try:
             object.__setattr__(config, name, kind_of(hint).convert(value))

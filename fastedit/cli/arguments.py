@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 
-from fastedit.cli.output import Bars
 from fastedit.errors import ModelError, RequestError
 
 if TYPE_CHECKING:
+    from fastedit.cli.bars import Bars
     from fastedit.editor import Editor
     from fastedit.evaluation.predict import Predictions
     from fastedit.requests import EditRequest
@@ -35,7 +33,12 @@ class Dtype(str, Enum):
 
 def _log_to_stderr(verbose: bool) -> bool:
     log = logging.getLogger("fastedit")
-    log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)] if verbose else []
+    log.handlers = []
+    if verbose:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)]
     log.setLevel(logging.INFO if verbose else logging.NOTSET)
     return verbose
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastedit.cli.arguments import DeviceFlag, Dtype, DtypeFlag, VerboseFlag, load
+from fastedit.cli import arguments
 from fastedit.cli.flags import layer_list
-from fastedit.cli.output import Bars
 from fastedit.cli.phase import work_begins
 from fastedit.errors import ConfigError, FileError, RequestError
 from fastedit.files import check_writable
@@ -54,9 +53,9 @@ def covariance(
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a pass, in whole rows of the context (2,048 at most), one at least.")
     ] = 8192,
-    dtype: DtypeFlag = Dtype.auto,
-    device: DeviceFlag = None,
-    verbose: VerboseFlag = False,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Collect what rome, memit, emmet and alphaedit need of a model: the second moments of its keys.
 
@@ -74,7 +73,8 @@ def covariance(
     rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells them
     if output and not rank:  # each process would take away the folders that another one tries
         check_writable(output)
-    editor = load(name, dtype, device or (_device_of(rank) if world > 1 else None))
+    editor = arguments.load(name, dtype, device or (_device_of(rank) if world > 1 else None))
+    from fastedit.cli.bars import Bars
     from fastedit.models import fingerprint
     from fastedit.statistics.collect import Collection
     from fastedit.statistics.store import user_directory

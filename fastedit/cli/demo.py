@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from fastedit.cli.arguments import Dtype, VerboseFlag, inputs_of, load, measure
+from fastedit.cli import arguments
 from fastedit.cli.edit import save
-from fastedit.cli.output import Bars, show, summary
+from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.errors import ConfigError, EditError, ModelError
 from fastedit.files import check_directory
@@ -22,7 +22,7 @@ def demo(
         Path | None,
         typer.Option(help="Also write checkpoint, delta and report to this folder; replaces a checkpoint."),
     ] = None,
-    verbose: VerboseFlag = False,
+    verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Edit the small trained model that ships with the package, measure it, and take the edit back.
 
@@ -36,9 +36,10 @@ def demo(
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} holds no model; train it: python -m fastedit.demo.train --output {path}")
     if output:
-        check_directory(output, inputs_of(str(path)))
+        check_directory(output, arguments.inputs_of(str(path)))
     import torch
 
+    from fastedit.cli.bars import Bars
     from fastedit.demo.world import Draw
     from fastedit.evaluation.predict import predict
     from fastedit.evaluation.report import compare
@@ -50,7 +51,7 @@ def demo(
     others = world.questions("trained", [fact for fact in world.facts if fact.subject not in edited])
     asked = [EditRequest(prompt, answer) for prompt, answer in Draw("demo").shuffled(others)[:500]]
     # the weights are stored in bf16; CPUs compute in fp32 faster
-    editor = load(str(path), Dtype.float32, None)
+    editor = arguments.load(str(path), arguments.Dtype.float32, None)
 
     def accuracy(bars: Bars, when: str) -> float:
         progress = bars.callback(f"facts not edited, {when}")
@@ -61,10 +62,10 @@ def demo(
     originals = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}
     work_begins()
     with Bars() as bars:
-        before, known_before = measure(editor, edits, prose, bars, "before"), accuracy(bars, "before")
+        before, known_before = arguments.measure(editor, edits, prose, bars, "before"), accuracy(bars, "before")
         editor.progress = bars.callback("", len(edits))
         result = editor.edit(edits)
-        after, known_after = measure(editor, edits, prose, bars, "after"), accuracy(bars, "after")
+        after, known_after = arguments.measure(editor, edits, prose, bars, "after"), accuracy(bars, "after")
     report = compare(edits, after, before)
     if output:
         save(output, editor, result, report, checkpoint=True)

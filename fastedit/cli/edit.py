@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastedit.cli.arguments import (
-    DeviceFlag,
-    Dtype,
-    DtypeFlag,
-    ModelFlag,
-    RequestsFlag,
-    TextFlag,
-    VerboseFlag,
-    inputs_of,
-    load,
-    measure,
-    read_requests,
-    read_text,
-)
+from fastedit.cli import arguments
 from fastedit.cli.flags import config_of
-from fastedit.cli.output import Bars, show, summary
+from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.errors import FileError
 from fastedit.files import check_directory, check_writable, replacing_directory
@@ -36,23 +23,23 @@ if TYPE_CHECKING:
 
 
 def edit(
-    model: ModelFlag,
-    requests: RequestsFlag,
+    model: arguments.ModelFlag,
+    requests: arguments.RequestsFlag,
     output: Annotated[
         Path,
         typer.Option(help="Folder for checkpoint, delta.safetensors, report.json; replaces a checkpoint."),
     ],
     method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
-    text: TextFlag = None,
+    text: arguments.TextFlag = None,
     measured: Annotated[
         bool, typer.Option("--evaluate/--no-evaluate", help="Measure the model before and after the edit.")
     ] = True,
     delta_only: Annotated[
         bool, typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report.")
     ] = False,
-    dtype: DtypeFlag = Dtype.auto,
-    device: DeviceFlag = None,
-    verbose: VerboseFlag = False,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
     **given: Any,
 ) -> None:
     """Edit a model and write it as a checkpoint that appears whole or not at all.
@@ -62,12 +49,13 @@ def edit(
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
     config = config_of(method, given)
-    edits, documents = read_requests(requests), read_text(text)
+    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
     folders = {name: config.get(name) for name in ("statistics", "targets")}
-    check_directory(output, inputs_of(model, requests=requests, text=text, **folders))
+    check_directory(output, arguments.inputs_of(model, requests=requests, text=text, **folders))
     if folders["targets"]:
         check_writable(Path(folders["targets"]))
-    editor = load(model, dtype, device, method=method, **config)
+    editor = arguments.load(model, dtype, device, method=method, **config)
+    from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
 
     with Bars() as bars:
@@ -75,10 +63,10 @@ def edit(
             check_questions(editor, edits, documents)
         plan = editor.plan(edits)
         work_begins()
-        before = measure(editor, edits, documents, bars, "before") if measured else None
+        before = arguments.measure(editor, edits, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan, edits)
-        after = measure(editor, edits, documents, bars, "after") if measured else None
+        after = arguments.measure(editor, edits, documents, bars, "after") if measured else None
     for note in result.notes:
         typer.echo(f"{method}: {note}", err=True)
     report = compare(edits, after, before) if after else None

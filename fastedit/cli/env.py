@@ -6,8 +6,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from rich.table import Table
-
 from fastedit.cli.output import show
 
 
@@ -17,6 +15,7 @@ def env() -> None:
     Example: fastedit env
     """
     import torch
+    from rich.table import Table
 
     from fastedit.ops import registry
 

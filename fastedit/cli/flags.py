@@ -6,11 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
-from fastedit.configs import LARGEST_INT, Kind, kind_of, numbers, union
+from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
 from fastedit.errors import ConfigError
 from fastedit.methods import METHODS, method_of
 
@@ -59,7 +59,7 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         name = next((field for field, same in _SAME.items() if same == flag and field in known), flag)
         if name not in known:
             raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
-        config[name] = _fitting(value, name, get_type_hints(config_type)[name])
+        config[name] = _fitting(value, name, hints_of(config_type)[name])
     config_type(**config)  # refuses values before any work starts
     return config
 
@@ -87,7 +87,7 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
                 having.setdefault(_SAME.get(field.name, field.name), []).append((config_type, field))
     found = {}
     for name, places in having.items():
-        kind = union([kind_of(get_type_hints(config_type)[field.name]) for config_type, field in places])
+        kind = union([kind_of(hints_of(config_type)[field.name]) for config_type, field in places])
         names = [", ".join(owners[config_type]) for config_type, _ in places]
         helps = [_help(field) for _, field in places]
         text = helps[0] if len(places) == 1 else "\n\n".join(map(": ".join, zip(names, helps, strict=True)))

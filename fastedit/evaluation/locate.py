@@ -89,23 +89,24 @@ class LocateReport:
         return table
 
 
-def locate(
-    model: Model,
-    requests: Requests,
-    *,
-    layers: Sequence[int] | None = None,
-    modules: Sequence[str] = ("down_proj",),
-    sample: int = 100,
-    seed: int = 0,
-    text: Sequence[str] = (),
-    capability: Sequence[tuple[str, str]] = (),
-    generate: bool = False,
-    progress: Progress = no_progress,
-    **config: Any,
-) -> LocateReport:
+def locate(model: Model, requests: Requests, *, progress: Progress = no_progress, **options: Any) -> LocateReport:
     """Edit a sample of the requests at each layer and module in turn and measure what it did.
 
     The model is put back bit for bit after each place, on exceptions and Ctrl-C too.
+
+    Args:
+        progress: called with the stages of `predict` for the unedited model, "prefix", and "locate", which counts
+            epochs of all places.
+        **options: those of `Sweep`.
+
+    Raises:
+        ConfigError, ModelError, RequestError: as `Sweep`. EditError: as `Sweep.run`.
+    """
+    return Sweep(model, requests, **options).run(progress)
+
+
+class Sweep:
+    """What `locate` will do: every refusal is made by then, and nothing is edited yet.
 
     Args:
         requests: as for `fastedit.Editor.edit`; generalization is measured on their paraphrases, locality on
@@ -117,31 +118,11 @@ def locate(
         text: documents for the perplexity; a str is one.
         capability: (prompt, answer) pairs on other matters for the accuracy.
         generate: measure shares and accuracy by greedy generation, which takes longer; else teacher-forced.
-        progress: called with the stages of `predict` for the unedited model, "prefix", and "locate", which counts
-            epochs of all places.
         **config: other fields of `LocFTBFConfig`.
 
     Raises:
         ConfigError, ModelError, RequestError: a field, a value, a layer, a module, a request or a pair that
-            cannot be used; before the model is touched.
-        EditError: a loss or a measured model that is not finite; names the layer and the module.
-    """
-    return Sweep(
-        model,
-        requests,
-        layers=layers,
-        modules=modules,
-        sample=sample,
-        seed=seed,
-        text=text,
-        capability=capability,
-        generate=generate,
-        **config,
-    ).run(progress)
-
-
-class Sweep:
-    """What `locate` will do, with the same arguments: every refusal is made by then, and nothing is edited yet.
+            cannot be used.
 
     Attributes:
         edits: the sample.
@@ -181,7 +162,11 @@ class Sweep:
         self._plan = plan(model, self.edits, self._config)
 
     def run(self, progress: Progress = no_progress) -> LocateReport:
-        """Edit at each place, measure, and take the edit back. Raises EditError like `locate`."""
+        """Edit at each place, measure, and take the edit back.
+
+        Raises:
+            EditError: a loss or a measured model that is not finite; names the layer and the module.
+        """
         epochs, places = self._config.epochs, self.places
         measure = _Measure(self._model, self.edits, self._questions, self._text, self._generate, progress)
         cells: list[LocateCell] = []

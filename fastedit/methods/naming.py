@@ -32,4 +32,4 @@ def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int],
         if context:
             where += f", behind the context {context[:60]!r}"
         problems.setdefault(place, (name, f"{where}: {problem.sentence(in_context=bool(context))}"))
-    return RequestError.of(list(problems.values()))
+    return RequestError.of([problems[place] for place in sorted(problems)])

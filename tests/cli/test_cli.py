@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 import fastedit.demo
 from fastedit import Editor, WeightDelta, cli, methods
-from fastedit.cli.output import Bars
+from fastedit.cli.bars import Bars
 from fastedit.configs import option
 from fastedit.methods import LocFTBFConfig
 
@@ -358,7 +358,7 @@ def test_bad_flags_are_refused_before_any_work(
     message: str,
 ) -> None:
     needs_model = flags[0] in ("--layer", "--module", "--device")
-    work = ("fastedit.cli.edit.measure",) if needs_model else (Editor, "from_pretrained")
+    work = ("fastedit.cli.arguments.measure",) if needs_model else (Editor, "from_pretrained")
     monkeypatch.setattr(*work, None)
     output = tmp_path / "deep" / "out"
     flags, message = [flag.replace("{facts}", str(facts)) for flag in flags], message.replace("{facts}", str(facts))

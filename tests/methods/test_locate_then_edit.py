@@ -580,7 +580,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
         ("--layers names 2 blocks, but this method edits one", ("--layers", "1,2")),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("fastedit.cli.edit.measure", lambda *_: pytest.fail("the model was measured"))
+            patch.setattr("fastedit.cli.arguments.measure", lambda *_: pytest.fail("the model was measured"))
             result = call(*common, *arguments)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith("fastedit: ")
