@@ -1,4 +1,4 @@
-"""Runs the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
+"""Run the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
 
 Rows are appended as they are measured, so that it can be stopped at any time; what fails does not stop the rest. Then
 the pictures and the tables of both READMEs are made anew.

@@ -38,7 +38,7 @@ WORSE = 0.05
 
 
 class Quality:
-    """What an edit did to the model, measured against the unedited one."""
+    """The effect of an edit on the model, measured against the unedited one."""
 
     def __init__(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], text: Sequence[str]) -> None:
         self.tokenizer, self.requests, self.text = tokenizer, list(requests), text
@@ -52,7 +52,7 @@ class Quality:
 
 
 def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditRequest], found: dict[str, Any]) -> Run:
-    """Edits the model the published way with the settings that ours chose."""
+    """Edit the model the published way with the settings that ours chose."""
     config, epochs = found["config"], found["epochs"]
     if method == "locft-bf":
         weight = dict(model.named_parameters())[found["path"]]

@@ -1,4 +1,4 @@
-"""Draws the results file into benchmarks/results/: the headlines of all devices, and for each device ratios as bars,
+"""Draw the results file into benchmarks/results/: the headlines of all devices, and for each device ratios as bars,
 scaling as lines, a roofline, and ROME, MEMIT and EMMET over batch sizes.
 
 python -m benchmarks.plot
@@ -116,7 +116,7 @@ def scaling(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def roofline(rows: Sequence[Row]) -> plt.Figure | None:
-    """What was reached, flops/s over flops/byte, under the ceilings measured on that device."""
+    """Throughput, flops/s over flops/byte, under the ceilings measured on that device."""
     ceilings = {(row.mode, row.dtype): row.p80 or row.p50 for row in rows if row.benchmark == "ceiling"}
     points = [row for row in rows if row.bytes and row.flops and row.benchmark not in ("ceiling", "scaling")]
     if not points or ("copy", "float32") not in ceilings:

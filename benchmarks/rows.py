@@ -64,7 +64,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two rows measurements of one thing."""
+        """The values that make two rows measurements of one thing."""
         return self.benchmark, self.provider, self.mode, self.shape, self.dtype, self.device, self.unit
 
 
@@ -98,7 +98,7 @@ def make_row(
 
 
 def append(row: Row, path: Path | None = None) -> None:
-    """Writes a row at the end of the file in one piece, so that a run can be stopped after any."""
+    """Write a row at the end of the file in one piece, so that a run can be stopped after any."""
     path = path or results_file()
     if path is None:
         return

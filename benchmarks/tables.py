@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and benchmarks/README.md from the results file.
+"""Write the tables of README.md and benchmarks/README.md from the results file.
 
     python -m benchmarks.tables           # --check to fail if they differ, --show NAME to print one
 

@@ -24,7 +24,7 @@ _Config = TypeVar("_Config")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a type annotation admits.
+    """The values that a type annotation admits.
 
     Attributes:
         names: for the help of a command line, such as ("INT", "auto").

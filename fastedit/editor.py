@@ -196,7 +196,7 @@ class Editor:
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
 
     def _history(self, now: str) -> History:
-        """What this Editor did to the model, whose fingerprint is `now`."""
+        """The history of the model, whose fingerprint is `now`, with this Editor."""
         standing = self._standing()
         keys: dict[str, list[Tensor]] = {}
         for _, edit in standing:

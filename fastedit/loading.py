@@ -100,7 +100,7 @@ def save_model(model: Model, directory: str | Path) -> None:
 
 
 def _why_not_loaded(name: str | Path, error: Exception) -> str:
-    """What to tell of a checkpoint that could not be loaded: what is wrong with the folder, or what the hub said."""
+    """The reason why a checkpoint could not be loaded: a fault of the folder, or the hub's answer."""
     folder = Path(name)
     if not os.path.exists(folder):
         return f"no folder {name}, and no model could be loaded from the hub: {_reason(error)}"

@@ -1,4 +1,4 @@
-"""What an Editor gives back: an edit that the model holds, or independent edits of which none is written."""
+"""Results of an Editor: an edit that the model holds, or independent edits of which none is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastedit.weights import oriented
 
 @dataclass
 class EditResult:
-    """What an edit did.
+    """The outcome of an edit.
 
     `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
     conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;

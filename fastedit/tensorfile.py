@@ -104,7 +104,7 @@ def _parsed(header: Mapping[str, str], name: str, path: str | Path, what: str) -
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What is true of exactly these bits, with this dtype and shape."""
+    """Texts that identify exactly these bits, with this dtype and shape."""
     return {name: f"{t.dtype} {list(t.shape)} {checksum(t)}" for name, t in tensors.items()}
 
 

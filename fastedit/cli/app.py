@@ -27,7 +27,7 @@ from fastedit.errors import FastEditError
 
 
 class _Group(TyperGroup):
-    """Turns errors into one line and an exit code."""
+    """The commands, whose errors become one line and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         phase.reset()

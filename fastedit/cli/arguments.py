@@ -1,4 +1,4 @@
-"""What several commands take: flags with one meaning everywhere, and what is read of them."""
+"""Flags that several commands share, with one meaning everywhere, and how their files are read."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def read_text(path: Path | None) -> list[str]:
 
 
 def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
-    """What a command reads, by its name in messages; a hub name is no path."""
+    """The inputs of a command, by their names in messages; a hub name is not a path."""
     found = {"the model": Path(model)} if os.path.isdir(model) else {}
     return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
@@ -126,7 +126,7 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
 
 
 def measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
-    """What the model says now to the prompts of the edits, and its perplexity on the text."""
+    """Measure the model as it is now on the prompts of the edits and on the text."""
     from fastedit.evaluation.predict import predict
 
     return predict(editor.parts, edits, text=text, progress=bars.callback(when))

@@ -1,4 +1,4 @@
-"""What the command line prints: tables and summaries."""
+"""Output of the command line: tables and summaries."""
 
 from __future__ import annotations
 

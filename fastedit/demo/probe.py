@@ -1,4 +1,4 @@
-"""What the fact world's model knows, and where it holds it: `python -m fastedit.demo.probe --picture FILE.png`.
+"""Probe what the fact world's model knows and where: `python -m fastedit.demo.probe --picture FILE.png`.
 
 Prints how many questions it answers, and two proofs that a fact is read at the last token of its subject, as
 locate-then-edit needs:

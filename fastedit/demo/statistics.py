@@ -1,4 +1,4 @@
-"""Collects the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
+"""Collect the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
 
 The text is the documents that the model was trained on, as training joins them, in an order of its own.
 """

@@ -1,4 +1,4 @@
-"""What `fastedit locate` measures at one place."""
+"""The measures of `fastedit locate` at one place."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def locate(model: Model, requests: Requests, *, progress: Progress = no_progress
 
 
 class Sweep:
-    """What `locate` will do: every refusal is made by then, and nothing is edited yet.
+    """A sweep over layers and modules. Creating one makes every refusal; nothing is edited yet.
 
     Args:
         requests: as for `fastedit.Editor.edit`; generalization is measured on their paraphrases, locality on

@@ -1,4 +1,4 @@
-"""What a model says to the prompts of edit requests, teacher-forced and generated, and its perplexity.
+"""Predictions of a model for the prompts of edit requests, teacher-forced and generated, and its perplexity.
 
 Teacher forcing flatters (arXiv 2502.11177), so whatever is measured with it is also measured of greedy generation.
 """
@@ -46,7 +46,7 @@ _ALWAYS = 2**20  # more dots than any answer holds
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says to one prompt.
+    """The model's answer to one prompt.
 
     For each token of the answer, without EOS, ``argmax`` holds the likeliest token id and ``hits`` whether it
     is the answer's. ``logp`` is the mean log-probability (nats) of an answer's token, ``other_logp`` that of
@@ -77,7 +77,7 @@ Answers = Mapping[str, Sequence[Prediction]]  # of one request, by kind
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says to each request's prompts, and its perplexity on text (None: no text)."""
+    """A model's answers to each request's prompts, and its perplexity on text (None: no text)."""
 
     answers: Sequence[Answers]
     perplexity: float | None

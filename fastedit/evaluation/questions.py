@@ -1,4 +1,4 @@
-"""What a model is asked about edit requests: prompts and answers, each tokenized once."""
+"""Questions to a model about edit requests: prompts and answers, each tokenized once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all editing methods share: the edits that they take, the plan that they make, the result that they return."""
+"""The common terms of all editing methods: the edits they take, the plan they make, the result they return."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastedit.weights import Update
 
 
 class Edit(Protocol):
-    """What a method needs to know of an edit; `fastedit.EditRequest` is one."""
+    """An edit, as far as methods need to know it; `fastedit.EditRequest` is one."""
 
     @property
     def prompt(self) -> str: ...
@@ -26,7 +26,7 @@ class Edit(Protocol):
 
 @dataclass(frozen=True)
 class History:
-    """What happened to a model before.
+    """Earlier edits of a model.
 
     Attributes:
         fingerprint: of the model without the edits of this Editor, to which its statistics belong.
@@ -87,11 +87,11 @@ class EachResult:
 
 
 class Plan(Protocol):
-    """What a method will do: every refusal is made by then, nothing is written yet, and it took seconds."""
+    """An edit that is ready to run. Making a plan makes every refusal, writes nothing and takes seconds."""
 
     @property
     def notes(self) -> list[str]:
-        """What was chosen automatically, and what the user should know before the work starts."""
+        """Automatic choices, and whatever else the user should know before the work starts."""
 
     def run(self) -> MethodResult:
         """Edit the model in place. Raises EditError; on every exception the model is as it was."""

@@ -1,4 +1,4 @@
-"""What fastedit knows of a transformer: its parts, the packing of its samples, its prefix cache."""
+"""Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
 
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.fingerprint import fingerprint

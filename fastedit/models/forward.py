@@ -159,7 +159,7 @@ def run_from_tokens(topology: Topology, rows: Rows, *, prune: bool = True) -> Te
 def observe(
     topology: Topology, hidden: Tensor, rows: Rows, layer: int, module: nn.Module, *, output: bool = False
 ) -> Tensor:
-    """What enters ``module``, or leaves it, at the target rows; nothing behind it runs.
+    """Observe the input or the output of ``module`` at the target rows; nothing after it runs.
 
     Args:
         hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``).

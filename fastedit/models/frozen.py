@@ -1,4 +1,4 @@
-"""What the edited block computes beside its edited module: the same in every epoch, so it is computed in the first."""
+"""The frozen part of the edited block: it is the same in every epoch, so it is computed in the first one only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastedit.models.topology import Topology
 
 
 class FrozenPart:
-    """Keeps what a block's frozen modules give for each token, and stands in for them once a sample was seen.
+    """Cache of what a block's frozen modules give for each token, which stands in for them once a sample was seen.
 
     They are the attention, where ``trained`` is the MLP or a part of it, and all of the MLP but its last projection
     where that is ``trained``. Nothing is kept of the last block, whose passes leave out rows, nor what does not fit
@@ -41,7 +41,7 @@ class FrozenPart:
         self._mlp = mlp if known and trained is parts["down_proj"] else None
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
         self._seen = torch.zeros(len(self._samples), dtype=torch.bool)
-        self._kept: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
+        self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
         self._returned = 0  # by the attention, where that is a tuple
 
     @contextmanager
@@ -55,19 +55,19 @@ class FrozenPart:
         self._seen[select] = True
 
     def _stand_ins(self, rows: Rows) -> list[Override]:
-        def kept(module: nn.Module, like: Tensor) -> Tensor:
-            return self._kept[module].read(rows).view(*like.shape[:-1], -1)
+        def stored(module: nn.Module, like: Tensor) -> Tensor:
+            return self._states[module].read(rows).view(*like.shape[:-1], -1)
 
         overrides: list[Override] = []
         if (attn := self._attn) is not None:
 
             def attend(*args: Any, **kwargs: Any) -> Any:
-                states = kept(attn, args[0] if args else kwargs["hidden_states"])
+                states = stored(attn, args[0] if args else kwargs["hidden_states"])
                 return (states, *[None] * (self._returned - 1)) if self._returned else states
 
             overrides.append((attn, attend))
         if self._mlp is not None:
-            overrides.append((self._mlp, lambda x: self._trained(kept(self._trained, x))))
+            overrides.append((self._mlp, lambda x: self._trained(stored(self._trained, x))))
         return overrides
 
     def _recorders(self, rows: Rows) -> Iterator[RemovableHandle]:
@@ -96,11 +96,11 @@ class FrozenPart:
 
     @torch.no_grad()
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
-        if module not in self._kept:
+        if module not in self._states:
             size = (self._samples.input_ids.numel(), states.shape[-1])
             found = TokenStates.allocate(size, states.dtype, states.device, self._budget, near=True)
             if found is None:
                 return False
-            self._kept[module], self._budget = found, found.left(self._budget)
-        self._kept[module].write(rows, states.detach())
+            self._states[module], self._budget = found, found.left(self._budget)
+        self._states[module].write(rows, states.detach())
         return True

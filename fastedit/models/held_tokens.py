@@ -1,4 +1,4 @@
-"""Tokens that a loop cannot change, kept as the keys and values that the tokens after them read."""
+"""Tokens that a loop cannot change, recorded as the keys and values that the tokens after them read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastedit.models.topology import Topology
 
 
 class _Recorder(DynamicCache):  # type: ignore[misc]  # transformers is not typed
-    """Notes keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
+    """Recorder of keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
 
     mask = None
 
@@ -44,14 +44,14 @@ class HeldTokens:
     def __init__(self, topology: Topology, cache: PrefixCache, samples: Samples, counts: Tensor) -> None:
         self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
         self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
+        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
         self.supported = True
         """False once a block was seen whose attention asks no cache: ``remaining`` is then all."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the recorded keys and values; what ``remaining`` lays out takes about as much again."""
-        return sum(kept.nbytes for pair in self._kept.values() for kept in pair)
+        return sum(recorded.nbytes for pair in self._recorded.values() for recorded in pair)
 
     @torch.no_grad()
     def record(self, select: Tensor) -> None:
@@ -63,9 +63,9 @@ class HeldTokens:
             return
         for block in seen[0][1] if seen else ():
             new = [recorded[block] for _, recorded in seen]
-            old = [self._kept[block]] if block in self._kept else []
+            old = [self._recorded[block]] if block in self._recorded else []
             keys, values = (torch.cat(parts) for parts in zip(*old, *new, strict=True))
-            self._kept[block] = keys, values
+            self._recorded[block] = keys, values
         self._tokens = torch.cat([self._tokens, *(tokens for tokens, _ in seen)])
 
     def _seen(self, select: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
@@ -98,13 +98,13 @@ class HeldTokens:
         masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
         known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
         held = {}
-        for block, kept in self._kept.items():
-            key, value = self._kept[block] = kept[0].index_select(0, known), kept[1].index_select(0, known)
+        for block, recorded in self._recorded.items():
+            key, value = self._recorded[block] = recorded[0].index_select(0, known), recorded[1].index_select(0, known)
             held[block] = _laid_out(key, places, n, total), _laid_out(value, places, n, total)
         return rows, Past(held, mask, width)
 
 
-def _laid_out(kept: Tensor, places: Tensor, n: int, width: int) -> Tensor:
+def _laid_out(recorded: Tensor, places: Tensor, n: int, width: int) -> Tensor:
     """Keys or values [K, heads, d] at flat places of n rows: [n, heads, width, d], zeros elsewhere."""
-    flat = kept.new_zeros(n * width, *kept.shape[1:]).index_copy(0, places, kept)
-    return flat.view(n, width, *kept.shape[1:]).transpose(1, 2).contiguous()
+    flat = recorded.new_zeros(n * width, *recorded.shape[1:]).index_copy(0, places, recorded)
+    return flat.view(n, width, *recorded.shape[1:]).transpose(1, 2).contiguous()

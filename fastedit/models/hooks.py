@@ -1,4 +1,4 @@
-"""What a pass through a model may have put in its way: hooks, stand-ins for modules, evaluation mode, no autocast."""
+"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, no autocast."""
 
 from __future__ import annotations
 

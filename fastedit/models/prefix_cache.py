@@ -77,7 +77,7 @@ class PrefixCache:
 
     @property
     def budget(self) -> Budget:
-        """What is left of the budget."""
+        """The remaining budget."""
         return self._states.left(self._budget)
 
     def hidden(self, rows: Rows) -> Tensor:

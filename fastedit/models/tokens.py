@@ -68,7 +68,7 @@ class PairProblem:
     too_long: str | None = None
 
     def sentence(self, *, in_context: bool = False) -> str:
-        """What is wrong and what to do; ``in_context`` if the prompt stands after a context."""
+        """State the problem and the remedy; ``in_context`` if the prompt stands after a context."""
         if self.too_long is None:
             return f"{self.reason}; give it a text"
         remedy = f"that begins {self.beginning!r}"
@@ -137,7 +137,7 @@ def tokenize(
 def _problem(
     pair: int, prompt: str, target: str, start: int, end: int, n_read: int, max_length: int | None
 ) -> PairProblem | None:
-    """What is wrong with a pair whose tokens end before ``end`` and whose target begins at ``start``."""
+    """The problem of a pair whose tokens end before ``end`` and whose target begins at ``start``, if it has one."""
     if start >= end or not target.strip():
         return PairProblem(pair, f"the target {target!r} is empty")
     if start == 0:

@@ -224,7 +224,7 @@ class Topology:
 
     @torch.no_grad()
     def _first_block(self, tokens: list[int]) -> Any:
-        """What block 0 returns for a row of tokens that are a sequence each."""
+        """The output of block 0 for a row of tokens that are a sequence each."""
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
             raise Stopped(output)

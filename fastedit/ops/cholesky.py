@@ -255,6 +255,6 @@ def _finite(x: Tensor) -> bool:
 
 
 def plus_diagonal(matrix: Tensor, value: float) -> Tensor:
-    """Adds to the diagonal, in place."""
+    """Add to the diagonal, in place."""
     matrix.diagonal(dim1=-2, dim2=-1).add_(value)
     return matrix

@@ -23,7 +23,7 @@ VARIABLE = "FASTEDIT_BACKEND"
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend is chosen by. `sizes` is empty when nobody calls and `describe` asks."""
+    """The properties of a call that decide its backend. `sizes` is empty if nobody calls and `describe` asks."""
 
     device: torch.device
     dtype: torch.dtype

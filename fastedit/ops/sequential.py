@@ -69,7 +69,7 @@ class SequentialSolver:
         self._count = total
 
     def _fold(self) -> None:
-        """Makes λC + Σ K Kᵀ the new C, of weight 1."""
+        """Make λC + Σ K Kᵀ the new C, of weight 1."""
         if self._count:
             rows = self._white[: self._count]
             self._factor = self._factor.tril() @ orthogonal(rows.T, self._ridge, rows)[0]

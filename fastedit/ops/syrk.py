@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> None:
-    """Adds rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
+    """Add rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
 
     Products are summed in fp32 over at most CHUNK rows (those of bf16 and fp16 are exact there), chunks in fp64.
 

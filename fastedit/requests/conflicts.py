@@ -15,7 +15,7 @@ _SHOWN = 10  # groups that a report lists before it only counts the rest
 
 @dataclass(frozen=True, slots=True)
 class RequestReport:
-    """What `find_conflicts` found; `str()` shows the first ten groups of each kind.
+    """The findings of `find_conflicts`; `str()` shows the first ten groups of each kind.
 
     `conflicts` has for each prompt with several targets the positions of its requests in `requests`,
     `duplicates` the positions of equal edits (prompt and target), `unchanged` those whose target is their true target.

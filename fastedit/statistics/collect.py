@@ -33,7 +33,7 @@ _DIRECTIONS = 64  # leading ones that are compared; an eighth of the width at mo
 
 @dataclass(frozen=True)
 class Doubling:
-    """What twice the tokens changed, the largest of all layers.
+    """The change that twice the tokens made, the largest of all layers.
 
     `change` is ‖C − C'‖/‖C‖ (Frobenius) with C' of the first half; `subspace` is the share of what C holds in its
     leading directions that those of C' miss.
@@ -247,7 +247,7 @@ class _Run:
         self.save()
 
     def _known(self) -> Doubling | None:
-        """What a run that was cut off while it saved this doubling had found: its first layers are ahead."""
+        """The finding of a run that was cut off while it saved this doubling: its first layers are ahead."""
         noted = (d for moment in self.moments.values() for d in moment.metadata.get("doublings", []))
         return next((Doubling(**d) for d in noted if d["tokens"] == self.count), None)
 

@@ -90,7 +90,7 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
                 found.square().sum().backward()
                 one, other = gradient_in(leaf, rows, select), gradient_in(plain, whole, select)
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
-        kept = held._kept[LAST]
+        kept = held._recorded[LAST]
         assert held.nbytes == sum(x.nbytes for x in kept) * 2
         assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
     assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
@@ -109,8 +109,8 @@ def test_held_tokens_run_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(passes) > 1
     assert sum(passes) == int((HELD > 0).sum())
     assert torch.equal(in_passes._tokens, at_once._tokens)
-    for block, wanted in at_once._kept.items():
-        torch.testing.assert_close(in_passes._kept[block], wanted, rtol=0, atol=1e-5)
+    for block, wanted in at_once._recorded.items():
+        torch.testing.assert_close(in_passes._recorded[block], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])

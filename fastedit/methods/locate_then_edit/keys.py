@@ -84,7 +84,7 @@ class KeyWalk:
         return self._finite(keys, f"keys at layer {self.layer}")
 
     def outputs(self, layer: int, module: str = "block", *, finite: bool = True) -> Tensor:
-        """What a module of block ``layer`` (the current one or a later) gives at the subject in the bare prompt.
+        """Outputs of a module of block ``layer`` (the current one or a later one) at the subject in the bare prompt.
 
         Returns:
             [N, width] fp32.

@@ -73,7 +73,7 @@ def _contexts(model: Model, config: LocateThenEditConfig) -> list[str]:
 
 @dataclass(frozen=True)
 class LocateThenEditPlan:
-    """What will be written, for which edits, and by which statistics."""
+    """A locate-then-edit run that is ready: its edits, its recipe and its statistics."""
 
     batch: Batch
     recipe: Recipe
@@ -108,10 +108,10 @@ class LocateThenEditPlan:
                     targets = _find_or_load(part, recipe, store)
                     if recipe.config.lr is None:
                         recipe = recipe.with_lr(targets.lr)
-                    kept = [i for i in range(len(part)) if i not in targets.dropped]
-                    if kept:
-                        chosen = part.select(kept)
-                        _walk_layers(chosen, targets.z[kept], recipe, writer.write(chosen))
+                    with_target = [i for i in range(len(part)) if i not in targets.dropped]
+                    if with_target:
+                        chosen = part.select(with_target)
+                        _walk_layers(chosen, targets.z[with_target], recipe, writer.write(chosen))
                         losses.append(float(targets.loss.nanmean()))
                     dropped += [first + i for i in targets.dropped]
                     writer.commit(first + len(part))
@@ -150,18 +150,18 @@ class LocateThenEditPlan:
         targets = _find_or_load(batch, recipe, self._target_store(layers))
         if recipe.config.lr is None:
             recipe = recipe.with_lr(targets.lr)
-        kept = [i for i in range(len(batch)) if i not in targets.dropped]
+        with_target = [i for i in range(len(batch)) if i not in targets.dropped]
         factors: dict[str, Factors] = {}
 
         def solve(number: int, keys: Tensor, residuals: Callable[[], Tensor]) -> Factors:
             found = layers[number].objective.update_each(keys, residuals())
-            index = torch.tensor(kept, device=keys.device)  # edits without a target get an update of zeros
+            index = torch.tensor(with_target, device=keys.device)  # edits without a target get an update of zeros
             left, right = (x.new_zeros(len(batch), *x.shape[1:]).index_copy(0, index, x) for x in found)
             factors[layers[number].path] = left, right
             return found
 
-        if kept:
-            _walk_layers(batch.select(kept), targets.z[kept], recipe, solve)
+        if with_target:
+            _walk_layers(batch.select(with_target), targets.z[with_target], recipe, solve)
         notes = [*recipe.notes, *targets.notes]
         return EachResult(factors, asdict(recipe.config), targets.loss, targets.probability, notes, targets.dropped)
 

@@ -15,7 +15,7 @@ from fastedit.models import Topology
 
 @dataclass(frozen=True)
 class Recipe:
-    """What will be done.
+    """The settings of a run.
 
     Attributes:
         config: every field has a value; `lr` only after the states of the edits are known, if there is no preset.

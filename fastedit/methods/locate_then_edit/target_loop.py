@@ -33,7 +33,7 @@ def relative_lr(h0: Tensor) -> float:
 
 @dataclass
 class _State:
-    """What belongs to each of the F edits in flight; all on the model's device."""
+    """The state of each of the F edits in flight; all on the model's device."""
 
     edit: Tensor  # [F] int64, its place among all edits
     h0: Tensor  # [F, h] fp32
@@ -257,10 +257,10 @@ class TargetLoop:
         """
         longest = self.samples.lengths.view(-1, self.n).amax(0).argmax()
         edits = torch.stack([longest, self.n_run.argmax()]).unique()
-        kept: dict[int, int] = {}
+        saved_for_backward: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved_for_backward[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # an operation that keeps its own output would keep itself alive
 
         weights = {p.untyped_storage().data_ptr() for p in self.topology.model.parameters()}
@@ -269,7 +269,7 @@ class TargetLoop:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._states(laid_out, state.delta)
         # logits and their softmax at the KL row exist about four times over
-        saved = sum(n for place, n in kept.items() if place not in weights)
+        saved = sum(n for place, n in saved_for_backward.items() if place not in weights)
         needed = (1.5 * saved + 2 * self.held.nbytes + 4 * state.initial.nbytes) / len(edits)
         fit = int((free_bytes(self.device) // 2 if memory is None else memory) / needed)
         return max(1, min(fit, self.n))

@@ -65,7 +65,7 @@ class TargetStore:
         return path
 
     def load(self, key: str) -> Targets | None:
-        """What `save` wrote under this key, or None.
+        """Load the targets that `save` wrote under this key, or None.
 
         Raises:
             FileError: a file of that name that holds no targets, or that was changed since it was written.

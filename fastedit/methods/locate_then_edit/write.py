@@ -19,7 +19,7 @@ from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import LowRank, Snapshot, Update, add_, oriented
 
 Write = Callable[[int, Tensor, Callable[[], Tensor]], Factors | None]
-"""Takes a layer, keys [N, d] and what measures the residuals [N, h]. It writes an update of the layer, or returns
+"""A function of a layer, keys [N, d] and what measures the residuals [N, h]. It writes an update, or returns
 factors of one update an edit (`per_sample_updates`), which then count for that edit alone."""
 
 
@@ -63,7 +63,7 @@ def written_layers(
 
 
 class Writer:
-    """Writes into the model's weights, in fp32; weights of other dtypes get the rounded ones.
+    """A writer into the model's weights, in fp32; weights of other dtypes get the rounded ones.
 
     `originals` are the weights before.
     """

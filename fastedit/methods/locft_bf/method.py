@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LocFTBFPlan:
-    """What will be trained, on what, and how; `config` has every choice made that `given` leaves open."""
+    """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open."""
 
     config: LocFTBFConfig
     notes: list[str]
