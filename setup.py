@@ -21,7 +21,7 @@ from setuptools.errors import CompileError
 
 REQUIRED = os.environ.get("FASTEDIT_REQUIRE_EXT") == "1"
 ARCHITECTURES = "80;86;89;90a;100;120+PTX"
-SOURCES = ["csrc/bindings.cpp", "csrc/syrk_cpu.cpp"]
+SOURCES = ["csrc/bindings.cpp", *sorted(glob("csrc/syrk_cpu*.cpp"))]
 
 
 class BuildExtension(build_ext):
