@@ -14,11 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
@@ -29,6 +27,9 @@ from fastedit.methods.locft_bf import LocFTBFConfig, locft_bf, prepare
 from fastedit.models import Topology
 from fastedit.predictions import Predictions, predict
 from fastedit.requests import AnyPath, EditRequest, as_requests
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _OWN = ("layer", "module", "seed", "keep_partial")  # fields of the method that are not the caller's to set
 _KINDS = ("rewrite", "paraphrase", "neighbour")
@@ -132,6 +133,9 @@ class LocateReport:
             figure.savefig(file, format="png")
 
     def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
         table = Table("block", "module", box=box.SIMPLE_HEAD, padding=0)  # 80 columns
         for name in ("relia-\nbility", "general-\nization", "locality", "ppl\nratio", "accuracy\nratio"):
             table.add_column(name, justify="right")
