@@ -37,7 +37,7 @@ clean:
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,plot,test,bench]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from fastedit.version import version_of
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("results") / "results.csv"
@@ -170,14 +171,8 @@ def _processor() -> str:
 
 @cache
 def versions() -> str:
-    return ", ".join(f"{package} {_version(package)}" for package in ("fastedit", "torch", "transformers", "triton"))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    packages = ("fastedit", "torch", "transformers", "triton")
+    return ", ".join(f"{package} {version_of(package, 'none')}" for package in packages)
 
 
 @cache

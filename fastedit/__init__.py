@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastedit.version import check_alone, version_of
+
 if TYPE_CHECKING:
     from fastedit.delta import WeightDelta
     from fastedit.editor import Editor
@@ -11,6 +13,10 @@ if TYPE_CHECKING:
     from fastedit.requests import EditRequest, load_requests
     from fastedit.results import EachEditResult, EditResult
     from fastedit.statistics.moment import StreamingCovariance
+
+    __version__: str
+
+check_alone()
 
 __all__ = [
     "ConfigError",
@@ -43,6 +49,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:  # on first use (PEP 562): torch and transformers take seconds to import
+    if name == "__version__":
+        return version_of("fastedit")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

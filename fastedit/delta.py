@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastedit.models import fingerprint, topology
 from fastedit.models.fingerprint import FP16
 from fastedit.models.topology import check_editable
 from fastedit.tensorfile import checksums, load_tensors, save_tensors
+from fastedit.version import version_of
 from fastedit.weights import LowRank, Snapshot, Update, add_, put_back
 
 _DENSE, _FACTORED = "fastedit-delta-1", "fastedit-delta-2"  # the second one may hold factors
@@ -156,10 +156,4 @@ def _parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
 
 def versions() -> dict[str, str]:
     """Versions of this package and of those that an edit's numbers depend on."""
-    found = {}
-    for name in ("fastedit", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree
-            found[name] = "unknown"
-    return found
+    return {name: version_of(name) for name in ("fastedit", "torch", "transformers")}

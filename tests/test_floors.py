@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # from the ground up; a place may import what stands on its own floor or below
 FLOORS = [
     ["fastedit.kernels"],
-    ["fastedit.errors", "fastedit.progress"],
+    ["fastedit.errors", "fastedit.progress", "fastedit.version"],
     ["fastedit.files", "fastedit.configs", "fastedit.tensorfile"],
     ["fastedit.ops"],
     ["fastedit.weights", "fastedit.models"],

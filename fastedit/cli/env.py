@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from fastedit.cli.output import show
+from fastedit.version import version_of
 
 
 def env() -> None:
@@ -22,7 +22,9 @@ def env() -> None:
     table = Table(show_header=False, box=None)
     table.add_row("python", platform.python_version())
     for name in ("fastedit", "torch", "triton", "transformers"):
-        table.add_row(name, torch.__version__ if name == "torch" else _version(name))  # with its build, as in +cpu
+        table.add_row(
+            name, torch.__version__ if name == "torch" else version_of(name, "not installed")
+        )  # with its build, as in +cpu
     table.add_row("CPU", f"{torch.get_num_threads()} threads on {os.cpu_count()} cores")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
@@ -33,10 +35,3 @@ def env() -> None:
     for op, taken, why in registry.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         table.add_row(f"ops.{op}", taken + f" ({why})" * bool(why))
     show(table)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

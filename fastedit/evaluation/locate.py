@@ -11,11 +11,9 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 from fastedit.errors import ConfigError, EditError, ModelError, RequestError
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
@@ -29,6 +27,9 @@ from fastedit.progress import Progress, no_progress
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
 from fastedit.weights import Snapshot
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _OWN = ("layer", "module", "seed", "keep_partial")  # fields of the method that are not the caller's to set
 _KINDS = ("rewrite", "paraphrase", "neighbour")
@@ -76,6 +77,9 @@ class LocateReport:
         draw(self.cells, path)
 
     def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
         table = Table("block", "module", box=box.SIMPLE_HEAD, padding=0)  # 80 columns
         for name in ("relia-\nbility", "general-\nization", "locality", "ppl\nratio", "accuracy\nratio"):
             table.add_column(name, justify="right")

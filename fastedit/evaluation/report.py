@@ -6,17 +6,12 @@ an edit.
 
 from __future__ import annotations
 
-import io
 import json
 import operator
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fastedit.evaluation.predict import Answers, Predictions, normalize, predict
@@ -24,6 +19,9 @@ from fastedit.evaluation.questions import KINDS
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Requests = AnyPath | Sequence[EditRequest | Mapping[str, Any]]
 
@@ -60,24 +58,35 @@ class EvaluationReport:
         with writing(path, "the report was not written") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
+    def _table(self) -> list[tuple[str, str, str, str]]:
+        """Lines of cells, the titles first."""
+        now, old = self.metrics, self.before or {}
+        lines = [("", "prompts", "teacher-forced", "generated")]
+        for name, kind in _SHARES.items():
+            forced, generated = (_cell(now[name][way], old.get(name, {}).get(way)) for way in _WAYS)
+            lines.append((name.replace("_", " "), str(self.n[kind]), forced, generated))
+        lines += [(name.upper(), str(self.n[name]), _cell(now[name], old.get(name)), "") for name in _PREFERENCES]
+        lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
+        lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
+        return lines
+
     def __rich__(self) -> Table:
-        table = Table("", "prompts", "teacher-forced", "generated", box=box.SIMPLE_HEAD)
+        from rich import box
+        from rich.table import Table
+
+        titles, *lines = self._table()
+        table = Table(*titles, box=box.SIMPLE_HEAD)
         for column in table.columns[1:]:
             column.justify = "right"
-        now, old = self.metrics, self.before or {}
-        for name, kind in _SHARES.items():
-            cells = (_cell(now[name][way], old.get(name, {}).get(way)) for way in _WAYS)
-            table.add_row(name.replace("_", " "), str(self.n[kind]), *cells)
-        for name in _PREFERENCES:
-            table.add_row(name.upper(), str(self.n[name]), _cell(now[name], old.get(name)))
-        table.add_row("score", "", _cell(now["score"], old.get("score")))
-        table.add_row("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"))
+        for cells in lines:
+            table.add_row(*cells)
         return table
 
     def __str__(self) -> str:
-        file = io.StringIO()
-        Console(file=file, width=100, color_system=None).print(self)
-        return re.sub(r" +\n", "\n", file.getvalue()).strip("\n")
+        table = self._table()
+        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+        lines = ["  ".join([f"{x:{first}}", *map(str.rjust, rest, others)]).rstrip() for x, *rest in table]
+        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
 def _cell(value: float | None, before: float | None, form: str = "{:.1%}") -> str:

@@ -10,7 +10,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from fastedit.progress import Progress, no_progress
 from fastedit.statistics.documents import DocumentBatch, document_batches
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
+from fastedit.version import version_of
 
 _ROW = 2048  # tokens of a row at most: attention over a longer one costs more than it tells about keys
 _DIRECTIONS = 64  # leading ones that are compared; an eighth of the width at most
@@ -334,7 +334,7 @@ def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: 
     weight: Any = topology.resolve(layer, module)[1].weight
     path = None if directory is None else statistics_path(topology, directory, layer, module)
     position = {"batches": 0, "digest": "", "first": ""}
-    fresh = {**settings, "layer": layer, "fastedit": _version(), "position": position}
+    fresh = {**settings, "layer": layer, "fastedit": version_of("fastedit"), "position": position}
     if path is None or not path.exists():
         return StreamingCovariance(width, device=weight.device, metadata=fresh)
     found = StreamingCovariance.load(path, device=weight.device)
@@ -388,10 +388,3 @@ def _leading(C: Tensor, rank: int) -> Tensor:
     for _ in range(8):
         basis = torch.linalg.qr(C @ basis)[0]
     return basis
-
-
-def _version() -> str:
-    try:
-        return version("fastedit")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"

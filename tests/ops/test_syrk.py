@@ -178,7 +178,7 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     here, program = Path(__file__), tmp_path / "syrk_threads"
     sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
-    sources = [here.with_name("syrk_threads.cpp"), here.parents[2] / "csrc" / "syrk_cpu.cpp"]
+    sources = [here.with_name("syrk_threads.cpp"), *(here.parents[2] / "csrc").glob("syrk_cpu*.cpp")]
     command = [compiler, "-std=c++20", "-O1", "-g", "-pthread", *sanitizers, *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if (built.returncode and "sanitize" in built.stderr + built.stdout) or "tsan" in built.stderr:

@@ -4,10 +4,10 @@
 // One thread of a block fetches STAGES ahead: its own 128 columns, and half of the rows of the 192 that both blocks need,
 // which it sends to both. Two warpgroups multiply 64 × 192 each: an operand of wgmma is a column block of the rows as it
 // lies in memory. Where tiles are fewer than clusters, a tile's rows are split, and the parts are added up afterwards.
-#pragma once
+
+#include "syrk_wgmma.h"
 
 #include <cuda.h>
-#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <stdexcept>
@@ -32,15 +32,6 @@ constexpr int kStageBytes = (kLeft + kRight) * kColumnBytes;
 constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8) + 1024;
 constexpr int kSuper = 4;  // rows of tiles that are taken together: their operands stay in the L2 cache
 constexpr int kPromoteRows = 2 * kStageRows;
-
-struct Work {
-    double* total;          // [d, d]
-    float* parts;           // [splits, d, d] where splits > 1
-    const int* kept_count;  // on the device, or null for `rows`
-    int64_t first, rows;
-    int most;  // rows summed in fp32
-    int d, terms, splits;
-};
 
 struct Tile {
     int row, column;  // in units of kBlocks × kTileI and of kTileJ
@@ -264,8 +255,7 @@ inline int tiles_in(int d) {
     return tiles;
 }
 
-// into how many parts the rows of a launch go, so that every cluster has work; at least 1,024 rows each
-inline int splits_for(int d, int64_t rows, int processors) {
+int splits_for(int d, int64_t rows, int processors) {
     const int64_t by_rows = rows / 1024, by_clusters = processors / kBlocks / tiles_in(d);
     return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({by_rows, by_clusters, 8})));
 }
@@ -291,8 +281,9 @@ inline CUtensorMap map_of(const void* planes, bool half, int64_t d, int64_t rows
     return map;
 }
 
-// enqueues the sums of all rows; map: of the planes
-inline void run(Work work, const CUtensorMap& map, bool half, int processors, cudaStream_t stream) {
+void run(Work work, const void* planes, bool half, int64_t stride, int64_t plane_size, int processors,
+         cudaStream_t stream) {
+    const CUtensorMap map = map_of(planes, half, work.d, work.rows, stride, work.terms == 6 ? 3 : 1, plane_size);
     const int tiles = tiles_in(work.d), clusters = std::min(tiles * work.splits, std::max(1, processors / kBlocks));
     const auto kernel = half ? syrk_wgmma_kernel<true> : syrk_wgmma_kernel<false>;
     for (; work.first < work.rows; work.first += work.most) {
