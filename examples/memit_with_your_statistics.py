@@ -30,7 +30,7 @@ if args.text is None:
     args.text = args.folder / "text.txt"
     documents = islice(World().documents(curriculum=False), 1000)
     args.text.write_text("\n\n".join(" ".join(span.text for span in document) for document in documents))
-command = ["covariance", args.model, "--text", args.text, "--layers", args.layers, "--tokens", args.tokens]
+command = ["covariance", "--model", args.model, "--text", args.text, "--layers", args.layers, "--tokens", args.tokens]
 subprocess.run([sys.executable, "-m", "fastedit", *command, "--output", args.folder, "--dtype", "float32"], check=True)
 
 first, _, last = args.layers.partition("-")
