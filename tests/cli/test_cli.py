@@ -24,7 +24,7 @@ from transformers.utils import logging as noise
 from typer.testing import CliRunner, Result
 
 import fastedit.demo
-from fastedit import Editor, WeightDelta, cli, methods
+from fastedit import ConfigError, EditError, Editor, FileError, ModelError, RequestError, WeightDelta, cli, methods
 from fastedit.cli.bars import Bars
 from fastedit.configs import option
 from fastedit.methods import LocFTBFConfig
@@ -749,3 +749,91 @@ def test_as_a_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["edit", "evaluate", "demo", "locate", "env"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: fastedit {command}" in works(command, "--help").stdout
+
+
+def test_an_old_spelling_works_and_says_so(model: Path, facts: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "located.json"
+    common = ("locate", "--model", model, "--requests", facts, "--sample", 2, "--epochs", 1, "--json", saved)
+    old = works(*common, "--blocks", "1")
+    assert "--blocks is an old spelling of --layers" in old.stderr
+    assert "--blocks" not in works("locate", "--help").stdout
+    of_old = json.loads(saved.read_text())["cells"]
+    assert not works(*common, "--layers", "1").stderr
+    assert [c["block"] for c in json.loads(saved.read_text())["cells"]] == [c["block"] for c in of_old] == [1]
+
+
+@pytest.mark.parametrize("flag", ["--layers", "--layer"])
+def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: Path, flag: str) -> None:
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate", "--epochs", 1)
+    works(*common, flag, "1")
+    assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == 1
+    assert "--layers names 2 blocks, but this method edits one" in fails(2, *common, flag, "1-2")
+    (tmp_path / "text").write_text("The king of Gaul is old.")
+    collect = ("covariance", "--text", tmp_path / "text", "--output", tmp_path / "c", "--layers", "1")
+    assert "written to" in works(*collect, "--model", model).stdout
+    assert "there already" in works(*collect, model).stdout
+    assert "Missing option '--model'" in fails(2, *collect)
+
+
+def test_text_is_one_document_or_json_lines_of_documents(model: Path, facts: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The king is old. " * 3)
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": "The king is old. " * 3}) + "\n")
+    (tmp_path / "two.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("The king is", "old and Rome"))
+    )
+    figures = []
+    for name in ("text.txt", "same.jsonl", "two.jsonl"):
+        works("evaluate", "--model", model, "--requests", facts, "--text", tmp_path / name, "--json", tmp_path / "f")
+        figures.append(json.loads((tmp_path / "f").read_text())["perplexity"])
+    assert figures[0] == figures[1] != figures[2]
+    (tmp_path / "two.jsonl").write_text('{"body": "x"}\n')
+    said = fails(2, "evaluate", "--model", model, "--requests", facts, "--text", tmp_path / "two.jsonl")
+    assert "line 1 has no text in the field 'text'" in said
+
+
+@pytest.mark.parametrize("kind", [RequestError, ModelError, ConfigError, EditError, FileError])
+def test_the_exit_code_is_that_of_the_phase_whatever_the_error(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    error = kind(*([tmp_path / "x"] if kind is FileError else []), "something is wrong")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--epochs", 1)
+    for place, code in (("plan", 2), ("run", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Editor, place, fail)
+            assert "something is wrong" in fails(code, *common)
+
+
+def test_a_question_that_cannot_be_asked_is_refused_before_the_model_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after an hour of training: a paraphrase counts like a prompt."""
+    records = [RECORDS[0], RECORDS[1] | {"id": "far", "paraphrases": ["far away " * 99]}]
+    monkeypatch.setattr("fastedit.cli.arguments.measure", None)
+    for command in (("edit", "--output", tmp_path / "o"), ("evaluate",)):
+        said = fails(2, *command, "--model", model, "--requests", write(tmp_path / "facts.json", records))
+        assert "request far, paraphrase: prompt and target take" in said
+
+
+@pytest.mark.parametrize("command", ["--help", *COMMANDS])
+def test_help_is_quick(command: str) -> None:
+    """Without torch, matplotlib and transformers; half a second of a processor for the command itself."""
+    arguments = [command] if command == "--help" else [command, "--help"]
+    script = (
+        "import sys, time\nstart = time.process_time()\nimport fastedit.cli\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    fastedit.cli.main()\n"
+        "finally:\n"
+        "    print(time.process_time() - start, {'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    spent = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        seconds, heavy = done.stderr.split(maxsplit=1)
+        assert heavy.strip() == "set()"
+        spent.append(float(seconds))
+    print(spent)
+    assert min(spent) < 1.0  # 0.35 s on a machine without other work
