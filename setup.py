@@ -159,6 +159,8 @@ setup(
     packages=[
         "fastedit",
         "fastedit.demo",
+        "fastedit.demo.fact_world",
+        "fastedit.demo.fact_world.statistics",
         "fastedit.kernels",
         "fastedit.methods",
         "fastedit.models",
