@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench gpu-install gpu-test gpu-bench clean
+.PHONY: demo test lint bench micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -17,6 +17,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cpu
+
+# keeps the run in .benchmarks/; ARGS=--benchmark-compare shows the one before beside it
+micro: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks/micro --benchmark-autosave --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # no network: torch, nvcc and what pyproject.toml names are taken from where $(PYTHON) finds them
 gpu-install:
