@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench gpu-install gpu-test gpu-bench clean
+.PHONY: demo test lint docs bench micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -21,6 +21,10 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cpu
+
+# keeps the run in .benchmarks/; ARGS=--benchmark-compare shows the one before beside it
+micro: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks/micro --benchmark-autosave --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # no network: torch, nvcc and what pyproject.toml names are taken from where $(PYTHON) finds them
 gpu-install:

@@ -40,6 +40,10 @@ rule object
 """
 
 
+# folders of data, named so that setuptools does not warn of them
+DATA = ["fastedit.demo.fact_world", "fastedit.demo.fact_world.statistics"]
+
+
 class BuildExtension(build_ext):
     """C++ always, CUDA where nvcc is, GPU or not, in one binary."""
 
@@ -156,7 +160,7 @@ def wanted_architectures(nvcc: str) -> list[str]:
 
 
 setup(
-    packages=[*find_packages(include=["fastedit*"]), "fastedit.kernels"],
+    packages=[*find_packages(include=["fastedit*"]), "fastedit.kernels", *DATA],
     package_dir={"fastedit.kernels": "kernels"},
     ext_modules=[
         Extension(

@@ -25,7 +25,7 @@ PLAN = {
         "-m benchmarks.scaling --device cpu",
         "-m benchmarks.schedules --n 100",
         "-m benchmarks.emmet_vs_memit --batch-sizes 1 64 --batches 1",
-        "-m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds benchmarks/test_ops.py",
+        "-m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds benchmarks/micro",
     ],
     "cuda": [
         "-m benchmarks.kernels --device cuda --budget 0.5",

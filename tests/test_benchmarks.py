@@ -16,6 +16,8 @@ from torch import Tensor
 
 from benchmarks import compare, rows, scaling, tables
 from benchmarks.harness import Case, Suite, measured
+from benchmarks.micro.cases import all_cases
+from fastedit import ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -248,6 +250,12 @@ def test_fits_find_the_exponent_of_a_power_law(seed: int) -> None:
     assert fit.exponent == pytest.approx(exponent, abs=1e-2)
     assert fit.error < 1e-2
     assert scaling.fits(points[:2]) == {}
+
+
+def test_every_operation_has_a_microbenchmark_beside_torch() -> None:
+    found = all_cases()
+    assert {*found} == {*ops.__all__} - {"DependentKeysError", "logits_buffer"}
+    assert all({"ours"} < {*case.providers} for cases in found.values() for case in cases)
 
 
 @pytest.mark.parametrize("how", [["-m", "benchmarks.schedules"], [str(ROOT / "benchmarks" / "schedules.py")]])
