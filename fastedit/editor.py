@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.delta import WeightDelta, versions
-from fastedit.errors import ConfigError
+from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.loading import load_model, save_model
@@ -26,6 +26,28 @@ from fastedit.results import EachEditResult, EditResult
 from fastedit.weights import put_back
 
 Requests = str | Path | Sequence[EditRequest | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class EditPlan:
+    """Edits that can be made: every refusal is behind them.
+
+    Attributes:
+        requests: the edits.
+        fingerprint: of the model that they were planned for.
+        made: the method's own plan.
+        seconds: that it took.
+    """
+
+    requests: list[EditRequest]
+    fingerprint: str
+    made: Plan
+    seconds: float
+
+    @property
+    def notes(self) -> list[str]:
+        """Automatic choices, and whatever else the user should know before the work starts."""
+        return self.made.notes
 
 
 class _Edit:
@@ -115,23 +137,25 @@ class Editor:
         model, tokenizer = load_model(name, dtype=dtype, device=device)
         return cls(model, tokenizer, method, **config)
 
-    def plan(self, requests: Requests) -> Plan:
+    def plan(self, requests: Requests) -> EditPlan:
         """Make every choice and every refusal that an `edit` of these requests would; it takes seconds.
 
         Raises:
             RequestError: unusable requests, all of them named. ConfigError, ModelError: what the method cannot do
                 with this model.
         """
-        return self._plan(as_requests(requests), fingerprint(self.model))
+        edits, now = as_requests(requests), fingerprint(self.model)
 
-    def _plan(self, edits: Sequence[EditRequest], now: str) -> Plan:
-        history = self._history(now)
-        method = METHODS[self.method]
-        # looked up when the work reports: a caller may set another one between plan and run
-        return method.plan(self.parts, edits, self.config, history=history, progress=lambda *done: self.progress(*done))
+        started = time.perf_counter()
+        options: dict[str, Any] = {
+            "history": self._history(now),
+            "progress": lambda *done: self.progress(*done),  # which a caller may set between plan and run
+        }
+        made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
+        return EditPlan(edits, now, made, time.perf_counter() - started)
 
     def edit(self, requests: Requests) -> EditResult:
-        """Make all edits.
+        """Make all edits: `plan` and `run`.
 
         Args:
             requests: `EditRequest`s, dicts of any known format, or the path of a file of them.
@@ -140,25 +164,23 @@ class Editor:
             The result; the model holds the edit. On any exception the model is as it was.
 
         Raises:
-            RequestError: unusable requests; EditError: the edit failed while it ran.
+            RequestError, ConfigError, ModelError: as `plan`. EditError: the edit failed while it ran.
         """
-        edits = as_requests(requests)
-        now = fingerprint(self.model)
-        return self.run(self._plan(edits, now), edits, now)
+        return self.run(self.plan(requests))
 
-    def run(self, plan: Plan, requests: Sequence[EditRequest], now: str | None = None) -> EditResult:
-        """Do the work of a plan that `plan` made for these requests.
-
-        Args:
-            now: the model's fingerprint, if it is known.
+    def run(self, plan: EditPlan) -> EditResult:
+        """Do the work of a plan.
 
         Raises:
+            ModelError: the model was changed after the plan was made.
             EditError: the edit failed while it ran; the model is as it was.
         """
-        edits, before = list(requests), now or fingerprint(self.model)
+        edits, before = plan.requests, plan.fingerprint
+        if fingerprint(self.model) != before:
+            raise ModelError("the model was changed after this plan was made; make a new plan")
         started = time.perf_counter()
-        found = plan.run()
-        seconds = time.perf_counter() - started
+        found = plan.made.run()
+        seconds = plan.seconds + time.perf_counter() - started
         metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": before}
         metadata |= {"versions": versions(), "edits": len(edits) if found.kept_edits is None else found.kept_edits}
         network = self.parts.network
@@ -186,12 +208,12 @@ class Editor:
         if not METHODS[self.method].solves_each:
             able = ", ".join(name for name, method in METHODS.items() if method.solves_each)
             raise ConfigError(f"{self.method} cannot solve edits one by one; methods that can: {able}")
-        edits = as_requests(requests)
-        now = fingerprint(self.model)
-        plan: Any = self._plan(edits, now)
+        plan = self.plan(requests)
+        edits, now = plan.requests, plan.fingerprint
+        made: Any = plan.made
         started = time.perf_counter()
-        found = plan.run_each()
-        seconds = time.perf_counter() - started
+        found = made.run_each()
+        seconds = plan.seconds + time.perf_counter() - started
         metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
 

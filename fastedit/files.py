@@ -73,7 +73,7 @@ def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
         inputs: what it is called ("the model") -> file or folder that is read, for messages.
 
     Raises:
-        FileError: `path` is one of the inputs or in a folder of them, is no ordinary file, or cannot be written.
+        FileError: `path` is one of the inputs or in a folder of them, is not an ordinary file, or cannot be written.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # as root, replacing /dev/null would work
         raise FileError(

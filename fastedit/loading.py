@@ -118,7 +118,7 @@ def _why_not_loaded(name: str | Path, error: Exception) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error's message, or all of it where that line only introduces the others."""
+    """The first line of an error's message, or all of it if that line only introduces the others."""
     text = str(error).strip()
     first = next(iter(text.splitlines()), "").strip()
     said = " ".join(text.split()) if first.endswith(":") else first

@@ -54,7 +54,7 @@ class EditResult:
         The checkpoint appears whole or not at all.
 
         Raises:
-            ModelError: the edit was reverted. FileError: `directory` exists and is no checkpoint; the disk is full.
+            ModelError: the edit was reverted. FileError: `directory` exists and is not a checkpoint; the disk is full.
         """
         assert self._model is not None
         if not self.delta.applied_to(self._model.network):

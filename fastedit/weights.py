@@ -18,7 +18,7 @@ class LowRank:
     It is oriented as its parameter is: for a Conv1D, whose weight is [in, out], ``left`` is [in, k].
 
     Raises:
-        ValueError: the factors are no matrices that can be multiplied.
+        ValueError: the factors are not matrices that can be multiplied.
     """
 
     left: Tensor

@@ -22,7 +22,7 @@ _STAGES = {
 
 
 class Bars:
-    """Bars on stderr, one for each stage, with speed, loss and time left; none where it is no terminal."""
+    """Bars on stderr, one for each stage, with speed, loss and time left; none if stderr is not a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)

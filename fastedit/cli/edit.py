@@ -65,7 +65,7 @@ def edit(
         work_begins()
         before = arguments.measure(editor, edits, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
-        result = editor.run(plan, edits)
+        result = editor.run(plan)
         after = arguments.measure(editor, edits, documents, bars, "after") if measured else None
     for note in result.notes:
         typer.echo(f"{method}: {note}", err=True)
@@ -91,7 +91,7 @@ def save(
     """Write checkpoint, delta and report in one folder that appears whole or not at all.
 
     Raises:
-        FileError: `directory` exists by now and is no checkpoint; it cannot be written; the disk is full.
+        FileError: `directory` exists by now and is not a checkpoint; it cannot be written; the disk is full.
     """
     from safetensors import SafetensorError
 

@@ -26,7 +26,7 @@ def configured(
     are given are passed on.
 
     Args:
-        left_out: fields that are no flags.
+        left_out: fields that do not become flags.
         methods: whose fields they are; None is all methods.
     """
     flags = [

@@ -42,7 +42,7 @@ class FrozenPart:
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
         self._seen = torch.zeros(len(self._samples), dtype=torch.bool)
         self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
-        self._returned = 0  # by the attention, where that is a tuple
+        self._returned = 0  # by the attention, if that is a tuple
 
     @contextmanager
     def during(self, rows: Rows, select: Tensor) -> Iterator[list[Override]]:

@@ -48,7 +48,7 @@ def forwards(overrides: Iterable[Override]) -> Iterator[None]:
                 attributes["forward"] = before
 
 
-class Stopped(Exception):  # noqa: N818  # no error: it ends a forward pass that has shown what was wanted
+class Stopped(Exception):  # noqa: N818  # not an error: it ends a forward pass that has shown what was wanted
     """Raised by a hook, with what the hook has seen."""
 
     def __init__(self, seen: Any) -> None:

@@ -212,7 +212,7 @@ class Rows:
     """A batch of samples laid out in B rows of R tokens; all tensors int64.
 
     ``index`` [B, R]: place of each token in the flat buffers (pads point to 0, or to the first token of the
-    sample where it has the row for itself); ``input_ids`` [B, R];
+    sample if it has the row for itself); ``input_ids`` [B, R];
     ``position_ids`` [B, R], counted from the beginning of each sample and 0 at every pad, so that a pad is a
     sequence of its own; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after
     sample; ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of the sample of each.

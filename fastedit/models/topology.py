@@ -88,7 +88,7 @@ class Topology:
         return self._part(layer, "attn")
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP module of a block. Raises ModelError where the block has none of its own (OPT)."""
+        """The MLP module of a block. Raises ModelError if the block has none of its own (OPT)."""
         return self._part(layer, "mlp")
 
     def resolve(self, layer: int, module: str) -> tuple[str, nn.Module]:
@@ -119,10 +119,10 @@ class Topology:
         )
 
     def input_width(self, layer: int, module: str) -> int:
-        """Width of the rows that a projection of a block reads: d, where they are the keys.
+        """Width of the rows that a projection of a block reads: d, if those rows are the keys.
 
         Raises:
-            ModelError: no such block or module, or one that is no projection.
+            ModelError: no such block or module, or one that is not a projection.
         """
         path, found = self.resolve(layer, module)
         if not _is_projection(found):
@@ -139,7 +139,7 @@ class Topology:
         """Sub-modules of a block that treat each row of their input [..., in] by itself.
 
         They are the MLP (its projections where the block has no MLP module), the attention's output
-        projection, and its query projection where that is a module of its own. A caller that reads only some
+        projection, and its query projection if that is a module of its own. A caller that reads only some
         rows of the block's output may run them at those rows alone. Empty where the parts of the block are
         not recognized, because somebody has rebuilt it.
         """
@@ -170,7 +170,7 @@ class Topology:
     def attended(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block's attention that make its keys and values, fused ones included.
 
-        Empty where they are not recognized, because somebody has rebuilt the block.
+        Empty if they are not recognized, because somebody has rebuilt the block.
         """
         rowwise = self.rowwise(layer)
         if not rowwise:
@@ -182,7 +182,7 @@ class Topology:
     def packs(self) -> bool:
         """Whether samples may share a row (``tokens.pack``).
 
-        They may where a position that restarts begins a new sequence. Some families ignore that (OPT, and
+        They may if a position that restarts begins a new sequence. Some families ignore that (OPT, and
         GPT-J in transformers 4), so it is measured once: a token must not see the sequence in front of it.
         """
         return self._probe[0]
@@ -205,7 +205,7 @@ class Topology:
     def mlp_adds(self) -> bool:
         """Whether the residual stream behind a block moves as the output of its ``down_proj`` does.
 
-        It does not where a norm stands between (Gemma 2 and 3, OLMo 2) or behind the sum (some OPT). Measured once, in
+        It does not if a norm stands between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT). Measured once, in
         block 0.
         """
         tokens = [self.config.vocab_size // 4]

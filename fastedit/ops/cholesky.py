@@ -111,7 +111,7 @@ def find_dependent(
     """Groups of keys that make KᵀC⁻¹K near-singular: duplicates, and combinations of other keys.
 
     Pairs by their angle, combinations by a pivoted Cholesky factorization of the whitened keys' cosines: it takes keys
-    while one is left that is no combination of those taken, and each of the rest forms a group with the keys it is
+    while one is left that is not a combination of those taken, and each of the rest forms a group with the keys it is
     made of. Groups that share a key are one; a key of zeros is a group by itself.
 
     Args:
@@ -133,7 +133,7 @@ def find_dependent(
 def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor]:
     """G [n, n] and Q [n, m] with (rows [n, m] | √ridge·I) = G (Q | √ridge·G⁻¹), whose last factor has orthonormal rows.
 
-    One Cholesky factorization of the Gram matrix errs with its condition number; where that counts, a second one, of
+    One Cholesky factorization of the Gram matrix errs with its condition number; if that counts, a second one, of
     what the first has made nearly orthonormal, leaves the error of a Householder QR.
     """
     root = cholesky(plus_diagonal(rows @ rows.mT, ridge), keys)

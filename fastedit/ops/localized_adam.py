@@ -63,7 +63,7 @@ def localized_adam_(
         copy: [out, in], also gets the new weight, rounded to nearest: the model's own, where weight is its master.
         seed: round bf16 weight and moments stochastically: up with the probability that makes the mean exact. The
             bits depend on (seed, step, element), not on backend or device.
-        skip: scalar on the device; where it is not 0, nothing changes.
+        skip: scalar on the device; if it is not 0, nothing changes.
         allow_tf32: multiply fp32 G and X in tf32 on tensor cores, which have no fp32.
         backend: see `fastedit.ops.registry`.
 
@@ -206,7 +206,7 @@ def _reference(
 
 
 def _bf16_toward(x: Tensor, limit: float) -> Tensor:
-    """x, or where bf16 cannot hold it the next value toward the limit that it can; fp32."""
+    """x, or if bf16 cannot hold it, the next value toward the limit that bf16 can hold; fp32."""
     near = x.bfloat16()
     beyond = near.float() < x if limit > 0 else near.float() > x
     return torch.where(beyond, torch.nextafter(near, torch.full_like(near, limit)), near).float()

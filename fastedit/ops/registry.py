@@ -61,7 +61,7 @@ def register(op: str, *options: Option) -> None:
 
 
 def environment_backend() -> str | None:
-    """FASTEDIT_BACKEND, None where it is not set; ConfigError where no op has such a backend."""
+    """FASTEDIT_BACKEND, None if it is not set. Raises ConfigError if no op has such a backend."""
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in get_args(Backend):
         raise ConfigError(f"{VARIABLE}={wanted}: there is no such backend; set one of {', '.join(get_args(Backend))}")
@@ -113,7 +113,7 @@ def no_triton(call: Call) -> str | None:
 
 
 def only_interpreted(call: Call) -> str | None:
-    """Why auto leaves Triton alone where only its interpreter runs, which is for tests; the `slower` to start from."""
+    """Reason why auto leaves Triton alone if only its interpreter runs; the `slower` to start from."""
     return None if call.device.type == "cuda" else "Triton's interpreter is for tests"
 
 

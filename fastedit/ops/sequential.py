@@ -26,7 +26,7 @@ class SequentialSolver:
     Keys that would outnumber d are folded into L: one d×d factorization for d keys, less than writing them cost.
 
     Args:
-        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. TensorError if it is no factor.
+        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. TensorError if it is not a factor.
         ridge: λ, the weight of C. ConfigError if it is not positive.
     """
 

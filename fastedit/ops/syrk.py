@@ -89,7 +89,7 @@ def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") ->
 
 
 def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "auto") -> None:
-    """instruction: wgmma, mma, or wgmma where the GPU and the extension have it."""
+    """instruction: wgmma, mma, or None for wgmma if the GPU and the extension have it."""
     T, d = rows.shape
     wgmma = instruction == "wgmma" or (instruction == "auto" and _has_wgmma(rows.device))
     padded = -(-d // 8) * 8
@@ -130,7 +130,7 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "
 
 @cache
 def _extension() -> Any:
-    """fastedit._C, or None where it is not built; says so once."""
+    """fastedit._C, or None if it is not built; says so once."""
     try:
         return import_module("fastedit._C")
     except ImportError as error:

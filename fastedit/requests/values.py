@@ -15,7 +15,7 @@ _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 
 def absent(value: Any) -> bool:
     """Whether a field holds nothing."""
-    # Tables exported by pandas hold NaN where a text is missing; NaN is the one value unlike itself.
+    # Tables exported by pandas hold NaN if a text is missing; NaN is the one value unlike itself.
     return value is None or (isinstance(value, float) and value != value)
 
 

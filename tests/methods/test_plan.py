@@ -132,10 +132,13 @@ def test_a_plan_can_be_run_with_a_progress_that_is_set_after_it(case: Case, seed
     edits, stages = random_edits(4, seed), []
     plan = editor.plan(edits)
     editor.progress = lambda stage, *_: stages.append(stage)
-    result = editor.run(plan, edits)
+    result = editor.run(plan)
     assert {"prefix", "train"} <= set(stages)
     assert result.notes == plan.notes
+    with pytest.raises(ModelError, match="changed after this plan was made"):
+        editor.run(plan)
     result.revert()
+    editor.run(plan).revert()
 
 
 def test_missing_statistics_are_told_by_the_plan_before_the_model_writes_contexts(case: Case, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -109,9 +110,9 @@ class Batch:
 
     def within(self, contexts: Sequence[str]) -> Batch:
         """The same edits in other contexts. Raises ConfigError like the class."""
-        batch = object.__new__(Batch)
-        made = ("prompts", "rewriting")
-        batch.__dict__ |= {name: value for name, value in self.__dict__.items() if name not in made}
+        batch = copy(self)
+        for made_once in ("prompts", "rewriting"):
+            batch.__dict__.pop(made_once, None)
         batch.templates = checked_templates(contexts)
         return batch
 

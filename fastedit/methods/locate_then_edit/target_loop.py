@@ -27,7 +27,7 @@ _BATCH_TOKENS = 1024  # that run in a step, the most on a CPU: larger batches le
 
 
 def relative_lr(h0: Tensor) -> float:
-    """Adam's rate where none is given, from the states [N, h] of the edits; NaN where none is finite."""
+    """Adam's rate if none is given, from the states [N, h] of the edits; NaN if none of them is finite."""
     return RELATIVE_LR * float(h0.norm(dim=1).nanmedian()) / math.sqrt(h0.shape[1])
 
 
@@ -86,7 +86,9 @@ class TargetLoop:
         self.n_run = (samples.lengths - 1 - last).view(-1, n).amax(0)
         self.held = HeldTokens(topology, cache, samples, last)
         self.site: nn.Module | None = None
-        if config.site == "mlp":  # the output of the MLP is that of its last projection, also where it is no module
+        if (
+            config.site == "mlp"
+        ):  # the output of the MLP is that of its last projection, even if the MLP is not a module
             self.site = topology.resolve(z_layer, "down_proj")[1]
         self.h0 = self._initial_states()
         self.lr = relative_lr(self.h0) if config.lr is None else config.lr

@@ -108,7 +108,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """Step by the gradients; where `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
+        """Step by the gradients; if `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
         self._steps += 1 if skip is None else skip == 0
         for path, (weight, m, v, *copy) in self._stored.items():
             grads, inputs = (torch.cat(rows) for rows in zip(*self._gradients[path], strict=True))

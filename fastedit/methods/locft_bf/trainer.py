@@ -99,7 +99,7 @@ class Trainer:
     def _epochs(self, select: Tensor, place: str = "") -> Iterator[float]:
         """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
 
-        `place` says for messages what `select` is, where that is one batch and every epoch a step.
+        `place` names `select` in messages if that is one batch, of which every epoch is a step.
         """
         config = self.config
         optimizer = Adam(
