@@ -101,7 +101,7 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
     before = len(tokenized)
     # prompts alone, prompts with targets (and again for the places of the subjects), and "{subject} is a"
     assert before == 4
-    plan.run()
+    editor.run(plan)
     assert (sought, len(tokenized)) == ([6], before)
 
 
