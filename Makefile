@@ -1,14 +1,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+FASTEDIT_TEST_SEED ?= 20261128
 
-.PHONY: demo test lint docs bench micro gpu-install gpu-test gpu-bench clean
+.PHONY: demo test test-fresh lint docs bench micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	FASTEDIT_TEST_SEED=$(FASTEDIT_TEST_SEED) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# random inputs that no run has seen
+test-fresh: $(VENV)/.installed
+	FASTEDIT_TEST_SEED= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

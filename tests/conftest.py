@@ -14,20 +14,25 @@ if not torch.cuda.is_available():
 
 import pytest
 from helpers import SPECIAL, WORDS
+from interpreted import remember_builtins
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fastedit import EditRequest
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    remember_builtins()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
 
-_SEED = int(os.environ.get("FASTEDIT_TEST_SEED") or secrets.randbelow(2**31))
+if not os.environ.get("FASTEDIT_TEST_SEED"):
+    os.environ["FASTEDIT_TEST_SEED"] = str(secrets.randbelow(2**31))  # where the workers of this run find it
+_SEED = int(os.environ["FASTEDIT_TEST_SEED"])
 
 
 @pytest.fixture
 def seed() -> int:
-    """Drawn anew by every run; shown when a test fails, and FASTEDIT_TEST_SEED sets it."""
+    """FASTEDIT_TEST_SEED, or drawn anew by every run; shown when a test fails."""
     print(f"FASTEDIT_TEST_SEED={_SEED}")
     return _SEED
 

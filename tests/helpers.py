@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A random causal LM in evaluation mode, with weights far enough from zero to tell mistakes apart."""
+    return deepcopy(_made_once(family, dtype, seed))
+
+
+@cache
+def _made_once(family: str, dtype: torch.dtype, seed: int) -> Any:
     kind, settings = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -95,6 +95,7 @@ def alone(model: Any, prompt: str, answer: str) -> tuple[tuple[int, ...], tuple[
 
 
 @torch.no_grad()
+@torch.no_grad()
 def greedy(model: Any, prompt: str, ends: tuple[int, ...]) -> str:
     """The greedy continuation by the plain model, without a cache, up to 32 tokens or an end token."""
     ids = ids_of(prompt)
@@ -156,10 +157,11 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool) -> None:
     assert model.training
     assert model.generation_config is own
     model.eval()
-    cases = set()
+    cases, asked = set(), {p.prompt for p in all_of(predictions)}  # by several questions each
+    texts = {prompt: greedy(model, prompt, (1, end_of_turn)) for prompt in asked}
     for p in all_of(predictions):
         dots = {"St. Louis": 1, "D.C.": 1, "b.c.d end": 2}.get(p.answer, 0)
-        text = greedy(model, p.prompt, (1, end_of_turn))
+        text = texts[p.prompt]
         kept = stopped(text, dots)
         assert p.generated == kept
         limit = min(32, CONTEXT + 1 - len(ids_of(p.prompt)))

@@ -3,9 +3,11 @@
 // later time (copies of boxes). Shared memory begins as NaN. Threads that all wait for ever are an error.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -54,6 +56,11 @@ struct Meeting {  // of all threads of a block or warp
     uint64_t held = 0;
 };
 
+struct Warp {
+    Meeting all;
+    std::array<void*, 32> brought;  // by each lane, to an instruction of the whole warp
+};
+
 struct ByteBarrier {
     int expected, pending;
     int64_t bytes = 0;
@@ -68,12 +75,12 @@ struct Block {
     std::vector<uint8_t> memory;
     std::map<uint32_t, ByteBarrier> barriers;
     Meeting all;
-    std::vector<Meeting> warps;
-    std::vector<std::vector<uint8_t>> exchanged;  // of a warp
+    std::vector<Warp> warps;
 };
 
 struct Thread {
-    ucontext_t context;
+    jmp_buf here;  // where it waits; swapcontext would call the kernel every time
+    bool begun;
     std::unique_ptr<char[]> stack{new char[128 << 10]};
     dim3 index, block_index;
     unsigned rank;  // of its block in its cluster
@@ -88,16 +95,16 @@ inline std::vector<Block> blocks;  // of the cluster that runs
 inline std::vector<std::function<void()>> in_flight;
 inline Meeting cluster;
 inline Thread* current;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> entry;
 inline std::mt19937 random_order;
 inline int processors = 132;
 
 inline Block& block() { return blocks[current->rank]; }
 
-inline void wait_until(std::function<bool()> ready) {
+[[gnu::noinline]] inline void wait_until(std::function<bool()> ready) {
     current->ready = std::move(ready);
-    swapcontext(&current->context, &scheduler);
+    if (!_setjmp(current->here)) _longjmp(scheduler, 1);
 }
 
 inline void meet(Meeting& meeting, int count) {
@@ -111,19 +118,13 @@ inline void meet(Meeting& meeting, int count) {
 inline int lane() { return current->index.x % 32; }
 inline int warp() { return current->index.x / 32; }
 
-// read(value of any lane of the warp), in every lane
-template <typename T, typename Read>
-void exchange(const T& value, Read read) {
-    auto& values = block().exchanged[warp()];
-    values.resize(32 * sizeof(T));
-    std::memcpy(values.data() + lane() * sizeof(T), &value, sizeof(T));
-    meet(block().warps[warp()], 32);
-    read([&](int lane) {
-        T there;
-        std::memcpy(&there, values.data() + lane * sizeof(T), sizeof(T));
-        return there;
-    });
-    meet(block().warps[warp()], 32);
+// work(what each lane of the warp brought), once, when the last of them has come
+template <typename T, typename Work>
+void together(T& mine, Work work) {
+    Warp& lanes = block().warps[warp()];
+    lanes.brought[lane()] = &mine;
+    if (lanes.all.arrived == 31) work([&](int lane) -> T& { return *static_cast<T*>(lanes.brought[lane]); });
+    meet(lanes.all, 32);
 }
 
 inline void commit() { current->committed.push_back(std::move(current->open)), current->open.clear(); }
@@ -136,7 +137,19 @@ inline void finish(size_t pending) {
 inline void run_thread() {
     entry();
     current->done = true;
-    swapcontext(&current->context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+[[gnu::noinline]] inline void go_on(Thread& thread) {  // up to where it waits
+    current = &thread;
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.here, 1);
+    thread.begun = true;
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack = {thread.stack.get(), 0, 128 << 10}, start.uc_link = nullptr;
+    makecontext(&start, run_thread, 0);
+    setcontext(&start);
 }
 
 inline void run_cluster(unsigned first, unsigned size, int shared) {
@@ -144,7 +157,7 @@ inline void run_cluster(unsigned first, unsigned size, int shared) {
     blocks.assign(size, {});
     for (auto& block : blocks) {
         block.memory.assign(1024 + shared, 0xff);
-        block.warps.resize((per_block + 31) / 32), block.exchanged.resize(block.warps.size());
+        block.warps.resize((per_block + 31) / 32);
     }
     cluster = {};
     while (threads.size() < count) threads.push_back(std::make_unique<Thread>());
@@ -154,11 +167,7 @@ inline void run_cluster(unsigned first, unsigned size, int shared) {
         thread.index = t % per_block, thread.rank = t / per_block;
         const unsigned number = first + thread.rank;
         thread.block_index = {number % gridDim.x, number / gridDim.x % gridDim.y, 0};
-        thread.done = false, thread.ready = [] { return true; }, thread.open.clear(), thread.committed.clear();
-        getcontext(&thread.context);
-        thread.context.uc_stack = {thread.stack.get(), 0, 128 << 10};
-        thread.context.uc_link = nullptr;
-        makecontext(&thread.context, run_thread, 0);
+        thread.begun = thread.done = false, thread.ready = [] { return true; }, thread.open.clear(), thread.committed.clear();
         left.push_back(&thread);
     }
     while (!left.empty()) {
@@ -166,8 +175,8 @@ inline void run_cluster(unsigned first, unsigned size, int shared) {
         std::shuffle(left.begin(), left.end(), random_order);
         for (Thread* thread : left) {
             if (!thread->ready()) continue;
-            moved = true, current = thread;
-            swapcontext(&scheduler, &thread->context);
+            moved = true;
+            go_on(*thread);
         }
         for (size_t n = 0; n < in_flight.size();) {
             if (moved && random_order() % 2) {
@@ -190,17 +199,15 @@ inline float nearest_zero(double x) {  // as tensor cores round
 }
 
 inline double number(uint16_t bits, bool half) {
-    if (!half) {
-        const uint32_t wide = uint32_t{bits} << 16;
-        float x;
-        std::memcpy(&x, &wide, 4);
-        return x;
+    uint32_t wide = uint32_t{bits} << 16;
+    if (half) {
+        const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+        if (exponent == 0) return std::ldexp(bits >> 15 ? -1.0 * fraction : fraction, -24);
+        wide = uint32_t{bits} >> 15 << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
     }
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const double size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                        : exponent == 0 ? std::ldexp(fraction, -24)
-                                        : std::ldexp(1024 + fraction, exponent - 25);
-    return bits >> 15 ? -size : size;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
 }
 
 inline uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }  // of 128-byte rows
@@ -226,17 +233,27 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int from) {
-    T result;
-    cuda_on_cpu::exchange(value, [&](auto of) { result = of(from); });
-    return result;
+    struct {
+        T value;
+        int from;
+        T result;
+    } mine{value, from, {}};
+    cuda_on_cpu::together(mine, [](auto of) {
+        for (int lane = 0; lane < 32; ++lane) of(lane).result = of(of(lane).from).value;
+    });
+    return mine.result;
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
-    unsigned votes = 0;
-    cuda_on_cpu::exchange(vote, [&](auto of) {
-        for (int lane = 0; lane < 32; ++lane) votes |= unsigned{of(lane)} << lane;
+    struct {
+        bool vote;
+        unsigned votes;
+    } mine{vote, 0};
+    cuda_on_cpu::together(mine, [](auto of) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int from = 0; from < 32; ++from) of(lane).votes |= unsigned{of(from).vote} << from;
     });
-    return votes;
+    return mine.votes;
 }
 
 enum cudaError_t { cudaSuccess };

@@ -73,7 +73,7 @@ inline void products_commit() { cuda_on_cpu::commit(); }
 template <int pending>
 void products_wait() {
     cuda_on_cpu::finish(pending);
-    cuda_on_cpu::meet(cuda_on_cpu::block().warps[cuda_on_cpu::warp()], 32);  // .sync: the warp waits as one
+    cuda_on_cpu::meet(cuda_on_cpu::block().warps[cuda_on_cpu::warp()].all, 32);  // .sync: the warp waits as one
 }
 
 inline void products_done(float (&)[96]) {}
@@ -90,12 +90,16 @@ void multiply_add(float (&sum)[96], uint64_t a, uint64_t b, bool add) {
             return cuda_on_cpu::number(bits, kHalf);
         };
         const int lane = cuda_on_cpu::lane(), warp = cuda_on_cpu::warp() % 4;
-        for (int e = 0; e < 96; ++e) {
-            const int row = warp * 16 + lane / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
-            double total = add ? sum[e] : 0;
-            for (int k = 0; k < 16; ++k) total += element(a, k, row) * element(b, k, column);
-            sum[e] = cuda_on_cpu::nearest_zero(total);
+        double left[16][2], total[96];
+        for (int e = 0; e < 96; ++e) total[e] = add ? sum[e] : 0;
+        for (int k = 0; k < 16; ++k) {
+            for (int half = 0; half < 2; ++half) left[k][half] = element(a, k, warp * 16 + lane / 4 + half * 8);
+            for (int n = 0; n < 48; ++n) {  // columns
+                const double right = element(b, k, n / 2 * 8 + lane % 4 * 2 + n % 2);
+                for (int half = 0; half < 2; ++half) total[n / 2 * 4 + half * 2 + n % 2] += left[k][half] * right;
+            }
         }
+        for (int e = 0; e < 96; ++e) sum[e] = cuda_on_cpu::nearest_zero(total[e]);
     });
 }
 
