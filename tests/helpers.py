@@ -83,11 +83,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A random causal LM in evaluation mode, with weights far enough from zero to tell mistakes apart."""
-    return deepcopy(_made_once(family, dtype, seed))
+    return deepcopy(_made_once(family, dtype, seed, torch.get_default_dtype()))
 
 
 @cache
-def _made_once(family: str, dtype: torch.dtype, seed: int) -> Any:
+def _made_once(family: str, dtype: torch.dtype, seed: int, default: torch.dtype) -> Any:
+    """`default` is that of the caller, in which a model makes its rotary embeddings."""
     kind, settings = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
