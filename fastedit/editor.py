@@ -178,6 +178,7 @@ class Editor:
         edits, before = plan.requests, plan.fingerprint
         if fingerprint(self.model) != before:
             raise ModelError("the model was changed after this plan was made; make a new plan")
+        conflicts = find_conflicts(edits)
         started = time.perf_counter()
         found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
@@ -190,7 +191,6 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        conflicts = find_conflicts(edits)
         about = found.losses, found.notes, seconds, found.interrupted, self.parts
         return EditResult(delta, edits, conflicts, *about)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="FastEditError")
 _SHOWN = 10  # items that a message lists before it only counts the rest
@@ -26,6 +26,10 @@ class FastEditError(Exception):
         super().__init__(text)
         self.text = text
         self.places: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles keep the fields: they are made with `args`, the arguments of the class."""
+        return type(self), self.args, self.__dict__
 
     def at(self: _Error, place: str | Path) -> _Error:
         """Add the place around those already named; for `raise error.at(f"layer {layer}")`."""
@@ -49,12 +53,12 @@ class RequestError(FastEditError):
 
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits") -> RequestError:
-        """The error of all offending edits: (name, sentence) pairs, of which the first ten are quoted."""
+        """The error of all offending edits, or of something else: (name, sentence) pairs; the first ten are quoted."""
         sentences = [sentence for _, sentence in problems]
         text = sentences[0]
         if len(sentences) > 1:
             text = f"{len(sentences)} {what} cannot be used: {listed(sentences, ' | ')}"
-        return cls(text, edits=[name for name, _ in problems])
+        return cls(text, edits=[name for name, _ in problems] if what == "edits" else ())
 
 
 class ModelError(FastEditError):
@@ -74,6 +78,7 @@ class FileError(ModelError):
     def __init__(self, path: str | Path, text: str) -> None:
         super().__init__(text.replace("{path}", str(path)))
         self.path = Path(path)
+        self.args = path, text  # what a copy is made with
         if "{path}" not in text:
             self.at(path)
 

@@ -139,6 +139,8 @@ def _processes(topology: Topology, world: int) -> Iterator[bool]:
 @contextmanager
 def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], module: str) -> Iterator[None]:
     """Tell after Ctrl-C, or if the disk is full, whether the same command goes on where it was."""
+    from safetensors import SafetensorError
+
     from fastedit.statistics.store import statistics_path
 
     def saved() -> str:
@@ -153,7 +155,7 @@ def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], 
         typer.echo(f"fastedit: interrupted; {saved()}", err=True)
         raise typer.Exit(1) from None
     except FileError as error:
-        if error.__cause__ is None:  # not about writing
+        if not isinstance(error.__cause__, (OSError, SafetensorError)):  # not about writing
             raise
         text = f"the statistics could not be saved: {error.__cause__}; {saved()}"
         raise FileError(folder, text) from error

@@ -160,10 +160,11 @@ class Sweep:
         order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
         self._sample: list[int] = order[:sample].sort().values.tolist()
         self.edits = [everything[i] for i in self._sample]
-        self._questions = [_question(i, *pair) for i, pair in enumerate(capability)]
+        self._questions = _questions(capability)
         self._text, self._generate, self._model = text, generate, model
         ask(model, [*self.edits, *self._questions], kinds=_KINDS, text=text)
-        self._plan = plan(model, self.edits, self._config)
+        first = plan(model, self.edits, self._config)
+        self._plans = [first.placed(*place, no_progress) for place in self.places]
 
     def run(self, progress: Progress = no_progress) -> LocateReport:
         """Edit at each place, measure, and take the edit back.
@@ -175,16 +176,13 @@ class Sweep:
         measure = _Measure(self._model, self.edits, self._questions, self._text, self._generate, progress)
         cells: list[LocateCell] = []
         total = len(places) * epochs
-        first = self._plan.placed(*places[0], progress)
-        with first.data.prefix_cache(places[0][0]) as cache:
-            for i, (layer, module) in enumerate(places):
-                done = i * epochs
-
-                place = first.placed(layer, module, _counting_epochs(progress, done, epochs, total))
-                cells.append(_try_place(place, cache, measure))
-                progress("locate", done + epochs, total, cells[-1].losses[-1])
+        with self._plans[0].reporting(progress).data.prefix_cache(places[0][0]) as cache:
+            for i, place in enumerate(self._plans):
+                counting = place.reporting(_counting_epochs(progress, i * epochs, epochs, total))
+                cells.append(_try_place(counting, cache, measure))
+                progress("locate", (i + 1) * epochs, total, cells[-1].losses[-1])
         before = {name: value for name, value in measure.before.items() if name != "locality"}
-        common = asdict(first.placed(*places[-1], progress).config)
+        common = asdict(self._plans[-1].config)
         common = {key: value for key, value in common.items() if key not in ("layer", "module", "lr")}
         return LocateReport(cells, before, self._sample, self._generate, common)
 
@@ -268,12 +266,18 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
     return places
 
 
-def _question(i: int, prompt: str, answer: str) -> EditRequest:
-    try:
-        return EditRequest(prompt, answer, id=f"capability {i}")
-    except RequestError as error:
-        error.at(f"capability {i}")
-        raise
+def _questions(capability: Sequence[tuple[str, str]]) -> list[EditRequest]:
+    questions: list[EditRequest] = []
+    problems: list[tuple[str, str]] = []
+    for i, (prompt, answer) in enumerate(capability):
+        name = f"capability {i}"
+        try:
+            questions.append(EditRequest(prompt, answer, id=name))
+        except RequestError as error:
+            problems.append((name, str(error.at(name))))
+    if problems:
+        raise RequestError.of(problems, "capability pairs")
+    return questions
 
 
 def _ratio(after: float | None, before: float | None) -> float | None:

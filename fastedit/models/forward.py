@@ -131,7 +131,7 @@ def resume(
         rows: on the model's device.
         layer: the first block to run.
         overrides: modules whose ``forward`` something else stands in for.
-        past: keys and values of tokens in front of the rows (``HeldTokens.rest``).
+        past: keys and values of tokens in front of the rows (``HeldTokens.remaining``).
 
     Returns:
         Hidden states [M, h] at ``rows.target_rows``, after the final norm; ``topology.logits`` takes them on.

@@ -83,8 +83,9 @@ class PairError(RequestError):
     def __init__(self, problems: Sequence[PairProblem]) -> None:
         sentences = [(str(p.pair), f"pair {p.pair}: {p.sentence()}") for p in problems]
         found = RequestError.of(sentences, "pairs")
-        super().__init__(found.text, edits=found.edits)
+        super().__init__(found.text)
         self.problems = tuple(problems)
+        self.args = (problems,)
 
 
 def tokenize(

@@ -38,6 +38,7 @@ class FewTokensError(TensorError):
             f"C comes from {count} tokens, fewer than its width {dim}: it is singular, and directions without a token "
             f"would count as free to overwrite. Collect some {10 * dim} tokens, or go on with {remedy}"
         )
+        self.args = count, dim, remedy
 
 
 class DependentKeysError(EditError):
@@ -56,6 +57,7 @@ class DependentKeysError(EditError):
             f"keys{where} depend on one another, no update at this ridge is stable: rows {' | '.join(shown)}. Are they "
             "edits of one subject? Merge them, solve one after the other, or raise ridge"
         )
+        self.args = groups, problem
 
 
 @torch.no_grad()

@@ -54,15 +54,20 @@ def _read_all(records: Iterable[tuple[str, Any]], name: str) -> list[EditRequest
     requests: list[EditRequest] = []
     problems: list[tuple[str, str]] = []
     unread = set[str]()
-    for index, (where, record) in enumerate(records):
-        try:
-            request = record if isinstance(record, EditRequest) else EditRequest.from_dict(record, where=where)
-        except RequestError as error:
-            problems.append((where, str(error)))
-            continue
-        if record is not request:
-            unread |= unread_fields(record, _OWN)
-        requests.append(request if request.id is not None else replace(request, id=str(index)))
+    try:
+        for index, (where, record) in enumerate(records):
+            try:
+                request = record if isinstance(record, EditRequest) else EditRequest.from_dict(record, where=where)
+            except RequestError as error:
+                problems.append((where, str(error)))
+                continue
+            if record is not request:
+                unread |= unread_fields(record, _OWN)
+            requests.append(request if request.id is not None else replace(request, id=str(index)))
+    except RequestError as error:  # a line that is not JSON: nothing can be read after it
+        if not problems:
+            raise
+        problems.append((name, str(error)))
     if problems:
         raise RequestError.of(problems, "records")
     if unread:

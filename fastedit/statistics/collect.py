@@ -134,8 +134,12 @@ class Collection:
         self._moments = self._begin(self._whole)
         # several processes sum up when all of them have finished
         self._finished = self._world > 1 and all(moment.count for moment in self._moments.values())
+        self._part = self._whole
         if self._finished:
             _check_finished(self._moments, max_tokens, self._whole)
+        elif self._world > 1:
+            self._part = None if self._whole is None else self._whole / f"part-{self._rank}-of-{self._world}"
+            self._moments = self._begin(self._part)
 
     def _begin(self, directory: Path | None) -> dict[int, StreamingCovariance]:
         return {layer: _start(self._model.topology, layer, self._settings, directory) for layer in self._layers}
@@ -157,13 +161,9 @@ class Collection:
         """
         if self._finished:
             return self._moments
-        world, whole, topology = self._world, self._whole, self._model.topology
-        part, share = whole, self._max_tokens
-        if world > 1:
-            part = None if whole is None else whole / f"part-{self._rank}-of-{world}"
-            share = None if share is None else -(-share // world)
-            self._moments = self._begin(part)
-        run = _Run(topology, self._moments, part, share, self._save_seconds, progress)
+        world, topology = self._world, self._model.topology
+        share = None if self._max_tokens is None else -(-self._max_tokens // world)
+        run = _Run(topology, self._moments, self._part, share, self._save_seconds, progress)
         own = itertools.islice(documents, self._rank, None, world)
         batches = document_batches(self._model, own, self._settings["batch_tokens"], self._settings["row_tokens"])
         if self._tolerance:
@@ -171,12 +171,12 @@ class Collection:
         else:
             run.all(batches)
         if world > 1:
-            self._sum_up(part)
+            self._sum_up()
         if not all(moment.count for moment in self._moments.values()):
             raise RequestError("the text has no tokens; give documents that are not empty")
         return self._moments
 
-    def _sum_up(self, part: Path | None) -> None:
+    def _sum_up(self) -> None:
         """Add up what all processes have seen, write it, and take their parts away."""
         topology, module = self._model.topology, self._settings["module"]
         for layer, moment in self._moments.items():
@@ -184,7 +184,7 @@ class Collection:
             if self._whole is not None and self._rank == 0:
                 moment.save(statistics_path(topology, self._whole, layer, module))
         distributed.barrier()
-        if part is not None and part.is_dir():
+        if (part := self._part) is not None and part.is_dir():
             for layer in self._layers:
                 statistics_path(topology, part, layer, module).unlink(missing_ok=True)
             part.rmdir()

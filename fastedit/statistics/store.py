@@ -29,7 +29,7 @@ from fastedit.ops.cholesky import FewTokensError
 from fastedit.statistics.moment import LOWER, TAG, WHAT, StreamingCovariance, pack_lower, unpack_lower
 from fastedit.tensorfile import load_metadata, load_tensors, save_tensors
 
-_CHOLESKY_TAG = "fastedit-factor-1"
+_CHOLESKY_TAG = "fastedit-factor-2"  # the first had its checksum elsewhere, where nobody looks now
 # {layer}_float32_mom2_100000.npz, or with the module's path: transformer.h.{layer}.mlp.fc_out_float32_mom2_100000.npz
 _PUBLISHED = re.compile(r"(?:.+?\.)?(?P<layer>\d+)(?:\.(?P<module>.+))?_float(?:16|32|64)_mom2(?:_t\d+)?(?:_\d+)?\.npz")
 _log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class MissingStatisticsError(ModelError):
 
     def __init__(self, text: str, layers: Sequence[int]) -> None:
         super().__init__(text)
+        self.args = text, layers
         self.layers = tuple(layers)
 
 
@@ -135,7 +136,7 @@ class StatisticsStore:
         """The file of the statistics and a digest of it, its header checked; None if there is no file."""
         topology, module = self.topology, self.module
         width, name = topology.input_width(layer, module), _name(topology, layer, module)
-        wrong: list[FileError] = []
+        wrong: list[ModelError] = []
         for path in (folder / name for folder in self._folders() if (folder / name).is_file()):
             about = load_metadata(path, (TAG,), WHAT)
             made_for = about.get("metadata", {}).get("fingerprint")
@@ -146,6 +147,8 @@ class StatisticsStore:
                 text = f"{{path}} was made for a model with fingerprint {made_for}, this one has {self.fingerprint}; "
                 text += f"load the unedited model it was made for ({FP16}), collect statistics of this one, or go on "
                 wrong.append(FileError(path, text + "with unchecked_statistics"))
+            elif (count := int(about.get("count", width))) < width and not self.unchecked:
+                wrong.append(FewTokensError(count, width, "unchecked_statistics").at(path))
             else:
                 if made_for not in (None, self.fingerprint):
                     warnings.warn(f"{path} was made for another model", RuntimeWarning, stacklevel=4)

@@ -11,8 +11,9 @@ from helpers import CONTEXTS, FAMILIES, at_subject, fast_tokenizer, random_edits
 from torch import Tensor
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
-from fastedit.methods.locate_then_edit.batch import Batch, subject_ends
+from fastedit.methods.locate_then_edit.batch import Batch, find_subjects, repeated_note
 from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.naming import edit_name
 from fastedit.models import Model, last_tokens, topology
 
 
@@ -132,7 +133,8 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
 
 def ends(*edits: EditRequest) -> tuple[list[str], list[str]]:
     """The part of each prompt that ends with the subject, and the notes."""
-    found, notes = subject_ends(edits)
+    found, repeated = find_subjects(edits)
+    notes = repeated_note([edit_name(edits[place], place) for place in repeated])
     return [edit.prompt[:end] for edit, end in zip(edits, found, strict=True)], notes
 
 
@@ -151,12 +153,12 @@ def test_the_last_place_of_a_subject_counts() -> None:
 
 def test_an_absent_subject_names_the_edit() -> None:
     with pytest.raises(RequestError, match="edit 0 has no subject"):
-        subject_ends([EditRequest("the home of Ann is", "x")])
+        find_subjects([EditRequest("the home of Ann is", "x")])
     wrong = EditRequest("the home of Ann is", "x", "ann", id="7")
     with pytest.raises(
         RequestError, match="edit 7: the subject 'ann' does not stand in the prompt 'the home of Ann is'"
     ):
-        subject_ends([EditRequest("a b", "x", "a"), wrong])
+        find_subjects([EditRequest("a b", "x", "a"), wrong])
 
 
 class Slow:

@@ -412,6 +412,7 @@ def test_statistics_that_cannot_serve(case: Case, tmp_path: Path, seed: int) -> 
         with pytest.warns(RuntimeWarning, match="20 tokens"):
             result = case.editor("memit", about, **config).edit(edits)
         result.revert()
+    moments(case.model, other, seed)
     for layer in about.layers:
         path = statistics_path(topology(case.model), other, layer)
         broken = StreamingCovariance.load(path)

@@ -32,9 +32,9 @@ def case(tokenizer: Any, tmp_path: Path, seed: int) -> Case:
 
 
 def nothing_runs(model: Any) -> list[int]:
-    """Forward passes of the model from now on."""
+    """Passes through a block that no look at the model's structure reaches, from now on."""
     calls: list[int] = []
-    model.register_forward_hook(lambda *_: calls.append(1))
+    topology(model).blocks[1].register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
@@ -63,6 +63,9 @@ def test_all_offending_edits_are_named_before_any_work(kind: str, case: Case, se
     assert str(error.value).count(said) == 3
     assert error.value.edits == ("edit n2", "edit n11", "edit n29")
     assert not calls
+    if kind == "too long":  # what does run is seen
+        editor.edit([edit for i, edit in enumerate(edits) if i not in wrong][:2])
+        assert calls
 
 
 def test_all_offending_records_of_a_file_are_named(tmp_path: Path) -> None:
@@ -83,8 +86,8 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
     """For a whole run in batches, in a model without preset, which looks at all edits first."""
     edits = random_edits(6, seed)
     sought, tokenized = [], []
-    seek = batch_module.subject_ends
-    monkeypatch.setattr(batch_module, "subject_ends", lambda given: sought.append(len(given)) or seek(given))
+    seek = batch_module.find_subjects
+    monkeypatch.setattr(batch_module, "find_subjects", lambda given: sought.append(len(given)) or seek(given))
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -107,6 +110,7 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
 
 def test_parts_of_a_batch_are_those_that_would_be_made_of_their_edits(case: Case, seed: int) -> None:
     edits, model = random_edits(7, seed), Model.of(case.model, case.tokenizer)
+    edits[5] = replace(edits[5], prompt=f"{edits[5].subject} {edits[5].prompt}")  # its subject twice
     whole = Batch(model, edits, CONTEXTS)
     whole.make_samples()
     parts = {
@@ -118,6 +122,7 @@ def test_parts_of_a_batch_are_those_that_would_be_made_of_their_edits(case: Case
         wanted = Batch(model, [edits[i] for i in places], CONTEXTS)
         assert part.edits == wanted.edits
         assert part.subject_ends == wanted.subject_ends
+        assert part.notes == wanted.notes
         assert torch.equal(part.rewriting[1], wanted.rewriting[1])
         for found, fresh in ((part.prompts, wanted.prompts), (part.rewriting[0], wanted.rewriting[0])):
             assert all(torch.equal(getattr(found, f.name), getattr(fresh, f.name)) for f in fields(found))

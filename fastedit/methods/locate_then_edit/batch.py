@@ -46,14 +46,23 @@ class Batch:
         self.model, self.edits, self.templates = model, list(edits), checked_templates(contexts)
         self.budget, self.progress = budget or Budget(), progress
         self._names = [edit_name(edit, place) for place, edit in enumerate(edits)]
-        self.subject_ends, self.notes = subject_ends(edits)
+        self.subject_ends, self._repeated = find_subjects(edits)
 
     def __len__(self) -> int:
         return len(self.edits)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of these edits."""
+        return repeated_note(self.name_list(self._repeated))
+
+    def name_list(self, places: Sequence[int]) -> list[str]:
+        """Names of the edits at these places."""
+        return [self._names[place] for place in places]
+
     def names(self, places: Sequence[int]) -> str:
-        """Names of the edits at these places, the first ten if they are many."""
-        return listed([self._names[place] for place in places])
+        """The same for a message: the first ten if they are many."""
+        return listed(self.name_list(places))
 
     @cached_property
     def prompts(self) -> Samples:
@@ -133,6 +142,7 @@ class Batch:
         part = self.within(())
         part.edits, part._names = [self.edits[i] for i in places], [self._names[i] for i in places]
         part.subject_ends = [self.subject_ends[i] for i in places]
+        part._repeated = [new for new, old in enumerate(places) if old in self._repeated]
         part.templates = tuple(self.templates[t] for t in templates)
         index = torch.tensor(list(places), dtype=torch.int64)
         rows = (torch.tensor([*templates, len(self.templates)])[:, None] * len(self) + index).view(-1)
@@ -161,8 +171,14 @@ def checked_templates(contexts: Sequence[str]) -> tuple[str, ...]:
     return (BARE, *contexts)
 
 
-def subject_ends(edits: Sequence[Edit]) -> tuple[list[int], list[str]]:
-    """The end of each edit's subject in its prompt, in characters, and notes for the user.
+def repeated_note(names: Sequence[str]) -> list[str]:
+    """The note on edits whose subject stands in the prompt more than once; no note for no names."""
+    note = f"the subject stands in the prompt more than once, the last place counts: {listed(names)}"
+    return [note] if names else []
+
+
+def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
+    """The end of each edit's subject in its prompt, in characters, and the places of edits that repeat their subject.
 
     The last occurrence counts; one that stands as whole words goes before one inside other words.
 
@@ -170,7 +186,7 @@ def subject_ends(edits: Sequence[Edit]) -> tuple[list[int], list[str]]:
         RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
     """
     ends: list[int] = []
-    repeated: list[str] = []
+    repeated: list[int] = []
     problems: list[tuple[str, str]] = []
     for place, edit in enumerate(edits):
         name = edit_name(edit, place)
@@ -187,11 +203,10 @@ def subject_ends(edits: Sequence[Edit]) -> tuple[list[int], list[str]]:
             continue
         ends.append(found[-1])
         if len(found) > 1:
-            repeated.append(name)
+            repeated.append(place)
     if problems:
         raise RequestError.of(problems)
-    note = f"the subject stands in the prompt more than once, the last place counts: {listed(repeated)}"
-    return ends, [note] if repeated else []
+    return ends, repeated
 
 
 def subject_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:

@@ -128,5 +128,6 @@ class KeyWalk:
     def _finite(self, values: Tensor, what: str) -> Tensor:
         bad = (~values.isfinite().all(1)).nonzero()[:, 0].tolist()
         if bad:
-            raise EditError(f"the {what} are not finite for {self._batch.names(bad)}; leave these edits out")
+            text = f"the {what} are not finite for {self._batch.names(bad)}; leave these edits out"
+            raise EditError(text, edits=self._batch.name_list(bad))
         return values

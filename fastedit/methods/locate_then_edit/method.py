@@ -201,5 +201,7 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
 def _lr_of_all(batch: Batch, recipe: Recipe) -> float:
     """The targets' rate by the states of all edits in the model as it is."""
     site = "down_proj" if recipe.config.site == "mlp" else "block"
-    with KeyWalk(batch.bare(), recipe.z_layer) as walk:
+    bare = batch.bare()
+    bare.progress = no_progress  # the keys of the edits are a stage of their own, later
+    with KeyWalk(bare, recipe.z_layer) as walk:
         return relative_lr(walk.outputs(recipe.z_layer, site, finite=False))

@@ -78,8 +78,7 @@ class TargetStore:
             tensors = {name: found[name].to(self._topology.device) for name in _TENSORS}
             return Targets(**tensors, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
         except (FileError, KeyError, TypeError) as error:
-            reason = error.text if isinstance(error, FileError) else repr(error)
-            text = f"{{path}} holds no targets ({reason}); delete it, they are sought again then"
+            text = "{path} holds no targets (it is damaged, or of another kind); delete it, they are sought again then"
             raise FileError(path, text) from error
 
     def _path(self, key: str) -> Path:

@@ -95,7 +95,8 @@ class Writer:
                     raise EditError(
                         f"the keys of some edits depend on one another at layer {number}, so that no weights can meet "
                         f"all of them: {groups}. Are they about one subject? Take on_duplicates merge or sequential, "
-                        "or an alpha above 0"
+                        "or an alpha above 0",
+                        edits=batch.name_list(sorted({place for group in error.groups for place in group})),
                     ) from error
             self._layers[number].keys.append(keys)
 

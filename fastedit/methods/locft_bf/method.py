@@ -35,6 +35,10 @@ class LocFTBFPlan:
     data: TrainingSet
     given: LocFTBFConfig
 
+    def reporting(self, progress: Progress) -> LocFTBFPlan:
+        """The same plan with another progress."""
+        return replace(self, data=replace(self.data, progress=progress))
+
     def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
         """The same edits at another place of the model, with its own learning rate.
 

@@ -14,7 +14,7 @@ from fastedit.errors import EditError
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, recorded, with_kernel
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import edit_names
+from fastedit.methods.naming import edit_name, edit_names
 from fastedit.models import (
     FrozenPart,
     Override,
@@ -174,7 +174,8 @@ class Trainer:
             return EditError(
                 f"the loss is not finite for {edit_names(self.data.edits, guilty)}, with the original weights and each "
                 "edit by itself; the model is restored. Leave these edits out, or mend the model: it may have a token "
-                "embedding or another weight that is not finite, or numbers too large for its dtype"
+                "embedding or another weight that is not finite, or numbers too large for its dtype",
+                edits=[edit_name(self.data.edits[i], i) for i in guilty],
             )
         return EditError(
             f"the loss is not finite, first in {when}: {self.data.names(batch.tolist())}; "
