@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 FASTEDIT_TEST_SEED ?= 20261128
 
-.PHONY: demo test test-fresh lint bench gpu-install gpu-test gpu-bench clean
+.PHONY: demo test test-fresh lint docs bench micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -21,8 +21,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# docs/site/index.html
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
+
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cpu
+
+# keeps the run in .benchmarks/; ARGS=--benchmark-compare shows the one before beside it
+micro: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks/micro --benchmark-autosave --benchmark-columns=median,iqr,rounds $(ARGS)
 
 # no network: torch, nvcc and what pyproject.toml names are taken from where $(PYTHON) finds them
 gpu-install:
@@ -35,9 +43,13 @@ gpu-bench: gpu-install
 	$(PYTHON) -m benchmarks --device cuda
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/site
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,bench]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,plot,test,bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@

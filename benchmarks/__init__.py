@@ -1,1 +1,1 @@
-"""What a user would do otherwise, and ours, in one run: `python -m benchmarks.NAME` or `python benchmarks/NAME.py`."""
+"""Benchmarks of ours against what a user would do otherwise, in one run: `python -m benchmarks.NAME`."""

@@ -1,7 +1,7 @@
-"""Runs the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
+"""Run the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
 
 Rows are appended as they are measured, so that it can be stopped at any time; what fails does not stop the rest. Then
-the pictures and the README's tables are made anew.
+the pictures and the tables of both READMEs are made anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAN = {
         "-m benchmarks.scaling --device cpu",
         "-m benchmarks.schedules --n 100",
         "-m benchmarks.emmet_vs_memit --batch-sizes 1 64 --batches 1",
-        "-m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds benchmarks/test_ops.py",
+        "-m pytest -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds benchmarks/micro",
     ],
     "cuda": [
         "-m benchmarks.kernels --device cuda --budget 0.5",

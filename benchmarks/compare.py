@@ -1,4 +1,4 @@
-"""Tells whether anything became slower: ratios of two sets of results, and which are beyond the noise.
+"""Tell whether anything became slower: ratios of two sets of results, and which are beyond the noise.
 
     python -m benchmarks.compare OLD NEW
 

@@ -26,10 +26,10 @@ import fastedit.demo
 from benchmarks.harness import Case, Inputs, Suite
 from benchmarks.rows import make_row
 from fastedit import ops
-from fastedit.collect import collect
-from fastedit.models import Topology, topology
+from fastedit.models import Model, Topology, topology
 from fastedit.ops import syrk
 from fastedit.ops.registry import Backend
+from fastedit.statistics.collect import collect
 
 # (rows, width, dtype)
 SUMS = {
@@ -102,7 +102,7 @@ def run_case(device: torch.device, documents: int, batch: int) -> Case:
     layers = list(range(depth - 1 - LAYERS, depth - 1))
 
     def ours() -> Sequence[Tensor]:
-        found = collect(parts, tokenizer, texts, layers)
+        found = collect(Model(parts, tokenizer), texts, layers)
         return [found[layer].finalize() for layer in layers]
 
     def published(dtype: torch.dtype = torch.float32) -> Sequence[Tensor]:

@@ -25,8 +25,8 @@ if not __package__:  # run as a file; imports are from the root
 import fastedit.demo
 from benchmarks.rows import append, make_row
 from fastedit import Editor, EditRequest
-from fastedit.evaluate import compare
-from fastedit.predictions import predict
+from fastedit.evaluation.predict import predict
+from fastedit.evaluation.report import compare
 
 # name -> method, distribution, how tables call it
 VARIANTS = {
@@ -42,10 +42,9 @@ BATCHES = {1: 64, 4: 16, 16: 8, 64: 4, 256: 2, 1024: 1}  # size -> batches
 
 def measured(editor: Editor, batch: Sequence[EditRequest], text: Sequence[str]) -> dict[str, float]:
     """MEASURES of one batch's edit, which is undone afterwards."""
-    about = editor.topology, editor.tokenizer, batch
-    before = predict(*about, kinds=("neighbour",))
+    before = predict(editor.parts, batch, kinds=("neighbour",))
     result = editor.edit(batch)
-    report = compare(batch, predict(*about, text=text), before).to_dict()
+    report = compare(batch, predict(editor.parts, batch, text=text), before).to_dict()
     result.revert()
     report["reliability"] = report["reliability"]["generated"]
     return {name: report[name] for name in MEASURES}

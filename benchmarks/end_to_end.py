@@ -25,10 +25,10 @@ from benchmarks.harness import Run, Suite, measured
 from benchmarks.locft_bf import order
 from benchmarks.rows import make_row
 from fastedit import Editor, EditRequest
-from fastedit.evaluate import compare
-from fastedit.models import topology
-from fastedit.predictions import Predictions, predict
-from fastedit.statistics import load_covariance
+from fastedit.evaluation.predict import Predictions, predict
+from fastedit.evaluation.report import compare
+from fastedit.models import Model, topology
+from fastedit.statistics.store import StatisticsStore
 
 NAMES = {"locft-bf": "LocFT-BF", "memit": "MEMIT", "emmet": "EMMET", "rome": "ROME"}
 CONTEXTS = ("It was late. {}", "Then they went home. {}", "Nothing had changed. {}", "They asked again. {}", "So. {}")
@@ -38,22 +38,21 @@ WORSE = 0.05
 
 
 class Quality:
-    """What an edit did to the model, measured against the unedited one."""
+    """The effect of an edit on the model, measured against the unedited one."""
 
     def __init__(self, model: Any, tokenizer: Any, requests: Sequence[EditRequest], text: Sequence[str]) -> None:
-        self.about = (tokenizer, list(requests))
-        self.before: Predictions = predict(topology(model), *self.about, kinds=("neighbour",))
-        self.text = text
+        self.tokenizer, self.requests, self.text = tokenizer, list(requests), text
+        self.before: Predictions = predict(Model.of(model, tokenizer), self.requests, kinds=("neighbour",))
 
     def of(self, model: Any) -> dict[str, float]:
-        after = predict(topology(model), *self.about, text=self.text)
-        report = compare(self.about[1], after, self.before).to_dict()
+        after = predict(Model.of(model, self.tokenizer), self.requests, text=self.text)
+        report = compare(self.requests, after, self.before).to_dict()
         shares = {f"{name}, {way}": report[name][way] for name in MEASURES for way in ("generated", "teacher_forced")}
         return {name.replace("_", "-"): share for name, share in shares.items()} | {"perplexity": report["perplexity"]}
 
 
 def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditRequest], found: dict[str, Any]) -> Run:
-    """Edits the model the published way with the settings that ours chose."""
+    """Edit the model the published way with the settings that ours chose."""
     config, epochs = found["config"], found["epochs"]
     if method == "locft-bf":
         weight = dict(model.named_parameters())[found["path"]]
@@ -73,7 +72,8 @@ def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditR
     if config["objective"] == "equality":
         settings["alpha"] = config["alpha"]
     parts = topology(model)
-    covariances = [load_covariance(parts, found["fingerprint"], layer, "down_proj") for layer in config["layers"]]
+    statistics = StatisticsStore(parts, found["fingerprint"])
+    covariances = [statistics.covariance(layer) for layer in config["layers"]]
     triples = [(r.prompt, str(r.subject), r.target) for r in edits]
     with measured(model.device) as run:
         for batch in ([t] for t in triples) if method == "rome" else [triples]:

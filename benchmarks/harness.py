@@ -36,7 +36,7 @@ _MOST_SETS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be compared.
+    """A comparison to make.
 
     Attributes:
         benchmark, mode, shape, dtype: as in `rows.Row`.
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass
 class Run:
-    """What happened inside `measured`."""
+    """The findings of `measured`."""
 
     seconds: float = math.nan
     peak_memory: int | None = None
@@ -83,7 +83,7 @@ class Suite:
         print(f"{device_name(self.device)}; rows go to {results_file() or 'no file'}", flush=True)
 
     def run(self, case: Case) -> dict[str, Row]:
-        """Verifies and times a case, prints it and appends its rows; {} when red."""
+        """Verify and time a case, print it and append its rows; {} when red."""
         print(f"\n{' '.join(filter(None, (case.benchmark, case.mode, case.shape, case.dtype)))}", flush=True)
         able, memory, right = {}, {}, True
         inputs = case.setup()
@@ -130,7 +130,7 @@ class Suite:
         return rows
 
     def record(self, row: Row, label: str | None = None) -> Row:
-        """Appends a row and prints it."""
+        """Append a row and print it."""
         append(row)
         spread = f"  [{row.p20:.4g}, {row.p80:.4g}]" if row.p20 is not None else ""
         share = f"  {row.floor_share:.0%} of the floor's speed" if row.floor_share else ""
@@ -139,7 +139,7 @@ class Suite:
         return row
 
     def fail(self, reason: str) -> bool:
-        """Notes that a result is wrong; False, for the caller to note too."""
+        """Note that a result is wrong; return False, for the caller to note too."""
         print(f"  RED: {reason}; no time is printed", flush=True)
         self.red.append(reason)
         return False

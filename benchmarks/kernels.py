@@ -76,7 +76,7 @@ def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> 
         return run
 
     def fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Sequence[Tensor]:
-        """What `torch.optim.Adam(fused=True).step()` runs; it wants moments of the weight's dtype."""
+        """The call that `torch.optim.Adam(fused=True).step()` makes; it wants moments of the weight's dtype."""
         adam(
             [weight], [grad], [m], [v], [], [step], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
             lr=LR, weight_decay=0.0, eps=EPS, maximize=False,

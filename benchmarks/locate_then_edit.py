@@ -30,7 +30,7 @@ from benchmarks.models import SIZES, load_tokenizer, random_llama
 from benchmarks.rows import make_row
 from fastedit import Editor, EditRequest, StreamingCovariance, load_requests, ops
 from fastedit.models import fingerprint, topology
-from fastedit.statistics import statistics_path
+from fastedit.statistics.store import statistics_path
 
 LAYERS = (3, 4, 5, 6)
 CONTEXTS = ["The river was cold that year. {}", "Therefore we went home. {}", "Because of that, nothing changed. {}"]

@@ -1,5 +1,5 @@
-"""Draws the results file into benchmarks/results/, for each device: ratios as bars, scaling as lines, a roofline, and
-ROME, MEMIT and EMMET over batch sizes.
+"""Draw the results file into benchmarks/results/: the headlines of all devices, and for each device ratios as bars,
+scaling as lines, a roofline, and ROME, MEMIT and EMMET over batch sizes.
 
 python -m benchmarks.plot
 """
@@ -20,7 +20,7 @@ if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from benchmarks.rows import FILE, Row, latest, read
 from benchmarks.scaling import EXPECTED, fits
-from benchmarks.tables import by_case
+from benchmarks.tables import by_case, headlines
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -54,6 +54,39 @@ def ratios(rows: Sequence[Row]) -> plt.Figure | None:
     return figure
 
 
+def headline(rows: Sequence[Row]) -> plt.Figure | None:
+    """A bar for each comparison of the main README and each device: the published procedure's time over ours."""
+    bars = [
+        (f"{what}\n{size}", device, theirs.p50 / ours.p50)
+        for what, size, pairs in headlines(rows)
+        for device, (theirs, ours) in sorted(pairs.items())
+        if theirs
+    ]
+    if not bars:
+        return None
+    names = list(dict.fromkeys(name for name, *_ in bars))
+    devices = sorted({device for _, device, _ in bars})
+    figure, axis = plt.subplots(figsize=(9, 1 + 0.55 * len(names)), constrained_layout=True)
+    height = 0.8 / len(devices)
+    for i, device in enumerate(devices):
+        own = {name: value for name, other, value in bars if other == device}
+        places = [names.index(name) + (i - (len(devices) - 1) / 2) * height for name in own]
+        drawn = axis.barh(places, [value - 1 for value in own.values()], left=1, height=height, label=device)
+        axis.bar_label(drawn, [f"{value:.1f}×" for value in own.values()], padding=3, fontsize="small")
+    axis.set_yticks(range(len(names)), names, fontsize="small")
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    low, high = min(value for *_, value in bars), max(value for *_, value in bars)
+    axis.set_xlim(0.9 * min(low, 1), 1.5 * high)
+    ticks = [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if 0.9 * min(low, 1) < t < 1.5 * high]
+    axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("time of the published procedure over ours")
+    axis.legend(fontsize="small", loc="lower right")
+    return figure
+
+
 def scaling(rows: Sequence[Row]) -> plt.Figure | None:
     """Seconds against size, a panel for each thing that grows."""
     points: dict[str, list[Row]] = {}
@@ -83,7 +116,7 @@ def scaling(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def roofline(rows: Sequence[Row]) -> plt.Figure | None:
-    """What was reached, flops/s over flops/byte, under the ceilings measured on that device."""
+    """Throughput, flops/s over flops/byte, under the ceilings measured on that device."""
     ceilings = {(row.mode, row.dtype): row.p80 or row.p50 for row in rows if row.benchmark == "ceiling"}
     points = [row for row in rows if row.bytes and row.flops and row.benchmark not in ("ceiling", "scaling")]
     if not points or ("copy", "float32") not in ceilings:
@@ -134,6 +167,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = latest(read())
     args.output.mkdir(parents=True, exist_ok=True)
+    if figure := headline(rows):
+        figure.savefig(path := args.output / "headline.png", dpi=110)
+        print(path)
+        plt.close(figure)
     for device in dict.fromkeys(row.device for row in rows):
         own = [row for row in rows if row.device == device]
         times = [row for row in own if row.unit == "s"]

@@ -116,7 +116,7 @@ def observed(
     templates: Sequence[str],
     out: bool,
 ) -> Tensor:
-    """What enters or leaves a module at the subjects, a row for each edit of each template; the whole model runs."""
+    """Inputs or outputs of a module at the subjects, a row for each edit of each template; the whole model runs."""
     seen: dict[str, Tensor] = {}
 
     def note(_: Any, args: Any, output: Any) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from fastedit.version import version_of
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("results") / "results.csv"
@@ -64,7 +65,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two rows measurements of one thing."""
+        """The values that make two rows measurements of one thing."""
         return self.benchmark, self.provider, self.mode, self.shape, self.dtype, self.device, self.unit
 
 
@@ -98,7 +99,7 @@ def make_row(
 
 
 def append(row: Row, path: Path | None = None) -> None:
-    """Writes a row at the end of the file in one piece, so that a run can be stopped after any."""
+    """Write a row at the end of the file in one piece, so that a run can be stopped after any."""
     path = path or results_file()
     if path is None:
         return
@@ -170,14 +171,8 @@ def _processor() -> str:
 
 @cache
 def versions() -> str:
-    return ", ".join(f"{package} {_version(package)}" for package in ("fastedit", "torch", "transformers", "triton"))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    packages = ("fastedit", "torch", "transformers", "triton")
+    return ", ".join(f"{package} {version_of(package, 'none')}" for package in packages)
 
 
 @cache
@@ -191,7 +186,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+        written = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md")
+        changed = git("status", "--porcelain", "--", ".", *written)
         return git("rev-parse", "--short=7", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

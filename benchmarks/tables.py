@@ -1,8 +1,9 @@
-"""Writes the README's tables from the results file, between `<!-- results:NAME -->` and `<!-- /results -->`.
+"""Write the tables of README.md and benchmarks/README.md from the results file.
 
-    python -m benchmarks.tables           # --check to fail where they differ, --show NAME to print one
+    python -m benchmarks.tables           # --check to fail if they differ, --show NAME to print one
 
-A figure is the median of the latest row of its key. What was not measured says so.
+A table stands between `<!-- results:NAME -->` and `<!-- /results -->`. A figure is the median of the latest row of its
+key. What was not measured says so.
 """
 
 from __future__ import annotations
@@ -21,10 +22,32 @@ if not __package__:  # run as a file; imports are from the root
 from benchmarks.rows import ROOT, Row, latest, read
 from benchmarks.scaling import EXPECTED, fits
 
-README = ROOT / "README.md"
+FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MISSING = "not measured"
 _MARKED = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 KERNELS = {"localized_adam": "localized Adam", "rank_k_solve": "rank-k", "target_cross_entropy": "cross-entropy"}
+
+# (what, benchmark, mode, sizes): the lines of the table in the main README
+HEADLINES = (
+    (
+        "LocFT-BF",
+        "locft_bf",
+        "LocFT-BF",
+        (
+            "300 edits (zsre_3k), small Llama, batch 100, 4 epochs",
+            "300 edits (fact world), 1b Llama, batch 100, 4 epochs",
+        ),
+    ),
+    (
+        "MEMIT",
+        "memit",
+        "MEMIT",
+        ("64 edits, small Llama, 4 layers, 25 steps", "16 edits, 1b Llama, 4 layers, 10 steps"),
+    ),
+    ("MEMIT's solve alone", "rank_k_against_direct", "solve alone", ("d=4096, N=32",)),
+    ("second moments", "covariance", "run", ("128 documents, 5 of 8 layers",)),
+    *((f"{name}, fact world", "end_to_end", name, ("1000 edits",)) for name in ("LocFT-BF", "MEMIT", "EMMET", "ROME")),
+)
 
 Lines = list[str]
 
@@ -34,6 +57,8 @@ def on_gpu(row: Row) -> bool:
 
 
 def seconds(value: float) -> str:
+    if value >= 999.5:
+        return f"{value:,.0f} s"
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if value * factor >= 1:
             return f"{value * factor:.3g} {unit}"
@@ -90,6 +115,55 @@ def each_device(rows: Sequence[Row], draw: Callable[[Sequence[Row]], Lines], gpu
         if not devices:
             lines += otherwise or [f"{kind}: {MISSING}.", ""]
     return lines[:-1]
+
+
+Pair = tuple[Row | None, Row]
+"""The published procedure's time, if measured, and ours."""
+
+
+def headlines(rows: Sequence[Row]) -> list[tuple[str, str, dict[str, Pair]]]:
+    """What, its size and, for each device that measured it, the times. A comparison that nobody measured has no device.
+
+    A size is listed if a device timed both the published procedure and ours.
+    """
+    times = [row for row in rows if row.unit == "s"]
+    found = []
+    for what, benchmark, mode, sizes in HEADLINES:
+        listed: list[tuple[str, str, dict[str, Pair]]] = []
+        for size in sizes:
+            own = [row for row in times if (row.benchmark, row.mode, row.shape) == (benchmark, mode, size)]
+            theirs = {row.device: row for row in own if row.provider == "published"}
+            pairs = {row.device: (theirs.get(row.device), row) for row in own if row.provider == "ours"}
+            if theirs.keys() & pairs.keys():
+                listed.append((what, size, pairs))
+        found += listed or [(what, sizes[0], {})]
+    return found
+
+
+def headline(rows: Sequence[Row]) -> Lines:
+    """One table: a line for each comparison with the published procedure, a column for each device."""
+    found = headlines(rows)
+    measured = {device: pair[1] for *_, pairs in found for device, pair in pairs.items()}
+    devices = sorted(measured, key=lambda device: (on_gpu(measured[device]), device))
+    kinds = {on_gpu(row) for row in measured.values()}
+    missing = [kind for kind, gpu in (("CPU", False), ("GPU", True)) if gpu not in kinds]
+
+    def cell(pair: Pair | None) -> str:
+        if pair is None:
+            return MISSING
+        theirs, ours = pair
+        if theirs is None:
+            return f"{MISSING} → {seconds(ours.p50)}"
+        return f"{seconds(theirs.p50)} → {seconds(ours.p50)}, **{ratio(theirs, ours)}×**"
+
+    lines = table(
+        ("published → ours", "size", *devices, *missing),
+        ((what, size, *map(cell, map(pairs.get, devices)), *[MISSING] * len(missing)) for what, size, pairs in found),
+    )
+    if measured:
+        commits = sorted({row.commit for *_, pairs in found for pair in pairs.values() for row in pair if row})
+        lines += ["", f"Measured at commits {', '.join(f'`{commit}`' for commit in commits)}."]
+    return lines
 
 
 def title(benchmark: str, mode: str) -> str:
@@ -203,6 +277,7 @@ def scaling(rows: Sequence[Row]) -> Lines:
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
+    "headline": headline,
     "kernels": kernels,
     "locft_bf": against_published("locft_bf"),
     "locate_then_edit": against_published("rank_k_against_direct", "memit"),
@@ -228,20 +303,21 @@ def render(text: str, rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--readme", type=Path, default=README)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the tables differ")
+    parser.add_argument("files", type=Path, nargs="*", default=FILES, help="default: both READMEs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table differs")
     parser.add_argument("--show", choices=TABLES)
     args = parser.parse_args()
     rows = read()
     if args.show:
         print("\n".join(TABLES[args.show](latest(rows))))
         return
-    text = args.readme.read_text(encoding="utf-8")
-    made = render(text, rows)
-    if args.check and made != text:
-        sys.exit(f"the tables of {args.readme} differ from the results: python -m benchmarks.tables")
-    if made != text:
-        args.readme.write_text(made, encoding="utf-8")
+    for file in args.files:
+        text = file.read_text(encoding="utf-8")
+        made = render(text, rows)
+        if args.check and made != text:
+            sys.exit(f"the tables of {file} differ from the results: python -m benchmarks.tables")
+        if made != text:
+            file.write_text(made, encoding="utf-8")
 
 
 if __name__ == "__main__":

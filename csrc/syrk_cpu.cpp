@@ -1,11 +1,10 @@
 // total += rowsᵀ rows on the CPU, lower triangle. Chunks of rows are widened into fp32 panels that all threads share;
 // register tiles sum the products of a chunk in fp32 and add them to the fp64 total.
 
-#include "syrk.h"
+#include "syrk_cpu.h"
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <condition_variable>
 #include <mutex>
 #include <new>
@@ -16,59 +15,9 @@
 namespace fastedit {
 namespace {
 
-constexpr uint32_t kLargest = (127 + 57) << 23;    // 2⁵⁷ as bits: 8,192 of its squares sum to a finite number
 constexpr int64_t kRowsPerTask = 32;               // scanned or packed
 constexpr int64_t kBlocksPerTask = 4;              // of PANEL × PANEL sums
 constexpr int64_t kProductsPerThread = 1 << 22;    // about as long as starting the thread takes, ten times over
-
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-
-struct Rows {
-    const void* data;
-    int64_t width, stride, count;
-    const int64_t* kept;
-    int64_t index(int64_t k) const { return kept ? kept[k] : k; }
-    template <class T>
-    const T* at(int64_t k) const { return static_cast<const T*>(data) + index(k) * stride; }
-};
-
-template <class T>
-struct Kernels {
-    int64_t panel;
-    bool (*unusable)(const T*, int64_t);
-    void (*pack)(const Rows&, int64_t, int64_t, int64_t, int64_t, float*);
-    void (*block)(const float*, const float*, int64_t, double*, int64_t, int64_t, int64_t);
-};
-
-#define ISA portable
-#define TARGET
-#define LANES 4
-#define MR 4
-#include "syrk_cpu_kernel.h"
-
-#ifdef __x86_64__
-#define ISA avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#define LANES 8
-#define MR 4
-#include "syrk_cpu_kernel.h"
-
-#define ISA avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define LANES 16
-#define MR 8
-#include "syrk_cpu_kernel.h"
-#endif
-
-template <class T>
-const Kernels<T>& kernels(Isa isa) {
-#ifdef __x86_64__
-    if (isa == Isa::avx512) return avx512::kernels<T>;
-    if (isa == Isa::avx2) return avx2::kernels<T>;
-#endif
-    return portable::kernels<T>;
-}
 
 // Threads that do one thing at the same time. They live for one call: a pool would not survive fork(), and OpenMP
 // would be a second runtime beside the one that torch brings, with threads that spin against its own.
@@ -153,6 +102,14 @@ int64_t syrk(double* total, const Rows& rows, int threads, const Kernels<T>& ker
     return bad < rows.count ? rows.index(bad) : -1;
 }
 
+const AllKernels& kernels_of(Isa isa) {
+#ifdef __x86_64__
+    if (isa == Isa::avx512) return avx512;
+    if (isa == Isa::avx2) return avx2;
+#endif
+    return portable;
+}
+
 }  // namespace
 
 bool supports(Isa isa) {
@@ -168,11 +125,12 @@ bool supports(Isa isa) {
 int64_t syrk_cpu(double* total, const void* data, DType dtype, int64_t width, int64_t stride, const int64_t* kept,
                  int64_t count, int threads, Isa isa) {
     const Rows rows{data, width, stride, count, kept};
+    const AllKernels& kernels = kernels_of(isa);
     const double products = 0.5 * static_cast<double>(width) * static_cast<double>(width) * static_cast<double>(count);
     threads = static_cast<int>(std::clamp(products / kProductsPerThread, 1.0, static_cast<double>(std::max(threads, 1))));
-    if (dtype == DType::bfloat16) return syrk(total, rows, threads, kernels<BFloat16>(isa));
-    if (dtype == DType::float16) return syrk(total, rows, threads, kernels<Float16>(isa));
-    return syrk(total, rows, threads, kernels<float>(isa));
+    if (dtype == DType::bfloat16) return syrk(total, rows, threads, std::get<Kernels<BFloat16>>(kernels));
+    if (dtype == DType::float16) return syrk(total, rows, threads, std::get<Kernels<Float16>>(kernels));
+    return syrk(total, rows, threads, std::get<Kernels<float>>(kernels));
 }
 
 }  // namespace fastedit

@@ -1,12 +1,20 @@
-// The inner loops of the CPU update, included by syrk_cpu.cpp once for each instruction set with
-//   ISA     name of the namespace
-//   TARGET  attribute of every function
+// The inner loops of the CPU update, included by syrk_cpu_*.cpp, an object for each instruction set, with
+//   ISA     name of its table of kernels
+//   TARGET  attribute of every function, not a flag of the object: the linker keeps one copy of what headers define
+//           inline, and that one must run on every processor
 //   LANES   floats in a vector register
 //   MR      columns of the left operand in a register tile; the right one has PANEL, three registers of them
 // Vector types are the compiler's own: no intrinsics, and one source for every architecture.
 
-namespace ISA {
+#include <algorithm>
+#include <bit>
 
+#include "syrk_cpu.h"
+
+namespace fastedit {
+namespace {
+
+constexpr uint32_t kLargest = (127 + 57) << 23;  // 2⁵⁷ as bits: 8,192 of its squares sum to a finite number
 constexpr int PANEL = 3 * LANES;
 constexpr int64_t DEPTH = 128;  // rows of two panels, 24 KiB or 48, stay in the first cache while all their tiles are summed
 static_assert(PANEL % MR == 0, "left operands are read from the same panels");
@@ -93,9 +101,8 @@ TARGET static void block(const float* left, const float* right, int64_t depth, d
 template <class T>
 constexpr Kernels<T> kernels = {PANEL, unusable, pack<T>, block};
 
-}  // namespace ISA
+}  // namespace
 
-#undef ISA
-#undef TARGET
-#undef LANES
-#undef MR
+constinit const AllKernels ISA{kernels<float>, kernels<BFloat16>, kernels<Float16>};
+
+}  // namespace fastedit

@@ -15,7 +15,7 @@
 #include "planes.cuh"
 #include "ptx.cuh"
 #include "syrk.h"
-#include "syrk_wgmma.cuh"
+#include "syrk_wgmma.h"
 
 namespace fastedit {
 namespace {
@@ -254,9 +254,8 @@ void syrk_cuda(double* total, const void* rows, DType dtype, int64_t width, int6
     }
     const bool half = dtype == DType::float16;
     if (by_wgmma) {
-        wgmma::Work work{total, parts, kept, 0, count, kLaunchRows, d, terms, splits};
-        wgmma::run(work, wgmma::map_of(rows, half, d, count, stride, terms == 6 ? 3 : 1, plane_size), half,
-                   processors_of(device), stream);
+        const wgmma::Work work{total, parts, kept, 0, count, kLaunchRows, d, terms, splits};
+        wgmma::run(work, rows, half, stride, plane_size, processors_of(device), stream);
         return;
     }
     Problem p{total, static_cast<const uint16_t*>(rows), plane_size, stride, list, kept, 0, count, d, terms};

@@ -3,14 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fastedit.version import check_alone, version_of
+
 if TYPE_CHECKING:
-    from fastedit.covariance import StreamingCovariance
     from fastedit.delta import WeightDelta
-    from fastedit.each import EachEditResult
-    from fastedit.editor import Editor, EditResult
-    from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
-    from fastedit.evaluate import EvaluationReport
+    from fastedit.editor import Editor
+    from fastedit.errors import ConfigError, EditError, FastEditError, FileError, ModelError, RequestError, TensorError
+    from fastedit.evaluation.report import EvaluationReport
     from fastedit.requests import EditRequest, load_requests
+    from fastedit.results import EachEditResult, EditResult
+    from fastedit.statistics.moment import StreamingCovariance
+
+    __version__: str
+
+check_alone()
 
 __all__ = [
     "ConfigError",
@@ -21,26 +27,30 @@ __all__ = [
     "Editor",
     "EvaluationReport",
     "FastEditError",
+    "FileError",
     "ModelError",
     "RequestError",
     "StreamingCovariance",
+    "TensorError",
     "WeightDelta",
     "load_requests",
 ]
 
 _HOMES = {
-    "StreamingCovariance": "covariance",
+    "StreamingCovariance": "statistics.moment",
     "WeightDelta": "delta",
-    "EachEditResult": "each",
+    "EachEditResult": "results",
     "Editor": "editor",
-    "EditResult": "editor",
-    "EvaluationReport": "evaluate",
+    "EditResult": "results",
+    "EvaluationReport": "evaluation.report",
     "EditRequest": "requests",
     "load_requests": "requests",
 }
 
 
 def __getattr__(name: str) -> Any:  # on first use (PEP 562): torch and transformers take seconds to import
+    if name == "__version__":
+        return version_of("fastedit")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)

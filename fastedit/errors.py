@@ -1,27 +1,112 @@
-"""The errors fastedit raises on purpose.
+"""The errors that fastedit raises on purpose.
 
-Every message names the record, field, file or layer, says what was expected and what to do.
-The command line turns any of them into one line on stderr, and exit code 2; 1 where work had begun.
+Every message names the record, field, file or layer, says what was expected and what to do. The command line prints
+any of them in one line on stderr.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+_Error = TypeVar("_Error", bound="FastEditError")
+_SHOWN = 10  # items that a message lists before it only counts the rest
+
 
 class FastEditError(Exception):
-    """Base of every error that fastedit raises on purpose."""
+    """Base of every error that fastedit raises on purpose.
+
+    Attributes:
+        text: what is wrong, what was expected, what to do.
+        places: where it happened, the outermost place first, such as "layer 3"; `str()` puts them before the text.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text)
+        self.text = text
+        self.places: tuple[str, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles keep the fields: they are made with `args`, the arguments of the class."""
+        return type(self), self.args, self.__dict__
+
+    def at(self: _Error, place: str | Path) -> _Error:
+        """Add the place around those already named; for `raise error.at(f"layer {layer}")`."""
+        self.places = (str(place), *self.places)
+        return self
+
+    def __str__(self) -> str:
+        return ": ".join((*self.places, self.text))
 
 
 class RequestError(FastEditError):
-    """A file of edit requests, or one record of it, cannot be used."""
+    """Edit requests, a file of them or one record of it, cannot be used.
+
+    Attributes:
+        edits: names of the edits that cannot be used; empty if the error is not about edits.
+    """
+
+    def __init__(self, text: str = "", *, edits: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.edits = tuple(edits)
+
+    @classmethod
+    def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits") -> RequestError:
+        """The error of all offending edits, or of something else: (name, sentence) pairs; the first ten are quoted."""
+        sentences = [sentence for _, sentence in problems]
+        text = sentences[0]
+        if len(sentences) > 1:
+            text = f"{len(sentences)} {what} cannot be used: {listed(sentences, ' | ')}"
+        return cls(text, edits=[name for name, _ in problems] if what == "edits" else ())
 
 
 class ModelError(FastEditError):
-    """The model, one of its layers, or a file made for another model cannot be used."""
+    """The model, one of its layers, or something made for another model cannot be used."""
+
+
+class FileError(ModelError):
+    """A file or a folder cannot be read or written, or does not hold what it should.
+
+    It is a `ModelError` because version 0.1 raised that one.
+
+    Args:
+        path: the file or folder.
+        text: what is wrong; its "{path}" becomes the path, which stands in front of a text without one.
+    """
+
+    def __init__(self, path: str | Path, text: str) -> None:
+        super().__init__(text.replace("{path}", str(path)))
+        self.path = Path(path)
+        self.args = path, text  # what a copy is made with
+        if "{path}" not in text:
+            self.at(path)
+
+
+class TensorError(ModelError):
+    """A tensor has a shape, dtype, device or values that an operation cannot take.
+
+    It is a `ModelError` because version 0.1 raised that one.
+    """
 
 
 class ConfigError(FastEditError):
-    """A field of a method's configuration has a value it cannot take."""
+    """A field of a configuration has a value that it cannot take."""
 
 
 class EditError(FastEditError):
-    """An edit failed while it ran; the model is as it was before."""
+    """An edit failed while it ran; the model is as it was before.
+
+    Attributes:
+        edits: names of the edits that are to blame; empty if none is.
+    """
+
+    def __init__(self, text: str = "", *, edits: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.edits = tuple(edits)
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """The first ten items, and how many more there are."""
+    more = f"{separator}and {len(items) - _SHOWN} more" if separator != ", " else f" and {len(items) - _SHOWN} more"
+    return separator.join(items[:_SHOWN]) + (more if len(items) > _SHOWN else "")

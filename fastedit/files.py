@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from fastedit.errors import ModelError
+from fastedit.errors import FileError
 
 _DELTA = ["delta.safetensors", "report.json"]  # all that `fastedit edit --delta-only` writes
 
@@ -39,11 +39,11 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     What the old folder holds is gone then. Those whose inputs may lie in it ask `check_directory` first.
 
     Raises:
-        ModelError: `path` is something else: no folder, or one without config.json and safetensors files.
+        FileError: `path` is something else: no folder, or one without config.json and safetensors files.
     """
     path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
     if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or _names(path) in ([], _DELTA))):
-        raise ModelError(f"{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
+        raise FileError(path, "{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
@@ -73,10 +73,12 @@ def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
         inputs: what it is called ("the model") -> file or folder that is read, for messages.
 
     Raises:
-        ModelError: `path` is one of the inputs or in a folder of them, is no ordinary file, or cannot be written.
+        FileError: `path` is one of the inputs or in a folder of them, is not an ordinary file, or cannot be written.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # as root, replacing /dev/null would work
-        raise ModelError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file")
+        raise FileError(
+            path, f"{{path}} is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file"
+        )
     _refuse_inputs(path, inputs or {})
     _try(path, replacing, path)
 
@@ -88,7 +90,7 @@ def check_directory(path: Path, inputs: Mapping[str, Path] | None = None) -> Non
         inputs: as for `check_file`.
 
     Raises:
-        ModelError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
+        FileError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
     """
     _refuse_inputs(path, inputs or {})
     _try(path, replacing_directory, path)
@@ -98,7 +100,7 @@ def check_writable(folder: Path) -> None:
     """Refuse now a folder in which no file could be written later, by writing one; nothing is left behind.
 
     Raises:
-        ModelError: it cannot be made, or not be written.
+        FileError: it cannot be made, or not be written.
     """
     _try(folder / "trial", replacing, folder)
 
@@ -106,12 +108,12 @@ def check_writable(folder: Path) -> None:
 def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:
     for name, source in inputs.items():
         if path.resolve() == source.resolve():
-            raise ModelError(f"{path} is {name}; give another place to write to")
+            raise FileError(path, f"{{path}} is {name}; give another place to write to")
         entries = source.iterdir() if os.path.isdir(source) and os.access(source, os.R_OK) else ()
         if os.path.isfile(path) and _lies_in(path, source):
-            raise ModelError(f"{path} is a part of {name} {source}; give another file")
+            raise FileError(path, f"{{path}} is a part of {name} {source}; give another file")
         if any(_lies_in(each, path) for each in (source, *entries)):  # an entry may be a link
-            raise ModelError(f"{path} would be replaced, and {name} {source} lies in it; write to another place")
+            raise FileError(path, f"{{path}} would be replaced, and {name} {source} lies in it; write to another place")
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
@@ -134,7 +136,7 @@ def _try(path: Path, way: Callable[[Path], AbstractContextManager[Path]], named:
     except OSError as error:
         file = next((parent for parent in path.parents if os.path.isfile(parent)), None)
         reason = f"{'it' if file == named else file} is a file" if file else error.strerror
-        raise ModelError(f"{named} cannot be written: {reason}; give another place") from error
+        raise FileError(named, f"{{path}} cannot be written: {reason}; give another place") from error
     finally:
         for parent in created:
             with suppress(OSError):

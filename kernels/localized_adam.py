@@ -63,7 +63,7 @@ def _store(pointers, x, mask, seed, step, row, eighth, TENSOR: tl.constexpr, STO
 
 @triton.jit
 def _bf16_toward(x, UP: tl.constexpr):
-    """x, or where bf16 cannot hold it the next value above (UP) or below that it can."""
+    """x, or if bf16 cannot hold it, the next value above (UP) or below that bf16 can hold."""
     bits = x.to(tl.int32, bitcast=True)
     short = bits & -0x10000
     away = (bits != short) & ((bits < 0) != UP)  # else dropping bits, which is toward zero, is that direction

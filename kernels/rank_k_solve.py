@@ -6,7 +6,7 @@
 group and turns them into G⁻¹ in registers: elimination without pivoting, which a positive definite S has no need of,
 takes S = M D Mᵀ to D in N steps and I to M⁻¹. M⁻¹ grows column by column where those of S vanish, so that one tile
 [N, N] holds both, and G⁻¹ = D^(−½) M⁻¹. `_apply` multiplies tiles of Y, then R, by it. No atomics: the same inputs give
-the same bits. Products of fp64 run on tensor cores where there are such; those of fp32 do not, for they would be tf32.
+the same bits. Products of fp64 run on tensor cores if there are any; those of fp32 do not, because they would be tf32.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
 
     Returns:
         (left [..., N, h], right [..., N, d], failed [...] int32): failed counts the pivots that rounding
-        alone has left, those not above N·eps of their diagonal; where it is not 0, left and right mean nothing. On the
+        alone has left, those not above N·eps of their diagonal; if it is not 0, left and right mean nothing. On the
         device of white, without a sync.
 
     Raises:

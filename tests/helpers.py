@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastedit import EditRequest
-from fastedit.covariance import StreamingCovariance
 from fastedit.models import Samples, fingerprint, topology
-from fastedit.statistics import statistics_path
+from fastedit.statistics.moment import StreamingCovariance
+from fastedit.statistics.store import statistics_path
 
 VOCAB = 97
 SPECIAL = ["<s>", "</s>", "<unk>", ".", "The", "Therefore", "Because", "I", "You"]
@@ -87,7 +87,8 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 @cache
-def _made_once(family: str, dtype: torch.dtype, seed: int, _: torch.dtype) -> Any:
+def _made_once(family: str, dtype: torch.dtype, seed: int, default: torch.dtype) -> Any:
+    """`default` is that of the caller, in which a model makes its rotary embeddings."""
     kind, settings = FAMILIES[family]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from benchmarks import compare, rows, scaling, tables
 from benchmarks.harness import Case, Suite, measured
+from benchmarks.micro.cases import all_cases
+from fastedit import ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,9 +170,42 @@ def test_tables_show_what_is_slower_and_what_is_missing() -> None:
         assert "not measured" in "\n".join(draw([])), name
 
 
-def test_the_readme_shows_what_the_results_file_holds() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_headlines_are_the_latest_comparisons_of_each_device() -> None:
+    what, benchmark, mode, (size, other, *_) = tables.HEADLINES[0]
+    about = {"benchmark": benchmark, "mode": mode, "shape": size}
+    old, ours, theirs = (
+        made(samples=(1.0,), **about),
+        made(samples=(3.0,), **about),
+        made("published", (12.0,), **about),
+    )
+    alone = replace(ours, device="one, 1 thread", p50=5.0)  # ours alone: no ratio
+    unpaired = replace(ours, shape=other)
+    shown = tables.render("<!-- results:headline -->\n<!-- /results -->\n", [old, ours, theirs, alone, unpaired])
+    assert f"| published → ours | size | {ours.device} | one, 1 thread | GPU |" in shown
+    assert f"| {what} | {size} | 12 s → 3 s, **4.00×** | not measured → 5 s | not measured |" in shown
+    assert other not in shown
+    gpu = [replace(row, device="NVIDIA H200", shape=other) for row in (ours, theirs)]
+    shown = "\n".join(tables.headline([ours, theirs, *gpu]))
+    assert f"| {what} | {other} | not measured | 12 s → 3 s, **4.00×** |" in shown
+    assert "| GPU |" not in shown
+
+
+def test_the_headlines_are_comparisons_that_the_results_file_has() -> None:
+    for what, _, pairs in tables.headlines(rows.latest(rows.read(rows.FILE))):
+        assert pairs, what
+
+
+@pytest.mark.parametrize("path", tables.FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_readmes_show_what_the_results_file_holds(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- results:" in text
     assert tables.render(text, rows.read(rows.FILE)) == text, "python -m benchmarks.tables"
+
+
+def test_every_table_stands_in_a_readme() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in tables.FILES]
+    for name in tables.TABLES:
+        assert sum(f"<!-- results:{name} -->" in text for text in texts) == 1, name
 
 
 @pytest.mark.parametrize(
@@ -215,6 +250,12 @@ def test_fits_find_the_exponent_of_a_power_law(seed: int) -> None:
     assert fit.exponent == pytest.approx(exponent, abs=1e-2)
     assert fit.error < 1e-2
     assert scaling.fits(points[:2]) == {}
+
+
+def test_every_operation_has_a_microbenchmark_beside_torch() -> None:
+    found = all_cases()
+    assert {*found} == {*ops.__all__} - {"DependentKeysError", "logits_buffer"}
+    assert all({"ours"} < {*case.providers} for cases in found.values() for case in cases)
 
 
 @pytest.mark.parametrize("how", [["-m", "benchmarks.schedules"], [str(ROOT / "benchmarks" / "schedules.py")]])

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastedit import Editor, EditRequest, EditResult, ModelError, WeightDelta
+from fastedit import Editor, EditRequest, EditResult, ModelError, WeightDelta, tensorfile
 from fastedit import delta as delta_module
-from fastedit.delta import fingerprint
-from fastedit.models import LowRank, checksum
+from fastedit.models import fingerprint
+from fastedit.tensorfile import checksum
+from fastedit.weights import LowRank
 
 MakeEdits = Callable[..., list[EditRequest]]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -488,7 +489,7 @@ def test_a_full_disk_leaves_the_old_file_whole(how: str, tmp_path: Path, monkeyp
     full = monkeypatch.context() if how == "half written" else files_of_at_most(1000)
     with full as patch:
         if patch:
-            patch.setattr(delta_module, "save_file", write_half)
+            patch.setattr(tensorfile, "save_file", write_half)
         with pytest.raises(ModelError, match=r"edit\.safetensors.*could not be saved"):
             delta.save(path)
     assert path.read_bytes() == old
@@ -505,7 +506,7 @@ def test_ctrl_c_while_saving_leaves_the_old_file_whole(tmp_path: Path, monkeypat
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(delta_module, "save_file", interrupted)
+    monkeypatch.setattr(tensorfile, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         WeightDelta({"b": torch.ones(3)}, {}).save(path)
     assert list(WeightDelta.load(path).updates) == ["a"]

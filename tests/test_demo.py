@@ -17,7 +17,7 @@ from fastedit.demo import World, checkpoint_path
 from fastedit.demo.lexicon import RELATIONS
 from fastedit.demo.probe import answers, intervene, probes
 from fastedit.demo.world import Draw
-from fastedit.models import Topology, topology
+from fastedit.models import Model, Topology, topology
 
 BLOCK = 2
 """Where the intervention is made: the model card's block."""
@@ -93,7 +93,7 @@ def test_transformers_4_knows_the_tokenizer_s_class() -> None:
 def test_the_shipped_model_knows_its_facts(world: World, shipped: Topology, tokenizer: object, seed: int) -> None:
     for phrasings, least in (("trained", 0.95), ("unseen", 0.85)):
         questions = Draw(seed).shuffled(world.questions(phrasings))[:300]
-        share, median = answers(shipped, tokenizer, questions)
+        share, median = answers(Model(shipped, tokenizer), questions)
         assert share >= least
         assert 0.9 <= median <= 0.99
 
@@ -101,7 +101,7 @@ def test_the_shipped_model_knows_its_facts(world: World, shipped: Topology, toke
 def test_facts_are_read_at_the_last_token_of_the_subject(
     world: World, shipped: Topology, tokenizer: object, seed: int
 ) -> None:
-    turned = intervene(shipped, tokenizer, probes(world, tokenizer, 100, seed), BLOCK) > 0.9
+    turned = intervene(Model(shipped, tokenizer), probes(world, tokenizer, 100, seed), BLOCK) > 0.9
     assert turned.float().mean() >= 0.9  # 95 % of all, in the card; a sample of 100 varies by 2 %
 
 

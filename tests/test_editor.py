@@ -209,7 +209,7 @@ def test_dtypes_and_devices_that_there_are_not(
     wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is loaded."""
-    monkeypatch.setattr(editor_module, "AutoTokenizer", None)
+    monkeypatch.setattr("fastedit.loading.AutoTokenizer", None)
     with pytest.raises(ConfigError, match=message):
         Editor.from_pretrained(**{"name": "there is no such model"} | wrong)
 

@@ -11,9 +11,9 @@ import torch
 from helpers import FAMILIES, make_documents, moments, random_edits, tiny_model
 
 from fastedit import Editor, EditRequest, EditResult
-from fastedit.collect import collect
 from fastedit.delta import WeightDelta
-from fastedit.models import topology
+from fastedit.models import Model
+from fastedit.statistics.collect import collect
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def test_edits(
 def test_statistics(family: str, tokenizer: Any, seed: int) -> None:
     documents = make_documents(seed, 40)
     wanted, found = (
-        collect(topology(tiny_model(family).to(device)), tokenizer, documents, [0, 2], batch_tokens=96, row_tokens=24)
+        collect(Model.of(tiny_model(family).to(device), tokenizer), documents, [0, 2], batch_tokens=96, row_tokens=24)
         for device in ("cpu", "cuda")
     )
     for layer, moment in wanted.items():

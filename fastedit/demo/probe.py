@@ -1,4 +1,4 @@
-"""What the fact world's model knows, and where it holds it: `python -m fastedit.demo.probe --picture FILE.png`.
+"""Probe what the fact world's model knows and where: `python -m fastedit.demo.probe --picture FILE.png`.
 
 Prints how many questions it answers, and two proofs that a fact is read at the last token of its subject, as
 locate-then-edit needs:
@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastedit.demo import checkpoint_path
 from fastedit.demo.lexicon import RELATIONS
 from fastedit.demo.world import Draw, Fact, World
-from fastedit.models import PrefixCache, Topology, pack, resume, tokenize, topology
+from fastedit.evaluation.predict import predict
+from fastedit.models import Model, PrefixCache, hooked, pack, resume, tokenize
 from fastedit.ops import target_cross_entropy
-from fastedit.predictions import predict
 from fastedit.requests import EditRequest
 
 PARTS = ("before", "subject, first", "subject, middle", "subject, last", "after", "last token")
@@ -68,17 +68,16 @@ def all_questions(world: World) -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def answers(topology: Topology, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> tuple[float, float]:
+def answers(model: Model, questions: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Share of questions answered by greedy generation, and the median probability of the true answer."""
     asked = [EditRequest(prompt=q, target=a) for q, a in questions]
-    found = [p["rewrite"][0] for p in predict(topology, tokenizer, asked, kinds=("rewrite",)).answers]
+    found = [p["rewrite"][0] for p in predict(model, asked, kinds=("rewrite",)).answers]
     probability = torch.tensor([p.logp * len(p.argmax) for p in found]).exp().median()
     return sum(bool(p.matches) for p in found) / len(found), float(probability)
 
 
 def intervene(
-    topology: Topology,
-    tokenizer: Any,
+    model: Model,
     facts: Sequence[Probe],
     block: int,
     *,
@@ -91,7 +90,8 @@ def intervene(
     The vector δ stands at the subject's last token and keeps ‖δ‖ ≤ clamp·‖h₀‖; the learning rate is
     `relative_lr` times the median root mean square of h₀. The best probability of each fact counts.
     """
-    samples = tokenize(tokenizer, [(p.prompt, p.target) for p in facts], append_eos=False)
+    topology = model.topology
+    samples = tokenize(model.tokenizer, [(p.prompt, p.target) for p in facts], append_eos=False)
     rows = pack(samples, range(len(facts)), packed=False)
     owner = rows.sample_of
     with PrefixCache(topology, samples, block + 1) as cache:
@@ -121,14 +121,15 @@ def intervene(
 
 
 @torch.no_grad()
-def causal_trace(topology: Topology, tokenizer: Any, facts: Sequence[Probe], noise: float = 3.0) -> dict[str, Tensor]:
+def causal_trace(model: Model, facts: Sequence[Probe], noise: float = 3.0) -> dict[str, Tensor]:
     """Mean P(first answer token) with the subject corrupted and one hidden state restored: part -> [blocks].
 
     "clean" and "corrupted" hold the two ends, []. The noise is Gaussian, `noise` times the standard deviation of the
     token embedding.
     """
-    model: Any = topology.model
-    embedding = model.get_input_embeddings()
+    network: Any = model.network
+    topology, tokenizer = model.topology, model.tokenizer
+    embedding = network.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     n_blocks = topology.n_blocks
     total = {part: torch.zeros(n_blocks) for part in PARTS}
@@ -138,21 +139,18 @@ def causal_trace(topology: Topology, tokenizer: Any, facts: Sequence[Probe], noi
         ids = torch.tensor([tokenizer(probe.prompt).input_ids])
         answer = tokenizer(f" {probe.answer}", add_special_tokens=False).input_ids[0]
         width = ids.shape[1]
-        clean = model(ids, output_hidden_states=True)
+        clean = network(ids, output_hidden_states=True)
         states = torch.stack(clean.hidden_states[1:n_blocks])[:, 0]  # [blocks - 1, T, h], before the final norm
         embedded = embedding(ids).repeat(n_blocks * width + 1, 1, 1)
         spoilt = slice(probe.first, probe.last + 1)
         scale = noise * embedding.weight.std()
         embedded[:, spoilt] += scale * torch.randn(embedded[0, spoilt].shape, generator=generator)
-        handles = [
+        handles = (
             topology.blocks[block + 1].register_forward_pre_hook(_restore(states[block], block), with_kwargs=True)
             for block in range(n_blocks - 1)
-        ]
-        try:
-            probability = model(inputs_embeds=embedded).logits[:, -1].softmax(1)[:, answer]
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
+        with hooked(handles):
+            probability = network(inputs_embeds=embedded).logits[:, -1].softmax(1)[:, answer]
         clean_p = clean.logits[0, -1].softmax(0)[answer]
         ends += torch.stack([clean_p, probability[-1]])
         grid = probability[:-1].view(n_blocks, width).clone()  # [block, token]
@@ -215,17 +213,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="facts to change; asked: 10 n, traced: n / 5")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    found = topology(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval())
+    found = Model.of(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), tokenizer)
     facts = probes(World(), tokenizer, args.n)
     print("questions           greedy generation  median P(answer)")
     for name, questions in all_questions(World()).items():
-        answered, probability = answers(found, tokenizer, Draw("probe").shuffled(questions)[: 10 * args.n])
+        answered, probability = answers(found, Draw("probe").shuffled(questions)[: 10 * args.n])
         print(f"{name:18}  {answered:17.4f}  {probability:16.3f}")
     print("block  share of facts turned (P(target) > 0.9)  median P(target)")
-    for block in range(found.n_blocks - 1):
-        p = intervene(found, tokenizer, facts, block)
+    for block in range(found.topology.n_blocks - 1):
+        p = intervene(found, facts, block)
         print(f"{block:5d}  {(p > 0.9).float().mean():38.3f}  {p.median():16.3f}")
-    trace = causal_trace(found, tokenizer, facts[: args.n // 5])
+    trace = causal_trace(found, facts[: args.n // 5])
     print(f"causal trace: clean {trace['clean']:.3f}, corrupted {trace['corrupted']:.3f}")
     for part in PARTS:
         print(f"{part:>16}  " + " ".join(f"{p:.2f}" for p in trace[part].tolist()))

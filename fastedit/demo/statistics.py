@@ -1,4 +1,4 @@
-"""Collects the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
+"""Collect the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
 
 The text is the documents that the model was trained on, as training joins them, in an order of its own.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastedit.collect import collect
 from fastedit.demo import World, checkpoint_path
-from fastedit.models import topology
-from fastedit.statistics import statistics_path
+from fastedit.models import Model
+from fastedit.statistics.collect import collect
+from fastedit.statistics.store import statistics_path
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -26,11 +26,11 @@ def documents(seed: int) -> Iterator[str]:
 
 def main(model: Path, output: Path, layers: list[int] | None, tokens: int, seed: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
-    parts = topology(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
-    wanted = layers or list(range(parts.n_blocks))
-    moments = collect(parts, tokenizer, documents(seed), wanted, max_tokens=tokens)
+    parts = Model.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tokenizer)
+    wanted = layers or list(range(parts.topology.n_blocks))
+    moments = collect(parts, documents(seed), wanted, max_tokens=tokens)
     for layer, moment in moments.items():
-        path = statistics_path(parts, output, layer)
+        path = statistics_path(parts.topology, output, layer)
         moment.save(path, dtype=torch.float32)
         print(f"{path}: {moment.count} tokens, {path.stat().st_size} bytes")
 

@@ -1,4 +1,4 @@
-"""Trains the model of the fact world: `python -m fastedit.demo.train --output DIR`.
+"""Train the model of the fact world: `python -m fastedit.demo.train --output DIR`.
 
 A Llama with 8 blocks learns the next token of every position of the documents. In most documents the tokens after
 a subject may attend to its last token only, and only from block `--read-from` on: what follows has to be read from
@@ -58,7 +58,7 @@ def train_tokenizer(world: World, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 class Batches:
-    """Packs the world's documents into rows of `ROW` tokens, with what each token may be seen by.
+    """Batches of the world's documents in rows of `ROW` tokens, with what each token may be seen by.
 
     Yields (input_ids [B, ROW], position_ids [B, ROW], labels [B, ROW], and the additive attention masks
     [B, 1, ROW, ROW] of the blocks below `--read-from` and of the others).

@@ -1,50 +1,79 @@
-"""The editing methods: each a function of a topology, a tokenizer, the edits and its configuration."""
+"""The editing methods by name: a configuration class each, and a plan that makes every refusal before the work.
+
+Importing this package takes no torch; `Method.plan` imports what it runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from fastedit.methods.base import EachResult, Edit, History, MethodResult, Progress
-from fastedit.methods.locate_then_edit import locate_then_edit, locate_then_edit_each
-from fastedit.methods.locft_bf import LocFTBFConfig, locft_bf
-from fastedit.methods.plan import PAIRS, LocateThenEditConfig
-from fastedit.models import Topology
+from fastedit.errors import ConfigError
+from fastedit.methods.locate_then_edit.config import RECIPES, LocateThenEditConfig
+from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.progress import Progress, no_progress
 
-
-def _locft_bf(
-    topology: Topology,
-    tokenizer: Any,
-    edits: Sequence[Edit],
-    config: LocFTBFConfig,
-    progress: Progress,
-    *,
-    history: History,
-) -> MethodResult:
-    return locft_bf(topology, tokenizer, edits, config, progress)  # what was edited before does not matter to it
+if TYPE_CHECKING:
+    from fastedit.methods.base import Edit, History, Plan
+    from fastedit.models import Model
 
 
-METHODS: dict[str, tuple[type[Any], Callable[..., MethodResult]]] = {
-    "locft-bf": (LocFTBFConfig, _locft_bf),
-    **{name: (LocateThenEditConfig, partial(locate_then_edit, method=name)) for name in PAIRS},
+@dataclass(frozen=True)
+class Method:
+    """An editing method.
+
+    Attributes:
+        config: its configuration class.
+        module: of the package, with a function `plan`.
+        recipe: what the method chooses of that configuration, if several methods share it.
+    """
+
+    config: type[Any]
+    module: str
+    recipe: Any = None
+
+    @property
+    def solves_each(self) -> bool:
+        """Whether a plan can solve each edit by itself (`run_each`)."""
+        return self.recipe is not None
+
+    def plan(
+        self,
+        model: Model,
+        edits: Sequence[Edit],
+        config: Any,
+        *,
+        history: History | None = None,
+        progress: Progress = no_progress,
+    ) -> Plan:
+        """Make every choice and every refusal; `plan.run()` then does the work.
+
+        Raises:
+            ConfigError, ModelError, RequestError: what cannot be done; all offending edits and layers are named.
+        """
+        chosen = {} if self.recipe is None else {"method": self.recipe}
+        function = import_module(self.module).plan
+        made: Plan = function(model, edits, config, history=history, progress=progress, **chosen)
+        return made
+
+
+METHODS: dict[str, Method] = {
+    "locft-bf": Method(LocFTBFConfig, "fastedit.methods.locft_bf.method"),
+    **{
+        name: Method(LocateThenEditConfig, "fastedit.methods.locate_then_edit.method", recipe)
+        for name, recipe in RECIPES.items()
+    },
 }
-"""Name of a method -> (its configuration, the function that runs it)."""
+"""The editing methods by name."""
 
-EACH: dict[str, Callable[..., EachResult]] = {name: partial(locate_then_edit_each, method=name) for name in PAIRS}
-"""Name of a method that solves independent edits -> the function that does so."""
 
-__all__ = [
-    "EACH",
-    "METHODS",
-    "EachResult",
-    "Edit",
-    "History",
-    "LocFTBFConfig",
-    "LocateThenEditConfig",
-    "MethodResult",
-    "Progress",
-    "locate_then_edit",
-    "locate_then_edit_each",
-    "locft_bf",
-]
+def method_of(name: str) -> Method:
+    """The method of that name. Raises ConfigError, which lists the names."""
+    if name not in METHODS:
+        raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "LocFTBFConfig", "LocateThenEditConfig", "Method", "method_of"]

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from fastedit.models import Topology, generate_by
+from fastedit.models import Model, generate_by, trailing
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
 @torch.no_grad()
-def sample_contexts(topology: Topology, tokenizer: Any, n: int, *, seed: int, n_tokens: int = 10) -> list[str]:
+def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> list[str]:
     """`n` short texts that end a sentence, such as "The river was cold that year.".
 
     Continuations of five openings, sampled among the 5 likeliest tokens (Meng et al. 2023, MEMIT, appendix B).
     Reproducible from `seed`; the caller's random state is left alone.
     """
-    model: Any = topology.model
-    device = topology.device
+    network: Any = model.network
+    tokenizer, device = model.tokenizer, model.device
     sampling = GenerationConfig(
         do_sample=True,
         num_beams=1,
@@ -37,9 +37,8 @@ def sample_contexts(topology: Topology, tokenizer: Any, n: int, *, seed: int, n_
         torch.manual_seed(seed)
         for opening in _OPENINGS:
             ids = tokenizer(opening)["input_ids"]
-            while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-                ids.pop()
-            out = generate_by(model, sampling, torch.tensor([ids], device=device))
+            ids = ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))]
+            out = generate_by(network, sampling, torch.tensor([ids], device=device))
             texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
     return [" ".join(text.split()).rstrip(".") + "." for text in mixed]

@@ -57,15 +57,19 @@ class LocateThenEditPreset:
     lr: float | None = 0.5
     weight_decay: float = 0.5
     clamp: float = 0.75
-    cov_weight: float = 15000.0
+    least_squares_cov_weight: float = 15000.0
     equality_cov_weight: float = 1e5
     null_threshold: float | None = 2e-2
     l2: float = 10.0
 
+    def cov_weight(self, objective: str) -> float:
+        """λ on C; equality's is larger, as published."""
+        return self.equality_cov_weight if objective == "equality" else self.least_squares_cov_weight
+
 
 _LOCATE_THEN_EDIT: dict[tuple[str, int, int, int], LocateThenEditPreset] = {
     ("gpt2", 1600, 48, 50257): LocateThenEditPreset(  # GPT2-XL
-        (13, 14, 15, 16, 17), 17, steps=20, cov_weight=20000.0, equality_cov_weight=1e4
+        (13, 14, 15, 16, 17), 17, steps=20, least_squares_cov_weight=20000.0, equality_cov_weight=1e4
     ),
     ("gptj", 4096, 28, 50400): LocateThenEditPreset((3, 4, 5, 6, 7, 8), 5),  # GPT-J
     ("llama", 4096, 32, 32000): LocateThenEditPreset((4, 5, 6, 7, 8), 5, weight_decay=1e-3, clamp=4.0),  # Llama-2-7B
@@ -77,7 +81,7 @@ _LOCATE_THEN_EDIT: dict[tuple[str, int, int, int], LocateThenEditPreset] = {
         lr=None,
         weight_decay=1e-3,
         clamp=4.0,
-        cov_weight=700.0,
+        least_squares_cov_weight=700.0,
         equality_cov_weight=700.0,
         null_threshold=0.05,
     ),

@@ -1,16 +1,19 @@
-"""What fastedit knows of a transformer: its parts, the packing of its samples, its prefix cache."""
+"""Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
 
-from fastedit.models.fingerprint import checksum, fingerprint
+from fastedit.models.block_calls import BlockCalls
+from fastedit.models.fingerprint import fingerprint
+from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by
-from fastedit.models.low_rank import LowRank, Update, add_
-from fastedit.models.partial import BlockCalls, HeldTokens, at_tokens, observe
+from fastedit.models.held_tokens import HeldTokens
+from fastedit.models.hooks import Override, hooked, no_autocast
+from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
-from fastedit.models.prefix import Override, PrefixCache, full, in_passes, pass_tokens, resume
+from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import Budget, free_bytes
-from fastedit.models.tokens import PairError, Rows, Samples, pack, tokenize
-from fastedit.models.topology import Topology, no_autocast, topology
+from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, tokenize, trailing
+from fastedit.models.topology import Topology, topology
 
 __all__ = [
     "BlockCalls",
@@ -18,7 +21,7 @@ __all__ = [
     "Factors",
     "FrozenPart",
     "HeldTokens",
-    "LowRank",
+    "Model",
     "Override",
     "PairError",
     "Past",
@@ -26,21 +29,21 @@ __all__ = [
     "Rows",
     "Samples",
     "Topology",
-    "Update",
-    "add_",
     "at_tokens",
-    "checksum",
     "fingerprint",
     "free_bytes",
-    "full",
     "generate_by",
+    "hooked",
     "in_passes",
+    "last_tokens",
     "no_autocast",
     "observe",
     "pack",
     "pass_tokens",
     "per_sample_updates",
     "resume",
+    "run_from_tokens",
     "tokenize",
     "topology",
+    "trailing",
 ]

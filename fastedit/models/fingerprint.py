@@ -1,16 +1,15 @@
-"""What tells one checkpoint from another, and whether a parameter is still what it was."""
+"""The fingerprint that tells one checkpoint from another."""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastedit.models.topology import check_editable, topology
 
 _SAMPLED = 256
-_CHUNK = 2**20
 FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
 """For messages that fingerprints differ."""
 
@@ -36,24 +35,3 @@ def fingerprint(model: nn.Module) -> str:
     flat = torch.cat(values).cpu()
     digest.update(flat.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-@torch.no_grad()
-def checksum(parameter: Tensor) -> int:
-    """64 bits that depend on every bit of a parameter and on its place, and on nothing else.
-
-    Words of 32 bits are summed with random odd weights, modulo 2⁶⁴: neither the order of the sum nor the device
-    matters, as they would to a sum that rounds. One MiB at once, so that temporaries stay small; the sums of
-    such chunks are summed likewise.
-    """
-    rng = torch.Generator().manual_seed(0)
-
-    def weights(n: int) -> Tensor:
-        return (torch.randint(-(2**63), 2**63 - 1, (n,), generator=rng) | 1).to(parameter.device)
-
-    flat = parameter.detach().reshape(-1)
-    word = torch.int8 if flat.nbytes % 4 else torch.int32
-    places = weights(min(_CHUNK, flat.nbytes) // word.itemsize)
-    chunks = (chunk.clone().view(word) for chunk in flat.split(_CHUNK // flat.itemsize))  # copies are aligned
-    sums = torch.stack([(chunk * places[: len(chunk)]).sum() for chunk in chunks])
-    return int((sums * weights(len(sums))).sum())

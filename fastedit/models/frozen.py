@@ -1,4 +1,4 @@
-"""What the edited block computes beside its edited module: the same in every epoch, so it is computed in the first."""
+"""The frozen part of the edited block: it is the same in every epoch, so it is computed in the first one only."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastedit.errors import ModelError
-from fastedit.models.prefix import Override, PrefixCache
+from fastedit.models.hooks import Override, hooked
+from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import TokenStates
 from fastedit.models.tokens import Rows
 from fastedit.models.topology import Topology
 
 
 class FrozenPart:
-    """Keeps what a block's frozen modules give for each token, and stands in for them once a sample was seen.
+    """Cache of what a block's frozen modules give for each token, which stands in for them once a sample was seen.
 
     They are the attention, where ``trained`` is the MLP or a part of it, and all of the MLP but its last projection
     where that is ``trained``. Nothing is kept of the last block, whose passes leave out rows, nor what does not fit
@@ -39,8 +41,8 @@ class FrozenPart:
         self._mlp = mlp if known and trained is parts["down_proj"] else None
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
         self._seen = torch.zeros(len(self._samples), dtype=torch.bool)
-        self._kept: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
-        self._returned = 0  # by the attention, where that is a tuple
+        self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
+        self._returned = 0  # by the attention, if that is a tuple
 
     @contextmanager
     def during(self, rows: Rows, select: Tensor) -> Iterator[list[Override]]:
@@ -48,31 +50,27 @@ class FrozenPart:
         if self._seen[select].all():
             yield self._stand_ins(rows)
             return
-        handles = self._watch(rows)
-        try:
+        with hooked(self._recorders(rows)):
             yield []
-        finally:
-            for handle in handles:
-                handle.remove()
         self._seen[select] = True
 
     def _stand_ins(self, rows: Rows) -> list[Override]:
-        def kept(module: nn.Module, like: Tensor) -> Tensor:
-            return self._kept[module].read(rows).view(*like.shape[:-1], -1)
+        def stored(module: nn.Module, like: Tensor) -> Tensor:
+            return self._states[module].read(rows).view(*like.shape[:-1], -1)
 
         overrides: list[Override] = []
         if (attn := self._attn) is not None:
 
             def attend(*args: Any, **kwargs: Any) -> Any:
-                states = kept(attn, args[0] if args else kwargs["hidden_states"])
+                states = stored(attn, args[0] if args else kwargs["hidden_states"])
                 return (states, *[None] * (self._returned - 1)) if self._returned else states
 
             overrides.append((attn, attend))
         if self._mlp is not None:
-            overrides.append((self._mlp, lambda x: self._trained(kept(self._trained, x))))
+            overrides.append((self._mlp, lambda x: self._trained(stored(self._trained, x))))
         return overrides
 
-    def _watch(self, rows: Rows) -> list[Any]:
+    def _recorders(self, rows: Rows) -> Iterator[RemovableHandle]:
         """Hooks that keep what the frozen modules give in a pass."""
         last: list[Tensor] = []
 
@@ -90,21 +88,19 @@ class FrozenPart:
             if not (last and output is last[-1]):  # the projection is not all that is left of this MLP
                 self._mlp = None
 
-        handles = []
         if self._attn is not None:
-            handles.append(self._attn.register_forward_hook(note_attention))
+            yield self._attn.register_forward_hook(note_attention)
         if self._mlp is not None:
-            handles.append(self._trained.register_forward_hook(note_projection))
-            handles.append(self._mlp.register_forward_hook(compare))
-        return handles
+            yield self._trained.register_forward_hook(note_projection)
+            yield self._mlp.register_forward_hook(compare)
 
     @torch.no_grad()
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
-        if module not in self._kept:
+        if module not in self._states:
             size = (self._samples.input_ids.numel(), states.shape[-1])
             found = TokenStates.allocate(size, states.dtype, states.device, self._budget, near=True)
             if found is None:
                 return False
-            self._kept[module], self._budget = found, found.left(self._budget)
-        self._kept[module].write(rows, states.detach())
+            self._states[module], self._budget = found, found.left(self._budget)
+        self._states[module].write(rows, states.detach())
         return True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from fastedit.models.topology import eval_mode
+from fastedit.models.hooks import eval_mode
 
 
 def generate_by(model: Any, config: GenerationConfig, input_ids: Tensor, **options: Any) -> Tensor:

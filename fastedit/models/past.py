@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Attend(TorchFunctionMode):
-    """Calls of ``scaled_dot_product_attention`` that ``past`` can serve."""
+    """Interceptor of ``scaled_dot_product_attention`` calls that ``past`` can serve."""
 
     def __init__(self, past: Past) -> None:
         super().__init__()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastedit.models.hooks import hooked
+
 Factors = tuple[Tensor, Tensor]
 """left [N, out, k] and right [N, k, in] of N edits of a linear map: edit e adds ``left[e] @ right[e]`` to y = W x."""
 
@@ -18,7 +20,8 @@ def per_sample_updates(updates: Mapping[nn.Module, Factors], owner: Tensor) -> I
     """Let linear maps add ``left[e] @ (right[e] @ x)`` to what they make of a token x of edit e.
 
     The sum is fp32 (fp64 in a model of fp64) and rounded once more to the model's dtype; edits that are written are
-    rounded with the weights. What runs inside must show the maps all tokens: no `resume`, nor `full` that prunes.
+    rounded with the weights. What runs inside must show the maps all tokens: no `resume`, nor a `run_from_tokens` that
+    prunes.
 
     Args:
         updates: linear map (a Conv1D too) -> factors, on any device.
@@ -29,12 +32,8 @@ def per_sample_updates(updates: Mapping[nn.Module, Factors], owner: Tensor) -> I
         ValueError: a pass over a number of tokens that O does not divide.
     """
     edits, local = owner.unique(return_inverse=True)  # [n], [O]
-    handles = [module.register_forward_hook(_adding(*factors, edits, local)) for module, factors in updates.items()]
-    try:
+    with hooked(m.register_forward_hook(_adding(*factors, edits, local)) for m, factors in updates.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _adding(left: Tensor, right: Tensor, edits: Tensor, local: Tensor) -> Callable[..., Tensor]:

@@ -70,7 +70,7 @@ class TokenStates:
         return self._buffer.nbytes
 
     def left(self, budget: Budget) -> Budget:
-        """What of the budget these have not taken."""
+        """The budget without what these states take."""
         device, host = budget.device_bytes, budget.host_bytes
         if self.tier == "device":
             return replace(budget, device_bytes=device and max(0, device - self.nbytes))
@@ -137,7 +137,7 @@ def _free_device_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
-    """What the machine has available, or what the control group still allows if that is less."""
+    """Memory that the machine has available, or that the control group still allows if that is less."""
     free = []
     with suppress(OSError, StopIteration):
         line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))

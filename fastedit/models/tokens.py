@@ -39,13 +39,53 @@ class Samples:
         """Tokens of each sample [N], the last one included."""
         return self.offsets.diff()
 
+    def take(self, index: Tensor) -> Samples:
+        """The samples at some places [M], in that order."""
+        lengths = self.lengths[index]
+        owner, within = ragged(lengths)
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        return Samples(self.input_ids[self.offsets[index][owner] + within], offsets, self.target_start[index])
+
+    def join(self, other: Samples) -> Samples:
+        """These samples, then the others."""
+        return Samples(
+            torch.cat([self.input_ids, other.input_ids]),
+            torch.cat([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            torch.cat([self.target_start, other.target_start]),
+        )
+
+
+@dataclass(frozen=True)
+class PairProblem:
+    """Why a (prompt, target) pair cannot be tokenized.
+
+    ``too_long`` is "prompt" or "target" if that one has to be shortened, else None.
+    """
+
+    pair: int
+    reason: str
+    beginning: str = ""
+    too_long: str | None = None
+
+    def sentence(self, *, in_context: bool = False) -> str:
+        """State the problem and the remedy; ``in_context`` if the prompt stands after a context."""
+        if self.too_long is None:
+            return f"{self.reason}; give it a text"
+        remedy = f"that begins {self.beginning!r}"
+        if in_context:
+            return f"{self.reason}; shorten the {self.too_long}, or take shorter contexts, or none"
+        return f"{self.reason}; shorten the {self.too_long} {remedy}"
+
 
 class PairError(RequestError):
-    """A pair that cannot be tokenized: ``pair`` is its place, ``reason`` what is wrong, ``remedy`` what to do."""
+    """Pairs that cannot be tokenized; ``problems`` has all of them."""
 
-    def __init__(self, pair: int, reason: str, remedy: str) -> None:
-        super().__init__(f"pair {pair}: {reason}; {remedy}")
-        self.pair, self.reason, self.remedy = pair, reason, remedy
+    def __init__(self, problems: Sequence[PairProblem]) -> None:
+        sentences = [(str(p.pair), f"pair {p.pair}: {p.sentence()}") for p in problems]
+        found = RequestError.of(sentences, "pairs")
+        super().__init__(found.text)
+        self.problems = tuple(problems)
+        self.args = (problems,)
 
 
 def tokenize(
@@ -66,8 +106,8 @@ def tokenize(
         max_length: the most tokens the model can read; a sample reads all its tokens but the last.
 
     Raises:
-        PairError: an empty target, a prompt without tokens (nothing could predict the target), or a sample longer
-            than ``max_length``.
+        PairError: empty targets, prompts without tokens (nothing could predict the target), or samples longer
+            than ``max_length``; it has all of them.
         ModelError: ``append_eos`` and a tokenizer that has no EOS token.
     """
     eos: int | None = tokenizer.eos_token_id
@@ -76,28 +116,43 @@ def tokenize(
     encode = _starts_by_offsets if getattr(tokenizer, "is_fast", False) else _starts_by_prompt
     flat: list[int] = []
     offsets, starts = [0], list[int]()
+    problems: list[PairProblem] = []
     for first in range(0, len(pairs), _CHUNK):
         chunk = pairs[first : first + _CHUNK]
         for i, (ids, start) in enumerate(zip(*encode(tokenizer, chunk), strict=True), first):
-            end = len(ids)
-            while end and ids[end - 1] == eos:
-                end -= 1
-            if start >= end or not pairs[i][1].strip():
-                raise PairError(i, f"the target {pairs[i][1]!r} is empty", "give it a text")
-            if start == 0:
-                reason = f"the prompt {pairs[i][0]!r} has no tokens, so nothing predicts its target"
-                raise PairError(i, reason, "give it a text")
+            end = len(ids) - trailing(ids, eos)
+            n_read = end - 1 + append_eos
+            if problem := _problem(i, *pairs[i], start, end, n_read, max_length):
+                problems.append(problem)
+                continue
             flat += ids[:end]
             if append_eos:
                 flat.append(eos)  # type: ignore[arg-type]  # checked above
             offsets.append(len(flat))
             starts.append(start)
-            n_read = offsets[-1] - offsets[-2] - 1
-            if max_length is not None and n_read > max_length:
-                reason = f"prompt and target take {n_read} tokens, more than the model's context of {max_length}"
-                longer = "prompt" if start > end - start else "target"
-                raise PairError(i, reason, f"shorten the {longer} that begins {pairs[i][longer == 'target'][:60]!r}")
+    if problems:
+        raise PairError(problems)
     return Samples(torch.tensor(flat, dtype=torch.int64), torch.tensor(offsets), torch.tensor(starts).long())
+
+
+def _problem(
+    pair: int, prompt: str, target: str, start: int, end: int, n_read: int, max_length: int | None
+) -> PairProblem | None:
+    """The problem of a pair whose tokens end before ``end`` and whose target begins at ``start``, if it has one."""
+    if start >= end or not target.strip():
+        return PairProblem(pair, f"the target {target!r} is empty")
+    if start == 0:
+        return PairProblem(pair, f"the prompt {prompt!r} has no tokens, so nothing predicts its target")
+    if max_length is not None and n_read > max_length:
+        reason = f"prompt and target take {n_read} tokens, more than the model's context of {max_length}"
+        longer, text = ("prompt", prompt) if start > end - start else ("target", target)
+        return PairProblem(pair, reason, text[:60], longer)
+    return None
+
+
+def trailing(ids: Sequence[int], token: int | None) -> int:
+    """How many times a token stands at the end; some tokenizers end every text with EOS."""
+    return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
 
 
 def _joint(pairs: Sequence[tuple[str, str]]) -> list[str]:
@@ -123,12 +178,42 @@ def _starts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple
     return joint, starts
 
 
+def last_tokens(tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """Tokens of each text, and the index of the last one that begins before character ``ends[i]``.
+
+    By character offsets for fast tokenizers; otherwise it is the last token of the text cut at the end, or
+    the one where the whole text's tokens leave those of the cut text.
+    """
+    all_ids: list[list[int]] = []
+    last: list[int] = []
+    fast = getattr(tokenizer, "is_fast", False)
+    for first in range(0, len(texts), _CHUNK):
+        chunk, cuts = list(texts[first : first + _CHUNK]), ends[first : first + _CHUNK]
+        encoded = tokenizer(chunk, return_offsets_mapping=fast, return_attention_mask=False, verbose=False)
+        all_ids += encoded["input_ids"]
+        if fast:
+            for spans, end in zip(encoded["offset_mapping"], cuts, strict=True):
+                last.append(max(t for t, (a, b) in enumerate(spans) if a < min(b, end)))
+        else:
+            heads = [text[:end] for text, end in zip(chunk, cuts, strict=True)]
+            parts = tokenizer(heads, return_attention_mask=False, verbose=False)["input_ids"]
+            eos = tokenizer.eos_token_id
+            last += [_last_shared(ids, part, eos) for ids, part in zip(encoded["input_ids"], parts, strict=True)]
+    return all_ids, last
+
+
+def _last_shared(ids: list[int], part: list[int], eos: int | None) -> int:
+    """Index of the last token of ``part``, an EOS apart, or of the first of ``ids`` that differs from it."""
+    length = len(part) - trailing(part, eos)
+    return next((t for t in range(min(length, len(ids))) if ids[t] != part[t]), length - 1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A batch of samples laid out in B rows of R tokens; all tensors int64.
 
     ``index`` [B, R]: place of each token in the flat buffers (pads point to 0, or to the first token of the
-    sample where it has the row for itself); ``input_ids`` [B, R];
+    sample if it has the row for itself); ``input_ids`` [B, R];
     ``position_ids`` [B, R], counted from the beginning of each sample and 0 at every pad, so that a pad is a
     sequence of its own; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after
     sample; ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of the sample of each.

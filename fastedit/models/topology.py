@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, wraps
-from typing import Any, ParamSpec, TypeVar
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
+from fastedit.models.hooks import Stopped, eval_mode, hooked
 
 _VERIFIED = (
     "gemma2",
@@ -38,43 +38,7 @@ _VERIFIED = (
 )
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = "load the whole model on one device, without device_map"
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
-
-
-class Stopped(Exception):  # noqa: N818  # no error: it ends a forward pass that has shown what was wanted
-    """Raised by a hook, with what the hook has seen."""
-
-    def __init__(self, seen: Any) -> None:
-        self.seen = seen
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside; every sub-module gets its own flag back."""
-    training = [m for m in module.modules() if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
-def no_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
-
-    Autocast would keep the first cast of a weight that then changes.
-    """
-
-    @wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*args, **kwargs)
-
-    return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +88,7 @@ class Topology:
         return self._part(layer, "attn")
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP module of a block. Raises ModelError where the block has none of its own (OPT)."""
+        """The MLP module of a block. Raises ModelError if the block has none of its own (OPT)."""
         return self._part(layer, "mlp")
 
     def resolve(self, layer: int, module: str) -> tuple[str, nn.Module]:
@@ -155,10 +119,10 @@ class Topology:
         )
 
     def input_width(self, layer: int, module: str) -> int:
-        """Width of the rows that a projection of a block reads: d, where they are the keys.
+        """Width of the rows that a projection of a block reads: d, if those rows are the keys.
 
         Raises:
-            ModelError: no such block or module, or one that is no projection.
+            ModelError: no such block or module, or one that is not a projection.
         """
         path, found = self.resolve(layer, module)
         if not _is_projection(found):
@@ -175,7 +139,7 @@ class Topology:
         """Sub-modules of a block that treat each row of their input [..., in] by itself.
 
         They are the MLP (its projections where the block has no MLP module), the attention's output
-        projection, and its query projection where that is a module of its own. A caller that reads only some
+        projection, and its query projection if that is a module of its own. A caller that reads only some
         rows of the block's output may run them at those rows alone. Empty where the parts of the block are
         not recognized, because somebody has rebuilt it.
         """
@@ -206,7 +170,7 @@ class Topology:
     def attended(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block's attention that make its keys and values, fused ones included.
 
-        Empty where they are not recognized, because somebody has rebuilt the block.
+        Empty if they are not recognized, because somebody has rebuilt the block.
         """
         rowwise = self.rowwise(layer)
         if not rowwise:
@@ -218,7 +182,7 @@ class Topology:
     def packs(self) -> bool:
         """Whether samples may share a row (``tokens.pack``).
 
-        They may where a position that restarts begins a new sequence. Some families ignore that (OPT, and
+        They may if a position that restarts begins a new sequence. Some families ignore that (OPT, and
         GPT-J in transformers 4), so it is measured once: a token must not see the sequence in front of it.
         """
         return self._probe[0]
@@ -241,18 +205,16 @@ class Topology:
     def mlp_adds(self) -> bool:
         """Whether the residual stream behind a block moves as the output of its ``down_proj`` does.
 
-        It does not where a norm stands between (Gemma 2 and 3, OLMo 2) or behind the sum (some OPT). Measured once, in
+        It does not if a norm stands between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT). Measured once, in
         block 0.
         """
         tokens = [self.config.vocab_size // 4]
         before = self._hidden(self._first_block(tokens))
         shift = before.new_ones(self.hidden_size) * before.square().mean().sqrt()
         shift[::2] *= -1
-        handle = self.resolve(0, "down_proj")[1].register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))
-        try:
+        down = self.resolve(0, "down_proj")[1]
+        with hooked([down.register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))]):
             moved = self._hidden(self._first_block(tokens)) - before
-        finally:
-            handle.remove()
         return bool((moved - shift).norm() < 0.1 * (moved + shift).norm())
 
     def _hidden(self, output: Any) -> Tensor:
@@ -262,20 +224,17 @@ class Topology:
 
     @torch.no_grad()
     def _first_block(self, tokens: list[int]) -> Any:
-        """What block 0 returns for a row of tokens that are a sequence each."""
+        """The output of block 0 for a row of tokens that are a sequence each."""
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
             raise Stopped(output)
 
         input_ids = torch.tensor([tokens], device=self.device)
-        handle = self.blocks[0].register_forward_hook(stop)
         try:
-            with eval_mode(self.backbone):
+            with hooked([self.blocks[0].register_forward_hook(stop)]), eval_mode(self.backbone):
                 self.backbone(input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False)
         except Stopped as stopped:
             return stopped.seen
-        finally:
-            handle.remove()
 
     @property
     def _name(self) -> str:

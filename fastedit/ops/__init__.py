@@ -1,6 +1,6 @@
 """One public function an operation, its plain torch reference beside it."""
 
-from fastedit.ops.factor import DependentKeysError, factor_covariance, find_dependent
+from fastedit.ops.cholesky import DependentKeysError, factor_covariance, find_dependent
 from fastedit.ops.localized_adam import localized_adam_
 from fastedit.ops.rank_k_solve import null_space_update, rank_k_update
 from fastedit.ops.sequential import SequentialSolver

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.errors import ConfigError, ModelError
+from fastedit.errors import ConfigError, TensorError
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 _GRAM_ROWS = 2048
@@ -63,12 +63,12 @@ def localized_adam_(
         copy: [out, in], also gets the new weight, rounded to nearest: the model's own, where weight is its master.
         seed: round bf16 weight and moments stochastically: up with the probability that makes the mean exact. The
             bits depend on (seed, step, element), not on backend or device.
-        skip: scalar on the device; where it is not 0, nothing changes.
+        skip: scalar on the device; if it is not 0, nothing changes.
         allow_tf32: multiply fp32 G and X in tf32 on tensor cores, which have no fp32.
         backend: see `fastedit.ops.registry`.
 
     Raises:
-        ModelError: a tensor has another shape, dtype or device than it must have.
+        TensorError: a tensor has another shape, dtype or device than it must have.
         ConfigError: options that do not fit one another; a backend that cannot serve.
     """
     matrices = {
@@ -206,7 +206,7 @@ def _reference(
 
 
 def _bf16_toward(x: Tensor, limit: float) -> Tensor:
-    """x, or where bf16 cannot hold it the next value toward the limit that it can; fp32."""
+    """x, or if bf16 cannot hold it, the next value toward the limit that bf16 can hold; fp32."""
     near = x.bfloat16()
     beyond = near.float() < x if limit > 0 else near.float() > x
     return torch.where(beyond, torch.nextafter(near, torch.full_like(near, limit)), near).float()
@@ -249,19 +249,19 @@ def _check(
     weight = matrices["weight"]
     if weight.ndim != 2 or grad_output.ndim != 2 or input.ndim != 2:
         shapes = ", ".join(str(list(x.shape)) for x in (weight, grad_output, input))
-        raise ModelError(f"weight, grad_output and input are {shapes}; expected [out, in], [T, out] and [T, in]")
+        raise TensorError(f"weight, grad_output and input are {shapes}; expected [out, in], [T, out] and [T, in]")
     out_in, T = list(weight.shape), len(input)
     wanted = dict.fromkeys(matrices, out_in) | {"grad_output": [T, out_in[0]], "input": [T, out_in[1]]}
     for name, x in (matrices | {"grad_output": grad_output, "input": input}).items():
         if list(x.shape) != wanted[name] or x.device != weight.device:
-            raise ModelError(
+            raise TensorError(
                 f"{name} is {list(x.shape)} on {x.device}, expected {wanted[name]} on {weight.device} "
                 f"for a weight {out_in} and {T} inputs"
             )
         stored = name in ("weight", "exp_avg", "exp_avg_sq")
         known = [torch.float32, torch.bfloat16] + [torch.float16] * (not stored)
         if x.dtype not in known:
-            raise ModelError(f"{name} is {x.dtype}, expected {' or '.join(map(str, known))}")
+            raise TensorError(f"{name} is {x.dtype}, expected {' or '.join(map(str, known))}")
     if ("exp_avg" in matrices) != ("exp_avg_sq" in matrices):
         raise ConfigError("one of exp_avg and exp_avg_sq is None; give both, or none for SGD")
     if ("original" in matrices) != (max_change is not None):

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 from torch.nn.functional import normalize
 
-from fastedit.errors import ConfigError, EditError, ModelError
-from fastedit.ops.factor import (
+from fastedit.errors import ConfigError, EditError, TensorError
+from fastedit.ops.cholesky import (
     DEPENDENT,
     check_ridge,
     checked,
@@ -63,7 +63,7 @@ def rank_k_update(
 
     Raises:
         ConfigError: ridge or constraint has a value it cannot take.
-        ModelError: cov_factor is no factor, or of another width than the keys.
+        TensorError: cov_factor is not a factor, or of another width than the keys.
         EditError: keys or residuals hold NaN or infinity (the row is named), or do not fit one another.
         DependentKeysError: equality at ridge 0 with keys that depend on one another, by `DEPENDENT`.
     """
@@ -110,16 +110,16 @@ def null_space_update(
         (left [h, k], right [k, d]) with k = min(N, r), in the dtype of residuals; [B, …] for a batch.
 
     Raises:
-        ConfigError, EditError: as in `rank_k_update`, or previous is no sum of squares.
-        ModelError: basis or previous does not fit the keys.
+        ConfigError, EditError: as in `rank_k_update`, or previous is not a sum of squares.
+        TensorError: basis or previous does not fit the keys.
     """
     check_ridge(l2, "l2")
     if basis.ndim != 2 or basis.shape[0] != keys.shape[-1]:
-        raise ModelError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
+        raise TensorError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
     U, r, factor = basis.double(), basis.shape[1], None
     if previous is not None:
         if previous.shape != (r, r):
-            raise ModelError(f"previous is {list(previous.shape)}, expected [{r}, {r}], in coordinates of basis")
+            raise TensorError(f"previous is {list(previous.shape)}, expected [{r}, {r}], in coordinates of basis")
         factor, info = cholesky_ex(plus_diagonal(previous.double().clone(), l2))
         if info:
             raise EditError("previous is no sum of squares of keys: l2·I + previous is not positive definite")
@@ -144,7 +144,7 @@ def update_of_white(
 
 
 def _fused(rows: Tensor, values: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
-    """G⁻¹ Rᵀ [N, h] and G⁻¹ Yᵀ [N, d] by the kernel; None where it finds no factor, for torch to name the keys.
+    """G⁻¹ Rᵀ [N, h] and G⁻¹ Yᵀ [N, d] by the kernel; None if it finds no factor, for torch to name the keys.
 
     In fp64: after whitening the system's condition number is up to 1 + ‖Y‖²/ridge, and fp32 would lose as much of its
     seven digits. What is delicate is solved twice, as in `orthogonal`: (Yᵀ | √ridge·I) is made orthonormal again.

@@ -23,7 +23,7 @@ VARIABLE = "FASTEDIT_BACKEND"
 
 @dataclass(frozen=True)
 class Call:
-    """What a backend is chosen by. `sizes` is empty when nobody calls and `describe` asks."""
+    """The properties of a call that decide its backend. `sizes` is empty if nobody calls and `describe` asks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -60,8 +60,8 @@ def register(op: str, *options: Option) -> None:
     _OPTIONS[op] = (*options, Option("torch", _none))
 
 
-def of_environment() -> str | None:
-    """FASTEDIT_BACKEND, None where it is not set; ConfigError where no op has such a backend."""
+def environment_backend() -> str | None:
+    """FASTEDIT_BACKEND, None if it is not set. Raises ConfigError if no op has such a backend."""
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in get_args(Backend):
         raise ConfigError(f"{VARIABLE}={wanted}: there is no such backend; set one of {', '.join(get_args(Backend))}")
@@ -77,7 +77,7 @@ def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: t
     """
     call, options = Call(device, dtype, sizes), {option.backend: option for option in _OPTIONS[op]}
     name = f"backend={backend!r}"
-    if backend == "auto" and (wanted := of_environment()):
+    if backend == "auto" and (wanted := environment_backend()):
         name = f"{VARIABLE}={wanted}"
         backend = wanted if wanted in options else "auto"
     if backend == "auto":
@@ -113,7 +113,7 @@ def no_triton(call: Call) -> str | None:
 
 
 def only_interpreted(call: Call) -> str | None:
-    """Why auto leaves Triton alone where only its interpreter runs, which is for tests; the `slower` to start from."""
+    """Reason why auto leaves Triton alone if only its interpreter runs; the `slower` to start from."""
     return None if call.device.type == "cuda" else "Triton's interpreter is for tests"
 
 

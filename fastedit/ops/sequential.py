@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from fastedit.ops.factor import check_ridge, checked, checked_factor, delicate, inverse, orthogonal, whiten
+from fastedit.ops.cholesky import check_ridge, checked, checked_factor, delicate, inverse, orthogonal, whiten
 from fastedit.ops.rank_k_solve import update_of_white
 
 
@@ -26,7 +26,7 @@ class SequentialSolver:
     Keys that would outnumber d are folded into L: one d×d factorization for d keys, less than writing them cost.
 
     Args:
-        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. ModelError if it is no factor.
+        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. TensorError if it is not a factor.
         ridge: λ, the weight of C. ConfigError if it is not positive.
     """
 
@@ -69,7 +69,7 @@ class SequentialSolver:
         self._count = total
 
     def _fold(self) -> None:
-        """Makes λC + Σ K Kᵀ the new C, of weight 1."""
+        """Make λC + Σ K Kᵀ the new C, of weight 1."""
         if self._count:
             rows = self._white[: self._count]
             self._factor = self._factor.tril() @ orthogonal(rows.T, self._ridge, rows)[0]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastedit.errors import ConfigError, ModelError
+from fastedit.errors import ConfigError, TensorError
 from fastedit.ops.registry import Backend, Call, Option, choose, register
 
 CHUNK = 1024
 """Rows whose products are summed in fp32 before they are promoted into the fp64 total."""
-LARGEST = 2.0**57
+LARGEST_VALUE = 2.0**57
 """Largest magnitude of a row: the squares of 8,192 rows, the most that a GPU sums in fp32, are still finite."""
 _BLOCK = 1024
 _NOT_BUILT = "the extension fastedit._C is not built"
@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> None:
-    """Adds rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
+    """Add rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
 
     Products are summed in fp32 over at most CHUNK rows (those of bf16 and fp16 are exact there), chunks in fp64.
 
@@ -38,8 +38,8 @@ def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: B
             of threads (torch.get_num_threads()).
 
     Raises:
-        ModelError: shapes, dtypes or devices do not fit, or (on a CPU; a GPU would have to be waited for) a row that
-            counts holds NaN, infinity or a magnitude above LARGEST. `total` is then as it was.
+        TensorError: shapes, dtypes or devices do not fit, or (on a CPU; a GPU would have to be waited for) a row that
+            counts holds NaN, infinity or a magnitude above LARGEST_VALUE. `total` is then as it was.
     """
     _check(total, rows, mask)
     taken = choose("syrk_", backend, device=rows.device, dtype=rows.dtype, T=len(rows), d=rows.shape[1])
@@ -57,7 +57,7 @@ def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         rows = rows[mask]
     if rows.device.type == "cpu" and rows.numel():
-        bad = ~(torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32) <= LARGEST)
+        bad = ~(torch.linalg.vector_norm(rows, torch.inf, dim=1, dtype=torch.float32) <= LARGEST_VALUE)
         if bad.any():
             raise _not_finite(int(bad.nonzero()[0] if mask is None else mask.nonzero()[bad][0]))
     tensor_cores = rows.device.type == "cuda" and rows.dtype != torch.float32
@@ -89,7 +89,7 @@ def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") ->
 
 
 def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "auto") -> None:
-    """instruction: wgmma, mma, or wgmma where the GPU and the extension have it."""
+    """instruction: wgmma, mma, or None for wgmma if the GPU and the extension have it."""
     T, d = rows.shape
     wgmma = instruction == "wgmma" or (instruction == "auto" and _has_wgmma(rows.device))
     padded = -(-d // 8) * 8
@@ -130,7 +130,7 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "
 
 @cache
 def _extension() -> Any:
-    """fastedit._C, or None where it is not built; says so once."""
+    """fastedit._C, or None if it is not built; says so once."""
     try:
         return import_module("fastedit._C")
     except ImportError as error:
@@ -174,15 +174,15 @@ def _untried(call: Call) -> str | None:
 
 def _check(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
     if rows.ndim != 2 or rows.dtype not in _DTYPES:
-        raise ModelError(f"rows are {_name(rows)}, expected [T, d] of float32, bfloat16 or float16")
+        raise TensorError(f"rows are {_name(rows)}, expected [T, d] of float32, bfloat16 or float16")
     d = rows.shape[1]
     if total.shape != (d, d) or total.dtype != torch.float64 or not total.is_contiguous():
-        raise ModelError(f"total is {_name(total)}, expected [{d}, {d}] float64, contiguous, for rows of width {d}")
+        raise TensorError(f"total is {_name(total)}, expected [{d}, {d}] float64, contiguous, for rows of width {d}")
     if mask is not None and (mask.shape != rows.shape[:1] or mask.dtype != torch.bool):
-        raise ModelError(f"mask is {_name(mask)}, expected [{len(rows)}] bool, one for each row")
+        raise TensorError(f"mask is {_name(mask)}, expected [{len(rows)}] bool, one for each row")
     for name, tensor in (("total", total), ("mask", mask)):
         if tensor is not None and tensor.device != rows.device:
-            raise ModelError(f"{name} is on {tensor.device}, the rows on {rows.device}; bring them to one device")
+            raise TensorError(f"{name} is on {tensor.device}, the rows on {rows.device}; bring them to one device")
 
 
 def _name(x: Tensor) -> str:
@@ -193,10 +193,10 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _not_finite(row: int) -> ModelError:
-    return ModelError(
-        f"rows[{row}] holds NaN, infinity or a magnitude above {LARGEST:.1e}; leave it out by the mask, or look at "
-        "what the model makes of that text. The total is as it was"
+def _not_finite(row: int) -> TensorError:
+    return TensorError(
+        f"rows[{row}] holds NaN, infinity or a magnitude above {LARGEST_VALUE:.1e}; leave it out by the mask, or look "
+        "at what the model makes of that text. The total is as it was"
     )
 
 

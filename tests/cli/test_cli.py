@@ -24,7 +24,9 @@ from transformers.utils import logging as noise
 from typer.testing import CliRunner, Result
 
 import fastedit.demo
-from fastedit import Editor, WeightDelta, cli, methods
+from fastedit import ConfigError, EditError, Editor, FileError, ModelError, RequestError, WeightDelta, cli, methods
+from fastedit.cli.bars import Bars
+from fastedit.configs import option
 from fastedit.methods import LocFTBFConfig
 
 RECORDS: list[dict[str, Any]] = [
@@ -176,24 +178,20 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 
     @dataclass(frozen=True)
     class Toy:
-        """A method to come.
+        """A method to come."""
 
-        Attributes:
-            layers: the blocks
-                that it edits.
-            fast: does less.
-        """
-
-        seed: int = 0
-        layers: tuple[int, ...] = (1, 2)
+        seed: int = option(0, "of everything.")
+        layers: tuple[int, ...] = option((1, 2), "the blocks that it edits.")
         mode: Literal["a", "b"] = "a"
-        fast: bool | None = None
+        fast: bool | None = option(None, "does less.")
 
-    def run(topology: Any, tokenizer: Any, edits: Any, config: Toy, progress: Any, **_: Any) -> Any:
-        seen.append(config)
-        raise KeyboardInterrupt
+    class ToyMethod(methods.Method):
+        def plan(self, model: Any, edits: Any, config: Any, **_: Any) -> Any:
+            seen.append(config)
+            raise KeyboardInterrupt
 
-    monkeypatch.setitem(methods.METHODS, "toy", (Toy, run))
+    monkeypatch.setitem(methods.METHODS, "toy", ToyMethod(Toy, ""))
+    monkeypatch.setattr(cli, "app", cli.make_app())
     help_text = " ".join(works("edit", "--help", COLUMNS="200").stdout.split())
     assert "the blocks that it edits. (default (1, 2)) Such as 4-8 or" in help_text
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
@@ -293,8 +291,8 @@ def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setenv("COLUMNS", "160")
     clock = iter([0.0, 0.0, 4.0, 10.0, 30.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    with cli.Bars() as bars:
-        report = bars.of("", n_edits=200)
+    with Bars() as bars:
+        report = bars.callback("", n_edits=200)
         report("prefix", 200, 200)  # from 0 to 4 s
         report("train", 1, 20, 2.5)  # from 4 to 10 s: 10 of 200 edits are through
         report("train", 5, 20, 1.25)  # to 30 s: 50 edits in 26 s; 78 s are left
@@ -360,7 +358,8 @@ def test_bad_flags_are_refused_before_any_work(
     message: str,
 ) -> None:
     needs_model = flags[0] in ("--layer", "--module", "--device")
-    monkeypatch.setattr(*((cli, "measure") if needs_model else (Editor, "from_pretrained")), None)
+    work = ("fastedit.cli.arguments.measure",) if needs_model else (Editor, "from_pretrained")
+    monkeypatch.setattr(*work, None)
     output = tmp_path / "deep" / "out"
     flags, message = [flag.replace("{facts}", str(facts)) for flag in flags], message.replace("{facts}", str(facts))
     assert message in fails(2, "edit", "--model", model, "--requests", facts, "--output", output, *flags)
@@ -607,7 +606,7 @@ def test_ctrl_c_writes_nothing(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: tuple[str, int]
 ) -> None:
     interrupt = _CtrlC(*stage)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "out", *LEARNS)
     assert "interrupted" in fails(1, *common)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["facts.json"]
@@ -617,7 +616,7 @@ def test_ctrl_c_keeps_the_last_epoch_if_told_to(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt = _CtrlC("train", 3)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     output = tmp_path / "out"
     common = ("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS, "--no-evaluate")
     result = call(*common, "--keep-partial")
@@ -636,7 +635,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done_and_counts_them(
 ) -> None:
     edits = [{"prompt": r.prompt, "target": r.target, "subject": r.subject} for r in fastedit.demo.World().requests(6)]
     interrupt = _CtrlC("edits", 4)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
     files = ("--requests", write(tmp_path / "facts.json", edits), "--output", tmp_path / "out")
     method = ("--method", "memit", "--layers", "1-2", "--batch-size", 2, "--steps", 2, "--n-contexts", 0)
     common = ("edit", "--model", fastedit.demo.checkpoint_path(), "--dtype", "float32", *files, *method)
@@ -678,8 +677,8 @@ def test_covariance_sees_first_whether_its_folder_can_be_written(
     works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
     (tmp_path / "out" / "statistics").mkdir()
     works(*collecting, "--output", tmp_path / "out", "--tokens", 1)
-    monkeypatch.setattr("fastedit.collect.collect", None)
-    monkeypatch.setattr("fastedit.statistics.user_directory", lambda mark: Path("/proc") / mark)
+    monkeypatch.setattr("fastedit.statistics.collect.Collection", None)
+    monkeypatch.setattr("fastedit.statistics.store.user_directory", lambda mark: Path("/proc") / mark)
     assert "/proc/" in (said := fails(2, *collecting))
     assert "cannot be written" in said
 
@@ -711,8 +710,10 @@ def test_covariance_says_after_ctrl_c_whether_anything_was_saved(
     if saved:
         works(*wide, "--tokens", 1)
     interrupt = _CtrlC("covariance", 10**9)
-    monkeypatch.setattr(cli.Bars, "of", lambda *args: interrupt.of(*args))
-    monkeypatch.setattr("fastedit.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Bars, "callback", lambda *args: interrupt.of(*args))
+    monkeypatch.setattr(
+        "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     said = fails(1, *wide)
     assert ("goes on where the statistics were last saved" in said) == saved
     assert ("nothing was saved yet" in said) != saved
@@ -748,3 +749,91 @@ def test_as_a_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["edit", "evaluate", "demo", "locate", "env"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: fastedit {command}" in works(command, "--help").stdout
+
+
+def test_an_old_spelling_works_and_says_so(model: Path, facts: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "located.json"
+    common = ("locate", "--model", model, "--requests", facts, "--sample", 2, "--epochs", 1, "--json", saved)
+    old = works(*common, "--blocks", "1")
+    assert "--blocks is an old spelling of --layers" in old.stderr
+    assert "--blocks" not in works("locate", "--help").stdout
+    of_old = json.loads(saved.read_text())["cells"]
+    assert not works(*common, "--layers", "1").stderr
+    assert [c["block"] for c in json.loads(saved.read_text())["cells"]] == [c["block"] for c in of_old] == [1]
+
+
+@pytest.mark.parametrize("flag", ["--layers", "--layer"])
+def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: Path, flag: str) -> None:
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate", "--epochs", 1)
+    works(*common, flag, "1")
+    assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == 1
+    assert "--layers names 2 blocks, but this method edits one" in fails(2, *common, flag, "1-2")
+    (tmp_path / "text").write_text("The king of Gaul is old.")
+    collect = ("covariance", "--text", tmp_path / "text", "--output", tmp_path / "c", "--layers", "1")
+    assert "written to" in works(*collect, "--model", model).stdout
+    assert "there already" in works(*collect, model).stdout
+    assert "Missing option '--model'" in fails(2, *collect)
+
+
+def test_text_is_one_document_or_json_lines_of_documents(model: Path, facts: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The king is old. " * 3)
+    (tmp_path / "same.jsonl").write_text(json.dumps({"text": "The king is old. " * 3}) + "\n")
+    (tmp_path / "two.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("The king is", "old and Rome"))
+    )
+    figures = []
+    for name in ("text.txt", "same.jsonl", "two.jsonl"):
+        works("evaluate", "--model", model, "--requests", facts, "--text", tmp_path / name, "--json", tmp_path / "f")
+        figures.append(json.loads((tmp_path / "f").read_text())["perplexity"])
+    assert figures[0] == figures[1] != figures[2]
+    (tmp_path / "two.jsonl").write_text('{"body": "x"}\n')
+    said = fails(2, "evaluate", "--model", model, "--requests", facts, "--text", tmp_path / "two.jsonl")
+    assert "line 1 has no text in the field 'text'" in said
+
+
+@pytest.mark.parametrize("kind", [RequestError, ModelError, ConfigError, EditError, FileError])
+def test_the_exit_code_is_that_of_the_phase_whatever_the_error(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    error = kind(*([tmp_path / "x"] if kind is FileError else []), "something is wrong")
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--epochs", 1)
+    for place, code in (("plan", 2), ("run", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Editor, place, fail)
+            assert "something is wrong" in fails(code, *common)
+
+
+def test_a_question_that_cannot_be_asked_is_refused_before_the_model_is_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after an hour of training: a paraphrase counts like a prompt."""
+    records = [RECORDS[0], RECORDS[1] | {"id": "far", "paraphrases": ["far away " * 99]}]
+    monkeypatch.setattr("fastedit.cli.arguments.measure", None)
+    for command in (("edit", "--output", tmp_path / "o"), ("evaluate",)):
+        said = fails(2, *command, "--model", model, "--requests", write(tmp_path / "facts.json", records))
+        assert "request far, paraphrase: prompt and target take" in said
+
+
+@pytest.mark.parametrize("command", ["--help", *COMMANDS])
+def test_help_is_quick(command: str) -> None:
+    """Without torch, matplotlib and transformers; half a second of a processor for the command itself."""
+    arguments = [command] if command == "--help" else [command, "--help"]
+    script = (
+        "import sys, time\nstart = time.process_time()\nimport fastedit.cli\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "try:\n    fastedit.cli.main()\n"
+        "finally:\n"
+        "    print(time.process_time() - start, {'torch', 'transformers'} & set(sys.modules), file=sys.stderr)"
+    )
+    spent = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        seconds, heavy = done.stderr.split(maxsplit=1)
+        assert heavy.strip() == "set()"
+        spent.append(float(seconds))
+    print(spent)
+    assert min(spent) < 1.0  # 0.35 s on a machine without other work

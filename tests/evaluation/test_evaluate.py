@@ -19,11 +19,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-import fastedit.predictions as predicting
+import fastedit.evaluation.predict as predicting
 from fastedit.errors import EditError, FastEditError, RequestError
-from fastedit.evaluate import compare, evaluate
-from fastedit.models import topology
-from fastedit.predictions import Prediction, Predictions, normalize, predict
+from fastedit.evaluation.predict import Prediction, Predictions, normalize, predict
+from fastedit.evaluation.report import compare, evaluate
+from fastedit.models import Model
 from fastedit.requests import EditRequest
 
 WORDS = "abcdefghijklmnopqrstuvwxyz ABCDSL.\n"
@@ -75,7 +75,7 @@ def some_requests() -> list[EditRequest]:
 
 
 def measured(model: Any, requests: list[EditRequest], **options: Any) -> Predictions:
-    return predict(topology(model), tokenizer(), requests, **options)
+    return predict(Model.of(model, tokenizer()), requests, **options)
 
 
 def all_of(predictions: Predictions) -> list[Prediction]:
@@ -153,7 +153,7 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool) -> None:
     own.update(repetition_penalty=9.0, do_sample=True, temperature=5.0, min_new_tokens=9, suppress_tokens=[5])
     own.eos_token_id = [1, end_of_turn]
     model.train()  # dropout would show
-    predictions = predict(topology(model), tokenizer(ends_texts), requests, batch_tokens=60)
+    predictions = predict(Model.of(model, tokenizer(ends_texts)), requests, batch_tokens=60)
     assert model.training
     assert model.generation_config is own
     model.eval()

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fastedit import locate as module_under_test
 from fastedit.editor import Editor
 from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
-from fastedit.locate import LocateReport, locate
-from fastedit.models import topology
+from fastedit.evaluation import locate as module_under_test
+from fastedit.evaluation.locate import LocateReport, locate
+from fastedit.models import Model, topology
 from fastedit.requests import EditRequest
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -67,10 +68,9 @@ def test_a_cell_is_what_the_editor_does_there(family: str, augment: int, tokeniz
     before = state(model)
     modules = ("down_proj", "attn")
     report = locate(
-        topology(model),
-        tokenizer,
+        Model.of(model, tokenizer),
         EDITS,
-        blocks=(3, 1),
+        layers=(3, 1),
         modules=modules,
         seed=5,
         text=TEXT,
@@ -106,7 +106,7 @@ def test_a_cell_is_what_the_editor_does_there(family: str, augment: int, tokeniz
 
 def test_what_was_not_asked_is_none_and_a_dash(tokenizer: Any) -> None:
     plain = [EditRequest(edit.prompt, edit.target) for edit in EDITS]
-    report = locate(topology(tiny_model("llama")), tokenizer, plain, blocks=[2], **FAST)
+    report = locate(Model.of(tiny_model("llama"), tokenizer), plain, layers=[2], **FAST)
     (cell,) = report.cells
     assert cell.reliability is not None
     assert {cell.generalization, cell.locality, cell.perplexity_ratio, cell.accuracy_ratio} == {None}
@@ -122,7 +122,7 @@ def shown(report: LocateReport) -> str:
 
 def test_generated_shares(tokenizer: Any) -> None:
     model = tiny_model("llama")
-    report = locate(topology(model), tokenizer, EDITS, blocks=[2], generate=True, **FAST | {"epochs": 12})
+    report = locate(Model.of(model, tokenizer), EDITS, layers=[2], generate=True, **FAST | {"epochs": 12})
     editor = Editor(model, tokenizer, layer=2, module="down_proj", **FAST | {"epochs": 12})
     editor.edit(EDITS)
     metrics = editor.evaluate(EDITS).metrics
@@ -136,7 +136,7 @@ def test_generated_shares(tokenizer: Any) -> None:
 def test_the_sample_is_seeded(tokenizer: Any) -> None:
     def run(seed: int) -> LocateReport:
         top = topology(tiny_model("llama"))
-        return locate(top, tokenizer, EDITS, blocks=[2], sample=5, seed=seed, **FAST)
+        return locate(Model(top, tokenizer), EDITS, layers=[2], sample=5, seed=seed, **FAST)
 
     report, other = run(3), run(4)
     assert len(set(report.sample)) == 5
@@ -170,7 +170,7 @@ def test_the_prefix_runs_once_and_the_unedited_model_is_measured_once(
 
     monkeypatch.setattr(type(top.blocks[0]), "forward", counted)
     monkeypatch.setattr(module_under_test, "predict", uncounted)
-    locate(top, tokenizer, EDITS, modules=("down_proj", "attn"), blocks=(1, 3), **FAST)
+    locate(Model(top, tokenizer), EDITS, modules=("down_proj", "attn"), layers=(1, 3), **FAST)
     assert ran == {0: 1, 1: 1, 2: 1}
     assert evaluations == 1 + 4
 
@@ -190,7 +190,7 @@ def test_ctrl_c_leaves_the_model_as_it_was(calls: int, tokenizer: Any) -> None:
     model = tiny_model("llama")
     before = state(model)
     with pytest.raises(KeyboardInterrupt):
-        locate(topology(model), tokenizer, EDITS, modules=["block"], progress=interrupt_at(calls), **FAST)
+        locate(Model.of(model, tokenizer), EDITS, modules=["block"], progress=interrupt_at(calls), **FAST)
     assert_unchanged(model, before)
 
 
@@ -206,7 +206,7 @@ def test_a_failed_measurement_leaves_the_model_as_it_was(tokenizer: Any, monkeyp
 
     monkeypatch.setattr(module_under_test, "predict", failing)
     with pytest.raises(EditError, match="block 1, up_proj: no number"):
-        locate(topology(model), tokenizer, EDITS, blocks=[1], modules=["up_proj"], **FAST)
+        locate(Model.of(model, tokenizer), EDITS, layers=[1], modules=["up_proj"], **FAST)
     assert not torch.equal(*measured)  # it was edited when it failed
     assert_unchanged(model, before)
 
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_names_the_place(tokenizer: Any) -> None:
     model = tiny_model("llama")
     before = state(model)
     with pytest.raises(EditError, match="block 2, attn: the loss is not finite"):
-        locate(topology(model), tokenizer, EDITS, blocks=[2], modules=["attn"], **FAST | {"lr": 1e30})
+        locate(Model.of(model, tokenizer), EDITS, layers=[2], modules=["attn"], **FAST | {"lr": 1e30})
     assert_unchanged(model, before)
 
 
@@ -223,9 +223,9 @@ def test_a_loss_that_is_not_finite_names_the_place(tokenizer: Any) -> None:
     ("options", "error", "message"),
     [
         ({"modules": ["down_proj", "gate_proj"]}, ModelError, "block 0 of .* has no gate_proj"),
-        ({"blocks": [0, 4]}, ModelError, "layer 4 does not exist: .* 0 to 3"),
+        ({"layers": [0, 4]}, ModelError, "layer 4 does not exist: .* 0 to 3"),
         ({"modules": ["mlp.act"]}, ModelError, "'mlp.act' of block 0 has no weights"),
-        ({"blocks": []}, ConfigError, "at least one block"),
+        ({"layers": []}, ConfigError, "at least one block"),
         ({"modules": []}, ConfigError, "at least one block and one module"),
         ({"sample": 0}, ConfigError, "sample is 0"),
         ({"layer": 2}, ConfigError, "'layer'; it takes lr,"),
@@ -243,7 +243,7 @@ def test_bad_input_is_refused_before_any_work(
     assert top.packs  # measured by forward passes of its own
     model.transformer.h[0].register_forward_hook(lambda *_: work.append(1))
     with pytest.raises(error, match=message):
-        locate(top, tokenizer, EDITS, **options)
+        locate(Model(top, tokenizer), EDITS, **options)
     assert not work
 
 
@@ -254,7 +254,7 @@ def test_progress_counts_all_places(tokenizer: Any) -> None:
         seen.setdefault(stage, []).append((done, total, loss))
 
     top = topology(tiny_model("llama"))
-    report = locate(top, tokenizer, EDITS, blocks=[0, 1], text=TEXT, progress=progress, **FAST)
+    report = locate(Model(top, tokenizer), EDITS, layers=[0, 1], text=TEXT, progress=progress, **FAST)
     assert list(seen) == ["answers", "text", "prefix", "locate"]
     done = [d for d, _, _ in seen["locate"]]
     assert done == sorted(done)
@@ -297,7 +297,7 @@ def test_the_picture_shows_each_measure_at_each_place(report: LocateReport, tmp_
     for share in (0.0, 5 / 7, 1.0):
         assert colors[colormaps["viridis"](share, bytes=True)[:3]] > 1000
     flat = LocateReport(
-        [module_under_test.replace(c, reliability=0.5, generalization=None) for c in report.cells[1::2]],
+        [replace(c, reliability=0.5, generalization=None) for c in report.cells[1::2]],
         *(report.before, report.sample, report.generated, report.config),
     )
     flat.draw(tmp_path / "flat.png")

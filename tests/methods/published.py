@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import Editor, EditRequest
-from fastedit.covariance import StreamingCovariance
 from fastedit.models import topology
-from fastedit.statistics import statistics_path
+from fastedit.statistics.moment import StreamingCovariance
+from fastedit.statistics.store import statistics_path
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import EditRequest, ops
-from fastedit.methods import LocFTBFConfig, MethodResult, adam, locft_bf
-from fastedit.models import topology
+from fastedit.methods import LocFTBFConfig
+from fastedit.methods.base import MethodResult
+from fastedit.methods.locft_bf import adam
+from fastedit.methods.locft_bf.method import plan
+from fastedit.models import Model
 
 pytest.importorskip("triton")
 MakeEdits = Callable[..., list[EditRequest]]
@@ -59,7 +62,7 @@ def test_localized_steps_make_the_same_edit(
 
     def edited() -> tuple[MethodResult, nn.Module]:
         model = tiny_model(family, seed=seed).to(DEVICE)
-        return locft_bf(topology(model), tokenizer, edits, config), model
+        return plan(Model.of(model, tokenizer), edits, config).run(), model
 
     (wanted, _), taken = edited(), by_kernel()
     found, model = edited()
@@ -83,7 +86,7 @@ def test_masters_of_a_bf16_model(
         if path == "kernel":
             by_kernel()
         model = tiny_model(family, seed=seed).to(DEVICE, torch.bfloat16)
-        result = locft_bf(topology(model), tokenizer, edits, config)
+        result = plan(Model.of(model, tokenizer), edits, config).run()
         losses.append(result.losses)
         for name, update in result.updates.items():
             assert update.dtype == torch.float32
@@ -108,7 +111,7 @@ def test_what_is_watched_makes_the_gradient(dtype: torch.dtype, seed: int) -> No
     run().backward()
     wanted = {path: m.weight.grad for path, m in maps.items()}
     first.weight.grad = second.weight.grad = last.weight.grad = None
-    with adam.watched(maps) as seen:
+    with adam.recorded(maps) as seen:
         run().backward()
         with torch.no_grad():
             run()  # measures, as loops do; leaves nothing
@@ -132,7 +135,7 @@ def test_a_skipped_step_does_not_count(seed: int) -> None:
         linear, x = nn.Linear(6, 7).to(DEVICE), torch.randn(9, 6).to(DEVICE)
         parameters = {"weight": linear.weight, "bias": linear.bias}
         masters = {name: p.detach() for name, p in parameters.items()}
-        with adam.watched({"weight": linear}) as seen:
+        with adam.recorded({"weight": linear}) as seen:
             optimizer = adam.Adam(parameters, masters, {"weight": linear}, seen, lr=0.1, weight_decay=0.0)
             for skip in skips:
                 linear(x).square().sum().backward()
@@ -179,7 +182,7 @@ def test_steps_do_not_depend_on_the_scale_of_the_gradients(watched: bool, seed: 
         maps = {"weight": linear} if watched else {}
         parameters = {"weight": linear.weight}
         masters = {"weight": linear.weight.detach()}
-        with adam.watched(maps) as seen:
+        with adam.recorded(maps) as seen:
             optimizer = adam.Adam(parameters, masters, maps, seen, lr=0.1, weight_decay=1e-7, scale=scale)
             for _ in range(3):
                 linear(x).backward(torch.full((9, 7), scale, device=DEVICE))
@@ -193,4 +196,4 @@ def test_steps_do_not_depend_on_the_scale_of_the_gradients(watched: bool, seed: 
 
 def test_on_cpu_torch_s_adam_stays(seed: int) -> None:
     model = tiny_model("llama", seed=seed)
-    assert adam.localized(model, dict(model.named_parameters()), 100) == {}
+    assert adam.with_kernel(model, dict(model.named_parameters()), 100) == {}

@@ -11,9 +11,10 @@ from helpers import CONTEXTS, FAMILIES, at_subject, fast_tokenizer, random_edits
 from torch import Tensor
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
-from fastedit.methods.keys import KeyWalk
-from fastedit.methods.subjects import last_tokens, subject_ends
-from fastedit.models import topology
+from fastedit.methods.locate_then_edit.batch import Batch, find_subjects, repeated_note
+from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.naming import edit_name
+from fastedit.models import Model, last_tokens, topology
 
 
 def assert_close(found: Tensor, wanted: Tensor) -> None:
@@ -25,7 +26,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 def test_equal_those_of_a_plain_hook(family: str, average: Any, tokenizer: Any, seed: int) -> None:
     model = tiny_model(family)
     parts, edits = topology(model), random_edits(5, seed)
-    with KeyWalk(parts, tokenizer, edits, 1, contexts=CONTEXTS, average=average, batch_tokens=40) as walk:
+    with KeyWalk(Batch(Model(parts, tokenizer), edits, CONTEXTS), 1, average=average, batch_tokens=40) as walk:
         for layer in (1, 3):
             walk.advance(layer)
             keys = walk.keys()
@@ -40,7 +41,7 @@ def test_after_a_layer_was_written_the_next_is_that_of_the_changed_model(
 ) -> None:
     model = tiny_model(family)
     parts, edits = topology(model), random_edits(5, seed)
-    with KeyWalk(parts, tokenizer, edits, 0, contexts=CONTEXTS) as walk:
+    with KeyWalk(Batch(Model(parts, tokenizer), edits, CONTEXTS), 0) as walk:
         for layer in (0, 1, 2):
             walk.advance(layer)
             projection = parts.resolve(layer, "down_proj")[1]
@@ -71,7 +72,7 @@ def test_nothing_is_run_again_from_the_bottom_nor_behind_the_subject(tokenizer: 
             tokens[i] += args[0].numel() // 32
 
         block.mlp.register_forward_pre_hook(count)
-    with KeyWalk(parts, tokenizer, edits, 1, contexts=["w20 {}"]) as walk:
+    with KeyWalk(Batch(Model(parts, tokenizer), edits, ["w20 {}"]), 1) as walk:
         assert tokens == [12, 0, 0, 0]  # two bare prompts of 2 tokens up to the subject, padded to the longest
         walk.keys()
         assert tokens == [12, 12, 0, 0]
@@ -90,13 +91,13 @@ def test_without_contexts_the_bare_prompt_counts_alone(tokenizer: Any, seed: int
     module = parts.resolve(2, "down_proj")[1]
     wanted = torch.stack([at_subject(model, module, tokenizer, e, "{}") for e in edits])
     for average in ("half", "uniform"):
-        with KeyWalk(parts, tokenizer, edits, 2, average=average) as walk:
+        with KeyWalk(Batch(Model(parts, tokenizer), edits), 2, average=average) as walk:
             assert_close(walk.keys(), wanted)
 
 
 def test_keys_of_half_precision_models_are_fp32(tokenizer: Any, seed: int) -> None:
     parts = topology(tiny_model("llama", dtype=torch.bfloat16))
-    with KeyWalk(parts, tokenizer, random_edits(3, seed), 2, contexts=CONTEXTS) as walk:
+    with KeyWalk(Batch(Model(parts, tokenizer), random_edits(3, seed), CONTEXTS), 2) as walk:
         assert walk.keys().dtype == walk.outputs(2).dtype == torch.float32
 
 
@@ -106,7 +107,7 @@ def test_keys_that_are_not_finite_name_their_edit_alone(tokenizer: Any, seed: in
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("You")] = torch.nan
-    with KeyWalk(topology(model), tokenizer, edits, 1, contexts=CONTEXTS) as walk:
+    with KeyWalk(Batch(Model.of(model, tokenizer), edits, CONTEXTS), 1) as walk:
         with pytest.raises(EditError, match="the keys at layer 1 are not finite for edit bad; leave"):
             walk.keys()
         with pytest.raises(EditError, match="the outputs of block 2 are not finite for edit bad; leave"):
@@ -118,7 +119,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
     good = EditRequest("w10 w11 is", "w12", "w11")
 
     def run(edit: EditRequest, layer: int = 1, contexts: Sequence[str] = ()) -> None:
-        KeyWalk(parts, tokenizer, [good, edit], layer, contexts=contexts)
+        KeyWalk(Batch(Model(parts, tokenizer), [good, edit], contexts), layer)
 
     with pytest.raises(RequestError, match="edit x: its subject ends at token 65, behind the model's context of 64"):
         run(EditRequest("w10 " * 64 + "w11", "w12", "w11", id="x"))
@@ -132,7 +133,8 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
 
 def ends(*edits: EditRequest) -> tuple[list[str], list[str]]:
     """The part of each prompt that ends with the subject, and the notes."""
-    found, notes = subject_ends(edits)
+    found, repeated = find_subjects(edits)
+    notes = repeated_note([edit_name(edits[place], place) for place in repeated])
     return [edit.prompt[:end] for edit, end in zip(edits, found, strict=True)], notes
 
 
@@ -151,12 +153,12 @@ def test_the_last_place_of_a_subject_counts() -> None:
 
 def test_an_absent_subject_names_the_edit() -> None:
     with pytest.raises(RequestError, match="edit 0 has no subject"):
-        subject_ends([EditRequest("the home of Ann is", "x")])
+        find_subjects([EditRequest("the home of Ann is", "x")])
     wrong = EditRequest("the home of Ann is", "x", "ann", id="7")
     with pytest.raises(
         RequestError, match="edit 7: the subject 'ann' does not stand in the prompt 'the home of Ann is'"
     ):
-        subject_ends([EditRequest("a b", "x", "a"), wrong])
+        find_subjects([EditRequest("a b", "x", "a"), wrong])
 
 
 class Slow:
@@ -195,6 +197,6 @@ def test_many_texts_are_tokenized_in_pieces(tokenizer: Any, monkeypatch: pytest.
     texts = ["w10", "w11 w12", "w13 w14 w15", "w16 w17", "w18"]
     stops = [len(text) for text in texts]
     whole = last_tokens(tokenizer, texts, stops)
-    monkeypatch.setattr("fastedit.methods.subjects._CHUNK", 2)
+    monkeypatch.setattr("fastedit.models.tokens._CHUNK", 2)
     assert last_tokens(tokenizer, texts, stops) == whole
     assert whole[1] == [0, 1, 2, 1, 0]

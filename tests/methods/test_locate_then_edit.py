@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -20,29 +19,30 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from fastedit import ConfigError, EditError, Editor, EditRequest, ModelError, RequestError, cli
-from fastedit.collect import collect
-from fastedit.covariance import StreamingCovariance
 from fastedit.delta import WeightDelta
-from fastedit.methods.keys import KeyWalk
-from fastedit.methods.objectives import LeastSquares
-from fastedit.methods.plan import LocateThenEditConfig
-from fastedit.methods.targets import Targets
-from fastedit.models import LowRank, topology
-from fastedit.statistics import statistics_path
-
-lte = importlib.import_module("fastedit.methods.locate_then_edit")  # the package has a function of that name
+from fastedit.methods import LocateThenEditConfig
+from fastedit.methods.locate_then_edit import method as method_module
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.locate_then_edit.objectives import LeastSquares
+from fastedit.methods.locate_then_edit.targets import Targets
+from fastedit.models import Model, topology
+from fastedit.statistics.collect import collect
+from fastedit.statistics.moment import StreamingCovariance
+from fastedit.statistics.store import statistics_path
+from fastedit.weights import LowRank
 
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets are `target_of` the edits instead of sought."""
 
-    def find(_: Any, __: Any, edits: Sequence[EditRequest], *___: Any, **____: Any) -> Targets:
-        z = torch.stack([target_of(edit) for edit in edits])
-        zeros = torch.zeros(len(edits))
+    def find(batch: Batch, *_: Any) -> Targets:
+        z = torch.stack([target_of(edit) for edit in batch.edits])
+        zeros = torch.zeros(len(batch))
         return Targets(z, z, zeros, zeros, zeros.long(), (), 1.0, ())
 
-    monkeypatch.setattr(lte, "find_targets", find)
+    monkeypatch.setattr(method_module, "find_targets", find)
 
 
 def assert_written(model: nn.Module, wanted: dict[int, Tensor], before: dict[str, Tensor], tolerance: float) -> None:
@@ -363,17 +363,19 @@ def test_from_text_to_an_edited_model(
     """Statistics of text, targets that are sought, and contexts of the model's own; weights by those targets."""
     model, edits = tiny_model("llama"), random_edits(4, seed)
     texts = [edit.prompt for edit in random_edits(150, seed + 1)]
-    collect(topology(model), tokenizer, texts, [0, 1], directory=tmp_path)
+    collect(Model.of(model, tokenizer), texts, [0, 1], directory=tmp_path)
     before = values(model)
     found: list[Targets] = []
-    find = lte.find_targets
-    monkeypatch.setattr(lte, "find_targets", lambda *args, **named: found.append(find(*args, **named)) or found[-1])
+    find = method_module.find_targets
+    monkeypatch.setattr(
+        method_module, "find_targets", lambda *args, **named: found.append(find(*args, **named)) or found[-1]
+    )
     editor = Editor(model, tokenizer, method, statistics=str(tmp_path), clamp=4.0, cov_weight=0.1, null_threshold=0.3)
     result = editor.edit(edits)
     assert result.losses == pytest.approx([float(targets.loss.mean()) for targets in found])
     assert not same(model, before)
     again = Editor(tiny_model("llama"), tokenizer, method, **dict(editor.config.__dict__))
-    monkeypatch.setattr(lte, "find_targets", lambda *_, **__: found.pop(0))
+    monkeypatch.setattr(method_module, "find_targets", lambda *_, **__: found.pop(0))
     again.edit(edits)
     assert same(again.model, values(model))
     config = result.delta.metadata["config"]
@@ -410,6 +412,7 @@ def test_statistics_that_cannot_serve(case: Case, tmp_path: Path, seed: int) -> 
         with pytest.warns(RuntimeWarning, match="20 tokens"):
             result = case.editor("memit", about, **config).edit(edits)
         result.revert()
+    moments(case.model, other, seed)
     for layer in about.layers:
         path = statistics_path(topology(case.model), other, layer)
         broken = StreamingCovariance.load(path)
@@ -424,7 +427,7 @@ def test_edits_that_cannot_be_made_are_named_before_any_work(
     case: Case, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits, about = random_edits(2, seed), METHODS["memit"]
-    monkeypatch.setattr(lte, "find_targets", lambda *_, **__: pytest.fail("a target was sought"))
+    monkeypatch.setattr(method_module, "find_targets", lambda *_, **__: pytest.fail("a target was sought"))
     wrong = {
         "edit x: the subject 'w11' does not stand in the prompt": EditRequest("w10 w12", "w13", "w11", id="x"),
         "edit 2 has no subject": EditRequest("w10 w12", "w13"),
@@ -519,14 +522,16 @@ def test_a_target_is_reached_or_it_is_said_that_it_is_not(
     case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)  # Gemma 2's softmax is fp32, 0/0 in fp64
     edits = random_edits(2, seed)
     found: list[Any] = []
-    seek = lte.find_targets
-    monkeypatch.setattr(lte, "find_targets", lambda *args, **named: found.append(seek(*args, **named)) or found[-1])
+    seek = method_module.find_targets
+    monkeypatch.setattr(
+        method_module, "find_targets", lambda *args, **named: found.append(seek(*args, **named)) or found[-1]
+    )
     config: dict[str, Any] = {"statistics": str(case.folder), "n_contexts": 0, "cov_weight": 1e-9, "steps": 5}
     for layers, options in (((1,), {"distribution": "single"}), ((0, 1), {})):
         editor = Editor(case.model, tokenizer, "memit", layers=layers, **config, **options)
         result = editor.edit(edits)
         site = result.delta.metadata["config"]["site"]
-        with KeyWalk(editor.topology, tokenizer, edits, 1) as walk:
+        with KeyWalk(Batch(editor.parts, edits), 1) as walk:
             now = walk.outputs(1, "down_proj" if site == "mlp" else "block")
         z, h0 = found[-1].z, found[-1].h0
         reached = bool((now - z).norm() < 1e-3 * (z - h0).norm())
@@ -570,13 +575,13 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
         (f"fastedit covariance {checkpoint} --text FILE --layers 0,1", memit),
         ("layers ends with 3, the last block", (*memit, "--layers", 3)),
         ("expected INT,…, got 'low'", (*memit, "--layers", "low")),
-        ("memit has no field 'layer'", (*memit, "--layer", 1)),
+        ("memit has no field 'epochs'", (*memit, "--epochs", 1)),
         ("objective", (*memit, "--objective", "best")),
         ("edit 3: the subject 'w9 w9 w9' does not stand", (*memit, "--requests", wrong)),
-        ("locft-bf has no field 'layers'", ("--layers", 1)),
+        ("--layers names 2 blocks, but this method edits one", ("--layers", "1,2")),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(cli, "measure", lambda *_: pytest.fail("the model was measured"))
+            patch.setattr("fastedit.cli.arguments.measure", lambda *_: pytest.fail("the model was measured"))
             result = call(*common, *arguments)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith("fastedit: ")

@@ -23,10 +23,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError, ops
-from fastedit.methods import LocFTBFConfig, MethodResult, contexts, locft_bf, trainer
-from fastedit.methods.locft_bf import batch_size_for
+from fastedit.methods import LocFTBFConfig, contexts
+from fastedit.methods.base import MethodResult
+from fastedit.methods.locft_bf import trainer, training_set
+from fastedit.methods.locft_bf.method import batch_size_for, plan
 from fastedit.methods.presets import locft_bf_preset
-from fastedit.models import Samples, pack, topology
+from fastedit.models import Model, Samples, pack, topology
 
 MakeEdits = Callable[..., list[EditRequest]]
 Pairs = Sequence[tuple[str, str]]
@@ -155,7 +157,8 @@ def run(
     model: nn.Module, tokenizer: Any, edits: Sequence[EditRequest], progress: Any = None, **config: Any
 ) -> MethodResult:
     settings = {"layer": 2, "module": "down_proj", "shuffle": False} | PLAIN | config
-    return locft_bf(topology(model), tokenizer, edits, LocFTBFConfig(**settings), *([progress] if progress else []))
+    options = {"progress": progress} if progress else {}
+    return plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**settings), **options).run()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -629,7 +632,7 @@ def test_augment_trains_copies_behind_contexts_of_the_model(
     tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each edit as it is and behind two contexts that end a sentence; equal to the published loop on them."""
-    edits, module = make_edits(6), inspect.getmodule(locft_bf)
+    edits, module = make_edits(6), training_set
     seen: list[list[tuple[str, str]]] = []
     tokenize = module.tokenize
 
@@ -656,30 +659,30 @@ def test_augment_trains_copies_behind_contexts_of_the_model(
 
 
 def test_contexts_are_many_and_different(tokenizer: Any) -> None:
-    texts = contexts.sample_contexts(topology(tiny_model("llama")), tokenizer, 23, seed=1)
+    texts = contexts.sample_contexts(Model.of(tiny_model("llama"), tokenizer), 23, seed=1)
     assert len(texts) == 23
     assert len(set(texts)) > 15
-    assert texts != contexts.sample_contexts(topology(tiny_model("llama")), tokenizer, 23, seed=2)
+    assert texts != contexts.sample_contexts(Model.of(tiny_model("llama"), tokenizer), 23, seed=2)
 
 
 def test_contexts_are_written_without_dropout(tokenizer: Any) -> None:
     model = tiny_model("gpt2")
-    texts = contexts.sample_contexts(topology(model), tokenizer, 10, seed=1)
+    texts = contexts.sample_contexts(Model.of(model, tokenizer), 10, seed=1)
     model.train()
-    assert contexts.sample_contexts(topology(model), tokenizer, 10, seed=1) == texts
+    assert contexts.sample_contexts(Model.of(model, tokenizer), 10, seed=1) == texts
     assert all(part.training for part in model.modules())
 
 
 def test_contexts_follow_neither_the_model_s_generation_config_nor_an_eos(tokenizer: Any) -> None:
     """What a chat checkpoint ships; and a tokenizer that ends every text."""
     model, ended = tiny_model("llama"), copy.deepcopy(tokenizer)
-    texts = contexts.sample_contexts(topology(model), tokenizer, 10, seed=1)
+    texts = contexts.sample_contexts(Model.of(model, tokenizer), 10, seed=1)
     ended.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     assert ended("The").input_ids[-1] == ended.eos_token_id
-    assert contexts.sample_contexts(topology(model), ended, 10, seed=1) == texts
+    assert contexts.sample_contexts(Model.of(model, ended), 10, seed=1) == texts
     own = model.generation_config
     own.num_beams, own.repetition_penalty, own.suppress_tokens = 2, 5.0, list(range(20, 60))
-    assert contexts.sample_contexts(topology(model), tokenizer, 10, seed=1) == texts
+    assert contexts.sample_contexts(Model.of(model, tokenizer), 10, seed=1) == texts
     assert model.generation_config is own
 
 
@@ -739,7 +742,7 @@ def test_a_preset_is_used_and_noted(tokenizer: Any, make_edits: MakeEdits, monke
     module = inspect.getmodule(locft_bf_preset)
     preset = module.LocFTBFPreset(1, "block", 2e-4)
     monkeypatch.setitem(module._LOCFT_BF, ("llama", 32, 4, 97), preset)
-    result = locft_bf(topology(tiny_model("llama")), tokenizer, make_edits(5), LocFTBFConfig(epochs=1))
+    result = plan(Model.of(tiny_model("llama"), tokenizer), make_edits(5), LocFTBFConfig(epochs=1)).run()
     assert (result.config["layer"], result.config["module"], result.config["lr"]) == (1, "block", 2e-4)
     assert sum("published preset" in note for note in result.notes) == 3
 
@@ -751,7 +754,7 @@ def test_what_is_chosen_is_said_and_fits_the_weights(tokenizer: Any, make_edits:
         model = tiny_model("llama")
         weight = model.get_parameter("model.layers.2.mlp.down_proj.weight")
         weight.data *= scale * 0.02 / weight.square().mean().sqrt()
-        result = locft_bf(topology(model), tokenizer, make_edits(61), LocFTBFConfig(epochs=1))
+        result = plan(Model.of(model, tokenizer), make_edits(61), LocFTBFConfig(epochs=1)).run()
         assert list(result.updates) == ["model.layers.2.mlp.down_proj.weight"]  # 22/32 of 4 blocks
         assert result.config["batch_size"] == 2
         rates.append(result.config["lr"])

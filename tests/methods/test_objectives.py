@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastedit import ConfigError, ModelError, ops
-from fastedit.methods.distributions import shares
-from fastedit.methods.objectives import Equality, LeastSquares, NullSpace, Objective, null_space
+from fastedit.methods.locate_then_edit.distributions import shares
+from fastedit.methods.locate_then_edit.objectives import Equality, LeastSquares, NullSpace, Objective, null_space
 
 D, H = 20, 6
 LAMBDA, ALPHA, L2, THRESHOLD = 3.0, 0.25, 0.7, 1e-3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastedit import EditRequest, ModelError
-from fastedit.methods.target_store import TargetStore
-from fastedit.methods.targets import TargetConfig, Targets
-from fastedit.models import topology
+from fastedit.methods.locate_then_edit import method as method_module
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import TargetConfig
+from fastedit.methods.locate_then_edit.target_store import TargetStore
+from fastedit.methods.locate_then_edit.targets import Targets
+from fastedit.models import Model, topology
 
-lte = importlib.import_module("fastedit.methods.locate_then_edit")
 ABOUT = Settings("least-squares", (0, 1), contexts=("w20 w21 . {}",))
 SOUGHT: dict[str, Any] = {"steps": 3, "batch_size": 2}
 
@@ -43,7 +44,7 @@ class Count:
     """How often targets are sought."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt: int = 0) -> None:
-        self.n, find = 0, lte.find_targets
+        self.n, find = 0, method_module.find_targets
 
         def counted(*args: Any, **named: Any) -> Targets:
             self.n += 1
@@ -52,7 +53,7 @@ class Count:
             found: Targets = find(*args, **named)
             return found
 
-        monkeypatch.setattr(lte, "find_targets", counted)
+        monkeypatch.setattr(method_module, "find_targets", counted)
 
 
 @pytest.mark.parametrize("lr", [None, 0.3])
@@ -88,8 +89,9 @@ def test_whatever_matters_makes_another_key(tokenizer: Any, tmp_path: Path, seed
 
     def key(**other: Any) -> str:
         store = TargetStore(tmp_path, topology(model), written)
-        given = {"tokenizer": tokenizer, "edits": edits, "z_layer": 1, "config": config, "contexts": ["w9 {}"]} | other
-        return store.key(**given)
+        given = {"edits": edits, "z_layer": 1, "config": config, "contexts": ["w9 {}"]} | other
+        batch = Batch(Model.of(model, tokenizer), given.pop("edits"), given.pop("contexts"))
+        return store.key(batch, **given)
 
     wanted, keys = key(), []
     assert key() == wanted
@@ -136,19 +138,21 @@ def test_another_tokenizer_makes_another_key(tokenizer: Any, tmp_path: Path, see
                     found["offset_mapping"] = [[(0, 0), *spans] for spans in found["offset_mapping"]]
             return found
 
-    store = TargetStore(tmp_path, topology(tiny_model("llama")), [])
+    parts = topology(tiny_model("llama"))
+    store = TargetStore(tmp_path, parts, [])
     edits = random_edits(3, seed)
-    assert store.key(tokenizer, edits, 1, TargetConfig(), ()) != store.key(Longer(), edits, 1, TargetConfig(), ())
+    keys = {store.key(Batch(Model(parts, t), edits), 1, TargetConfig()) for t in (tokenizer, Longer())}
+    assert len(keys) == 2
 
 
 def test_a_key_is_that_of_the_weights_as_they_are_now(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     model, edits = tiny_model("gpt2"), random_edits(2, seed)
     store = TargetStore(tmp_path, topology(model), ["transformer.h.1.mlp.c_proj.weight"])
-    before = store.key(tokenizer, edits, 1, TargetConfig(), ())
+    before = store.key(Batch(Model.of(model, tokenizer), edits), 1, TargetConfig())
     weight = model.transformer.h[1].mlp.c_proj.weight
     with torch.no_grad():
         weight[3, 5] += 1e-3
-    assert store.key(tokenizer, edits, 1, TargetConfig(), ()) != before
+    assert store.key(Batch(Model.of(model, tokenizer), edits), 1, TargetConfig()) != before
     with torch.no_grad():
         weight[3, 5] -= 1e-3
 
@@ -223,7 +227,7 @@ def test_a_full_disk_leaves_no_file_and_the_model_as_it_was(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastedit.methods.target_store.save_file", full)
+    monkeypatch.setattr("fastedit.tensorfile.save_file", full)
     with pytest.raises(ModelError, match=r"could not be saved: .*No space left.*give another folder"):
         case.editor("memit", ABOUT, targets=str(tmp_path / "targets"), **SOUGHT).edit(random_edits(2, seed))
     assert not list((tmp_path / "targets").iterdir())

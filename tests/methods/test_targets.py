@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
 from fastedit import ConfigError, EditRequest, RequestError
-from fastedit.methods import target_loop
-from fastedit.methods.targets import RELATIVE_LR, TargetConfig, Targets, find_targets
-from fastedit.models import topology
+from fastedit.methods.locate_then_edit import target_loop
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import TargetConfig
+from fastedit.methods.locate_then_edit.target_loop import RELATIVE_LR
+from fastedit.methods.locate_then_edit.targets import Targets, find_targets
+from fastedit.models import Model, topology
+from fastedit.progress import no_progress
 
 CONTEXTS = ["w20 w21 w22 . {}", "w23 . {}"]
 Z_LAYER = 1
@@ -92,8 +96,8 @@ def one_at_a_time(model: nn.Module, module: nn.Module, tokenizer: Any, edit: Edi
 
 
 def found(family: str, tokenizer: Any, edits: Sequence[EditRequest], config: TargetConfig, **options: Any) -> Targets:
-    parts = topology(tiny_model(family))
-    return find_targets(parts, tokenizer, edits, Z_LAYER, config, contexts=CONTEXTS, **options)
+    parts, about = topology(tiny_model(family)), {"progress": options.pop("progress", no_progress)}
+    return find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS, **about), Z_LAYER, config, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -200,7 +204,7 @@ def test_nothing_stays_behind(tokenizer: Any, seed: int) -> None:
     model, edits = tiny_model("llama"), random_edits(3, seed)
 
     def alive() -> int:
-        find_targets(topology(model), tokenizer, edits, Z_LAYER, replace(CONFIG, steps=2), contexts=CONTEXTS)
+        find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, replace(CONFIG, steps=2))
         gc.collect()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
@@ -245,7 +249,7 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest
 
     monkeypatch.setattr(target_loop.ops, "target_cross_entropy", counted)
     monkeypatch.setattr(target_loop.TargetLoop, "_update", lambda *args: updates.append(update(*args)))
-    find_targets(parts, tokenizer, edits, Z_LAYER, replace(CONFIG, stop_loss=0), contexts=CONTEXTS, in_flight=6)
+    find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS), Z_LAYER, replace(CONFIG, stop_loss=0), in_flight=6)
     assert tokens[0] == tokens[1]  # once each
     before, behind = 0, 0  # tokens of the rows in front of the subject's last, and from there on
     for edit in edits:
@@ -272,7 +276,7 @@ def test_attention_that_asks_no_cache_costs_time_and_nothing_else(tokenizer: Any
     edits, model = random_edits(4, seed), tiny_model("llama")
     wanted = found("llama", tokenizer, edits, CONFIG)
     model.model.layers[3].self_attn = Rebuilt(model.model.layers[3].self_attn)
-    assert_same(find_targets(topology(model), tokenizer, edits, Z_LAYER, CONFIG, contexts=CONTEXTS), wanted)
+    assert_same(find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, CONFIG), wanted)
 
 
 def test_an_edit_whose_loss_is_not_finite_is_dropped_alone(tokenizer: Any, seed: int) -> None:
@@ -283,7 +287,7 @@ def test_an_edit_whose_loss_is_not_finite_is_dropped_alone(tokenizer: Any, seed:
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("You")] = torch.nan
-    targets = find_targets(topology(model), tokenizer, edits, Z_LAYER, CONFIG, contexts=CONTEXTS, in_flight=4)
+    targets = find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, CONFIG, in_flight=4)
     assert targets.dropped == bad
     assert targets.notes[-1] == "dropped, because the loss is not finite: edit e0, edit e3"
     others = [i for i in range(8) if i not in bad]
@@ -292,7 +296,7 @@ def test_an_edit_whose_loss_is_not_finite_is_dropped_alone(tokenizer: Any, seed:
         values = getattr(targets, name)
         assert values[list(bad)].isnan().all()
         torch.testing.assert_close(values[others], getattr(kept, name), rtol=1e-3, atol=2e-3)
-    auto = find_targets(topology(model), tokenizer, edits, Z_LAYER, replace(CONFIG, lr=None), contexts=CONTEXTS)
+    auto = find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, replace(CONFIG, lr=None))
     assert auto.dropped == bad  # the rate comes from the others
 
 
@@ -303,7 +307,7 @@ def test_an_edit_that_diverges_is_dropped(tokenizer: Any, seed: int) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
-    targets = find_targets(topology(model), tokenizer, random_edits(3, seed), Z_LAYER, CONFIG)
+    targets = find_targets(Batch(Model.of(model, tokenizer), random_edits(3, seed)), Z_LAYER, CONFIG)
     assert targets.dropped == (0, 1, 2)
     assert targets.h0.isfinite().all()
     assert targets.z.isnan().all()  # no caller can take it for a target
@@ -329,9 +333,9 @@ def test_one_step_is_an_evaluation(tokenizer: Any, seed: int) -> None:
 def test_half_precision_models_keep_delta_in_fp32(tokenizer: Any, seed: int) -> None:
     parts = topology(tiny_model("llama", dtype=torch.bfloat16))
     edits = random_edits(5, seed)
-    options = {"contexts": CONTEXTS, "in_flight": 3}
-    before = find_targets(parts, tokenizer, edits, Z_LAYER, TargetConfig(steps=1), **options)
-    after = find_targets(parts, tokenizer, edits, Z_LAYER, TargetConfig(), **options)
+    batch = Batch(Model(parts, tokenizer), edits, CONTEXTS)
+    before = find_targets(batch, Z_LAYER, TargetConfig(steps=1), in_flight=3)
+    after = find_targets(batch, Z_LAYER, TargetConfig(), in_flight=3)
     assert after.z.dtype == after.loss.dtype == torch.float32
     assert (after.loss < before.loss).all()
 
@@ -353,7 +357,7 @@ def test_the_model_stays_as_it_is(tokenizer: Any, seed: int, monkeypatch: pytest
     for config in CONFIGS.values():
         with torch.no_grad():
             sought = replace(config, stop_loss=0.0)
-            targets = find_targets(topology(model), tokenizer, edits, Z_LAYER, sought, contexts=CONTEXTS)
+            targets = find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, sought)
         assert targets.steps.all()
         assert attributes() == expected
 
@@ -364,7 +368,7 @@ def test_the_model_stays_as_it_is(tokenizer: Any, seed: int, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(target_loop.ops, "target_cross_entropy", fail)
         with pytest.raises(KeyboardInterrupt):
-            find_targets(topology(model), tokenizer, edits, Z_LAYER, CONFIGS["mlp"])
+            find_targets(Batch(Model.of(model, tokenizer), edits), Z_LAYER, CONFIGS["mlp"])
     assert attributes() == expected
     assert [p.requires_grad for p in model.parameters()] == flags
     for name, p in model.named_parameters():
@@ -377,7 +381,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
     good = EditRequest("w10 w11 is", "w12", "w11")
 
     def run(edit: EditRequest, z_layer: int = Z_LAYER, contexts: Sequence[str] = ()) -> None:
-        find_targets(parts, tokenizer, [good, edit], z_layer, CONFIG, contexts=contexts)
+        find_targets(Batch(Model(parts, tokenizer), [good, edit], contexts), z_layer, CONFIG)
 
     with pytest.raises(RequestError, match="edit x: the subject 'w13' does not stand in the prompt 'w10 w11'"):
         run(EditRequest("w10 w11", "w12", "w13", id="x"))
@@ -422,6 +426,6 @@ def test_no_step_waits_for_the_gpu(tokenizer: Any, seed: int, monkeypatch: pytes
 
     monkeypatch.setattr(target_loop.TargetLoop, "_step", strict)
     parts = topology(tiny_model("llama").to("cuda"))
-    targets = find_targets(parts, tokenizer, edits, Z_LAYER, CONFIG, contexts=CONTEXTS, in_flight=4)
+    targets = find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS), Z_LAYER, CONFIG, in_flight=4)
     assert torch.equal(targets.steps.cpu(), wanted.steps)
     assert (cosine_similarity(targets.z.cpu() - wanted.h0, wanted.z - wanted.h0) >= 0.999).all()

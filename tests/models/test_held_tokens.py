@@ -19,9 +19,9 @@ from fastedit.models import (
     PrefixCache,
     Rows,
     at_tokens,
+    held_tokens,
     observe,
     pack,
-    partial,
     resume,
     topology,
 )
@@ -69,7 +69,7 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
         before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
         # some of both groups in another order, some of these, and one with a single token to run
         for select in ([7, 2, 6, 1], [6, 1], [6]):
-            rows, past = held.rest(torch.tensor(select))
+            rows, past = held.remaining(torch.tensor(select))
             assert len(rows.token_rows) == int((SAMPLES.lengths - 1 - HELD)[select].sum())
             whole = pack(SAMPLES, select, packed=False)
             calls = BlockCalls(parts, rows, 2, at_tokens(parts, rows, 2), past)
@@ -90,7 +90,7 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
                 found.square().sum().backward()
                 one, other = gradient_in(leaf, rows, select), gradient_in(plain, whole, select)
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
-        kept = held._kept[LAST]
+        kept = held._recorded[LAST]
         assert held.nbytes == sum(x.nbytes for x in kept) * 2
         assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
     assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
@@ -103,14 +103,14 @@ def test_held_tokens_run_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         at_once, in_passes = (HeldTokens(parts, cache, SAMPLES, HELD) for _ in range(2))
         everything = torch.arange(len(HELD))
         at_once.record(everything)
-        monkeypatch.setattr(partial, "pass_tokens", lambda _: 12)
+        monkeypatch.setattr(held_tokens, "pass_tokens", lambda _: 12)
         parts.blocks[2].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
         in_passes.record(everything)
     assert len(passes) > 1
     assert sum(passes) == int((HELD > 0).sum())
     assert torch.equal(in_passes._tokens, at_once._tokens)
-    for block, wanted in at_once._kept.items():
-        torch.testing.assert_close(in_passes._kept[block], wanted, rtol=0, atol=1e-5)
+    for block, wanted in at_once._recorded.items():
+        torch.testing.assert_close(in_passes._recorded[block], wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -129,7 +129,7 @@ def test_attention_to_held_tokens_is_products_on_a_cpu(family: str) -> None:
     with PrefixCache(parts, SAMPLES, 2) as cache:
         held = HeldTokens(parts, cache, SAMPLES, HELD)
         held.record(torch.tensor([0, 1]))
-        rows, past = held.rest(torch.tensor([0, 1]))
+        rows, past = held.remaining(torch.tensor([0, 1]))
         calls = BlockCalls(parts, rows, 2, at_tokens(parts, rows, 2), past)
         with Counted() as fused:
             hidden = cache.hidden(rows).requires_grad_()
@@ -174,7 +174,7 @@ def test_nothing_is_held_where_attention_asks_no_cache() -> None:
         held = HeldTokens(parts, cache, SAMPLES, HELD)
         held.record(torch.tensor([0, 1]))
         assert not held.supported
-        rows, past = held.rest(torch.tensor([0, 1]))
+        rows, past = held.remaining(torch.tensor([0, 1]))
     assert past is None
     assert len(rows.token_rows) == int((SAMPLES.lengths - 1)[:2].sum())
 

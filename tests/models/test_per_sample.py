@@ -15,8 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import EditError, EditRequest, WeightDelta
-from fastedit.models import Factors, LowRank, Topology, per_sample_updates, topology
-from fastedit.predictions import Prediction, Predictions, predict
+from fastedit.evaluation.predict import Prediction, Predictions, predict
+from fastedit.models import Factors, Model, Topology, per_sample_updates, topology
+from fastedit.weights import LowRank
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "gpt_neox", "opt_post_norm"])
 MakeEdits = Callable[..., list[EditRequest]]
@@ -72,7 +73,7 @@ def one_by_one(
             low[paths[module]] = LowRank(right[i].T, left[i].T) if turned else LowRank(left[i], right[i])
         delta = WeightDelta(low, {})
         delta.apply(model.model, force=True)
-        found += all_of(predict(model, tokenizer, [edit], **options))
+        found += all_of(predict(Model(model, tokenizer), [edit], **options))
         delta.revert()
     return found
 
@@ -86,10 +87,10 @@ def test_answers_are_those_of_each_edit_alone(family: str, tokenizer: Any, make_
     """In one batch and in several."""
     model, edits = topology(tiny_model(family, seed=seed)), entangled(make_edits(9))
     updates = some_updates(model, len(edits), seed)
-    plain = predict(model, tokenizer, edits, generate=False)
+    plain = predict(Model(model, tokenizer), edits, generate=False)
     wanted = one_by_one(model, tokenizer, edits, updates, generate=False)
     for batch_tokens in (4096, 70):
-        found = predict(model, tokenizer, edits, generate=False, updates=updates, batch_tokens=batch_tokens)
+        found = predict(Model(model, tokenizer), edits, generate=False, updates=updates, batch_tokens=batch_tokens)
         assert len(all_of(found)) == len(wanted) == sum(4 + len(e.neighbours) - 1 for e in edits)
         for one, other in zip(all_of(found), wanted, strict=True):
             assert (one.prompt, one.answer, one.argmax) == (other.prompt, other.answer, other.argmax)
@@ -97,7 +98,7 @@ def test_answers_are_those_of_each_edit_alone(family: str, tokenizer: Any, make_
             assert one.other_logp == (None if other.other_logp is None else pytest.approx(other.other_logp, abs=2e-5))
     moved = [abs(a.logp - b.logp) for a, b in zip(all_of(plain), wanted, strict=True)]
     assert sorted(moved)[len(moved) // 2] > 0.01  # the edits matter
-    assert predict(model, tokenizer, edits, generate=False) == plain  # and are gone
+    assert predict(Model(model, tokenizer), edits, generate=False) == plain  # and are gone
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -115,7 +116,7 @@ def test_generated_texts_are_those_of_each_edit_alone(family: str, tokenizer: An
     wanted = [p.generated for p in one_by_one(model, tokenizer, edits, updates)]
     assert len({*wanted[1::3]}) > 1  # of the neighbour that all share
     for batch_tokens in (4096, 20):
-        found = predict(model, tokenizer, edits, updates=updates, batch_tokens=batch_tokens)
+        found = predict(Model(model, tokenizer), edits, updates=updates, batch_tokens=batch_tokens)
         assert [p.generated for p in all_of(found)] == wanted
 
 
@@ -152,15 +153,15 @@ def test_what_breaks_is_named_and_leaves_no_edit_behind(tokenizer: Any, make_edi
     model, edits = topology(tiny_model("llama", seed=seed)), make_edits(4)
     edits[0] = replace(edits[0], neighbours=edits[2].neighbours)
     updates = some_updates(model, 4, seed)
-    plain = predict(model, tokenizer, edits, generate=False)
+    plain = predict(Model(model, tokenizer), edits, generate=False)
     left, right = next(iter(updates.values()))
     named = r"NaN or infinity \((request edit-0-2, \w+(; )?)+\)"
     for bad, said in ((math.nan, r"not finite \(edit-0-2\)"), (3e38, named)):
         left[2] = right[2] = bad
         with pytest.raises(EditError, match=said):
-            predict(model, tokenizer, edits, updates=updates)
-        assert predict(model, tokenizer, edits, generate=False) == plain
+            predict(Model(model, tokenizer), edits, updates=updates)
+        assert predict(Model(model, tokenizer), edits, generate=False) == plain
     with pytest.raises(ValueError, match="of 4 edits do not fit 3 requests"):
-        predict(model, tokenizer, edits[:3], updates=updates)
+        predict(Model(model, tokenizer), edits[:3], updates=updates)
     with pytest.raises(ValueError, match="without updates"):
-        predict(model, tokenizer, edits, text=["w9 w10"], updates=updates)
+        predict(Model(model, tokenizer), edits, text=["w9 w10"], updates=updates)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
-from fastedit.models import Budget, PrefixCache, Rows, full, pack, prefix, resume, topology
+from fastedit.models import Budget, PrefixCache, Rows, forward, pack, resume, run_from_tokens, topology
 
 LENGTHS = [2, 18, 7, 3, 12, 9, 18, 5, 2, 4]  # 1 … 17 inputs
 SAMPLES = ragged_samples(LENGTHS)
@@ -45,7 +45,7 @@ def test_resume_equals_the_plain_model_on_each_sample(family: str) -> None:
             found = resume(parts, cache.hidden(rows), rows, layer)
             assert_equal_to_1e5(parts.logits(found), wanted)
     with torch.no_grad():
-        assert_equal_to_1e5(parts.logits(full(parts, rows)), wanted)
+        assert_equal_to_1e5(parts.logits(run_from_tokens(parts, rows)), wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,7 +132,7 @@ def test_nothing_is_left_on_the_model(family: str, monkeypatch: pytest.MonkeyPat
         with PrefixCache(parts, SAMPLES, 1) as cache:
             cache.advance(2)
         resume(parts, hidden, rows, 2)
-        full(parts, rows)
+        run_from_tokens(parts, rows)
 
     use()
     assert attributes(model) == before
@@ -143,7 +143,7 @@ def test_nothing_is_left_on_the_model(family: str, monkeypatch: pytest.MonkeyPat
     for place in (parts.blocks[1], parts.attn(LAST)):
         with monkeypatch.context() as patch:
             patch.setattr(type(place), "forward", functools.wraps(type(place).forward)(fail))
-            for run in (use, lambda: resume(parts, hidden, rows, 1), lambda: full(parts, rows)):
+            for run in (use, lambda: resume(parts, hidden, rows, 1), lambda: run_from_tokens(parts, rows)):
                 with pytest.raises(KeyboardInterrupt):
                     run()
         assert attributes(model) == before
@@ -218,7 +218,7 @@ def test_a_rebuilt_last_block_runs_whole() -> None:
     mlp.down_proj = Rebuilt(mlp.down_proj.weight)
     parts = topology(model)
     with torch.no_grad():
-        assert_equal_to_1e5(parts.logits(full(parts, rows)), wanted)
+        assert_equal_to_1e5(parts.logits(run_from_tokens(parts, rows)), wanted)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -298,7 +298,7 @@ def test_varlen_attention_gets_a_single_row(monkeypatch: pytest.MonkeyPatch) -> 
     parts, rows, wanted = topology(model), rows_for(model), expected(model)
     shapes = []
     parts.blocks[2].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    monkeypatch.setattr(prefix, "_BATCHED_ATTENTION", frozenset())
+    monkeypatch.setattr(forward, "_BATCHED_ATTENTION", frozenset())
     with PrefixCache(parts, SAMPLES, 2) as cache, torch.no_grad():
         assert_equal_to_1e5(parts.logits(resume(parts, cache.hidden(rows), rows, 2)), wanted)
     assert shapes[-1] == (1, rows.input_ids.numel(), 32)

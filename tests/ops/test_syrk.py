@@ -79,7 +79,7 @@ def test_denormals(add: Add, rng: torch.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.01 * syrk.LARGEST])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.01 * syrk.LARGEST_VALUE])
 def test_bad_value_is_named_and_nothing_added(add: Add, dtype: torch.dtype, value: float) -> None:
     rows, total = torch.ones(1100, 52, dtype=dtype), blank(52)
     rows[1090, 50] = value
@@ -178,7 +178,7 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     here, program = Path(__file__), tmp_path / "syrk_threads"
     sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
-    sources = [here.with_name("syrk_threads.cpp"), here.parents[2] / "csrc" / "syrk_cpu.cpp"]
+    sources = [here.with_name("syrk_threads.cpp"), *(here.parents[2] / "csrc").glob("syrk_cpu*.cpp")]
     command = [compiler, "-std=c++20", "-O2", "-g", "-pthread", *sanitizers, *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)
     if (built.returncode and "sanitize" in built.stderr + built.stdout) or "tsan" in built.stderr:

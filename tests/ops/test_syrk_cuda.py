@@ -116,7 +116,7 @@ def test_truncated_sums_are_promoted_on_cpu(
 @pytest.mark.parametrize("instruction", ["mma", "wgmma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # fp16 ends below
 def test_the_largest_rows_on_cpu(on_cpu: ctypes.CDLL, dtype: torch.dtype, instruction: str, seed: int) -> None:
-    rows, total = torch.full((8192, 3), syrk.LARGEST).to(dtype), blank(3)
+    rows, total = torch.full((8192, 3), syrk.LARGEST_VALUE).to(dtype), blank(3)
     add_on_cpu(on_cpu, seed, instruction == "wgmma", total, rows, None)
     check(total, rows, cut_off=1)
 

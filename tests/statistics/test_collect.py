@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from transformers import PreTrainedTokenizerFast
 
-from fastedit.collect import Doubling, collect
-from fastedit.covariance import StreamingCovariance
 from fastedit.errors import ConfigError, ModelError, RequestError
-from fastedit.models import Topology, topology
+from fastedit.models import Model, Topology, topology
+from fastedit.statistics.collect import Doubling, collect
+from fastedit.statistics.moment import StreamingCovariance
 
 ROW = 24
 
@@ -55,7 +55,7 @@ def test_one_pass_equals_one_document_at_a_time_in_every_family(
     ran: list[int] = []
     for i, block in enumerate(parts.blocks):
         block.register_forward_hook(lambda _, __, ___, i=i: ran.append(i))
-    found = collect(parts, tokenizer, iter(documents), [2, 0], batch_tokens=96, row_tokens=ROW)
+    found = collect(Model(parts, tokenizer), iter(documents), [2, 0], batch_tokens=96, row_tokens=ROW)
     assert set(ran) == {0, 1}  # the last wanted projection ends the pass inside its block
     assert list(found) == [0, 2]
     for layer, moment in found.items():
@@ -69,7 +69,7 @@ def test_bf16_models_run_in_bf16(seed: int, tokenizer: PreTrainedTokenizerFast) 
     documents = make_documents(seed, 12)
     wanted = naive(tiny_model("llama"), tokenizer, documents, [3])[3]
     model = tiny_model("llama", dtype=torch.bfloat16)
-    moment = collect(topology(model), tokenizer, documents, [3], row_tokens=ROW)[3]
+    moment = collect(Model.of(model, tokenizer), documents, [3], row_tokens=ROW)[3]
     assert moment.metadata["dtype"] == "bfloat16"
     assert float((moment.finalize() - wanted).norm() / wanted.norm()) < 0.03
     assert float((moment.finalize() - naive(model, tokenizer, documents, [3])[3]).norm() / wanted.norm()) < 0.01
@@ -81,7 +81,7 @@ def test_long_documents_are_cut_and_every_piece_begins_like_a_document(seed: int
     words = make_documents(seed, 1, longest=1)[0].split() * 1 + random.Random(seed).choices(WORDS, k=50)
     pieces = [" ".join(["<s>", *words[i : i + ROW - 1]]) for i in range(0, len(words), ROW - 1)]
     wanted = naive(model, tokenizer, pieces, [1])[1]
-    moment = collect(topology(model), tokenizer, [" ".join(["<s>", *words])], [1], row_tokens=ROW)[1]
+    moment = collect(Model.of(model, tokenizer), [" ".join(["<s>", *words])], [1], row_tokens=ROW)[1]
     torch.testing.assert_close(moment.finalize(), wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
 
 
@@ -107,18 +107,18 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
     family: str, seed: int, tokenizer: Any, tmp_path: Path
 ) -> None:
     parts, documents = parts_of(family), make_documents(seed, 200)
-    whole = collect(parts, tokenizer, documents, [0, 1, 2], **SMALL)
+    whole = collect(Model(parts, tokenizer), documents, [0, 1, 2], **SMALL)
     passes: list[int] = []
     parts.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     given = {**SMALL, "directory": tmp_path, "save_seconds": 0.0}
     with pytest.raises(Interrupted):
-        collect(parts, tokenizer, interrupted(documents, 130), [0, 1, 2], **given)
+        collect(Model(parts, tokenizer), interrupted(documents, 130), [0, 1, 2], **given)
     before, done = len(passes), StreamingCovariance.load(tmp_path / "1.down_proj.safetensors")
     assert 0 < done.count < whole[1].count
     (tmp_path / "2.down_proj.safetensors").unlink()  # one layer has to start again, the others have not
-    earlier = collect(parts, tokenizer, documents, [2], **SMALL, max_tokens=done.count // 2)[2]
+    earlier = collect(Model(parts, tokenizer), documents, [2], **SMALL, max_tokens=done.count // 2)[2]
     earlier.save(tmp_path / "2.down_proj.safetensors")
-    again = collect(parts, tokenizer, documents, [0, 1, 2], **given)
+    again = collect(Model(parts, tokenizer), documents, [0, 1, 2], **given)
     for layer, moment in whole.items():
         on_disk = StreamingCovariance.load(tmp_path / f"{layer}.down_proj.safetensors")
         for found in (again[layer], on_disk):
@@ -126,7 +126,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bits(
             assert torch.equal(found.finalize(), moment.finalize())
     assert before < len(passes)
     passes.clear()
-    collect(parts, tokenizer, documents, [0, 1, 2], **given)
+    collect(Model(parts, tokenizer), documents, [0, 1, 2], **given)
     assert not passes  # nothing is left to do
 
 
@@ -134,7 +134,7 @@ def test_more_tokens_go_on_from_fewer(seed: int, tokenizer: Any, tmp_path: Path)
     parts, documents = parts_of(), make_documents(seed, 200)
     reported: list[tuple[str, int, int]] = []
     few = collect(
-        *(parts, tokenizer, documents, [1]),
+        *(Model(parts, tokenizer), documents, [1]),
         **SMALL,
         directory=tmp_path,
         max_tokens=300,
@@ -143,15 +143,15 @@ def test_more_tokens_go_on_from_fewer(seed: int, tokenizer: Any, tmp_path: Path)
     assert 300 <= few.count < 300 + 48
     assert reported[-1] == ("covariance", few.count, few.count)
     assert reported[0][2] == 300
-    more = collect(parts, tokenizer, documents, [1], **SMALL, directory=tmp_path, max_tokens=900)[1]
-    alone = collect(parts, tokenizer, documents, [1], **SMALL, max_tokens=900)[1]
+    more = collect(Model(parts, tokenizer), documents, [1], **SMALL, directory=tmp_path, max_tokens=900)[1]
+    alone = collect(Model(parts, tokenizer), documents, [1], **SMALL, max_tokens=900)[1]
     assert 900 <= more.count < 948
     assert torch.equal(more.finalize(), alone.finalize())
 
 
 def test_statistics_of_something_else_are_not_gone_on_with(seed: int, tokenizer: Any, tmp_path: Path) -> None:
     parts, documents = parts_of(), make_documents(seed, 200)
-    collect(parts, tokenizer, documents, [1], **SMALL, directory=tmp_path)
+    collect(Model(parts, tokenizer), documents, [1], **SMALL, directory=tmp_path)
     path = tmp_path / "1.down_proj.safetensors"
     kept = path.read_bytes()
     other = topology(tiny_model("llama", seed=1))
@@ -163,10 +163,10 @@ def test_statistics_of_something_else_are_not_gone_on_with(seed: int, tokenizer:
     ]
     for model, text, settings, message in cases:
         with pytest.raises(ModelError, match=message):
-            collect(model, tokenizer, text, [1], **settings, directory=tmp_path, max_tokens=9999)
+            collect(Model(model, tokenizer), text, [1], **settings, directory=tmp_path, max_tokens=9999)
         assert path.read_bytes() == kept
     with pytest.raises(ModelError, match="from another text"):  # though nothing is left to do
-        collect(parts, tokenizer, make_documents(seed + 1, 60), [1], **SMALL, directory=tmp_path, max_tokens=99)
+        collect(Model(parts, tokenizer), make_documents(seed + 1, 60), [1], **SMALL, directory=tmp_path, max_tokens=99)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -179,7 +179,7 @@ def test_a_key_that_is_not_finite_is_named_and_nothing_is_written(
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = torch.inf
     with pytest.raises(ModelError, match=r"layer 0 down_proj: document (\d+, )*17[ ,]") as error:
-        collect(parts, tokenizer, documents, [0, 2], **SMALL | {"batch_tokens": 9999}, directory=tmp_path)
+        collect(Model(parts, tokenizer), documents, [0, 2], **SMALL | {"batch_tokens": 9999}, directory=tmp_path)
     shared = re.search(r"document ([\d, ]+) \(", str(error.value))
     assert shared is not None
     named = [int(number) for number in shared[1].split(",")]
@@ -190,14 +190,14 @@ def test_a_key_that_is_not_finite_is_named_and_nothing_is_written(
 def test_no_text_and_wrong_numbers_are_refused(tokenizer: Any) -> None:
     parts = parts_of()
     with pytest.raises(RequestError, match="no tokens"):
-        collect(parts, tokenizer, ["", " "], [1])
+        collect(Model(parts, tokenizer), ["", " "], [1])
     for wrong in ({"layers": []}, {"max_tokens": 0}, {"batch_tokens": 0}, {"row_tokens": 1}):
         with pytest.raises(ConfigError):
-            collect(parts, tokenizer, ["w9"], **{"layers": [1], **wrong})  # type: ignore[arg-type]
+            collect(Model(parts, tokenizer), ["w9"], **{"layers": [1], **wrong})  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="layer 9 does not exist"):
-        collect(parts, tokenizer, ["w9"], [9])
+        collect(Model(parts, tokenizer), ["w9"], [9])
     with pytest.raises(ModelError, match="no linear map"):
-        collect(parts, tokenizer, ["w9"], [1], module="mlp")
+        collect(Model(parts, tokenizer), ["w9"], [1], module="mlp")
 
 
 def test_it_stops_when_twice_the_text_changes_nothing_and_not_before(seed: int, tokenizer: Any) -> None:
@@ -209,15 +209,17 @@ def test_it_stops_when_twice_the_text_changes_nothing_and_not_before(seed: int, 
     same, later = text(WORDS[:40], 8000), text(WORDS[:3], 8000)
     reports: list[Doubling] = []
     given: dict[str, Any] = {"batch_tokens": 96, "row_tokens": ROW, "until_converged": True, "tolerance": (0.1, 0.05)}
-    calm = collect(parts, tokenizer, same, [0, 1], **given, on_doubling=reports.append)
+    calm = collect(Model(parts, tokenizer), same, [0, 1], **given, on_doubling=reports.append)
     count = calm[1].count
     assert calm[1].metadata["converged"]
     assert 10 * calm[1].dim <= count < 8 * len(same)
     assert [d.tokens for d in reports] == [d["tokens"] for d in calm[0].metadata["doublings"]]
     assert reports[-1].change <= 0.1 < reports[0].change
-    turned = collect(parts, tokenizer, same[: count // 16] + later, [0, 1], **given)  # behind the last first half
+    turned = collect(
+        Model(parts, tokenizer), same[: count // 16] + later, [0, 1], **given
+    )  # behind the last first half
     assert turned[1].count > count
-    C, more = (moment.finalize() for moment in (calm[1], collect(parts, tokenizer, same, [1])[1]))
+    C, more = (moment.finalize() for moment in (calm[1], collect(Model(parts, tokenizer), same, [1])[1]))
     assert float((C - more).norm() / more.norm()) < 0.2
 
 
@@ -226,11 +228,11 @@ def test_a_converging_run_that_was_interrupted_stops_at_the_same_place(
 ) -> None:
     parts, documents = parts_of(), make_documents(seed, 3000, longest=9)
     given: dict[str, Any] = {"batch_tokens": 96, "row_tokens": ROW, "until_converged": True, "tolerance": (0.08, 0.05)}
-    whole = collect(parts, tokenizer, documents, [0, 1], **given)
+    whole = collect(Model(parts, tokenizer), documents, [0, 1], **given)
     with pytest.raises(Interrupted):
-        collect(parts, tokenizer, interrupted(documents, 300), [0, 1], **given, directory=tmp_path)
+        collect(Model(parts, tokenizer), interrupted(documents, 300), [0, 1], **given, directory=tmp_path)
     assert 0 < StreamingCovariance.load(tmp_path / "1.down_proj.safetensors").count < whole[1].count
-    again = collect(parts, tokenizer, documents, [0, 1], **given, directory=tmp_path)
+    again = collect(Model(parts, tokenizer), documents, [0, 1], **given, directory=tmp_path)
     assert again[1].count == whole[1].count
     assert torch.equal(again[1].finalize(), whole[1].finalize())
     assert again[1].metadata == whole[1].metadata
@@ -242,12 +244,12 @@ def test_a_converging_run_that_was_cut_off_between_the_files_of_two_layers(
 ) -> None:
     parts, documents = parts_of(), make_documents(seed, 3000, longest=9)
     given: dict[str, Any] = {"batch_tokens": 96, "row_tokens": ROW, "until_converged": True, "tolerance": (0.08, 0.05)}
-    whole = collect(parts, tokenizer, documents, [0, 1], **given)
+    whole = collect(Model(parts, tokenizer), documents, [0, 1], **given)
     with monkeypatch.context() as patch:
         patch.setattr(StreamingCovariance, "save", cut_off_after(cut_off))
         with pytest.raises(Interrupted):
-            collect(parts, tokenizer, documents, [0, 1], **given, directory=tmp_path)
-    again = collect(parts, tokenizer, documents, [0, 1], **given, directory=tmp_path)
+            collect(Model(parts, tokenizer), documents, [0, 1], **given, directory=tmp_path)
+    again = collect(Model(parts, tokenizer), documents, [0, 1], **given, directory=tmp_path)
     for layer, moment in whole.items():
         assert again[layer].count == moment.count
         assert torch.equal(again[layer].finalize(), moment.finalize())
@@ -276,7 +278,7 @@ def _process(
     if cut_off is not None:
         StreamingCovariance.save = cut_off_after(cut_off, directory)  # type: ignore[method-assign]
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    found = collect(parts_of(), tokenizer, documents, [0, 1], **SMALL, directory=directory)
+    found = collect(Model(parts_of(), tokenizer), documents, [0, 1], **SMALL, directory=directory)
     found[1].save(directory / f"of-{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
@@ -300,7 +302,7 @@ def test_two_processes_share_the_documents_and_sum_up_once(
             in_two_processes(documents, tmp_path, tokenizer, cut_off)
         assert len(list(tmp_path.glob("*.safetensors"))) == cut_off
     in_two_processes(documents, tmp_path, tokenizer)
-    alone = collect(parts_of(), tokenizer, documents, [1], **SMALL)[1]
+    alone = collect(Model(parts_of(), tokenizer), documents, [1], **SMALL)[1]
     names = ("1.down_proj.safetensors", "of-0.safetensors", "of-1.safetensors")
     files = [StreamingCovariance.load(tmp_path / name) for name in names]
     for found in files:

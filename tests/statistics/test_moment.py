@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastedit import ModelError, StreamingCovariance
-from fastedit.covariance import load_npz, read_about
+from fastedit.statistics.moment import TAG, WHAT
+from fastedit.statistics.npz import load_npz
+from fastedit.tensorfile import load_metadata
 
 D = 37
 
@@ -115,7 +117,7 @@ def test_a_saved_run_goes_on_with_the_same_bits(seed: int, tmp_path: Path) -> No
         found = StreamingCovariance.load(tmp_path / "4.safetensors")
     assert (found.count, found.metadata) == (3000, {"layer": 4, "text": "ä"})
     assert torch.equal(found.finalize(), whole.finalize())
-    about = read_about(tmp_path / "4.safetensors")
+    about = load_metadata(tmp_path / "4.safetensors", (TAG,), WHAT)
     assert (about["count"], about["dim"]) == (3000, D)
 
 
@@ -146,6 +148,7 @@ def test_damaged_files_are_refused(seed: int, tmp_path: Path) -> None:
     refused("not a readable")
     path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     refused("was changed")
+    path.write_bytes(whole)
     with safe_open(tmp_path / "C.safetensors", "pt") as file:
         header, packed = file.metadata(), file.get_tensor("lower").clone()
     about = json.loads(header["fastedit"])

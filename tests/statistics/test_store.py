@@ -20,12 +20,12 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from fastedit import ModelError, StreamingCovariance, cli
-from fastedit.cli_covariance import read_documents
 from fastedit.demo import World, checkpoint_path
 from fastedit.demo.statistics import documents
 from fastedit.errors import RequestError
 from fastedit.models import Topology, fingerprint, topology
-from fastedit.statistics import load_covariance, load_factor, require_statistics, statistics_path, user_directory
+from fastedit.statistics.documents import read_documents
+from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
 
 D = 56
 parts = topology(tiny_model("llama"))
@@ -49,8 +49,8 @@ def keep(folder: Path, x: Tensor, layer: int = 1, of: str = OURS, **how: Any) ->
 
 
 def loads(folder: Path | None = None, rounding: float = 1e-12) -> Tensor:
-    L = load_factor(parts, OURS, 1, directory=folder)
-    C = load_covariance(parts, OURS, 1, directory=folder)
+    L = StatisticsStore(parts, OURS, directory=folder).cholesky(1)
+    C = StatisticsStore(parts, OURS, directory=folder).covariance(1)
     assert torch.equal(L, L.tril())
     assert float((L @ L.T - C).norm() / C.norm()) < rounding
     return C
@@ -75,7 +75,7 @@ def test_a_given_folder_then_the_checkpoint_s_then_the_user_s(seed: int, tmp_pat
 def test_all_spellings_of_a_projection_are_one(seed: int, tmp_path: Path) -> None:
     keep(tmp_path, rows(seed, 200, D))
     for module in ("down_proj", "mlp.down_proj", "model.layers.1.mlp.down_proj"):
-        load_covariance(parts, OURS, 1, module, directory=tmp_path)
+        StatisticsStore(parts, OURS, module, tmp_path).covariance(1)
     assert statistics_path(parts, tmp_path, 2, "mlp.up_proj").name == "2.mlp.up_proj.safetensors"
 
 
@@ -84,11 +84,11 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
 ) -> None:
     def kept() -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr("fastedit.statistics.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
-            return load_factor(parts, OURS, 1, directory=tmp_path)
+            patch.setattr("fastedit.statistics.store.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
+            return StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
 
     keep(tmp_path, rows(seed, 200, D))
-    first = load_factor(parts, OURS, 1, directory=tmp_path)
+    first = StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
     assert torch.equal(kept(), first)
     keep(tmp_path, rows(seed + 1, 200, D))
     loads(tmp_path)
@@ -131,42 +131,42 @@ def test_a_folder_that_cannot_be_written_does_not_matter(
 def test_missing_statistics_are_told_with_the_command(tmp_path: Path) -> None:
     parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
     with pytest.raises(ModelError, match=r"fastedit covariance org/name --text FILE --layers 1,2,3$"):
-        require_statistics(parts, OURS, [1, 2, 3])
+        StatisticsStore(parts, OURS).require([1, 2, 3])
     with pytest.raises(ModelError, match=f"--layers 2 --module up_proj --output {tmp_path}$"):
-        load_factor(parts, OURS, 2, "up_proj", directory=tmp_path)
+        StatisticsStore(parts, OURS, "up_proj", tmp_path).cholesky(2)
     with pytest.raises(ModelError, match="layer 9 does not exist"):
-        load_factor(parts, OURS, 9)
+        StatisticsStore(parts, OURS).cholesky(9)
 
 
 def test_only_the_layers_without_statistics_are_named(seed: int, tmp_path: Path) -> None:
     keep(tmp_path, rows(seed, 200, D), layer=2)
     with pytest.raises(ModelError, match="--layers 1,3"):
-        require_statistics(parts, OURS, [1, 2, 3], directory=tmp_path)
-    require_statistics(parts, OURS, [2], directory=tmp_path)
+        StatisticsStore(parts, OURS, directory=tmp_path).require([1, 2, 3])
+    StatisticsStore(parts, OURS, directory=tmp_path).require([2])
 
 
 def test_statistics_of_another_model_only_unchecked(seed: int, tmp_path: Path) -> None:
     keep(tmp_path, rows(seed, 200, D), of="0123")
-    for call in (load_factor, load_covariance):
+    for load in (StatisticsStore.cholesky, StatisticsStore.covariance):
         with pytest.raises(ModelError, match="fingerprint 0123"):
-            call(parts, OURS, 1, directory=tmp_path)
+            load(StatisticsStore(parts, OURS, directory=tmp_path), 1)
         with pytest.warns(RuntimeWarning, match="another model"):
-            call(parts, OURS, 1, directory=tmp_path, unchecked=True)
+            load(StatisticsStore(parts, OURS, directory=tmp_path, unchecked=True), 1)
     keep(tmp_path, rows(seed, 200, D - 1))
     for unchecked in (False, True):
         with pytest.raises(ModelError, match="width 55, layer 1 down_proj reads 56"):
-            load_factor(parts, OURS, 1, directory=tmp_path, unchecked=unchecked)
+            StatisticsStore(parts, OURS, directory=tmp_path, unchecked=unchecked).cholesky(1)
 
 
 def test_too_few_tokens_only_unchecked_and_never_kept(seed: int, tmp_path: Path) -> None:
     keep(tmp_path, rows(seed, D - 1, D))
-    for call in (load_factor, load_covariance):
+    for load in (StatisticsStore.cholesky, StatisticsStore.covariance):
         with pytest.raises(ModelError, match="55 tokens, fewer than its width 56"):
-            call(parts, OURS, 1, directory=tmp_path)
+            load(StatisticsStore(parts, OURS, directory=tmp_path), 1)
         with pytest.warns(RuntimeWarning, match="55 tokens"):
-            call(parts, OURS, 1, directory=tmp_path, unchecked=True)
+            load(StatisticsStore(parts, OURS, directory=tmp_path, unchecked=True), 1)
     with pytest.raises(ModelError, match="fewer than"):  # what unchecked made is not taken from a file now
-        load_factor(parts, OURS, 1, directory=tmp_path)
+        StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
 
 
 def test_what_is_not_positive_definite_is_named(seed: int, tmp_path: Path) -> None:
@@ -175,12 +175,12 @@ def test_what_is_not_positive_definite_is_named(seed: int, tmp_path: Path) -> No
     keep(tmp_path, x)
     for _ in range(2):
         with pytest.raises(ModelError, match=r"1\.down_proj\.safetensors: .*not positive definite: dimension 7"):
-            load_factor(parts, OURS, 1, directory=tmp_path)
-        load_covariance(parts, OURS, 1, directory=tmp_path)  # AlphaEdit wants exactly such directions
+            StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
+        StatisticsStore(parts, OURS, directory=tmp_path).covariance(1)  # AlphaEdit wants exactly such directions
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         keep(tmp_path, rows(seed, 300, D), dtype=torch.float32)
-        load_factor(parts, OURS, 1, directory=tmp_path)
+        StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_published_files_under_unknown_names_are_told_of(seed: int, tmp_path: Pa
     with pytest.raises(ModelError, match=rf"{listed} 1_float32_mom2_100000\.npz\); make them"):
         loads(tmp_path)
     with pytest.raises(ModelError, match=r"such as model\.layers\.1\.mlp\.up_proj_float32_mom2_100000\.npz\)"):
-        load_factor(parts, OURS, 1, "up_proj", directory=tmp_path)
+        StatisticsStore(parts, OURS, "up_proj", tmp_path).cholesky(1)
 
 
 def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: Path) -> None:
@@ -232,9 +232,9 @@ def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: P
     assert mark != OURS
     keep(tmp_path, rows(seed, 200, D))
     with pytest.raises(ModelError, match=r"made for \(in fp16 a model has another .* or go on with unchecked_stat"):
-        load_factor(half, mark, 1, directory=tmp_path)
+        StatisticsStore(half, mark, directory=tmp_path).cholesky(1)
     with pytest.raises(ModelError, match=r"no statistics .*; in fp16 a model has another fingerprint"):
-        load_factor(half, mark, 1)
+        StatisticsStore(half, mark).cholesky(1)
 
 
 def test_published_files_of_another_width_are_refused(seed: int, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_the_command_makes_what_editing_looks_for_and_goes_on(
     assert "down_proj of layers 1,2,5: " in first.stdout
     assert first.stdout.rstrip().endswith(f"written to {where}")
     assert sorted(os.listdir(where)) == [f"{layer}.down_proj.safetensors" for layer in (1, 2, 5)]
-    load_factor(world, mark, 5, directory=where)
+    StatisticsStore(world, mark, directory=where).cholesky(5)
     before = read(where)
     assert "there already" in call(*arguments, "--tokens", 1000).stdout
     assert read(where) == before
@@ -324,7 +324,9 @@ def test_bad_input_is_told_before_the_model_is_loaded(text: Path, tmp_path: Path
 
 
 def test_ctrl_c_says_how_to_go_on(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastedit.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     result = call(checkpoint_path(), "--text", text, "--layers", 1, *SMALL)
     assert result.exit_code == 1
     assert "goes on where" in result.stderr
@@ -358,8 +360,8 @@ def test_the_fact_world_ships_with_its_own(world: Topology) -> None:
             found = StreamingCovariance.load(path)
             assert (found.metadata["fingerprint"], found.dim) == (mark, world.input_width(layer, "down_proj"))
             assert found.count >= 10 * found.dim
-            load_covariance(world, mark, layer)
-            load_factor(world, mark, layer)
+            StatisticsStore(world, mark).covariance(layer)
+            StatisticsStore(world, mark).cholesky(layer)
 
 
 def test_the_fact_world_s_text_is_tokenized_as_in_training() -> None:

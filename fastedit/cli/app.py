@@ -1,0 +1,86 @@
+"""The command line: `fastedit edit | evaluate | demo | locate | covariance | env`, also `python -m fastedit`.
+
+Exit codes: 0 it worked; 2 what failed before the work began, as bad usage and bad input do; 1 what failed after that,
+or Ctrl-C. A failure is one line on stderr. torch, transformers and matplotlib are imported inside commands only, so
+that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastedit.cli import phase
+from fastedit.cli.arguments import check_backend
+from fastedit.cli.covariance import covariance
+from fastedit.cli.demo import demo
+from fastedit.cli.edit import edit
+from fastedit.cli.env import env
+from fastedit.cli.evaluate import evaluate
+from fastedit.cli.flags import configured
+from fastedit.cli.locate import OWN, locate
+from fastedit.errors import FastEditError
+
+
+class _Group(TyperGroup):
+    """The commands, whose errors become one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        phase.reset()
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            message, code = "interrupted; nothing was written", 1
+        except FastEditError as error:
+            message, code = str(error), phase.exit_code()
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
+                raise
+            message, code = f"{error.format_message()} (--help shows an example)", 2
+        typer.echo("fastedit: " + " ".join(message.split("\n")), err=True)
+        raise typer.Exit(code)
+
+
+def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, which looks at the environment before anything else."""
+
+    @wraps(command)
+    def run(**given: Any) -> Any:
+        check_backend()
+        return command(**given)
+
+    return run
+
+
+def make_app() -> typer.Typer:
+    """The application, with a flag for each field of the methods' configurations."""
+    app = typer.Typer(
+        cls=_Group,
+        help="Fast knowledge editing of large language models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    commands: dict[str, Callable[..., None]] = {
+        "edit": configured(edit),
+        "evaluate": evaluate,
+        "demo": demo,
+        "locate": configured(locate, OWN, ("locft-bf",)),
+        "covariance": covariance,
+        "env": env,
+    }
+    for name, command in commands.items():
+        app.command(name)(_checked(command))
+    return app
+
+
+app = make_app()
+
+
+def main() -> None:
+    """Run the console script."""
+    app(prog_name="fastedit")

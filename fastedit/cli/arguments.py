@@ -1,0 +1,132 @@
+"""Flags that several commands share, with one meaning everywhere, and how their files are read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.errors import ModelError, RequestError
+
+if TYPE_CHECKING:
+    from fastedit.cli.bars import Bars
+    from fastedit.editor import Editor
+    from fastedit.evaluation.predict import Predictions
+    from fastedit.requests import EditRequest
+
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+class Dtype(str, Enum):
+    """A dtype of weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _log_to_stderr(verbose: bool) -> bool:
+    log = logging.getLogger("fastedit")
+    log.handlers = []
+    if verbose:
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        log.handlers = [RichHandler(console=Console(stderr=True), show_path=False)]
+    log.setLevel(logging.INFO if verbose else logging.NOTSET)
+    return verbose
+
+
+ModelFlag = Annotated[str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")]
+RequestsFlag = Annotated[
+    Path, typer.Option("--requests", help="File of edit requests: JSON or JSON Lines, any known format.")
+]
+TextFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Text for perplexity, read in windows of the model's context: UTF-8, one document; or JSON Lines with a "
+        "text field, a document a line.",
+    ),
+]
+LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
+DeviceFlag = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
+]
+JsonFlag = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+VerboseFlag = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_log_to_stderr, help="Log what is done and chosen.")
+]
+
+
+def check_backend() -> None:
+    """Refuse a backend of the environment that no operation has; the operations look only when they are called."""
+    if "FASTEDIT_BACKEND" in os.environ:  # else torch is not imported for it
+        from fastedit.ops.registry import environment_backend
+
+        environment_backend()
+
+
+def read_requests(path: Path) -> list[EditRequest]:
+    """The edits of a file; tells on stderr what cannot be reached or does not need to be edited."""
+    from fastedit.requests import find_conflicts, load_requests
+
+    edits = load_requests(path)
+    if (found := find_conflicts(edits)).any:
+        typer.echo(str(found), err=True)
+    return edits
+
+
+def read_text(path: Path | None) -> list[str]:
+    """The documents of a file, for perplexity. Raises RequestError: it cannot be read or is empty."""
+    if path is None:
+        return []
+    if path.suffix in JSON_LINES:
+        from fastedit.statistics.documents import read_documents
+
+        documents = list(read_documents(path))
+    else:
+        try:
+            documents = [path.read_text("utf-8")]
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path}: byte {error.start} is not UTF-8; save as UTF-8") from None
+    if not any(document.strip() for document in documents):
+        raise RequestError(f"{path}: expected text, but it is empty")
+    return documents
+
+
+def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
+    """The inputs of a command, by their names in messages; a hub name is not a path."""
+    found = {"the model": Path(model)} if os.path.isdir(model) else {}
+    return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
+
+
+def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
+    """`Editor.from_pretrained`, quietly; a model that is too large is a ModelError."""
+    from transformers.utils import logging as transformers_logging
+
+    from fastedit.editor import Editor
+
+    if not logging.getLogger("fastedit").isEnabledFor(logging.INFO):
+        transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
+    except RuntimeError as error:
+        raise ModelError(f"{model} cannot be moved to the device, is it too large for it? {error}") from error
+
+
+def measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
+    """Measure the model as it is now on the prompts of the edits and on the text."""
+    from fastedit.evaluation.predict import predict
+
+    return predict(editor.parts, edits, text=text, progress=bars.callback(when))

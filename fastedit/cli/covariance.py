@@ -1,0 +1,183 @@
+"""`fastedit covariance`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.flags import layer_list
+from fastedit.cli.phase import work_begins
+from fastedit.errors import ConfigError, FileError, RequestError
+from fastedit.files import check_writable
+
+if TYPE_CHECKING:
+    from fastedit.models import Topology
+    from fastedit.progress import Progress
+    from fastedit.statistics.collect import Doubling
+    from fastedit.statistics.moment import StreamingCovariance
+
+
+def covariance(
+    model: Annotated[str | None, typer.Argument(help="The same as --model.", show_default=False)] = None,
+    model_option: Annotated[
+        str | None, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
+    ] = None,
+    text: Annotated[
+        Path,
+        typer.Option(
+            help="UTF-8 text with blank lines between documents, or JSON Lines with a text field.", show_default=False
+        ),
+    ] = ...,  # type: ignore[assignment]  # typer's way to require an option after one that is not
+    layers: Annotated[str, typer.Option(help="Blocks, such as 3-8 or 3,5,8-11.", show_default=False)] = ...,  # type: ignore[assignment]
+    text_column: Annotated[
+        str | None, typer.Option(help='Field of JSON Lines that holds the text; by default "text".')
+    ] = None,
+    module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop with the batch that reaches so many; by default at the end of the text."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
+    ] = None,
+    until_converged: Annotated[
+        bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
+    ] = False,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a pass, in whole rows of the context (2,048 at most), one at least.")
+    ] = 8192,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Collect what rome, memit, emmet and alphaedit need of a model: the second moments of its keys.
+
+    A run that was interrupted goes on where it was last saved. Under torchrun each process reads its share of the text.
+
+    Example: fastedit covariance --model ./Llama-3-8B --text wiki.jsonl --layers 4-8 --tokens 2000000 --until-converged
+    """
+    from fastedit.statistics.documents import read_documents
+
+    if (name := model_option or model) is None:
+        raise ConfigError("Missing option '--model'; give the folder or hub name of a model")
+    wanted = layer_list(layers)
+    if next(read_documents(text, text_column), None) is None:
+        raise RequestError(f"{text}: expected text, but it is empty")
+    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells them
+    if output and not rank:  # each process would take away the folders that another one tries
+        check_writable(output)
+    editor = arguments.load(name, dtype, device or (_device_of(rank) if world > 1 else None))
+    from fastedit.cli.bars import Bars
+    from fastedit.models import fingerprint
+    from fastedit.statistics.collect import Collection
+    from fastedit.statistics.store import user_directory
+
+    topology = editor.topology
+    with _processes(topology, world) as speaks:
+        folder = output or user_directory(fingerprint(topology.model))
+        if speaks:
+            check_writable(folder)
+        collection = Collection(
+            editor.parts,
+            wanted,
+            module=module,
+            max_tokens=tokens,
+            batch_tokens=batch_tokens,
+            until_converged=until_converged,
+            directory=folder,
+        )
+        started = time.perf_counter()
+        batches = 0
+
+        def count(report: Progress) -> Progress:
+            def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+                nonlocal batches
+                batches += 1
+                if speaks:
+                    report(stage, done, total, loss)
+
+            return progress
+
+        work_begins()
+        with _told_how_to_go_on(topology, folder, wanted, module), Bars() as bars:
+            documents = read_documents(text, text_column)
+            moments = collection.run(documents, progress=count(bars.callback("")), on_doubling=_tell_doubling)
+    if speaks:
+        said = f"in {time.perf_counter() - started:.1f} s" if batches else "that were there already"
+        _tell(moments, f"{said}; written to {folder}", module, until_converged)
+
+
+def _device_of(local_rank: int) -> str:
+    """Where a process of torchrun computes."""
+    import torch
+
+    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _processes(topology: Topology, world: int) -> Iterator[bool]:
+    """The process group of torchrun, if there is one; yields whether this process speaks."""
+    from torch import distributed
+
+    if world == 1:
+        yield True
+        return
+    distributed.init_process_group("nccl" if topology.device.type == "cuda" else "gloo")
+    try:
+        yield distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], module: str) -> Iterator[None]:
+    """Tell after Ctrl-C, or if the disk is full, whether the same command goes on where it was."""
+    from safetensors import SafetensorError
+
+    from fastedit.statistics.store import statistics_path
+
+    def saved() -> str:
+        names = [statistics_path(topology, "", layer, module).name for layer in layers]
+        if any((place / name).exists() for place in (folder, *folder.glob("part-*")) for name in names):
+            return "the same command goes on where the statistics were last saved"
+        return "nothing was saved yet: the same command starts anew, and goes on where it was saved from 5 minutes on"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"fastedit: interrupted; {saved()}", err=True)
+        raise typer.Exit(1) from None
+    except FileError as error:
+        if not isinstance(error.__cause__, (OSError, SafetensorError)):  # not about writing
+            raise
+        text = f"the statistics could not be saved: {error.__cause__}; {saved()}"
+        raise FileError(folder, text) from error
+
+
+def _tell_doubling(found: Doubling) -> None:
+    typer.echo(
+        f"{found.tokens} tokens: twice the text changed C by {found.change:.2%}, its leading directions by "
+        f"{found.subspace:.2%}",
+        err=True,
+    )
+
+
+def _tell(moments: dict[int, StreamingCovariance], said: str, module: str, until_converged: bool) -> None:
+    """Say what there is now, and what it is not good for."""
+    moment = min(moments.values(), key=lambda each: each.count)
+    if moment.count < moment.dim:
+        typer.echo(
+            f"{moment.count} tokens are fewer than the width {moment.dim}: C is singular; collect {10 * moment.dim}",
+            err=True,
+        )
+    elif until_converged and not moment.metadata.get("converged"):
+        typer.echo("not converged: more text than this would still change the statistics", err=True)
+    listed = ",".join(map(str, sorted(moments)))
+    typer.echo(f"{module} of layers {listed}: {moment.count} tokens {said}")

@@ -1,0 +1,59 @@
+"""`fastedit evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.errors import FileError
+from fastedit.files import check_file
+
+
+def evaluate(
+    model: arguments.ModelFlag,
+    requests: arguments.RequestsFlag,
+    text: arguments.TextFlag = None,
+    delta: Annotated[
+        Path | None,
+        typer.Option(help="An edit to apply; measures before and after it, and with both the locality."),
+    ] = None,
+    json_file: arguments.JsonFlag = None,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Measure a model on edit requests: reliability, generalization, locality, portability, perplexity.
+
+    Example: fastedit evaluate --model ./Llama-3-8B --delta ./edited/delta.safetensors --requests facts.json
+    """
+    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
+    if json_file:
+        check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
+    if delta and delta.is_dir():
+        raise FileError(delta, f"--delta {{path}} is a folder; give its file, such as {delta / 'delta.safetensors'}")
+    from fastedit.cli.bars import Bars
+    from fastedit.delta import WeightDelta
+    from fastedit.evaluation.questions import ask
+    from fastedit.evaluation.report import compare
+
+    change = WeightDelta.load(delta) if delta else None
+    editor = arguments.load(model, dtype, device)
+    ask(editor.parts, edits, text=documents)
+    if change:
+        change.check(editor.model)
+    before = None
+    work_begins()
+    with Bars() as bars:
+        if change:
+            before = arguments.measure(editor, edits, documents, bars, "before")
+            change.apply(editor.model)
+        after = arguments.measure(editor, edits, documents, bars, "after" if change else "")
+    report = compare(edits, after, before)
+    show(report)
+    if json_file:
+        report.save(json_file)

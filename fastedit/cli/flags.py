@@ -1,0 +1,137 @@
+"""Command-line flags made from the methods' configurations: a new field becomes a flag by itself."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any
+
+import typer
+
+from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
+from fastedit.errors import ConfigError
+from fastedit.methods import METHODS, method_of
+
+_SAME = {"layer": "layers"}  # fields that are one flag: where a method edits
+
+
+def configured(
+    function: Callable[..., None], left_out: Sequence[str] = (), methods: Sequence[str] | None = None
+) -> Callable[..., None]:
+    """`function` for typer: a flag for each field of the methods' configurations in the place of its `**config`.
+
+    A field that several configurations have is one flag, whose help says what it means to each. Only the flags that
+    are given are passed on.
+
+    Args:
+        left_out: fields that do not become flags.
+        methods: whose fields they are; None is all methods.
+    """
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _annotations(left_out, methods or list(METHODS)).items()
+    ]
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in parameters if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in own}
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        function(**{name: value for name, value in given.items() if name in names or value is not None})
+
+    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+    return command
+
+
+def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a method's configuration that flags have given, checked.
+
+    Raises:
+        ConfigError: an unknown method, a field that it has not, or a value that it cannot take.
+    """
+    config_type = method_of(method).config
+    known = {field.name: field for field in fields(config_type)}
+    config: dict[str, Any] = {}
+    for flag, value in given.items():
+        name = next((field for field, same in _SAME.items() if same == flag and field in known), flag)
+        if name not in known:
+            raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
+        config[name] = _fitting(value, name, hints_of(config_type)[name])
+    config_type(**config)  # refuses values before any work starts
+    return config
+
+
+def _fitting(value: Any, name: str, hint: Any) -> Any:
+    """One block as a list of one, or a list of one as the block, whichever the field takes."""
+    if name not in (*_SAME, *_SAME.values()):
+        return value
+    if kind_of(hint).names == ("INT,…",):
+        return value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and len(value) != 1:
+        raise ConfigError(f"--layers names {len(value)} blocks, but this method edits one; give one")
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    """Name of each flag -> its annotation for typer."""
+    owners: dict[type[Any], list[str]] = {}  # the methods of a configuration
+    for method in methods:
+        owners.setdefault(METHODS[method].config, []).append(method)
+    having: dict[str, list[tuple[type[Any], Field[Any]]]] = {}
+    for config_type in owners:
+        for field in fields(config_type):
+            if field.name not in left_out:
+                having.setdefault(_SAME.get(field.name, field.name), []).append((config_type, field))
+    found = {}
+    for name, places in having.items():
+        kind = union([kind_of(hints_of(config_type)[field.name]) for config_type, field in places])
+        names = [", ".join(owners[config_type]) for config_type, _ in places]
+        helps = [_help(field) for _, field in places]
+        text = helps[0] if len(places) == 1 else "\n\n".join(map(": ".join, zip(names, helps, strict=True)))
+        text += f" Such as 4-8 or 3,5,8-11, as in --{name} 4-8." * ("INT,…" in kind.names)
+        more: dict[str, Any] = {
+            "show_default": False,
+            "help": text,
+            "rich_help_panel": "Configuration of " + (names[0] if len(names) == 1 else "several methods"),
+        }
+        spellings = dict.fromkeys(f"--{n.replace('_', '-')}" for n in (name, *(field.name for _, field in places)))
+        found[name] = _annotation(kind, list(spellings), more)
+    return found
+
+
+def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
+    if "BOOL" in kind.names:
+        return Annotated[bool | None, typer.Option(f"{spellings[0]}/--no-{spellings[0][2:]}", **more)]
+    return Annotated[str | None, typer.Option(*spellings, parser=_parser(kind), metavar="|".join(kind.names), **more)]
+
+
+def _help(field: Field[Any]) -> str:
+    """A field's help, and its default."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    text = str(field.metadata.get("help", "")).replace("None is", "by default")
+    return text + ("" if default in (None, MISSING) else f" (default {default})")
+
+
+def _parser(kind: Kind) -> Callable[[str], Any]:
+    expected = " or ".join(kind.names)
+
+    def parse(text: str) -> Any:
+        try:
+            return kind.parse(text)
+        except OverflowError:
+            raise typer.BadParameter(f"expected INT of at most {LARGEST_INT}, got {text}") from None
+        except ValueError:
+            raise typer.BadParameter(f"expected {expected}, got {text!r}") from None
+
+    return parse
+
+
+def layer_list(text: str, flag: str = "--layers") -> list[int]:
+    """Blocks of a list such as 3,5,8-11. Raises ConfigError."""
+    try:
+        return numbers(text)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: expected numbers and ranges such as 0-7 or 3,5,8-11") from None

@@ -1,0 +1,28 @@
+"""Output of the command line: tables and summaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fastedit.results import EditResult
+
+
+def show(what: RenderableType) -> None:
+    """Print to the terminal's width, or to 120 columns of a file."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width that tables would have to fit
+        console = Console(width=120)
+    console.print(what)
+
+
+def summary(result: EditResult) -> str:
+    """One line about an edit: how many, how fast, and what was kept if it was interrupted."""
+    n = len(result.requests)
+    if result.interrupted:
+        return f"interrupted after {result.seconds:.1f} s, of {n} edits: {result.interrupted}"
+    return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"

@@ -1,0 +1,101 @@
+"""Questions to a model about edit requests: prompts and answers, each tokenized once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastedit.errors import RequestError
+from fastedit.models import Model, PairError, Samples, tokenize
+from fastedit.requests import EditRequest
+
+_WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
+
+# kind -> (prompt, answer, the answer that competes with it) of a request's prompts
+_QUESTIONS: dict[str, Callable[[EditRequest], Iterable[tuple[str, str, str | None]]]] = {
+    "rewrite": lambda r: [(r.prompt, r.target, r.true_target)],
+    "paraphrase": lambda r: [(prompt, r.target, r.true_target) for prompt in r.paraphrases],
+    "neighbour": lambda r: [(prompt, answer, r.target) for prompt, answer in r.neighbours],
+    "portability": lambda r: [(prompt, answer, None) for prompt, answer in r.portability],
+}
+KINDS = tuple(_QUESTIONS)
+
+Asked = tuple[int, str, str]
+"""Edit, prompt, answer; the edit is 0 if the model is measured as it is."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Everything to ask, equal questions once.
+
+    Attributes:
+        asked: (kind, place of the request, prompt, answer, competing answer) in the order of the requests.
+        owners: each (edit, prompt, answer) once -> the request that asks it first, for messages.
+        dots: (edit, prompt) -> the "." that generation goes past.
+        samples: one for each of `owners`.
+        documents: the windows of the text for the perplexity.
+        n_requests: how many requests there are.
+    """
+
+    asked: list[tuple[str, int, str, str, str | None]]
+    owners: dict[Asked, str]
+    dots: dict[tuple[int, str], int]
+    samples: Samples
+    documents: Samples
+    n_requests: int
+
+
+def ask(
+    model: Model,
+    requests: Sequence[EditRequest],
+    *,
+    kinds: Sequence[str] = KINDS,
+    text: Sequence[str] = (),
+    by_edit: bool = False,
+) -> Questions:
+    """Tokenize all questions; whatever cannot be asked is refused now.
+
+    Args:
+        kinds: of prompts, some of `KINDS`.
+        text: documents for the perplexity; a str is one.
+        by_edit: request i meets the model under edit i alone, so that equal prompts are one for each edit.
+
+    Raises:
+        RequestError: prompts and answers that do not fit the model's context, or without tokens; names all of them.
+    """
+    asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
+    owners: dict[Asked, str] = {}
+    dots: dict[tuple[int, str], int] = {}
+    for kind, i, prompt, answer, other in asked:
+        edit = i if by_edit else 0
+        for said in filter(None, (answer, other)):
+            owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
+        dots[edit, prompt] = max(dots.get((edit, prompt), 0), inner_dots(answer))
+    context = model.topology.context_length
+    try:
+        pairs = [(prompt, said) for _, prompt, said in owners]
+        samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=context)
+    except PairError as error:
+        names = list(owners.values())
+        problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
+        raise RequestError.of(list(reversed(problems.items())), "prompts") from None
+    documents = _windows(model.tokenizer, [text] if isinstance(text, str) else text, context)
+    return Questions(asked, owners, dots, samples, documents, len(requests))
+
+
+def inner_dots(answer: str) -> int:
+    """The "." that generation goes past; at one that ends the answer it may as well stop."""
+    return answer.rstrip(".").count(".")
+
+
+def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:
+    """Documents in pieces of the context; all tokens but a document's first are labels, once."""
+    size = min(context, _WINDOW)
+    encoded = tokenizer(list(text), return_attention_mask=False, verbose=False)["input_ids"] if text else []
+    pieces = [ids[i : i + size + 1] for ids in encoded for i in range(0, len(ids) - 1, size)]
+    flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+    offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0)
+    return Samples(flat, offsets, torch.ones(len(pieces), dtype=torch.int64))

@@ -1,0 +1,156 @@
+"""The report on an edit: teacher-forced and generated shares, CounterFact's scores, perplexity.
+
+`predict` measures a model as it is now; `compare` makes a report of what it found, before and after
+an edit.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fastedit.evaluation.predict import Answers, Predictions, normalize, predict
+from fastedit.evaluation.questions import KINDS
+from fastedit.models import Model
+from fastedit.requests import AnyPath, EditRequest, as_requests
+from fastedit.tensorfile import writing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Requests = AnyPath | Sequence[EditRequest | Mapping[str, Any]]
+
+# measure -> the kind of prompt that it is taken on
+_SHARES = {"reliability": "rewrite", "generalization": "paraphrase", "portability": "portability"}
+_SHARES |= {"locality": "neighbour", "neighbour_accuracy": "neighbour"}
+_PREFERENCES = {"es": "rewrite", "ps": "paraphrase", "ns": "neighbour"}
+_WAYS = ("teacher_forced", "generated")
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """The measures of an edit; prints as a table.
+
+    ``metrics``, and ``before`` for the unedited model, hold shares in 0 … 1: "reliability", "generalization",
+    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; CounterFact's
+    "es", "ps", "ns" and their harmonic mean "score"; and "perplexity". None is what was not measured. Shares
+    are means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and
+    of "es", "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
+    """
+
+    metrics: Mapping[str, Any]
+    before: Mapping[str, Any] | None
+    n: Mapping[str, int]
+    rows: Sequence[Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """``metrics`` with "n" and "before" in it; plain numbers, ready for JSON."""
+        return {**self.metrics, "n": self.n, "before": self.before}
+
+    def save(self, path: AnyPath) -> None:
+        """Write `to_dict` and the rows (as "requests") as JSON, whole or not at all. Raises FileError."""
+        text = json.dumps(self.to_dict() | {"requests": self.rows}, ensure_ascii=False, indent=1)
+        with writing(path, "the report was not written") as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def _table(self) -> list[tuple[str, str, str, str]]:
+        """Lines of cells, the titles first."""
+        now, old = self.metrics, self.before or {}
+        lines = [("", "prompts", "teacher-forced", "generated")]
+        for name, kind in _SHARES.items():
+            forced, generated = (_cell(now[name][way], old.get(name, {}).get(way)) for way in _WAYS)
+            lines.append((name.replace("_", " "), str(self.n[kind]), forced, generated))
+        lines += [(name.upper(), str(self.n[name]), _cell(now[name], old.get(name)), "") for name in _PREFERENCES]
+        lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
+        lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
+        return lines
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        titles, *lines = self._table()
+        table = Table(*titles, box=box.SIMPLE_HEAD)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for cells in lines:
+            table.add_row(*cells)
+        return table
+
+    def __str__(self) -> str:
+        table = self._table()
+        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+        lines = ["  ".join([f"{x:{first}}", *map(str.rjust, rest, others)]).rstrip() for x, *rest in table]
+        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: float | None, before: float | None, form: str = "{:.1%}") -> str:
+    shown = "—" if value is None else form.format(value)
+    return shown if before is None else f"{form.format(before)} → {shown}"
+
+
+def compare(requests: Sequence[EditRequest], after: Predictions, before: Predictions | None = None) -> EvaluationReport:
+    """The report on what `predict` found after an edit and, if measured, before it.
+
+    Locality needs both: the share of answer tokens of neighbours whose argmax is the same, and of neighbours
+    whose normalized generated text is. All else is measured of each model by itself.
+
+    Raises:
+        ValueError: the neighbours before are not those after.
+    """
+    nothing: Answers = {kind: [] for kind in KINDS}
+    earlier = before.answers if before else [nothing] * len(requests)
+    rows = [_row(*x) for x in zip(requests, after.answers, earlier, strict=True)]
+    n = {kind: sum(len(answers[kind]) for answers in after.answers) for kind in KINDS}
+    for name, kind in _PREFERENCES.items():
+        n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
+    unedited = [_row(request, answers, nothing) for request, answers in zip(requests, earlier, strict=True)]
+    return EvaluationReport(_average(rows, after), _average(unedited, before) if before else None, n, rows)
+
+
+def evaluate(network: nn.Module, tokenizer: Any, requests: Requests, **options: Any) -> EvaluationReport:
+    """Measure a model as it is; ``options`` are those of `predict`. Locality needs an earlier model: None.
+
+    Raises:
+        RequestError, EditError: see `fastedit.requests.as_requests` and `predict`.
+        ModelError: an architecture that is not supported.
+    """
+    checked = as_requests(requests)
+    return compare(checked, predict(Model.of(network, tokenizer), checked, **options))
+
+
+def _row(request: EditRequest, now: Answers, old: Answers) -> dict[str, Any]:
+    """All measures of one request."""
+    row: dict[str, Any] = {"id": request.id, "prompt": request.prompt, "target": request.target}
+    row["generated"] = next((p.generated for p in now["rewrite"]), None)
+    for name, kind in _SHARES.items():
+        shares = (_mean(_mean(p.hits) for p in now[kind]), _mean(p.matches for p in now[kind]))
+        row[name] = dict(zip(_WAYS, shares, strict=True))
+    both = now["neighbour"], old["neighbour"]
+    pairs = list(zip(*both, strict=True)) if all(both) else []
+    if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
+        raise ValueError("the predictions before and after the edit are not of the same requests")
+    tokens = (_mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
+    texts = ((a.generated, b.generated) for a, b in pairs)
+    same = (normalize(a) == normalize(b) for a, b in texts if a is not None and b is not None)
+    row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(same)}
+    return row | {name: _mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
+
+
+def _average(rows: Sequence[Mapping[str, Any]], found: Predictions) -> dict[str, Any]:
+    result: dict[str, Any] = {name: _mean(row[name] for row in rows) for name in _PREFERENCES}
+    for name in _SHARES:
+        result[name] = {way: _mean(row[name][way] for row in rows) for way in _WAYS}
+    es, ps, ns = (result[name] for name in _PREFERENCES)
+    score = None if None in (es, ps, ns) else 3 / (1 / es + 1 / ps + 1 / ns) if es * ps * ns else 0.0
+    return result | {"score": score, "perplexity": found.perplexity}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

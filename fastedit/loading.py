@@ -1,0 +1,125 @@
+"""Models from checkpoints, and checkpoints from models."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastedit.errors import ConfigError, FileError, ModelError
+from fastedit.files import check_directory, replacing_directory
+from fastedit.models import Model
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_PARTS = {
+    "config.json": ("config.json",),
+    "weights as *.safetensors": ("*.safetensors",),
+    "the tokenizer's files": ("tokenizer.json", "tekken.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+}
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
+
+
+def load_model(
+    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+) -> tuple[Any, Any]:
+    """Load model and tokenizer from a folder or by hub name; only safetensors, and no remote code.
+
+    Args:
+        dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own.
+        device: None is the GPU if there is one.
+
+    Raises:
+        ModelError: not to be found or loaded, or not with the weights that its config.json says.
+        ConfigError: a dtype or a device that there is not.
+    """
+    if not isinstance(name, str | Path):
+        raise ConfigError(f"name is {name!r}; give a folder or a hub name")
+    if (chosen := str(dtype).removeprefix("torch.")) not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; give one of {', '.join(_DTYPES)}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used: {_reason(error)}; give another") from error
+    try:
+        # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=chosen,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever a wrong file makes transformers, tokenizers or safetensors raise
+        raise ModelError(_why_not_loaded(name, error)) from error
+    _check_weights(name, model, loading)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> None:
+    """Refuse a model whose weights are not those of its config.json."""
+    if other := sorted(loading["mismatched_keys"]):
+        path, *shapes = [other[0]] if isinstance(other[0], str) else other[0]  # transformers 4 has names alone
+        said = ", but by its config.json it should be ".join(str(list(shape)) for shape in shapes)
+        raise ModelError(f"{name}: {path} is {said or 'of another shape than its config.json says'}")
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{name} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
+    blocks = int(model.config.get_text_config().num_hidden_layers)
+    # others are left out for good reasons: masks and rotations in old checkpoints, say
+    if more := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
+        raise ModelError(
+            f"{name} has {len(more)} weights of blocks behind the {blocks} of its config.json, {more[0]} among "
+            "them; give the config.json that belongs to the weights"
+        )
+
+
+def save_model(model: Model, directory: str | Path) -> None:
+    """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
+
+    Raises:
+        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
+            model was loaded from; the disk is full.
+    """
+    network: Any = model.network
+    directory, source = Path(directory), str(network.config._name_or_path)
+    if os.path.isdir(source) and Path(source).resolve() != directory.resolve():
+        check_directory(directory, {"the model": Path(source)})
+    try:
+        with replacing_directory(directory) as temporary:
+            network.save_pretrained(temporary)
+            model.tokenizer.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:
+        raise FileError(directory, f"the model could not be saved: {error}; nothing was written") from error
+
+
+def _why_not_loaded(name: str | Path, error: Exception) -> str:
+    """The reason why a checkpoint could not be loaded: a fault of the folder, or the hub's answer."""
+    folder = Path(name)
+    if not os.path.exists(folder):
+        return f"no folder {name}, and no model could be loaded from the hub: {_reason(error)}"
+    reason = _reason(error) if folder.is_dir() else "it is no folder"
+    if folder.is_dir():
+        found = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
+        if missing := [part for part, paths in found.items() if not paths]:
+            reason = f"it lacks {' and '.join(missing)}"
+        for path in (path for paths in found.values() for path in paths):
+            try:
+                path.open("rb").close()
+            except OSError as unreadable:
+                reason = f"{path.name} cannot be read: {unreadable.strerror}"
+    return f"no model could be loaded from {name}: {reason}"
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, or all of it if that line only introduces the others."""
+    text = str(error).strip()
+    first = next(iter(text.splitlines()), "").strip()
+    said = " ".join(text.split()) if first.endswith(":") else first
+    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")

@@ -1,0 +1,217 @@
+"""Edits with what is found out about them once: where their subjects end, and their token samples."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ConfigError, RequestError, listed
+from fastedit.methods.base import Edit
+from fastedit.methods.naming import edit_name, named_error
+from fastedit.models import Budget, Model, PairError, Samples, last_tokens, tokenize
+from fastedit.progress import Progress, no_progress
+
+BARE = "{}"
+"""The template that leaves a prompt as it is."""
+
+
+class Batch:
+    """N edits of a model, in T templates: the bare prompt first, then the contexts.
+
+    Whatever is made of them once, for all edits, is taken along by `split` and `select`.
+
+    Args:
+        contexts: templates with one "{}" each, in which the prompt stands beside the bare "{}".
+        budget: of prefix caches.
+
+    Raises:
+        ConfigError: a context that does not hold "{}" exactly once.
+        RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        edits: Sequence[Edit],
+        contexts: Sequence[str] = (),
+        *,
+        budget: Budget | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        self.model, self.edits, self.templates = model, list(edits), checked_templates(contexts)
+        self.budget, self.progress = budget or Budget(), progress
+        self._names = [edit_name(edit, place) for place, edit in enumerate(edits)]
+        self.subject_ends, self._repeated = find_subjects(edits)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of these edits."""
+        return repeated_note(self.name_list(self._repeated))
+
+    def name_list(self, places: Sequence[int]) -> list[str]:
+        """Names of the edits at these places."""
+        return [self._names[place] for place in places]
+
+    def names(self, places: Sequence[int]) -> str:
+        """The same for a message: the first ten if they are many."""
+        return listed(self.name_list(places))
+
+    @cached_property
+    def prompts(self) -> Samples:
+        """The prompts alone, as far as the subject's last token, which is the one target row of each.
+
+        [T·N], template by template: all edits in the first one, then all in the second, …
+
+        Raises:
+            RequestError: subjects that end after the model's context; names all of them.
+        """
+        texts, ends = self._in_templates()
+        ids, last = last_tokens(self.model.tokenizer, texts, ends)
+        n, context = len(self), self.model.topology.context_length
+        problems: dict[int, tuple[str, str]] = {}
+        for sample, place in enumerate(last):
+            if place >= context:
+                name = self._names[sample % n]
+                text = f"{name}: its subject ends at token {place + 1}, behind the model's context of {context}"
+                problems.setdefault(sample % n, (name, f"{text}; shorten the prompt"))
+        if problems:
+            raise RequestError.of(list(problems.values()))
+        return subject_samples(ids, last)
+
+    @cached_property
+    def rewriting(self) -> tuple[Samples, Tensor]:
+        """Prompts with their targets, then "{subject} is a", and where the subject ends in each.
+
+        Samples [(T + 1)·N], template by template, the rows of the KL term last; token indices [(T + 1)·N].
+
+        Raises:
+            RequestError: edits that cannot be tokenized or do not fit the model's context; names all of them.
+        """
+        texts, ends = self._in_templates()
+        n, model = len(self), self.model
+        pairs = [(text, self.edits[i % n].target) for i, text in enumerate(texts)]
+        try:
+            samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=model.topology.context_length)
+        except PairError as error:
+
+            def source(pair: int) -> tuple[int, str]:
+                template, place = divmod(pair, n)
+                return place, self.templates[template] if template else ""
+
+            raise named_error(error, self.edits, source) from None
+        _, last = last_tokens(model.tokenizer, [f"{prompt} {target}" for prompt, target in pairs], ends)
+        # nothing behind the subject is read in these rows: they end there
+        subjects = [str(edit.subject) for edit in self.edits]
+        ids, kl_last = last_tokens(model.tokenizer, [f"{s} is a" for s in subjects], [len(s) for s in subjects])
+        return samples.join(subject_samples(ids, kl_last)), torch.tensor(last + kl_last)
+
+    def make_samples(self) -> None:
+        """Tokenize now, for all batches that are made of this one; raises what `prompts` and `rewriting` raise."""
+        _ = self.rewriting, self.prompts
+
+    def within(self, contexts: Sequence[str]) -> Batch:
+        """The same edits in other contexts. Raises ConfigError like the class."""
+        batch = copy(self)
+        for made_once in ("prompts", "rewriting"):
+            batch.__dict__.pop(made_once, None)
+        batch.templates = checked_templates(contexts)
+        return batch
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive batches of at most `size` edits."""
+        for first in range(0, len(self), size):
+            yield self.select(range(first, min(first + size, len(self))))
+
+    def select(self, places: Sequence[int]) -> Batch:
+        """The batch of the edits at these places."""
+        return self._part(places, list(range(len(self.templates))))
+
+    def bare(self) -> Batch:
+        """The batch of the bare prompts, without contexts."""
+        return self._part(range(len(self)), [0])
+
+    def _part(self, places: Sequence[int], templates: list[int]) -> Batch:
+        part = self.within(())
+        part.edits, part._names = [self.edits[i] for i in places], [self._names[i] for i in places]
+        part.subject_ends = [self.subject_ends[i] for i in places]
+        part._repeated = [new for new, old in enumerate(places) if old in self._repeated]
+        part.templates = tuple(self.templates[t] for t in templates)
+        index = torch.tensor(list(places), dtype=torch.int64)
+        rows = (torch.tensor([*templates, len(self.templates)])[:, None] * len(self) + index).view(-1)
+        if "prompts" in self.__dict__:
+            part.__dict__["prompts"] = self.prompts.take(rows[: len(templates) * len(index)])
+        if "rewriting" in self.__dict__:
+            samples, last = self.rewriting
+            part.__dict__["rewriting"] = samples.take(rows), last[rows]
+        return part
+
+    def _in_templates(self) -> tuple[list[str], list[int]]:
+        """All prompts in the first template, then all in the second, …, and the end of the subject in each text."""
+        texts, ends = [], []
+        for template in self.templates:
+            before, after = template.split(BARE)
+            texts += [before + edit.prompt + after for edit in self.edits]
+            ends += [len(before) + end for end in self.subject_ends]
+        return texts, ends
+
+
+def checked_templates(contexts: Sequence[str]) -> tuple[str, ...]:
+    """The bare template and the contexts. Raises ConfigError: a context that does not hold "{}" exactly once."""
+    for context in contexts:
+        if context.count(BARE) != 1:
+            raise ConfigError(f'the context {context!r} needs exactly one "{BARE}", where the prompt goes')
+    return (BARE, *contexts)
+
+
+def repeated_note(names: Sequence[str]) -> list[str]:
+    """The note on edits whose subject stands in the prompt more than once; no note for no names."""
+    note = f"the subject stands in the prompt more than once, the last place counts: {listed(names)}"
+    return [note] if names else []
+
+
+def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
+    """The end of each edit's subject in its prompt, in characters, and the places of edits that repeat their subject.
+
+    The last occurrence counts; one that stands as whole words goes before one inside other words.
+
+    Raises:
+        RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
+    """
+    ends: list[int] = []
+    repeated: list[int] = []
+    problems: list[tuple[str, str]] = []
+    for place, edit in enumerate(edits):
+        name = edit_name(edit, place)
+        if not edit.subject:
+            text = f"{name} has no subject, and this method reads a fact at the last token of its subject; give the "
+            problems.append((name, text + "words of the prompt that the fact is about"))
+            continue
+        literal = re.escape(edit.subject)
+        found = [m.end() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", edit.prompt)]
+        found = found or [m.end() for m in re.finditer(literal, edit.prompt)]
+        if not found:
+            text = f"{name}: the subject {edit.subject!r} does not stand in the prompt {edit.prompt!r:.80}; give it "
+            problems.append((name, text + "as it is written there"))
+            continue
+        ends.append(found[-1])
+        if len(found) > 1:
+            repeated.append(place)
+    if problems:
+        raise RequestError.of(problems)
+    return ends, repeated
+
+
+def subject_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:
+    """Samples that read up to the subject's last token; that token is their one target row."""
+    kept = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
+    flat = torch.tensor([token for tokens in kept for token in tokens])
+    offsets = torch.tensor([0, *(len(tokens) for tokens in kept)]).cumsum(0)
+    return Samples(flat, offsets, torch.tensor(last) + 1)

@@ -1,0 +1,207 @@
+"""Locate-then-edit: ROME, MEMIT, EMMET and AlphaEdit as one objective × one distribution (arXiv 2403.14236).
+
+Targets z of all edits of a batch (`targets`), their keys layer by layer (`keys`), and at each layer of the
+distribution the objective's update of one projection (`write`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import EditError
+from fastedit.files import check_writable
+from fastedit.methods.base import EachResult, Edit, History, MethodResult
+from fastedit.methods.contexts import sample_contexts
+from fastedit.methods.locate_then_edit.batch import BARE, Batch
+from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
+from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.locate_then_edit.recipes import Recipe, resolve
+from fastedit.methods.locate_then_edit.target_loop import relative_lr
+from fastedit.methods.locate_then_edit.target_store import TargetStore
+from fastedit.methods.locate_then_edit.targets import Targets, find_targets
+from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
+from fastedit.models import Budget, Factors, Model, fingerprint, no_autocast
+from fastedit.progress import Progress, no_progress
+from fastedit.statistics.store import StatisticsStore
+
+
+@no_autocast
+def plan(
+    model: Model,
+    edits: Sequence[Edit],
+    config: LocateThenEditConfig,
+    *,
+    method: LocateThenEditConfig,
+    history: History | None = None,
+    progress: Progress = no_progress,
+) -> LocateThenEditPlan:
+    """Make every choice and every refusal; the model is not touched.
+
+    Args:
+        method: one of `RECIPES`, which fills what the configuration leaves open.
+
+    Raises:
+        ConfigError, ModelError: choices that do not go together, or that the model lacks; layers without statistics,
+            all of them named; a folder of targets that cannot be written.
+        RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
+    """
+    history = history or History(fingerprint(model.network))
+    recipe = resolve(model.topology, config, method)
+    config = recipe.config
+    where = (config.module, config.statistics, config.unchecked_statistics)
+    statistics = StatisticsStore(model.topology, history.fingerprint, *where)
+    budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
+    given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
+    statistics.require(recipe.layers)
+    if config.targets is not None:
+        check_writable(Path(config.targets))
+    batch = given if config.contexts is not None else given.within(_contexts(model, config))
+    batch.make_samples()
+    return LocateThenEditPlan(batch, recipe, statistics, history)
+
+
+def _contexts(model: Model, config: LocateThenEditConfig) -> list[str]:
+    """Templates with one "{}" each, where the prompt goes after a text that the model has written."""
+    texts = sample_contexts(model, config.n_contexts or 0, seed=config.seed) if config.n_contexts else []
+    return [text.translate({ord(c): None for c in BARE}) + f" {BARE}" for text in texts]
+
+
+@dataclass(frozen=True)
+class LocateThenEditPlan:
+    """A locate-then-edit run that is ready: its edits, its recipe and its statistics."""
+
+    batch: Batch
+    recipe: Recipe
+    statistics: StatisticsStore
+    history: History
+
+    @property
+    def notes(self) -> list[str]:
+        return [*dict.fromkeys([*self.recipe.notes, *self.batch.notes])]
+
+    @no_autocast
+    def run(self) -> MethodResult:
+        """Edit the model in place.
+
+        Raises:
+            ModelError: statistics that turn out to be damaged. EditError: keys that depend on one another, or values
+                that are not finite; names the edits. The model is restored, as on every exception.
+        """
+        recipe, batch, config = self.recipe, self.batch, self.recipe.config
+        layers = written_layers(self.statistics, recipe.layers, config, self.history)
+        store = self._target_store(layers)
+        size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
+        if config.lr is None and size < len(batch):  # or the first batch would decide for all
+            recipe = recipe.with_lr(_lr_of_all(batch, recipe))
+        losses: list[float] = []
+        dropped: list[int] = []
+        interrupted: str | None = None
+        writer = Writer(layers, config.on_duplicates)
+        with writer.originals:
+            try:
+                for first, part in zip(range(0, len(batch), size), batch.split(size), strict=True):
+                    targets = _find_or_load(part, recipe, store)
+                    if recipe.config.lr is None:
+                        recipe = recipe.with_lr(targets.lr)
+                    with_target = [i for i in range(len(part)) if i not in targets.dropped]
+                    if with_target:
+                        chosen = part.select(with_target)
+                        _walk_layers(chosen, targets.z[with_target], recipe, writer.write(chosen))
+                        losses.append(float(targets.loss.nanmean()))
+                    dropped += [first + i for i in targets.dropped]
+                    writer.commit(first + len(part))
+                    batch.progress("edits", first + len(part), len(batch), losses[-1] if losses else None)
+                if len(dropped) == len(batch):
+                    raise EditError("no edit has a target: their losses are not finite. Are the model's weights?")
+            except KeyboardInterrupt:
+                if not config.keep_partial or len(dropped) == writer.edits:
+                    raise
+                interrupted = f"kept the first {writer.edits} edits"
+            updates, keys = writer.finish()
+        notes = [*recipe.notes, *batch.notes]
+        notes += [f"interrupted; {interrupted}"] if interrupted else []
+        notes += [f"dropped, because the loss is not finite: {batch.names(dropped)}"] if dropped else []
+        return MethodResult(
+            updates,
+            writer.originals.values,
+            asdict(recipe.config),
+            losses,
+            notes,
+            keys,
+            tuple(dropped),
+            interrupted=interrupted,
+            kept_edits=writer.edits if interrupted else None,
+        )
+
+    @no_autocast
+    def run_each(self) -> EachResult:
+        """Solve N independent problems of one edit each, all against the model as it is; nothing is written.
+
+        Raises:
+            ModelError, EditError: as `run`.
+        """
+        batch, recipe = self.batch, self.recipe
+        layers = written_layers(self.statistics, recipe.layers, recipe.config, replace(self.history, keys={}))
+        targets = _find_or_load(batch, recipe, self._target_store(layers))
+        if recipe.config.lr is None:
+            recipe = recipe.with_lr(targets.lr)
+        with_target = [i for i in range(len(batch)) if i not in targets.dropped]
+        factors: dict[str, Factors] = {}
+
+        def solve(number: int, keys: Tensor, residuals: Callable[[], Tensor]) -> Factors:
+            found = layers[number].objective.update_each(keys, residuals())
+            index = torch.tensor(with_target, device=keys.device)  # edits without a target get an update of zeros
+            left, right = (x.new_zeros(len(batch), *x.shape[1:]).index_copy(0, index, x) for x in found)
+            factors[layers[number].path] = left, right
+            return found
+
+        if with_target:
+            _walk_layers(batch.select(with_target), targets.z[with_target], recipe, solve)
+        notes = [*recipe.notes, *targets.notes]
+        return EachResult(factors, asdict(recipe.config), targets.loss, targets.probability, notes, targets.dropped)
+
+    def _target_store(self, layers: dict[int, WrittenLayer]) -> TargetStore | None:
+        folder, topology = self.recipe.config.targets, self.batch.model.topology
+        return None if folder is None else TargetStore(folder, topology, [layer.path for layer in layers.values()])
+
+
+def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None) -> Targets:
+    """The targets of these edits on the model as it is, from the folder of targets if they are there."""
+    if store is None:
+        return find_targets(batch, recipe.z_layer, recipe.target)
+    key = store.key(batch, recipe.z_layer, recipe.target)
+    found = store.load(key)
+    if found is None:
+        found = find_targets(batch, recipe.z_layer, recipe.target)
+        store.save(key, found)
+    return found
+
+
+def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
+    """Give `write` the keys and residuals of every layer, upwards; what it wrote counts at the layers above."""
+    config, last = recipe.config, recipe.z_layer
+    site = config.module if config.site == "mlp" else "block"
+    with KeyWalk(batch, recipe.layers[0], average=config.average or "half") as walk:
+        for layer, share in recipe.places:
+            walk.advance(layer)
+
+            def residuals(share: float = share) -> Tensor:
+                return (z - walk.outputs(last, site)) * share
+
+            factors = write(layer, walk.keys(config.module), residuals)
+            if factors is not None:
+                walk.updates[batch.model.topology.resolve(layer, config.module)[1]] = factors
+
+
+def _lr_of_all(batch: Batch, recipe: Recipe) -> float:
+    """The targets' rate by the states of all edits in the model as it is."""
+    site = "down_proj" if recipe.config.site == "mlp" else "block"
+    bare = batch.bare()
+    bare.progress = no_progress  # the keys of the edits are a stage of their own, later
+    with KeyWalk(bare, recipe.z_layer) as walk:
+        return relative_lr(walk.outputs(recipe.z_layer, site, finite=False))

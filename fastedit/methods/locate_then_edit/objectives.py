@@ -1,0 +1,153 @@
+"""One objective, three ways to ask for new pairs (A Unified Framework for Model Editing, arXiv 2403.14236, section 3).
+
+Preserve the outputs on old keys, whose second moment is C, and memorize N new pairs: keys K, residuals R = wanted −
+current outputs. What differs is how the pairs are memorized: by least squares against the preservation (MEMIT), as an
+equality (EMMET; ROME for one pair), or by least squares where C has nothing to preserve (AlphaEdit, arXiv 2410.02355).
+How an edit is distributed over layers is another choice, `distributions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastedit import ops
+from fastedit.errors import ModelError
+from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, ObjectiveName
+from fastedit.models import Factors
+from fastedit.statistics.store import StatisticsStore
+
+
+class Objective(Protocol):
+    """The updates of one layer."""
+
+    def update(self, keys: Tensor, residuals: Tensor) -> Factors:
+        """ΔW = left [h, k] @ right [k, d] that writes residuals [N, h] at keys [N, d].
+
+        Least squares, in the null space or not, preserve the keys of earlier calls like C.
+        """
+
+    def update_each(self, keys: Tensor, residuals: Tensor) -> Factors:
+        """Of N problems with one pair each, left [N, h, 1] and right [N, 1, d]; earlier calls do not count."""
+
+    def preserve(self, keys: Tensor) -> None:
+        """Let the next updates preserve these keys [n, d] too, if the objective does so."""
+
+
+class LeastSquares:
+    """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ (MEMIT, arXiv 2210.07229, equation 14)."""
+
+    def __init__(self, cov_factor: Tensor, cov_weight: float) -> None:
+        self._factor, self._ridge = cov_factor, cov_weight
+        self._stream = ops.SequentialSolver(cov_factor, cov_weight)
+
+    def update(self, keys: Tensor, residuals: Tensor) -> Factors:
+        return self._stream.update(keys, residuals)
+
+    def update_each(self, keys: Tensor, residuals: Tensor) -> Factors:
+        return ops.rank_k_update(keys[:, None], residuals[:, None], self._factor, ridge=self._ridge)
+
+    def preserve(self, keys: Tensor) -> None:
+        self._stream.update(keys, keys.new_zeros(len(keys), 1))
+
+
+class Equality:
+    """ΔW = R (Kᵀ (λC)⁻¹ K + αI)⁻¹ Kᵀ (λC)⁻¹ (EMMET, arXiv 2403.14236, equation 9); ROME for N = 1, α = 0."""
+
+    def __init__(self, cov_factor: Tensor, cov_weight: float, alpha: float) -> None:
+        self._factor, self._ridge = cov_factor, alpha * cov_weight
+
+    def update(self, keys: Tensor, residuals: Tensor) -> Factors:
+        # a subject met twice may differ in the last digits, which an equality would tell apart at any cost
+        if self._ridge == 0 and (groups := ops.find_dependent(keys, self._factor)):
+            raise ops.DependentKeysError(groups, None)
+        return self._solve(keys, residuals)
+
+    def update_each(self, keys: Tensor, residuals: Tensor) -> Factors:
+        return self._solve(keys[:, None], residuals[:, None])
+
+    def _solve(self, keys: Tensor, residuals: Tensor) -> Factors:
+        return ops.rank_k_update(keys, residuals, self._factor, ridge=self._ridge, constraint="equality")
+
+    def preserve(self, keys: Tensor) -> None:
+        """Do nothing: the equality holds for the pairs of one batch."""
+
+
+class NullSpace:
+    """ΔW = R Kᵀ P ((K Kᵀ + Cp) P + l2·I)⁻¹, P the projection on the null space of C (AlphaEdit, equation 12)."""
+
+    def __init__(self, basis: Tensor, l2: float) -> None:
+        self._basis, self._l2 = basis, l2
+        self._stream = ops.SequentialSolver(torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device), l2)
+
+    def update(self, keys: Tensor, residuals: Tensor) -> Factors:
+        left, right = self._stream.update(keys.double() @ self._basis, residuals)
+        return left, (right.double() @ self._basis.T).to(residuals.dtype)
+
+    def update_each(self, keys: Tensor, residuals: Tensor) -> Factors:
+        return ops.null_space_update(keys[:, None], residuals[:, None], self._basis, l2=self._l2)
+
+    def preserve(self, keys: Tensor) -> None:
+        self._stream.update(keys.double() @ self._basis, keys.new_zeros(len(keys), 1))
+
+
+@dataclass(frozen=True)
+class ObjectiveType:
+    """How an objective is made for a layer: a factorization of its second moment, and the weights of a configuration.
+
+    Attributes:
+        factorization: of the second moment of a layer; it serves all edits of an Editor.
+        memo: what the factorization depends on beside the statistics.
+        make: the objective, with nothing written yet.
+    """
+
+    factorization: Callable[[StatisticsStore, int, LocateThenEditConfig], Tensor]
+    memo: Callable[[LocateThenEditConfig], Hashable]
+    make: Callable[[Tensor, LocateThenEditConfig], Objective]
+
+
+def _given(value: float | None) -> float:
+    assert value is not None  # a recipe has filled it
+    return value
+
+
+OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
+    "least-squares": ObjectiveType(
+        lambda statistics, layer, _: statistics.cholesky(layer),
+        lambda _: "Cholesky",
+        lambda factor, config: LeastSquares(factor, _given(config.cov_weight)),
+    ),
+    "equality": ObjectiveType(
+        lambda statistics, layer, _: statistics.cholesky(layer),
+        lambda _: "Cholesky",
+        lambda factor, config: Equality(factor, _given(config.cov_weight), _given(config.alpha)),
+    ),
+    "null-space": ObjectiveType(
+        lambda statistics, layer, config: null_space(statistics.covariance(layer), config.null_threshold),
+        lambda config: ("null space", config.null_threshold),
+        lambda basis, config: NullSpace(basis, _given(config.l2)),
+    ),
+}
+
+
+def null_space(covariance: Tensor, threshold: float | None) -> Tensor:
+    """Orthonormal eigenvectors U [d, r], fp64, of C [d, d] whose eigenvalues are below a threshold.
+
+    A threshold is in units of the keys' squares, so that it belongs to one model; None takes the lowest quarter.
+
+    Raises:
+        ModelError: none is.
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    limit = float(values[len(values) // 4]) if threshold is None else threshold
+    basis: Tensor = vectors[:, values < limit]
+    if not basis.shape[1]:
+        raise ModelError(
+            f"no eigenvalue of C is below {limit:.3g}, the least is {float(values[0]):.3g}: C has no null space "
+            "to write in; raise null_threshold"
+        )
+    return basis

@@ -1,0 +1,123 @@
+"""A method resolved for a model: every choice that a configuration leaves open, made once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastedit.errors import ConfigError
+from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
+from fastedit.methods.locate_then_edit.distributions import shares
+from fastedit.methods.presets import locate_then_edit_preset
+from fastedit.models import Topology
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run.
+
+    Attributes:
+        config: every field has a value; `lr` only after the states of the edits are known, if there is no preset.
+        places: the layers to write, upwards, and the share of the residual that is left for each.
+        notes: what was chosen, and why.
+    """
+
+    config: LocateThenEditConfig
+    places: list[tuple[int, float]]
+    notes: list[str]
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for layer, _ in self.places]
+
+    @property
+    def z_layer(self) -> int:
+        """The block of the site of the targets."""
+        return self.places[-1][0]
+
+    @property
+    def target(self) -> TargetConfig:
+        """How targets are optimized."""
+        assert self.config.site is not None
+        return self.config.target_config(self.config.site)
+
+    def with_lr(self, lr: float) -> Recipe:
+        """The same with a rate by the edits' states; as it is if that rate is not finite."""
+        if not math.isfinite(lr):
+            return self
+        note = f"lr {lr:.3g} (no preset for this model: half the root mean square of a typical state)"
+        return replace(self, config=replace(self.config, lr=lr), notes=[*self.notes, note])
+
+
+def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenEditConfig) -> Recipe:
+    """Fill what is not given: from the method, else the model's preset, else a rule.
+
+    Raises:
+        ConfigError, ModelError: choices that do not go together; layers or a module that the model lacks.
+    """
+    preset, published = locate_then_edit_preset(topology)
+    where = "published preset" if published else "no preset for this model"
+    notes: list[str] = []
+
+    def choose(name: str, otherwise: Any) -> Any:
+        values = (getattr(source, name) for source in (given, method))
+        return next((value for value in values if value not in (None, "auto")), otherwise)
+
+    objective, distribution = choose("objective", "least-squares"), choose("distribution", "spread")
+    single = distribution == "single"
+    layers = choose("layers", (preset.single,) if single else preset.layers)
+    if given.layers is None:
+        notes.append(f"layers {', '.join(map(str, layers))} ({where})")
+    places = shares(distribution, layers)
+    behind_norm = given.module == "down_proj" and not topology.mlp_adds
+    by_rule = "mlp" if behind_norm and single else "block"
+    site = choose("site", by_rule)
+    if behind_norm and site == "block":
+        notes.append(
+            "a norm stands behind down_proj in this model, so that no update moves a block's output by its whole "
+            "residual: targets are reached in part; distribution single with site mlp reaches them"
+        )
+    elif behind_norm and choose("site", None) is None:
+        notes.append("site mlp (a norm stands behind down_proj in this model)")
+    width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
+    cov_weight = given.cov_weight
+    if cov_weight is None:
+        cov_weight = preset.cov_weight(objective) if published else float(width)
+        notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else ': the key width'})")
+    filled = replace(
+        given,
+        objective=objective,
+        distribution=distribution,
+        layers=tuple(layers),
+        batch_size=choose("batch_size", "auto"),
+        cov_weight=cov_weight,
+        alpha=choose("alpha", 0.1),
+        average=choose("average", "half"),
+        site=site,
+        n_contexts=choose("n_contexts", 5),
+        **{
+            name: choose(name, getattr(preset, name))
+            for name in ("l2", "null_threshold", "steps", "lr", "weight_decay", "clamp")
+        },
+    )
+    return Recipe(filled, places, notes)
+
+
+def _checked_width(topology: Topology, layers: list[int], module: str, site: str) -> int:
+    """The width of the keys of the last layer; raises what `resolve` raises of layers that cannot be written."""
+    if site == "mlp" and len(layers) > 1:
+        raise ConfigError("site mlp is one layer's MLP, but the edit is distributed over several; take site block")
+    for layer in layers:
+        path, projection = topology.resolve(layer, module)
+        width = topology.input_width(layer, module)
+        if projection not in topology.writers(layer):
+            raise ConfigError(f"{path} does not write to the residual stream; choose a module that does: down_proj")
+        if site == "mlp" and projection is not topology.resolve(layer, "down_proj")[1]:
+            raise ConfigError(f"site mlp is the output of down_proj, but {path} is written; take site block")
+    if layers[-1] == topology.n_blocks - 1:
+        raise ConfigError(
+            f"layers ends with {layers[-1]}, the last block, and nothing reads the subject behind it; choose among "
+            f"0 to {topology.n_blocks - 2}"
+        )
+    return width

@@ -1,0 +1,93 @@
+"""Targets z of locate-then-edit: what the subject's last token should become so that the model says the target.
+
+A vector δ, added to the output of one block (MEMIT, arXiv 2210.07229, section 4.2) or of its MLP (ROME, arXiv
+2202.05262, section 3.1) at the subject's last token, is optimized for every edit by itself, many at once
+(`target_loop`). Blocks below the site run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.errors import ConfigError
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import TargetConfig
+from fastedit.methods.locate_then_edit.target_loop import TargetLoop
+from fastedit.models import PrefixCache
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets of N edits, fp32 on the model's device; the rows of dropped edits hold NaN.
+
+    `z` [N, h] = h₀ + δ; `h0` [N, h], the subject's state at the site in the bare prompt; `loss` [N], the last one;
+    `probability` [N], of the target: exp of its tokens' mean log P, mean over the rewriting rows; `steps` [N]
+    int64, the updates taken; `dropped`, places of edits whose loss was not finite; `lr`, the rate used; `notes`
+    for the user.
+    """
+
+    z: Tensor
+    h0: Tensor
+    loss: Tensor
+    probability: Tensor
+    steps: Tensor
+    dropped: tuple[int, ...]
+    lr: float
+    notes: tuple[str, ...]
+
+
+def find_targets(
+    batch: Batch, z_layer: int, config: TargetConfig, *, memory: int | None = None, in_flight: int | None = None
+) -> Targets:
+    """Optimize the targets of all edits; the model stays as it is.
+
+    Args:
+        z_layer: block of the site; not the last one, behind which nothing reads the subject.
+        memory: bytes for the edits in flight; None is half of what is free.
+        in_flight: edits in a batch; None is what `memory` holds.
+
+    Raises:
+        ConfigError, ModelError: a wrong layer. RequestError: as `Batch.rewriting`.
+    """
+    topology = batch.model.topology
+    topology.block(z_layer)
+    if z_layer == topology.n_blocks - 1:
+        raise ConfigError(
+            f"z_layer {z_layer} is the last block and nothing reads the subject behind it; choose one of 0 to "
+            f"{z_layer - 1}"
+        )
+    samples, _ = batch.rewriting
+    first = z_layer + (config.site == "block")
+    with (
+        _frozen(topology.model),
+        # unpacked here and below: an edit with values that are not finite must not touch another
+        PrefixCache(topology, samples, first, budget=batch.budget, packed=False) as cache,
+    ):
+        loop = TargetLoop(batch, cache, z_layer, config)
+        loop.run(in_flight, memory)
+    bad = loop.loss.isfinite().logical_not_()
+    dropped = tuple(bad.nonzero()[:, 0].tolist())
+    notes = [*batch.notes]
+    if dropped:
+        notes.append(f"dropped, because the loss is not finite: {batch.names(dropped)}")
+    for values in (loop.z, loop.loss, loop.probability):
+        values[bad] = torch.nan
+    return Targets(loop.z, loop.h0, loop.loss, loop.probability, loop.steps, dropped, loop.lr, tuple(notes))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside: autograd then keeps only what δ needs."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trainable:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

@@ -1,0 +1,149 @@
+"""Writing updates into projections, layer by layer and batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.errors import EditError
+from fastedit.methods.base import History
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
+from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, Objective
+from fastedit.models import Factors
+from fastedit.ops import DependentKeysError
+from fastedit.statistics.store import StatisticsStore
+from fastedit.weights import LowRank, Snapshot, Update, add_, oriented
+
+Write = Callable[[int, Tensor, Callable[[], Tensor]], Factors | None]
+"""A function of a layer, keys [N, d] and what measures the residuals [N, h]. It writes an update, or returns
+factors of one update an edit (`per_sample_updates`), which then count for that edit alone."""
+
+
+@dataclass
+class WrittenLayer:
+    """A projection that is written, and its objective."""
+
+    path: str  # of its weight
+    module: nn.Module
+    objective: Objective
+    updates: list[LowRank] = field(default_factory=list)  # of the batches so far, oriented as the weight is
+    keys: list[Tensor] = field(default_factory=list)  # [N, d] of the batches so far
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight: nn.Parameter = self.module.weight  # type: ignore[assignment]
+        return weight
+
+
+def written_layers(
+    statistics: StatisticsStore, layers: Sequence[int], config: LocateThenEditConfig, history: History
+) -> dict[int, WrittenLayer]:
+    """The layers to write, upwards; their objectives preserve the keys of the edits that stand.
+
+    Raises:
+        ModelError: a layer without usable statistics.
+    """
+    assert config.objective is not None
+    kind, found = OBJECTIVES[config.objective], {}
+    for layer in layers:
+        path, module = statistics.topology.resolve(layer, config.module)
+        key = (statistics.fingerprint, path, config.statistics, kind.memo(config))
+        if key not in history.memo:
+            history.memo[key] = kind.factorization(statistics, layer, config)
+        objective = kind.make(history.memo[key], config)
+        weight = f"{path}.weight"
+        if weight in history.keys:
+            objective.preserve(history.keys[weight])
+        found[layer] = WrittenLayer(weight, module, objective)
+    return found
+
+
+class Writer:
+    """A writer into the model's weights, in fp32; weights of other dtypes get the rounded ones.
+
+    `originals` are the weights before.
+    """
+
+    def __init__(self, layers: dict[int, WrittenLayer], on_duplicates: str) -> None:
+        self._layers, self._on_duplicates = layers, on_duplicates
+        self.originals = Snapshot({layer.path: layer.weight for layer in layers.values()})
+        self._masters = {
+            number: layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
+            for number, layer in layers.items()
+        }
+        self._done = dict.fromkeys(layers, (0, 0))  # updates and keys of the batches that are done
+        self.edits = 0
+        """Edits in the batches that are done."""
+
+    def write(self, batch: Batch) -> Write:
+        """The `Write` for these edits, by whose names errors speak of keys."""
+
+        def write(number: int, keys: Tensor, residuals: Callable[[], Tensor]) -> None:
+            try:
+                self._add(number, keys, residuals())
+            except DependentKeysError as error:
+                try:
+                    if self._on_duplicates == "error":
+                        raise
+                    self._resolve(number, keys, residuals, error.groups)
+                except DependentKeysError:  # the first one's groups are places among these edits
+                    groups = "; ".join(batch.names(group) for group in error.groups[:5])
+                    raise EditError(
+                        f"the keys of some edits depend on one another at layer {number}, so that no weights can meet "
+                        f"all of them: {groups}. Are they about one subject? Take on_duplicates merge or sequential, "
+                        "or an alpha above 0",
+                        edits=batch.name_list(sorted({place for group in error.groups for place in group})),
+                    ) from error
+            self._layers[number].keys.append(keys)
+
+        return write
+
+    def _resolve(
+        self, number: int, keys: Tensor, residuals: Callable[[], Tensor], groups: Sequence[Sequence[int]]
+    ) -> None:
+        others = sorted({*range(len(keys))}.difference(*groups))
+        if self._on_duplicates == "merge":
+            wanted = residuals()
+            means = [torch.stack([x[[*group]].mean(0) for group in groups]) for x in (keys, wanted)]
+            self._add(number, torch.cat([keys[others], means[0]]), torch.cat([wanted[others], means[1]]))
+            return
+        for turn in range(max(map(len, groups))):
+            rows = [group[turn] for group in groups if turn < len(group)] + (others if turn == 0 else [])
+            self._add(number, keys[rows], residuals()[rows])
+
+    @torch.no_grad()
+    def _add(self, number: int, keys: Tensor, residuals: Tensor) -> None:
+        layer, master = self._layers[number], self._masters[number]
+        update = oriented(layer.module, *layer.objective.update(keys, residuals))
+        master.addmm_(update.left.to(master.dtype), update.right.to(master.dtype))
+        if layer.weight.dtype != master.dtype:
+            layer.weight.copy_(master)
+        layer.updates.append(update)
+
+    def commit(self, edits: int) -> None:
+        """Count a batch as done, and with it so many edits in all."""
+        self.edits = edits
+        self._done = {number: (len(layer.updates), len(layer.keys)) for number, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def finish(self) -> tuple[dict[str, Update], dict[str, Tensor]]:
+        """Updates and keys of the batches that are done; the model holds exactly these, added once."""
+        self.originals.restore()
+        updates: dict[str, Update] = {}
+        keys: dict[str, Tensor] = {}
+        for number, layer in self._layers.items():
+            n_updates, n_keys = self._done[number]
+            keys[layer.path] = torch.cat(layer.keys[:n_keys])
+            parts = layer.updates[:n_updates]
+            whole = LowRank(torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts]))
+            small = whole.left.numel() + whole.right.numel() < layer.weight.numel()
+            update: Update = whole if small else whole.dense()
+            add_(layer.weight, update)
+            if not layer.weight.isfinite().all():
+                raise EditError(f"the weights of {layer.path} are not finite after the edit; the model is restored")
+            updates[layer.path] = update
+        return updates, keys

@@ -1,0 +1,1 @@
+"""LocFT-BF: localized fine-tuning, breadth-first (arXiv 2509.22072)."""

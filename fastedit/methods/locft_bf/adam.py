@@ -1,0 +1,143 @@
+"""Adam on fp32 masters of a part of a model, which is given the masters, rounded to its dtype, after every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastedit import ops
+from fastedit.models import hooked
+from fastedit.ops.registry import choose
+
+GradientParts = dict[str, list[tuple[Tensor, Tensor]]]
+"""Path of a weight -> (gradient of the output [T, out], input [T, in]) of each call of its linear map."""
+
+
+def with_kernel(model: nn.Module, parameters: Mapping[str, nn.Parameter], tokens: int) -> dict[str, nn.Linear | Conv1D]:
+    """Linear maps whose weights `ops.localized_adam_` has a kernel for, by the weights' paths among `parameters`.
+
+    Elsewhere its reference forms the gradient too, and torch's fused Adam is the faster one from there.
+
+    Args:
+        tokens: in a batch, about.
+    """
+    maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {
+        path: maps[path]
+        for path, p in parameters.items()
+        if path in maps and choose("localized_adam_", device=p.device, dtype=p.dtype, T=tokens) == "triton"
+    }
+
+
+@contextmanager
+def recorded(maps: Mapping[str, nn.Linear | Conv1D]) -> Iterator[GradientParts]:
+    """Collect what the gradients of these maps' weights are made of; inside, they are not formed."""
+    parts: GradientParts = {path: [] for path in maps}
+
+    def recorder(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if torch.is_grad_enabled():
+                inputs = args[0].detach()
+                (output if output.requires_grad else output.requires_grad_()).register_hook(
+                    lambda grad: parts[path].append((grad.flatten(0, -2), inputs.flatten(0, -2)))
+                )
+
+        return hook
+
+    weights = [module.weight for module in maps.values()]
+    flags = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        with hooked(module.register_forward_hook(recorder(path)) for path, module in maps.items()):
+            yield parts
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
+
+
+class Adam:
+    """One run of Adam: moments of zero, and steps from the gradients of a backward pass.
+
+    Args:
+        parameters: of the model, by path; their gradients are read and cleared.
+        masters: fp32, like the parameters or the parameters themselves.
+        maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `gradients` has of them.
+        gradients: filled by `recorded(maps)`; cleared by a step.
+        scale: by which all gradients are too large. Steps do not depend on it: ε and what decay adds grow with them.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        masters: Mapping[str, Tensor],
+        maps: Mapping[str, nn.Linear | Conv1D],
+        gradients: GradientParts,
+        *,
+        lr: float,
+        weight_decay: float,
+        scale: float = 1.0,
+    ) -> None:
+        self._parameters, self._masters, self._gradients = parameters, masters, gradients
+        self._lr, self._weight_decay, self._eps = lr, scale * weight_decay, scale * 1e-8
+        self._steps = torch.zeros((), device=next(iter(masters.values())).device)
+        self._stored: dict[str, list[Tensor]] = {}
+        for path, module in maps.items():
+            weight, parameter = masters[path], parameters[path].detach()
+            stored = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
+            stored += [parameter] * (parameter.dtype != weight.dtype)
+            self._stored[path] = [x.T for x in stored] if isinstance(module, Conv1D) else stored
+        rest = [master for path, master in masters.items() if path not in maps]
+        options: dict[str, Any] = {"lr": lr, "weight_decay": self._weight_decay, "eps": self._eps, "fused": True}
+        self._rest = torch.optim.Adam(rest, **options) if rest else None
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Add the gradients of one backward pass to those of the next step, in fp32."""
+        for path, parameter in self._parameters.items():
+            if path not in self._stored:
+                assert parameter.grad is not None
+                master, grad = self._masters[path], parameter.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, skip: Tensor | None = None) -> None:
+        """Step by the gradients; if `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
+        self._steps += 1 if skip is None else skip == 0
+        for path, (weight, m, v, *copy) in self._stored.items():
+            grads, inputs = (torch.cat(rows) for rows in zip(*self._gradients[path], strict=True))
+            ops.localized_adam_(
+                weight,
+                grads,
+                inputs,
+                m,
+                v,
+                self._steps,
+                lr=self._lr,
+                weight_decay=self._weight_decay,
+                eps=self._eps,
+                copy=copy[0] if copy else None,
+                skip=skip,
+                backend="triton",
+            )
+        if self._rest is not None:
+            if skip is not None:
+                self._rest.found_inf = skip  # type: ignore[attr-defined]
+            self._rest.step()
+        self.clear()
+        for path, parameter in self._parameters.items():
+            if path not in self._stored and parameter.dtype != torch.float32:
+                parameter.copy_(self._masters[path])
+
+    def clear(self) -> None:
+        """Forget the gradients of the next step."""
+        for rows in self._gradients.values():
+            rows.clear()
+        for master in self._masters.values():
+            master.grad = None

@@ -1,0 +1,154 @@
+"""LocFT-BF: localized fine-tuning, breadth-first (Fine-tuning Done Right in Model Editing, arXiv 2509.22072).
+
+One module of the model is fine-tuned on all edits at once, epoch by epoch in mini-batches, with Adam on the
+target tokens and EOS. What is frozen below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
+runs at target tokens only, and samples are packed into rows without padding between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from fastedit.errors import EditError, ModelError
+from fastedit.methods.base import Edit, History, MethodResult
+from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
+from fastedit.methods.locft_bf.training_set import TrainingSet
+from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
+from fastedit.models import Model, PrefixCache, Topology, no_autocast
+from fastedit.progress import Progress, no_progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocFTBFPlan:
+    """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open."""
+
+    config: LocFTBFConfig
+    notes: list[str]
+    data: TrainingSet
+    given: LocFTBFConfig
+
+    def reporting(self, progress: Progress) -> LocFTBFPlan:
+        """The same plan with another progress."""
+        return replace(self, data=replace(self.data, progress=progress))
+
+    def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
+        """The same edits at another place of the model, with its own learning rate.
+
+        Raises:
+            ModelError: no such module, or one without weights to train.
+        """
+        given = replace(self.given, layer=layer, module=module)
+        resolved, notes = _resolved(self.data.model.topology, given, len(self.data.edits))
+        return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given)
+
+    @no_autocast
+    def run(self, cache: PrefixCache | None = None) -> MethodResult:
+        """Edit the model in place.
+
+        Frozen weights stay in the model's dtype; the edited weights, their moments and their update are fp32.
+
+        Args:
+            cache: of `data`, for runs that share it; it is advanced to `config.layer` and stays open.
+
+        Raises:
+            EditError: a loss that is not finite; names the edits that have it with the original weights or, if
+                none has, when and in which batch training diverged. The model is restored, as on every exception.
+        """
+        config, notes, data = self.config, [*self.notes], self.data
+        assert config.layer is not None  # chosen by now
+        assert config.module is not None
+        topology = data.model.topology
+        own = data.prefix_cache(config.layer) if cache is None else None
+        try:
+            trainer = Trainer(data, topology.resolve(config.layer, config.module)[1], config)
+            interrupted = None
+            with trainer.originals:
+                shared = own or cache
+                assert shared is not None
+                shared.advance(config.layer)
+                try:
+                    with only_trainable(topology.model, trainer.parameters.values()), torch.enable_grad():
+                        trainer.run(shared)
+                except KeyboardInterrupt:
+                    if trainer.whole is None:
+                        raise
+                    interrupted = f"kept the weights {trainer.go_back()}"
+                    notes.append(f"interrupted; {interrupted}")
+                updates = trainer.updates()
+                if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
+                    raise EditError(
+                        "the edited weights are not finite after the last step; the model is restored. Try a learning "
+                        f"rate below {config.lr:.3g}"
+                    )
+        finally:
+            if own is not None:
+                own.close()
+        originals = trainer.originals.values
+        return MethodResult(updates, originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
+
+
+@no_autocast
+def plan(
+    model: Model,
+    edits: Sequence[Edit],
+    config: LocFTBFConfig,
+    *,
+    history: History | None = None,  # what was edited before does not matter to this method
+    progress: Progress = no_progress,
+) -> LocFTBFPlan:
+    """Make every choice and every refusal; the model is not touched.
+
+    Raises:
+        ConfigError, ModelError: a layer or a module that the model lacks, or without weights to train.
+        RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
+    """
+    resolved, notes = _resolved(model.topology, config, len(edits))
+    return LocFTBFPlan(resolved, notes, TrainingSet.of(model, edits, resolved, progress), config)
+
+
+def batch_size_for(n_edits: int) -> int:
+    """The published 100 at the published 3,000 edits; fewer edits keep at least 30 steps an epoch."""
+    return max(1, min(100, n_edits // 30))
+
+
+def _resolved(topology: Topology, config: LocFTBFConfig, n_edits: int) -> tuple[LocFTBFConfig, list[str]]:
+    """The configuration with every automatic choice made, and a note of what was chosen and why."""
+    preset, published = locft_bf_preset(topology)
+    where = "published preset" if published else "no preset for this model"
+    notes = []
+    layer, module, lr, batch_size = config.layer, config.module, config.lr, config.batch_size
+    if layer is None:
+        layer = preset.layer
+        rule = "" if published else f": 22/32 of {topology.n_blocks} blocks"
+        notes.append(f"layer {layer} ({where}{rule})")
+    if module is None:
+        module = preset.module
+        notes.append(f"module {module} ({where})")
+    path, found = topology.resolve(layer, module)
+    weights = list(found.parameters())
+    if not weights:
+        raise ModelError(f"module {module!r} of block {layer} has no weights to train; choose another")
+    if lr is None:
+        lr, why = preset.lr, where
+        if lr is None:
+            lr, why = scaled_learning_rate(weights), f"{where}: 0.025 of the weights' RMS"
+            if lr == 0:
+                raise ModelError(f"the weights of {path} are all zero, and no rate follows from their size; give lr")
+            if not math.isfinite(lr):
+                broken = (f"{path}.{name}" for name, w in found.named_parameters() if not w.isfinite().all())
+                raise ModelError(f"{next(broken, path)} is not finite; load a model whose weights are whole")
+        notes.append(f"lr {lr:.3g} ({why})")
+    if batch_size == "auto":
+        batch_size = batch_size_for(n_edits * (1 + config.augment))
+        notes.append(f"batch_size {batch_size} (auto for {n_edits} edits)")
+    for note in notes:
+        log.info("locft-bf: %s", note)
+    return replace(config, layer=layer, module=module, lr=lr, batch_size=batch_size), notes

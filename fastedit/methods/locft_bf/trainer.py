@@ -1,0 +1,234 @@
+"""The training loop of LocFT-BF: Adam on one module, breadth-first or depth-first over batches of packed samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastedit import ops
+from fastedit.errors import EditError
+from fastedit.methods.locft_bf.adam import Adam, GradientParts, recorded, with_kernel
+from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.training_set import TrainingSet
+from fastedit.methods.naming import edit_name, edit_names
+from fastedit.models import (
+    FrozenPart,
+    Override,
+    PrefixCache,
+    in_passes,
+    pack,
+    pass_tokens,
+    resume,
+    run_from_tokens,
+)
+from fastedit.weights import Snapshot
+
+
+class Trainer:
+    """The training loop; holds the original and the fp32 master weights, and what has been reached.
+
+    `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
+    """
+
+    def __init__(self, data: TrainingSet, module: nn.Module, config: LocFTBFConfig) -> None:
+        self.data, self.module, self.config = data, module, config
+        self.topology, self.samples = data.model.topology, data.samples
+        topology, samples = self.topology, self.samples
+        paths = {id(p): path for path, p in topology.model.named_parameters()}
+        parameters = self.parameters = {paths[id(p)]: p for p in module.parameters()}
+        self.originals = Snapshot(parameters)
+        self.masters = {
+            path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
+        }
+        # by which losses are weighed up, as the mean's gradients would leave what fp16 holds with all digits
+        fp16 = next(iter(parameters.values())).dtype == torch.float16
+        self.scale = 2.0 ** int(config.batch_size).bit_length() if fp16 else 1.0
+        self.losses: list[float] = []
+        self.whole: tuple[str, dict[str, Tensor], list[float]] | None = None
+        tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
+        self.maps = with_kernel(topology.model, parameters, int(tokens))
+        self.gradients: GradientParts = {}
+        self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
+        if topology.device.type == "cpu":
+            head: Any = topology.head
+            self.scratch = ops.logits_buffer(head.weight, int((samples.lengths - samples.target_start).sum()))
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    def run(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        # in a single epoch nothing would be read again
+        self.frozen = FrozenPart(self.topology, cache, self.module) if self.config.epochs > 1 else None
+        with recorded(self.maps) as self.gradients:
+            self._run()
+
+    def _run(self) -> None:
+        n, size = len(self.samples), int(self.config.batch_size)
+        if self.config.schedule == "breadth-first":
+            for epoch, loss in enumerate(self._epochs(torch.arange(n)), 1):
+                self.losses.append(loss)
+                self._keep(f"of epoch {epoch}")
+                self.data.progress("train", epoch, self.config.epochs, loss)
+            return
+        done, total = 0, 0.0  # depth-first: one batch after the other, each by itself
+        batches = self._order(torch.arange(n)).split(size)
+        for i, batch in enumerate(batches, 1):
+            place = f"batch {i} of {len(batches)}"
+            *_, loss = self._epochs(batch, place)
+            done, total = done + len(batch), total + loss * len(batch)
+            self.losses = [total / done]
+            self._keep(f"after {place}")
+            self.data.progress("train", done, n, loss)
+
+    def _keep(self, what: str) -> None:
+        if self.config.keep_partial:
+            self.whole = (what, {path: m.clone() for path, m in self.masters.items()}, [*self.losses])
+
+    def go_back(self) -> str:
+        """Make the kept state the one that counts, and say what it is."""
+        assert self.whole is not None
+        what, self.masters, self.losses = self.whole
+        return what
+
+    def _order(self, select: Tensor) -> Tensor:
+        return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
+
+    def _epochs(self, select: Tensor, place: str = "") -> Iterator[float]:
+        """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
+
+        `place` names `select` in messages if that is one batch, of which every epoch is a step.
+        """
+        config = self.config
+        optimizer = Adam(
+            self.parameters,
+            self.masters,
+            self.maps,
+            self.gradients,
+            lr=config.lr or 0.0,
+            weight_decay=config.weight_decay,
+            scale=self.scale,
+        )
+        for epoch in range(1, config.epochs + 1):
+            batches = self._order(select).split(int(config.batch_size))
+            found = torch.empty(len(batches), device=self.topology.device)
+            for batch, loss in zip(batches, found, strict=True):
+                self._step(batch, optimizer, loss)
+            found = found.cpu()  # the one synchronization of the epoch
+            if not found.isfinite().all():
+                first = int((~found.isfinite()).nonzero()[0])
+                when = f"{place}, step {epoch}" if place else f"epoch {epoch}, batch {first + 1} of {len(batches)}"
+                raise self._not_finite(when, batches[first])
+            sizes = torch.tensor([len(batch) for batch in batches])
+            mean = float((found * sizes).sum() / sizes.sum())
+            yield mean
+            if mean < config.stop_loss:
+                break
+
+    def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
+        config, topology = self.config, self.topology
+        head: Any = topology.head
+        n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
+        weights = self.scale / (
+            n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
+        )
+        loss = torch.zeros_like(loss_out)
+        for some in in_passes(self.samples.lengths[batch], pass_tokens(topology.device)):
+            select = batch[some]
+            rows = pack(self.samples, select, packed=topology.packs)
+            weight = weights[some][rows.sample_of].to(topology.device, non_blocking=True)
+            rows = rows.to(topology.device, non_blocking=True)
+            around: AbstractContextManager[list[Override]] = nullcontext([])
+            if self.frozen:
+                around = self.frozen.during(rows, select)
+            with around as overrides:
+                hidden = resume(topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)  # [M, h]
+            part, grad = ops.target_cross_entropy(
+                hidden.detach(),
+                head.weight,
+                rows.labels,
+                weight,
+                bias=getattr(head, "bias", None),
+                softcap=topology.logit_softcap,
+                scratch=self.scratch,
+            )
+            hidden.backward(grad)
+            loss += part
+            optimizer.gather()
+        loss_out.copy_(loss.div_(self.scale))
+        skip = loss < config.skip_loss
+        if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
+            optimizer.step(skip.float())
+        elif skip:
+            optimizer.clear()
+        else:
+            optimizer.step()
+
+    def _not_finite(self, when: str, batch: Tensor) -> EditError:
+        """The error that names the edits to blame; restores the model, by whose original weights they are judged."""
+        self.originals.restore()
+        guilty = sorted({self.data.owner[i] for i in self._broken()})
+        if guilty:
+            return EditError(
+                f"the loss is not finite for {edit_names(self.data.edits, guilty)}, with the original weights and each "
+                "edit by itself; the model is restored. Leave these edits out, or mend the model: it may have a token "
+                "embedding or another weight that is not finite, or numbers too large for its dtype",
+                edits=[edit_name(self.data.edits[i], i) for i in guilty],
+            )
+        return EditError(
+            f"the loss is not finite, first in {when}: {self.data.names(batch.tolist())}; "
+            "with the original weights every edit has a finite loss, so it was training that diverged. The model is "
+            f"restored. Try a learning rate below {self.config.lr:.3g}"
+        )
+
+    @torch.no_grad()
+    def _broken(self) -> list[int]:
+        """The samples whose loss is not finite with the weights as they are.
+
+        From the tokens and one sample a row: in a shared row, and so in the prefix cache, a value that is not
+        finite reaches every sample, since 0 times it is not 0.
+        """
+        head: Any = self.topology.head
+        broken = []
+        for select in torch.arange(len(self.samples)).split(max(1, 4096 // int(self.samples.lengths.max()))):
+            rows = pack(self.samples, select, packed=False).to(self.topology.device)
+            each, _ = ops.target_cross_entropy(
+                run_from_tokens(self.topology, rows),
+                head.weight,
+                rows.labels,
+                torch.ones(len(rows.labels), device=self.topology.device),
+                bias=getattr(head, "bias", None),
+                softcap=self.topology.logit_softcap,
+                per_row=True,
+            )
+            broken += select[rows.sample_of[~each.isfinite()].cpu()].tolist()
+        return broken
+
+    @torch.no_grad()
+    def updates(self) -> dict[str, Tensor]:
+        """The fp32 additive updates; the model is left at exactly original + update."""
+        updates = {}
+        for path, parameter in self.parameters.items():
+            before = self.originals.values[path].float()
+            updates[path] = self.masters[path] - before
+            parameter.copy_(before + updates[path])
+        return updates
+
+
+@contextmanager
+def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in chosen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad

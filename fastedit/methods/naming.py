@@ -1,0 +1,35 @@
+"""How messages call edits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fastedit.errors import RequestError, listed
+from fastedit.methods.base import Edit
+from fastedit.models import PairError
+
+
+def edit_name(edit: Edit, place: int) -> str:
+    """The name of an edit: its id, or its place among the edits."""
+    return f"edit {edit.id if edit.id is not None else place}"
+
+
+def edit_names(edits: Sequence[Edit], places: Sequence[int]) -> str:
+    """Names of the edits at some places, the first ten if they are many."""
+    return listed([edit_name(edits[i], i) for i in places])
+
+
+def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int], tuple[int, str]]) -> RequestError:
+    """The error about pairs as an error about the edits that they were made of, each named once.
+
+    Args:
+        source: gives for a pair the place of its edit, and the context in front of the prompt ("" for none).
+    """
+    problems: dict[int, tuple[str, str]] = {}
+    for problem in error.problems:
+        place, context = source(problem.pair)
+        name = where = edit_name(edits[place], place)
+        if context:
+            where += f", behind the context {context[:60]!r}"
+        problems.setdefault(place, (name, f"{where}: {problem.sentence(in_context=bool(context))}"))
+    return RequestError.of([problems[place] for place in sorted(problems)])

@@ -1,0 +1,202 @@
+"""Passes of rows of samples through a part of the model.
+
+Everything runs through the model's own backbone: the blocks that need not run become identities, and the state that
+they would have made is put in front of the first block that runs. Masks, rotary embeddings, attention types of single
+layers and soft-caps therefore stay the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fastedit.models.hooks import Override, Stopped, eval_mode, forwards, hooked
+from fastedit.models.tokens import Rows
+from fastedit.models.topology import Topology
+
+# Attention that reads restarting positions in every row of a batch; varlen attention needs a single row.
+_BATCHED_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
+# Tokens of a forward pass. On a CPU buffers of over 32 MiB are fresh pages every time; products of few rows are slow.
+_PASS_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _identity(*args: Any, **kwargs: Any) -> Tensor:
+    return _input_of(args, kwargs)
+
+
+def _identity_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
+    return (_input_of(args, kwargs),)
+
+
+def at_rows(module: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """``module.forward`` at the given rows [A] of its flattened input; zeros at others."""
+    forward = module.forward
+
+    def run(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y: Tensor = forward(flat.index_select(0, rows))
+        return y.new_zeros((len(flat), y.shape[-1])).index_copy(0, rows, y).view(*x.shape[:-1], -1)
+
+    return run
+
+
+def pruned(topology: Topology, rows: Rows) -> list[Override]:
+    """The row-independent parts of the last block, at the target rows only."""
+    last = topology.rowwise(topology.n_blocks - 1)
+    return [(module, at_rows(module, rows.target_rows)) for module in last]
+
+
+def run_blocks(
+    topology: Topology,
+    rows: Rows,
+    layer: int,
+    hidden: Tensor | None,
+    *,
+    stop: int | None = None,
+    prune: bool = False,
+    overrides: Sequence[Override] = (),
+    past: Any = None,
+) -> Tensor:
+    """Run blocks ``layer`` … and the final norm on ``hidden`` [B, R, h], or end with block ``stop``'s input.
+
+    Without ``hidden`` the embedding's output enters block 0. ``prune``: row-independent parts of the last
+    block run at the target rows only. ``overrides`` replace ``forward`` of modules. ``past``: a cache of
+    keys and values in front of the rows, with the ``mask`` of both. Returns [B, R, h].
+    """
+    blocks = topology.blocks
+    shape = rows.input_ids.shape
+    single_row = topology.packs and topology.config._attn_implementation not in _BATCHED_ATTENTION
+    input_ids: Tensor = rows.input_ids
+    # a sample alone in its row stands where the model itself counts; masks made from positions wait for the GPU
+    position_ids = rows.position_ids if rows.packed or past is not None else None
+    if single_row and rows.packed and position_ids is not None:
+        input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+        hidden = None if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
+
+    overrides = list(overrides)  # of several for one module the last counts
+    if layer:
+        identity = _identity_tuple if topology.blocks_return_tuples else _identity
+        overrides += [(block, identity) for block in blocks[:layer]]
+    if prune:
+        overrides += pruned(topology, rows)
+
+    def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
+
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Stopped(_input_of(args, kwargs))
+
+    def handles() -> Iterator[RemovableHandle]:
+        if hidden is not None:
+            yield blocks[layer].register_forward_pre_hook(substitute, with_kwargs=True)
+        if stop is not None:
+            yield blocks[stop].register_forward_pre_hook(leave, with_kwargs=True)
+
+    try:
+        with hooked(handles()), forwards(overrides), eval_mode(topology.backbone):
+            output = topology.backbone(
+                input_ids=input_ids,
+                attention_mask=None if past is None else past.mask,
+                position_ids=position_ids,
+                past_key_values=past,
+                use_cache=False,
+            )
+        states: Tensor = output[0]
+    except Stopped as stopped:
+        states = stopped.seen
+    return states.reshape(*shape, -1)
+
+
+def resume(
+    topology: Topology,
+    hidden: Tensor,
+    rows: Rows,
+    layer: int,
+    overrides: Sequence[Override] = (),
+    past: Any = None,
+) -> Tensor:
+    """Run blocks ``layer`` … n-1 and the final norm, and take the rows that predict target tokens.
+
+    Args:
+        hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``), in the model's dtype.
+        rows: on the model's device.
+        layer: the first block to run.
+        overrides: modules whose ``forward`` something else stands in for.
+        past: keys and values of tokens in front of the rows (``HeldTokens.remaining``).
+
+    Returns:
+        Hidden states [M, h] at ``rows.target_rows``, after the final norm; ``topology.logits`` takes them on.
+        Differentiable in ``hidden`` and in the weights of blocks ``layer`` … n-1. In the last block, parts
+        that treat rows independently run at those rows only: nobody reads the others.
+
+    Raises:
+        ModelError: the model has no such block.
+    """
+    topology.block(layer)
+    states = run_blocks(topology, rows, layer, hidden, prune=True, overrides=overrides, past=past)
+    return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
+
+
+def run_from_tokens(topology: Topology, rows: Rows, *, prune: bool = True) -> Tensor:
+    """``resume`` without a cache: from the token embedding to the final norm. Returns [M, h].
+
+    Without ``prune`` the last block runs at all tokens like the others.
+    """
+    states = run_blocks(topology, rows, 0, None, prune=prune)
+    return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
+
+
+@torch.no_grad()
+def observe(
+    topology: Topology, hidden: Tensor, rows: Rows, layer: int, module: nn.Module, *, output: bool = False
+) -> Tensor:
+    """Observe the input or the output of ``module`` at the target rows; nothing after it runs.
+
+    Args:
+        hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``).
+        module: a module of block ``layer`` or of a later one, or such a block itself.
+
+    Returns:
+        [M, width] at ``rows.target_rows``, in the model's dtype.
+    """
+
+    def leave(_: nn.Module, args: tuple[Any, ...], result: Any = None) -> None:
+        seen = result if output else args
+        raise Stopped(seen[0] if isinstance(seen, tuple) else seen)
+
+    with hooked([(module.register_forward_hook if output else module.register_forward_pre_hook)(leave)]):
+        states = run_blocks(topology, rows, layer, hidden)
+    return states.view(-1, states.shape[-1]).index_select(0, rows.target_rows)
+
+
+def at_tokens(topology: Topology, rows: Rows, layer: int) -> list[Override]:
+    """Overrides that run the linear maps of blocks ``layer`` … n-1 at tokens alone, not at pads."""
+    tokens = rows.token_rows.to(rows.index.device)
+    linear = (m for i in range(layer, topology.n_blocks) for m in topology.rowwise(i) + topology.attended(i))
+    return [(module, at_rows(module, tokens)) for module in linear]
+
+
+def in_passes(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
+    """Ranges of consecutive samples of at most ``batch_tokens`` tokens, one sample at least."""
+    first, total = 0, 0
+    for i, n in enumerate(lengths.tolist()):
+        if total and total + n > batch_tokens:
+            yield range(first, i)
+            first, total = i, 0
+        total += n
+    if total:
+        yield range(first, len(lengths))
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Tokens of a forward pass that suit ``device``."""
+    return _PASS_TOKENS.get(device.type, 4096)

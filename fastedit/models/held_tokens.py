@@ -1,0 +1,110 @@
+"""Tokens that a loop cannot change, recorded as the keys and values that the tokens after them read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fastedit.models.forward import at_tokens, in_passes, pass_tokens, resume
+from fastedit.models.past import Past
+from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.tokens import Rows, Samples, pack, ragged
+from fastedit.models.topology import Topology
+
+
+class _Recorder(DynamicCache):  # type: ignore[misc]  # transformers is not typed
+    """Recorder of keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
+
+    mask = None
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.places = places
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        key, value = (x.transpose(1, 2).flatten(0, 1).index_select(0, self.places) for x in (keys, values))
+        self.seen[layer_idx] = key, value
+        return keys, values
+
+
+class HeldTokens:
+    """Tokens whose states in the blocks behind a prefix cache stay what they are: others read their keys and values.
+
+    Such are the tokens in front of the first one that a loop changes, since attention is causal. ``record`` runs
+    them and keeps what each block's attention reads; ``remaining`` is what then remains to run, without them.
+
+    Args:
+        counts: [N] int64, how many tokens at the beginning of each sample are held.
+    """
+
+    def __init__(self, topology: Topology, cache: PrefixCache, samples: Samples, counts: Tensor) -> None:
+        self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
+        self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
+        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
+        self.supported = True
+        """False once a block was seen whose attention asks no cache: ``remaining`` is then all."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the recorded keys and values; what ``remaining`` lays out takes about as much again."""
+        return sum(recorded.nbytes for pair in self._recorded.values() for recorded in pair)
+
+    @torch.no_grad()
+    def record(self, select: Tensor) -> None:
+        """Run the tokens of these samples that are held."""
+        select = select[self._counts[select] > 0]
+        passes = in_passes(self._counts[select], pass_tokens(self._topology.device))
+        seen = [self._seen(select[some.start : some.stop]) for some in passes]
+        if not self.supported:
+            return
+        for block in seen[0][1] if seen else ():
+            new = [recorded[block] for _, recorded in seen]
+            old = [self._recorded[block]] if block in self._recorded else []
+            keys, values = (torch.cat(parts) for parts in zip(*old, *new, strict=True))
+            self._recorded[block] = keys, values
+        self._tokens = torch.cat([self._tokens, *(tokens for tokens, _ in seen)])
+
+    def _seen(self, select: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """The held tokens [K] of these samples, and the keys and values of each block."""
+        topology, layer = self._topology, self._cache.layer
+        rows = pack(self._samples, select, packed=False, stop=self._counts[select]).to(topology.device)
+        recorder = _Recorder(rows.token_rows.to(topology.device))
+        resume(topology, self._cache.hidden(rows), rows, layer, at_tokens(topology, rows, layer), recorder)
+        self.supported = self.supported and recorder.seen.keys() == set(range(layer, topology.n_blocks))
+        return rows.host_index.view(-1)[rows.token_rows], recorder.seen
+
+    def remaining(self, select: Tensor) -> tuple[Rows, Past | None]:
+        """The rows of the tokens of these samples that are not held, on the CPU, and what stands in front.
+
+        Recorded tokens of other samples are forgotten.
+        """
+        if not self.supported:
+            return pack(self._samples, select, packed=False), None
+        counts = self._counts[select]
+        rows = pack(self._samples, select, packed=False, start=counts)
+        owner, within = ragged(counts)
+        tokens = self._samples.offsets[select][owner] + within
+        ordered, order = self._tokens.sort()
+        known = order[torch.searchsorted(ordered, tokens)]
+        self._tokens = tokens
+        n, width = len(counts), int(counts.max())
+        total = width + rows.index.shape[1]
+        places = owner * total + width - counts[owner] + within  # next to the rows: pads come first
+        ours = (self._samples.lengths[select] - 1 - counts)[:, None]
+        masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
+        known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
+        held = {}
+        for block, recorded in self._recorded.items():
+            key, value = self._recorded[block] = recorded[0].index_select(0, known), recorded[1].index_select(0, known)
+            held[block] = _laid_out(key, places, n, total), _laid_out(value, places, n, total)
+        return rows, Past(held, mask, width)
+
+
+def _laid_out(recorded: Tensor, places: Tensor, n: int, width: int) -> Tensor:
+    """Keys or values [K, heads, d] at flat places of n rows: [n, heads, width, d], zeros elsewhere."""
+    flat = recorded.new_zeros(n * width, *recorded.shape[1:]).index_copy(0, places, recorded)
+    return flat.view(n, width, *recorded.shape[1:]).transpose(1, 2).contiguous()

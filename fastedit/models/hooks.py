@@ -1,0 +1,82 @@
+"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, no autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Register hooks for the duration of a block: `with hooked(m.register_forward_hook(f) for m in modules):`."""
+    registered: list[RemovableHandle] = []
+    try:
+        registered.extend(handles)
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+Override = tuple[nn.Module, Callable[..., Any]]
+"""A module and what stands in for its ``forward`` during a pass."""
+
+
+@contextmanager
+def forwards(overrides: Iterable[Override]) -> Iterator[None]:
+    """Replace ``forward`` on module instances; what stood on the instance before stands there afterwards."""
+    undo: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for module, forward in overrides:
+            undo.append((module.__dict__, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for attributes, before in reversed(undo):
+            if before is None:
+                attributes.pop("forward", None)
+            else:
+                attributes["forward"] = before
+
+
+class Stopped(Exception):  # noqa: N818  # not an error: it ends a forward pass that has shown what was wanted
+    """Raised by a hook, with what the hook has seen."""
+
+    def __init__(self, seen: Any) -> None:
+        self.seen = seen
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) inside; every sub-module gets its own flag back."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def no_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
+
+    Autocast would keep the first cast of a weight that then changes.
+    """
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run

@@ -1,0 +1,147 @@
+"""The prefix cache: run the blocks below an edited one once, keep their output, resume from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ModelError
+from fastedit.models.forward import in_passes, pass_tokens, run_blocks
+from fastedit.models.token_states import Budget, TokenStates
+from fastedit.models.tokens import Rows, Samples, pack
+from fastedit.models.topology import Topology
+
+
+class PrefixCache:
+    """The input of block ``layer`` for every token of all samples, in one flat buffer [T, h].
+
+    The state has the dtype that the model itself has there. Use it as a context manager.
+
+    Args:
+        topology: of the model.
+        samples: all samples; rows given to ``hidden`` index into them.
+        layer: blocks below it run once, now.
+        budget: decides the tier.
+        batch_tokens: tokens of a forward pass; None is what suits the device.
+        packed: several samples a row. Otherwise no sample can spoil another with values that are not finite.
+        progress: called with the number of samples just done.
+
+    Raises:
+        ModelError: no such block, or the file does not fit on its disk.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        samples: Samples,
+        layer: int,
+        *,
+        budget: Budget | None = None,
+        batch_tokens: int | None = None,
+        packed: bool = True,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        topology.block(layer)
+        self._topology = topology
+        self.samples = samples
+        self._budget = budget or Budget()
+        self._batch_tokens = batch_tokens or pass_tokens(topology.device)
+        self._packed = packed and topology.packs
+        self._kept: TokenStates | None = None
+        self.layer = layer
+        try:
+            self._run(None, layer, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def _states(self) -> TokenStates:
+        if self._kept is None:
+            raise ModelError("the prefix cache is closed; make a new one")
+        return self._kept
+
+    @property
+    def tier(self) -> str:
+        """Where the state is, as `TokenStates` says."""
+        return self._states.tier
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached state."""
+        return self._states.nbytes
+
+    @property
+    def budget(self) -> Budget:
+        """The remaining budget."""
+        return self._states.left(self._budget)
+
+    def hidden(self, rows: Rows) -> Tensor:
+        """The cached state of the rows' tokens [B, R, h] on the model's device; pads hold some token's."""
+        return self._states.read(rows)
+
+    def advance(
+        self,
+        layer: int,
+        progress: Callable[[int], None] | None = None,
+        around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Run blocks ``self.layer`` … ``layer - 1`` on the cached state, in place.
+
+        A cache whose advance fails is closed: a part of its state would belong to another block.
+
+        Args:
+            around: gives, for the samples [B] of each pass, the context in which it runs.
+
+        Raises:
+            ModelError: no such block, or one below the cached one.
+        """
+        self._topology.block(layer)
+        if layer < self.layer:
+            raise ModelError(f"a prefix cache at block {self.layer} cannot go back to {layer}; make a new one")
+        if layer == self.layer:
+            return
+        try:
+            self._run(self.layer, layer, progress, around)
+        except BaseException:
+            self.close()
+            raise
+        self.layer = layer
+
+    def close(self) -> None:
+        """Free the state, and with it the file of a memory-mapped one."""
+        self._kept = None
+
+    def __enter__(self) -> PrefixCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @torch.no_grad()
+    def _run(
+        self,
+        start: int | None,
+        stop: int,
+        progress: Callable[[int], None] | None,
+        around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
+    ) -> None:
+        """Fill the buffer with the input of block ``stop``, from block ``start``'s or from the tokens."""
+        topology = self._topology
+        for select in in_passes(self.samples.lengths, self._batch_tokens):
+            rows = pack(self.samples, select, packed=self._packed).to(topology.device)
+            hidden = None if start is None else self.hidden(rows)
+            with around(torch.tensor(select)) if around else nullcontext():
+                states = run_blocks(topology, rows, start or 0, hidden, stop=stop)
+            if self._kept is None:
+                size = (self.samples.input_ids.numel(), states.shape[-1])
+                self._kept = TokenStates.allocate(size, states.dtype, states.device, self._budget)
+            self._states.write(rows, states)
+            if progress is not None:
+                progress(len(select))

@@ -1,0 +1,262 @@
+"""The factor of the second moment, C = L Lᵀ, and keys in its coordinates: what every solve is made of.
+
+Whitened keys Y = L⁻¹K are rows in the code: Kᵀ and Yᵀ [N, d].
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.linalg import cholesky_ex, solve_triangular
+from torch.nn.functional import normalize
+
+from fastedit.errors import ConfigError, EditError, TensorError
+
+DUPLICATE = 1e-6
+"""Squared sine of the angle between two whitened keys below which they are one: a subject met twice, in fp32."""
+DEPENDENT = 1e-11
+"""Least eigenvalue of the Gram matrix of whitened unit keys down to which equality is solved, to 1e-8."""
+_ASYMMETRY = 1e-4
+_SHRINKAGE = 1e-6
+
+
+class FewTokensError(TensorError):
+    """C is the mean over fewer tokens than it is wide, and therefore singular.
+
+    Args:
+        count: the tokens.
+        dim: width of C.
+        remedy: the name of the option that goes on nevertheless.
+    """
+
+    def __init__(self, count: int, dim: int, remedy: str) -> None:
+        self.count, self.dim = count, dim
+        super().__init__(
+            f"C comes from {count} tokens, fewer than its width {dim}: it is singular, and directions without a token "
+            f"would count as free to overwrite. Collect some {10 * dim} tokens, or go on with {remedy}"
+        )
+        self.args = count, dim, remedy
+
+
+class DependentKeysError(EditError):
+    """Keys are so nearly combinations of one another that no update gives each its own value.
+
+    Attributes:
+        groups: rows of the keys that depend on one another, as `find_dependent` returns them.
+        problem: which problem of a batched call, None for a single one.
+    """
+
+    def __init__(self, groups: list[list[int]], problem: int | None) -> None:
+        self.groups, self.problem = groups, problem
+        where = f" of problem {problem}" * (problem is not None)
+        shown = [", ".join(map(str, g[:9])) + ", …" * (len(g) > 9) for g in groups[:5]] + ["…"] * (len(groups) > 5)
+        super().__init__(
+            f"keys{where} depend on one another, no update at this ridge is stable: rows {' | '.join(shown)}. Are they "
+            "edits of one subject? Merge them, solve one after the other, or raise ridge"
+        )
+        self.args = groups, problem
+
+
+@torch.no_grad()
+def factor_covariance(covariance: Tensor, *, count: int | None = None, allow_few: bool = False) -> Tensor:
+    """The lower Cholesky factor L of C = L Lᵀ, [d, d] fp64, or an error that says what is wrong with C.
+
+    Args:
+        covariance: C [d, d], the second moment of the keys, any floating dtype.
+        count: tokens that C was averaged over, if known.
+        allow_few: go on with a C that is singular, as it must be for count < d: 1e-6 of its mean diagonal is added to
+            the diagonal, and a RuntimeWarning says so. Otherwise C is never changed.
+
+    Raises:
+        TensorError: C is not square, not finite (the row is named), not symmetric, made of fewer tokens than d, or not
+            positive definite to the precision it is stored in.
+    """
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise TensorError(f"C is {list(covariance.shape)}, expected [d, d], d the width of the keys")
+    _require_finite(covariance, "C", "collect the statistics again", TensorError)
+    C, d = covariance.double(), len(covariance)
+    size = C.diagonal().clamp_min(0).sqrt()
+    excess = (C - C.T).abs_() - _ASYMMETRY * size * size[:, None]
+    if excess.max() > 0:
+        i, j = divmod(int(excess.argmax()), d)
+        here, there = f"C[{i}, {j}] = {C[i, j]:.6g}", f"C[{j}, {i}] = {C[j, i]:.6g}"
+        raise TensorError(f"C is not symmetric: {here}, {there}; give all of C")
+    if (few := count is not None and count < d) and not allow_few:
+        raise FewTokensError(int(count or 0), d, "allow_few")
+    added, rounding = 0.0, torch.finfo(covariance.dtype).eps
+    factor, sound = _root(C, rounding)
+    if sound < d and allow_few:
+        added = _SHRINKAGE * float(C.diagonal().mean())
+        factor, sound = _root(plus_diagonal(C.clone(), added), rounding)
+    if sound < d:
+        raise TensorError(
+            f"C ({covariance.dtype}) is not positive definite: dimension {int(sound)} is zero or made of those before "
+            f"it, to its precision. Too few tokens (collect some {10 * d}), sums in fp32 or less, or no second moment?"
+        )
+    if few or added:
+        warnings.warn(
+            f"C (from {'?' if count is None else count} tokens) is singular or nearly so: directions that it has "
+            f"not seen count as free to overwrite; {added:.3g} was added to its diagonal",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return factor
+
+
+@torch.no_grad()
+def find_dependent(
+    keys: Tensor, cov_factor: Tensor, *, duplicate: float = DUPLICATE, dependent: float = DEPENDENT
+) -> list[list[int]]:
+    """Groups of keys that make KᵀC⁻¹K near-singular: duplicates, and combinations of other keys.
+
+    Pairs by their angle, combinations by a pivoted Cholesky factorization of the whitened keys' cosines: it takes keys
+    while one is left that is not a combination of those taken, and each of the rest forms a group with the keys it is
+    made of. Groups that share a key are one; a key of zeros is a group by itself.
+
+    Args:
+        keys: [N, d].
+        cov_factor: L [d, d], lower.
+        duplicate: squared sine of the angle below which two keys are one.
+        dependent: squared length of what is outside the span of others below which a key is a combination.
+
+    Returns:
+        Rows of each group, ascending, groups by their first row; empty when all keys are independent.
+
+    Raises:
+        TensorError, EditError: as in `rank_k_update`.
+    """
+    rows, _, factor = checked(keys, keys, cov_factor, batched=False)
+    return _groups(normalize(whiten(rows, factor), dim=-1), duplicate, dependent)
+
+
+def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """G [n, n] and Q [n, m] with (rows [n, m] | √ridge·I) = G (Q | √ridge·G⁻¹), whose last factor has orthonormal rows.
+
+    One Cholesky factorization of the Gram matrix errs with its condition number; if that counts, a second one, of
+    what the first has made nearly orthonormal, leaves the error of a Householder QR.
+    """
+    root = cholesky(plus_diagonal(rows @ rows.mT, ridge), keys)
+    part = solve_triangular(root, rows, upper=False)
+    if delicate(rows, ridge):
+        tail = math.sqrt(ridge) * inverse(root)
+        again = cholesky(part @ part.mT + tail @ tail.mT, keys)
+        root, part = root @ again, solve_triangular(again, part, upper=False)
+    return root, part
+
+
+def delicate(rows: Tensor, ridge: float) -> bool:
+    """Whether the condition number of rows·rowsᵀ + ridge·I may cost more than six of the sixteen digits."""
+    return bool((rows.square().sum((-2, -1)) > 1e6 * ridge).any())
+
+
+def inverse(root: Tensor) -> Tensor:
+    found: Tensor = solve_triangular(root, plus_diagonal(torch.zeros_like(root), 1.0), upper=False)
+    return found
+
+
+def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor:
+    """Kᵀ L⁻ᵀ of Kᵀ [N, d], or back: rows L⁻¹; one solve for all problems of a batch."""
+    if factor is None:
+        return rows
+    # from the left: LAPACK's solves from the right take two to three times as long
+    system, flat = factor.T if back else factor, rows.reshape(-1, len(factor))
+    white: Tensor = solve_triangular(system, flat.T, upper=back).T
+    if not _finite(white):
+        raise TensorError("cov_factor holds NaN or infinity; make it with ops.factor_covariance")
+    return white.reshape(rows.shape)
+
+
+def cholesky(system: Tensor, rows: Tensor) -> Tensor:
+    """The root of a system made of rows [N, d], or the error that names those it fails on."""
+    root, sound = _root(system)
+    failed = sound < system.shape[-1]
+    if failed.any():
+        problem = int(failed.nonzero()[0]) if failed.ndim else None
+        unit = normalize(rows if problem is None else rows[problem], dim=-1)
+        raise DependentKeysError(_groups(unit, DUPLICATE, DEPENDENT) or [list(range(len(unit)))], problem)
+    return root
+
+
+def _groups(unit: Tensor, duplicate: float, dependent: float) -> list[list[int]]:
+    """`find_dependent` of whitened keys [N, d] of unit length."""
+    gram = (unit @ unit.T).cpu()
+    outside = gram.diagonal().clone()  # [N], squared length outside the span of the keys taken
+    root = torch.zeros_like(gram)
+    # most often one factorization, shifted by the limit, shows that no pivot is below it
+    taken = [] if cholesky_ex(plus_diagonal(gram.clone(), -dependent)).info else list(range(len(gram)))
+    while len(taken) < len(gram) and outside.max() > dependent:
+        k, pivot = len(taken), int(outside.argmax())
+        root[k] = (gram[pivot] - root[:k, pivot] @ root[:k]) / outside[pivot].sqrt()
+        outside -= root[k].square()
+        outside[pivot] = -math.inf
+        taken.append(pivot)
+    k, combined = len(taken), sorted({*range(len(gram))} - {*taken})
+    weights = solve_triangular(root[:k, taken], root[:k, combined], upper=True)  # [taken, combined]
+    linked = (1 - gram.square() < duplicate).fill_diagonal_(True)
+    for i, j in (weights.abs() > math.sqrt(duplicate)).nonzero().tolist():  # less is within what duplicates differ
+        linked[taken[i], combined[j]] = linked[combined[j], taken[i]] = True
+    label, before = torch.arange(len(gram)), None
+    while before is None or not torch.equal(label, before):
+        before, label = label, torch.where(linked, label, len(gram)).amin(1)
+    groups = [(label == first).nonzero()[:, 0].tolist() for first in label.unique()]
+    return [group for group in groups if len(group) > 1 or group[0] in combined]
+
+
+def _root(system: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The Cholesky factor, and how many leading dimensions [...] precede the first that only rounding has left."""
+    root, info = cholesky_ex(system)
+    n = system.shape[-1]
+    pivots, diagonal = (x.diagonal(dim1=-2, dim2=-1) for x in (root, system))
+    sound = pivots.square() > (rounding + n * torch.finfo(system.dtype).eps) * diagonal
+    sound &= (info[..., None] == 0) | (torch.arange(1, n + 1, device=info.device) < info[..., None])
+    return root, sound.cumprod(-1).sum(-1)
+
+
+def checked(
+    keys: Tensor, residuals: Tensor, cov_factor: Tensor | None = None, *, batched: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, residuals and factor in fp64, or what can be told to be wrong with them before a solve."""
+    factor = None if cov_factor is None else checked_factor(cov_factor)
+    if keys.ndim not in (2, 2 + batched):
+        raise EditError(f"keys is {list(keys.shape)}, expected [N, d]{' or [B, N, d]' * batched}")
+    if residuals.shape[:-1] != keys.shape[:-1]:
+        raise EditError(f"residuals is {list(residuals.shape)}, expected a row for each of keys {list(keys.shape)}")
+    if factor is not None and keys.shape[-1] != len(factor):
+        raise TensorError(f"keys have width {keys.shape[-1]}, cov_factor {len(factor)}: statistics of another model")
+    _require_finite(keys, "keys", "leave that edit out")
+    _require_finite(residuals, "residuals", "leave that edit out")
+    return keys.double(), residuals.double(), factor
+
+
+def checked_factor(cov_factor: Tensor) -> Tensor:
+    if cov_factor.ndim != 2 or cov_factor.shape[0] != cov_factor.shape[1]:
+        raise TensorError(f"cov_factor is {list(cov_factor.shape)}, expected a lower factor [d, d]")
+    diagonal = cov_factor.diagonal()
+    if not ((diagonal > 0) & diagonal.isfinite()).all():
+        raise TensorError("cov_factor has a diagonal that is not positive; make it with ops.factor_covariance")
+    return cov_factor.double()
+
+
+def check_ridge(value: float, name: str, *, zero: bool = False) -> None:
+    if not (0 < value < math.inf or (zero and value == 0)):
+        raise ConfigError(f"{name} is {value}, expected a finite number {'≥' if zero else '>'} 0")
+
+
+def _require_finite(x: Tensor, name: str, advice: str, error: type[TensorError] | type[EditError] = EditError) -> None:
+    if not _finite(x):
+        bad = ~x.isfinite().all(-1)
+        raise error(f"{name}{bad.nonzero()[0].tolist()} holds NaN or infinity ({int(bad.sum())} rows do); {advice}")
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of x is; most often a sum shows it, in one pass that writes nothing."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def plus_diagonal(matrix: Tensor, value: float) -> Tensor:
+    """Add to the diagonal, in place."""
+    matrix.diagonal(dim1=-2, dim2=-1).add_(value)
+    return matrix

@@ -1,0 +1,128 @@
+"""Results of an Editor: an edit that the model holds, or independent edits of which none is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastedit.delta import WeightDelta
+from fastedit.errors import ConfigError, ModelError
+from fastedit.evaluation.predict import predict
+from fastedit.evaluation.report import EvaluationReport, compare
+from fastedit.loading import save_model
+from fastedit.methods.base import EachResult
+from fastedit.models import Model, fingerprint
+from fastedit.progress import Progress, no_progress
+from fastedit.requests import EditRequest, RequestReport
+from fastedit.weights import oriented
+
+
+@dataclass
+class EditResult:
+    """The outcome of an edit.
+
+    `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
+    conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;
+    `interrupted` what was kept after Ctrl-C (`keep_partial`), else None.
+    """
+
+    delta: WeightDelta
+    requests: list[EditRequest]
+    conflicts: RequestReport
+    losses: list[float]
+    notes: list[str]
+    seconds: float
+    interrupted: str | None = None
+    _model: Model | None = field(default=None, repr=False)
+
+    def revert(self) -> None:
+        """Restore the model bit for bit; later edits have to be reverted first.
+
+        Raises:
+            ModelError: already reverted, or a later edit changed the same weights.
+        """
+        self.delta.revert()
+
+    def save_model(self, directory: str | Path) -> None:
+        """Write the edited model and its tokenizer as an ordinary Hugging Face checkpoint (safetensors).
+
+        The checkpoint appears whole or not at all.
+
+        Raises:
+            ModelError: the edit was reverted. FileError: `directory` exists and is not a checkpoint; the disk is full.
+        """
+        assert self._model is not None
+        if not self.delta.applied_to(self._model.network):
+            raise ModelError("the edit was reverted; apply its delta before saving the model")
+        save_model(self._model, directory)
+
+
+@dataclass
+class EachEditResult:
+    """N edits, each by itself; the model is as it was.
+
+    `loss` and `probability` [N] are those of the targets; `dropped` the places of edits without a target; `notes` what
+    was chosen automatically.
+    """
+
+    requests: list[EditRequest]
+    conflicts: RequestReport
+    seconds: float
+    _found: EachResult = field(repr=False)
+    _metadata: Mapping[str, Any] = field(repr=False)
+    _model: Model = field(repr=False)
+    _progress: Progress = field(default=no_progress, repr=False)
+
+    @property
+    def loss(self) -> Tensor:
+        return self._found.loss
+
+    @property
+    def probability(self) -> Tensor:
+        return self._found.probability
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        return self._found.dropped
+
+    @property
+    def notes(self) -> list[str]:
+        return self._found.notes
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def delta(self, i: int) -> WeightDelta:
+        """Edit i as an object that can be applied, reverted and saved.
+
+        Raises:
+            ConfigError: there is no such edit, or it was dropped.
+        """
+        if not isinstance(i, Integral) or not 0 <= i < len(self) or i in self.dropped:
+            raise ConfigError(f"there is no edit {i!r}: {len(self)} were made, dropped were {list(self.dropped)}")
+        updates = {}
+        for path, (left, right) in self._found.factors.items():
+            updates[path] = oriented(self._model.network.get_submodule(path.removesuffix(".weight")), left[i], right[i])
+        return WeightDelta(updates, {**self._metadata, "edits": 1})
+
+    def evaluate(self, *, generate: bool = True, batch_tokens: int | None = None) -> EvaluationReport:
+        """Measure every request under its own edit, and before it; no weight is written.
+
+        Raises:
+            ModelError: the model was edited since.
+        """
+        network = self._model.network
+        if fingerprint(network) != self._metadata["fingerprint"]:
+            raise ModelError("the model is not the one these edits were made for; revert what was edited since")
+        updates = {network.get_submodule(path.removesuffix(".weight")): f for path, f in self._found.factors.items()}
+        asked = [r for i, r in enumerate(self.requests) if i not in self.dropped]
+        solved = [i for i in range(len(self)) if i not in self.dropped]
+        options: dict[str, Any] = {"generate": generate, "batch_tokens": batch_tokens, "progress": self._progress}
+        own = {module: (left[solved], right[solved]) for module, (left, right) in updates.items()}
+        after = predict(self._model, asked, updates=own, **options)
+        return compare(asked, after, predict(self._model, asked, **options))

@@ -1,0 +1,1 @@
+"""Second moments of a model's keys: collected, kept in files, found again."""

@@ -1,0 +1,133 @@
+"""Documents of a text, read from files and laid out in batches of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import RequestError
+from fastedit.models import Model, Rows, Samples, pack
+from fastedit.models.tokens import first_fit_decreasing
+
+_JSON_LINES = (".jsonl", ".ndjson")
+_CHUNK = 8  # batches laid out at once: enough documents to fill rows
+_TEXTS = 64  # documents a tokenizer call
+
+
+def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
+    """Documents of a UTF-8 file, one after the other: separated by blank lines, or a field of JSON Lines.
+
+    Args:
+        column: of JSON Lines; by default "text", and only in files whose name ends in .jsonl or .ndjson.
+
+    Raises:
+        RequestError: unreadable, not UTF-8, no JSON, or a record without that text; names the line.
+    """
+    name = column or "text"
+    paragraph: list[str] = []
+    number = 0
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                line.encode()  # an error here knows the line, one of the reading would not
+                if column or path.suffix in _JSON_LINES:
+                    if line.strip():
+                        yield _field(line, name, path, number)
+                elif line.strip():
+                    paragraph.append(line)
+                elif paragraph:
+                    yield "".join(paragraph).strip()
+                    paragraph = []
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeEncodeError:
+        raise RequestError(f"{path}: line {number} is not UTF-8; save as UTF-8") from None
+    if paragraph:
+        yield "".join(paragraph).strip()
+
+
+def _field(line: str, name: str, path: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{path}: line {number} is no JSON: {error}") from None
+    text = record.get(name) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise RequestError(f"{path}: line {number} has no text in the field {name!r}; name it with --text-column")
+    return text
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Rows of some documents, all tokens target rows, on the CPU; `owners` are the documents' numbers."""
+
+    number: int
+    rows: Rows
+    owners: Tensor
+    documents: int  # begun up to here
+    digest: str  # of this and all batches before
+
+
+def document_batches(model: Model, documents: Iterator[str], batch_tokens: int, row: int) -> Iterator[DocumentBatch]:
+    """Documents in rows of at most `row` tokens, about `batch_tokens` a batch; the same for the same documents."""
+    numbers, digest = itertools.count(), ""
+    for samples, owners in _chunks(model.tokenizer, documents, _CHUNK * batch_tokens, row):
+        for select in _grouped(samples.lengths - 1, batch_tokens, row, model.topology.packs):
+            rows = pack(samples, select, packed=model.topology.packs, min_row=row)
+            state = hashlib.sha256(f"{digest} {list(rows.input_ids.shape)}".encode())
+            state.update(torch.stack([rows.input_ids, rows.position_ids]).numpy().tobytes())
+            digest = state.hexdigest()
+            yield DocumentBatch(next(numbers), rows, owners[select], int(owners.max()) + 1, digest)
+
+
+def _chunks(tokenizer: Any, documents: Iterator[str], chunk_tokens: int, row: int) -> Iterator[tuple[Samples, Tensor]]:
+    """Tokenized pieces of some documents at a time, and the number of the document of each."""
+    pieces: list[list[int]] = []
+    owners: list[int] = []
+    total = 0
+    for first in itertools.count(0, _TEXTS):
+        texts = list(itertools.islice(documents, _TEXTS))
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        for number, ids in enumerate(encoded, first):
+            cut = _cut(ids, row, tokenizer.bos_token_id)
+            pieces += cut
+            owners += [number] * len(cut)
+            total += len(ids)
+        if pieces and (not texts or total >= chunk_tokens):
+            flat = torch.tensor([token for piece in pieces for token in (*piece, 0)])  # the 0 is only a label
+            offsets = torch.tensor([0, *(len(piece) + 1 for piece in pieces)]).cumsum(0)
+            yield Samples(flat, offsets, torch.ones(len(pieces), dtype=torch.int64)), torch.tensor(owners)
+            pieces, owners, total = [], [], 0
+        if not texts:
+            return
+
+
+def _cut(ids: list[int], row: int, bos: int | None) -> list[list[int]]:
+    if len(ids) <= row:
+        return [ids] if ids else []
+    start = ids[:1] if ids[0] == bos else []
+    step = row - len(start)
+    return [start + ids[i : i + step] for i in range(len(start), len(ids), step)]
+
+
+def _grouped(lengths: Tensor, batch_tokens: int, row: int, packs: bool) -> list[Tensor]:
+    """The samples of each batch: full rows, long and short documents in each; or, one a row, of similar length."""
+    if packs:
+        bins, _, n_rows, _ = first_fit_decreasing(lengths, row)
+        n = -(-n_rows // max(1, batch_tokens // row))
+        return [(bins % n == i).nonzero()[:, 0] for i in range(n)]
+    ordered, order = lengths.sort(descending=True, stable=True)
+    widths, groups, first = ordered.tolist(), list[Tensor](), 0
+    for end in range(1, len(widths) + 1):
+        if end == len(widths) or (end + 1 - first) * widths[first] > batch_tokens:
+            groups.append(order[first:end])
+            first = end
+    return sorted(groups, key=lambda group: int(group.min()))  # not the long documents first

@@ -1,0 +1,253 @@
+"""Where second moments live, and how methods get them: one file a layer and module, its Cholesky factor beside it.
+
+A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`) and, made on first use,
+`{layer}.{module}.factor.safetensors`. It is the one that is given, or `statistics` in the model's local checkpoint, or
+`fastedit/<fingerprint of the model>` in the user's cache. A given one may also be a tree of published .npz files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import FileError, ModelError
+from fastedit.models import Topology
+from fastedit.models.fingerprint import FP16
+from fastedit.ops import factor_covariance
+from fastedit.ops.cholesky import FewTokensError
+from fastedit.statistics.moment import LOWER, TAG, WHAT, StreamingCovariance, pack_lower, unpack_lower
+from fastedit.tensorfile import load_metadata, load_tensors, save_tensors
+
+_CHOLESKY_TAG = "fastedit-factor-2"  # the first had its checksum elsewhere, where nobody looks now
+# {layer}_float32_mom2_100000.npz, or with the module's path: transformer.h.{layer}.mlp.fc_out_float32_mom2_100000.npz
+_PUBLISHED = re.compile(r"(?:.+?\.)?(?P<layer>\d+)(?:\.(?P<module>.+))?_float(?:16|32|64)_mom2(?:_t\d+)?(?:_\d+)?\.npz")
+_log = logging.getLogger(__name__)
+
+
+class MissingStatisticsError(ModelError):
+    """There are no statistics for some layers; the message gives the command that makes them.
+
+    Attributes:
+        layers: the layers that lack them.
+    """
+
+    def __init__(self, text: str, layers: Sequence[int]) -> None:
+        super().__init__(text)
+        self.args = text, layers
+        self.layers = tuple(layers)
+
+
+@dataclass(frozen=True)
+class StatisticsStore:
+    """The second moments of a model's keys, wherever they lie.
+
+    Attributes:
+        fingerprint: of the unedited model.
+        module: the projection whose inputs are the keys, as `Topology.resolve` takes it.
+        directory: the folder or published tree to look in, and no other; None looks in the usual places.
+        unchecked: go on, with a warning, with statistics of another model or of fewer tokens than their width.
+    """
+
+    topology: Topology
+    fingerprint: str
+    module: str = "down_proj"
+    directory: str | Path | None = None
+    unchecked: bool = False
+
+    def require(self, layers: Sequence[int]) -> None:
+        """Look for the statistics of all layers before work starts, as far as headers can tell.
+
+        Raises:
+            MissingStatisticsError: names every layer that lacks them, and the command that makes them.
+            ModelError: of another model or width. FileError: not a file of statistics.
+        """
+        missing = [layer for layer in layers if self._find(layer) is None]
+        if missing:
+            raise self._missing(missing)
+
+    def cholesky(self, layer: int) -> Tensor:
+        """The lower Cholesky factor L [d, d] fp64 of C = L Lᵀ on the module's device.
+
+        Made once and kept beside the statistics, or in the user's cache if that folder cannot be written. A kept
+        factor is checked against its own checksum, and the statistics that it was made of then need not be read.
+
+        Raises:
+            MissingStatisticsError, ModelError, FileError: as `require`, and for statistics of fewer tokens than their
+                width, that are not positive definite, or damaged.
+        """
+        path, digest = self._required(layer)
+        topology, device = self.topology, self._device(layer)
+        width, name = topology.input_width(layer, self.module), _name(topology, layer, self.module, "factor.")
+        places = [folder / name for folder in (path.parent, user_directory(self.fingerprint))]
+        about = {"digest": digest, "dim": width}
+        for place in places:
+            with suppress(FileError):  # a damaged factor is made again
+                tensors, noted, _ = load_tensors(place, (_CHOLESKY_TAG,), "the factor")
+                if about.items() <= noted.items() and tensors[LOWER].numel() == width * (width + 1) // 2:
+                    return unpack_lower(tensors[LOWER], width).to(device)
+        found = _read(path, width)
+        C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite
+        try:
+            factor = factor_covariance(C, count=found.count)
+        except ModelError as error:
+            if self.unchecked:
+                return factor_covariance(C, count=found.count, allow_few=True)  # warns; never kept
+            if isinstance(error, FewTokensError):
+                error = FewTokensError(error.count, error.dim, "unchecked_statistics")
+            raise error.at(path) from None
+        packed = pack_lower(factor)
+        for place in places:
+            try:
+                save_tensors(place, {LOWER: packed}, _CHOLESKY_TAG, about, "the factor")
+                break
+            except FileError as error:
+                _log.info("the factor of layer %d is not kept: %s", layer, error)
+        return factor
+
+    def covariance(self, layer: int) -> Tensor:
+        """C [d, d] fp64, the mean of k kᵀ, on the module's device; raises what `cholesky` raises."""
+        path, _ = self._required(layer)
+        found = _read(path, self.topology.input_width(layer, self.module))
+        if found.count < found.dim:
+            few = FewTokensError(found.count, found.dim, "unchecked_statistics").at(path)
+            if not self.unchecked:
+                raise few
+            warnings.warn(str(few), RuntimeWarning, stacklevel=2)
+        return found.finalize().to(self._device(layer))
+
+    def _required(self, layer: int) -> tuple[Path, str]:
+        found = self._find(layer)
+        if found is None:
+            raise self._missing([layer])
+        return found
+
+    def _find(self, layer: int) -> tuple[Path, str] | None:
+        """The file of the statistics and a digest of it, its header checked; None if there is no file."""
+        topology, module = self.topology, self.module
+        width, name = topology.input_width(layer, module), _name(topology, layer, module)
+        wrong: list[ModelError] = []
+        for path in (folder / name for folder in self._folders() if (folder / name).is_file()):
+            about = load_metadata(path, (TAG,), WHAT)
+            made_for = about.get("metadata", {}).get("fingerprint")
+            if about.get("dim") != width:
+                text = f"{{path}} is of width {about.get('dim')}, layer {layer} {module} reads {width}"
+                wrong.append(FileError(path, text))
+            elif made_for not in (None, self.fingerprint) and not self.unchecked:
+                text = f"{{path}} was made for a model with fingerprint {made_for}, this one has {self.fingerprint}; "
+                text += f"load the unedited model it was made for ({FP16}), collect statistics of this one, or go on "
+                wrong.append(FileError(path, text + "with unchecked_statistics"))
+            elif (count := int(about.get("count", width))) < width and not self.unchecked:
+                wrong.append(FewTokensError(count, width, "unchecked_statistics").at(path))
+            else:
+                if made_for not in (None, self.fingerprint):
+                    warnings.warn(f"{path} was made for another model", RuntimeWarning, stacklevel=4)
+                return path, str(about.get("digest"))
+        if wrong:
+            raise wrong[0]
+        published = [] if self.directory is None else self._published(layer)
+        if len(published) > 1:
+            listed = ", ".join(str(path) for path in published)
+            text = f"{{path}} holds several statistics of layer {layer}: {listed}; give one's folder"
+            raise FileError(Path(str(self.directory)), text)
+        return (published[0], _file_digest(published[0])) if published else None
+
+    def _folders(self) -> Iterator[Path]:
+        if self.directory is not None:
+            yield Path(self.directory)
+            return
+        checkpoint = _checkpoint(self.topology)
+        if checkpoint and Path(checkpoint).is_dir():
+            yield Path(checkpoint) / "statistics"
+        yield user_directory(self.fingerprint)
+
+    def _published(self, layer: int) -> list[Path]:
+        """Published files of a layer's statistics."""
+        wanted = self.topology.resolve(layer, self.module)[0].rpartition(".")[2]
+        down = self.topology.resolve(layer, "down_proj")[0].rpartition(".")[2]
+        found = []
+        for path in self._npz_files():
+            match = _PUBLISHED.fullmatch(path.name)
+            if match and int(match["layer"]) == layer and (match["module"] or down).rpartition(".")[2] == wanted:
+                found.append(path)
+        return found
+
+    def _npz_files(self) -> list[Path]:
+        """The .npz files in the folder of a data set, of a model, or of all models."""
+        root, checkpoint = Path(str(self.directory)), _checkpoint(self.topology)
+        models = {checkpoint.replace("/", "_"), checkpoint.rpartition("/")[2]} - {""}
+        folders = [root, *sorted(root.glob("*_stats"))]
+        folders += [folder for model in sorted(models) for folder in sorted((root / model).glob("*_stats"))]
+        return [path for folder in folders for path in sorted(folder.glob("*.npz"))]
+
+    def _missing(self, layers: Sequence[int]) -> MissingStatisticsError:
+        looked = " and ".join(str(folder) for folder in self._folders())
+        listed = ",".join(map(str, layers))
+        more = "" if self.module == "down_proj" else f" --module {self.module}"
+        more += "" if self.directory is None else f" --output {self.directory}"
+        if self.directory is not None and (others := self._npz_files()):
+            names = ", ".join(path.name for path in others[:3]) + f" and {len(others) - 3} more" * (len(others) > 3)
+            wanted = layers[0] if self.module == "down_proj" else self.topology.resolve(layers[0], self.module)[0]
+            looked += f"; of its .npz files, {names}, none is called such as {wanted}_float32_mom2_100000.npz"
+        if self.directory is None and self.topology.head.weight.dtype == torch.float16:
+            looked += f"; {FP16}"
+        text = f"no statistics of {self.module} in layer{'s' * (len(layers) > 1)} {listed} (looked in {looked}); make "
+        text += f"them: fastedit covariance {_checkpoint(self.topology) or 'MODEL'} --text FILE "
+        return MissingStatisticsError(f"{text}--layers {listed}{more}", layers)
+
+    def _device(self, layer: int) -> torch.device:
+        weight: Any = self.topology.resolve(layer, self.module)[1].weight
+        device: torch.device = weight.device
+        return device
+
+
+def statistics_path(topology: Topology, directory: str | Path, layer: int, module: str = "down_proj") -> Path:
+    """The file of a layer's statistics in a folder."""
+    return Path(directory) / _name(topology, layer, module)
+
+
+def user_directory(fingerprint: str) -> Path:
+    """The folder for statistics of a model in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastedit" / fingerprint
+
+
+def _read(path: Path, width: int) -> StreamingCovariance:
+    found = StreamingCovariance.load(path)
+    if found.dim != width:
+        raise FileError(path, f"{{path}} is of width {found.dim}, the projection reads {width}: of another model?")
+    return found
+
+
+def _checkpoint(topology: Topology) -> str:
+    config: Any = topology.model.config
+    return str(getattr(config, "_name_or_path", "") or "")
+
+
+def _name(topology: Topology, layer: int, module: str, kind: str = "") -> str:
+    """One name for a projection, however it is spelled: down_proj, mlp.down_proj, model.layers.3.mlp.down_proj."""
+    path, found = topology.resolve(layer, module)
+    short = "down_proj" if found is topology.resolve(layer, "down_proj")[1] else None
+    inside = path.removeprefix(f"{topology.blocks_path}.{layer}.")
+    return f"{layer}.{short or inside}.{kind}safetensors"
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""What a plan refuses before any work, and what is found out about edits once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONTEXTS, random_edits, tiny_model
+from published import METHODS as SETTINGS
+from published import Case
+from typer.testing import CliRunner
+
+from fastedit import ConfigError, Editor, EditRequest, FileError, ModelError, RequestError, cli
+from fastedit.methods import METHODS
+from fastedit.methods.locate_then_edit import batch as batch_module
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.config import RECIPES, LocateThenEditConfig
+from fastedit.methods.locate_then_edit.recipes import resolve
+from fastedit.models import Model, topology
+
+SOUGHT: dict[str, Any] = {"steps": 3, "lr": 0.3, "stop_loss": 0.0}
+
+
+@pytest.fixture
+def case(tokenizer: Any, tmp_path: Path, seed: int) -> Case:
+    return Case(tokenizer, tmp_path / "statistics", seed)
+
+
+def nothing_runs(model: Any) -> list[int]:
+    """Passes through a block that no look at the model's structure reaches, from now on."""
+    calls: list[int] = []
+    topology(model).blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+LONG = "w9 " * 70
+# offending edits of each kind, and what is said of each
+OFFENDING: dict[str, tuple[str, Callable[[EditRequest], EditRequest], str]] = {
+    "too long": ("locft-bf", lambda e: replace(e, prompt=LONG + e.prompt), "more than the model's context of 64"),
+    "no subject": ("memit", lambda e: replace(e, subject=None), "has no subject"),
+    "absent subject": ("memit", lambda e: replace(e, subject="nobody"), "does not stand in the prompt"),
+    "too long in a context": ("memit", lambda e: replace(e, target="w9 " * 62), "more than the model's context"),
+    "late subject": ("memit", lambda e: replace(e, prompt=LONG + e.subject), "take 7"),
+}
+
+
+@pytest.mark.parametrize("kind", OFFENDING)
+def test_all_offending_edits_are_named_before_any_work(kind: str, case: Case, seed: int) -> None:
+    method, spoil, said = OFFENDING[kind]
+    edits = [replace(edit, id=f"n{i}") for i, edit in enumerate(random_edits(30, seed))]
+    wrong = [2, 11, 29]
+    edits = [spoil(edit) if i in wrong else edit for i, edit in enumerate(edits)]
+    given = {} if method == "locft-bf" else SETTINGS[method].config | {"statistics": case.folder}
+    editor = Editor(case.model, case.tokenizer, method, **given)
+    calls = nothing_runs(case.model)
+    with pytest.raises(RequestError, match=r"^3 edits cannot be used: .*edit n2.*edit n11.*edit n29") as error:
+        editor.plan(edits)
+    assert str(error.value).count(said) == 3
+    assert error.value.edits == ("edit n2", "edit n11", "edit n29")
+    assert not calls
+    if kind == "too long":  # what does run is seen
+        editor.edit([edit for i, edit in enumerate(edits) if i not in wrong][:2])
+        assert calls
+
+
+def test_all_offending_records_of_a_file_are_named(tmp_path: Path) -> None:
+    records = [{"prompt": "a", "target": "b"} if i % 3 else {"prompt": "a"} for i in range(60)]
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps(records))
+    result = CliRunner().invoke(cli.app, ["edit", "--model", "none", "--requests", str(path), "--output", "o"])
+    assert result.exit_code == 2
+    said = result.stderr
+    assert "20 records cannot be used" in said
+    assert "record 27 (counted from 0): the record fits no known format, it lacks target" in said
+    assert said.rstrip().endswith("and 10 more")
+
+
+def test_subjects_are_sought_and_texts_are_tokenized_once(
+    case: Case, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a whole run in batches, in a model without preset, which looks at all edits first."""
+    edits = random_edits(6, seed)
+    sought, tokenized = [], []
+    seek = batch_module.find_subjects
+    monkeypatch.setattr(batch_module, "find_subjects", lambda given: sought.append(len(given)) or seek(given))
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(case.tokenizer, name)
+
+        def __call__(self, texts: Any, **options: Any) -> Any:
+            tokenized.append(texts)
+            return case.tokenizer(texts, **options)
+
+    given = SETTINGS["memit"].config | {"statistics": case.folder} | SOUGHT | {"lr": None, "batch_size": 2}
+    editor = Editor(case.model, Counting(), "memit", **given)
+    plan = editor.plan(edits)
+    assert sought == [6]
+    before = len(tokenized)
+    # prompts alone, prompts with targets (and again for the places of the subjects), and "{subject} is a"
+    assert before == 4
+    editor.run(plan)
+    assert (sought, len(tokenized)) == ([6], before)
+
+
+def test_parts_of_a_batch_are_those_that_would_be_made_of_their_edits(case: Case, seed: int) -> None:
+    edits, model = random_edits(7, seed), Model.of(case.model, case.tokenizer)
+    edits[5] = replace(edits[5], prompt=f"{edits[5].subject} {edits[5].prompt}")  # its subject twice
+    whole = Batch(model, edits, CONTEXTS)
+    whole.make_samples()
+    parts = {
+        (3, 4, 5): next(iter([*whole.split(3)][1:2])),
+        (6, 0): whole.select([6, 0]),
+        (2, 5): whole.select([5, 2, 1]).select([1, 0]),
+    }
+    for places, part in parts.items():
+        wanted = Batch(model, [edits[i] for i in places], CONTEXTS)
+        assert part.edits == wanted.edits
+        assert part.subject_ends == wanted.subject_ends
+        assert part.notes == wanted.notes
+        assert torch.equal(part.rewriting[1], wanted.rewriting[1])
+        for found, fresh in ((part.prompts, wanted.prompts), (part.rewriting[0], wanted.rewriting[0])):
+            assert all(torch.equal(getattr(found, f.name), getattr(fresh, f.name)) for f in fields(found))
+    bare, wanted = whole.bare(), Batch(model, edits)
+    assert torch.equal(bare.prompts.input_ids, wanted.prompts.input_ids)
+    assert torch.equal(bare.rewriting[0].input_ids, wanted.rewriting[0].input_ids)
+    assert whole.select([5, 2]).names([1, 0]) == "edit e2, edit e5"
+
+
+def test_a_plan_can_be_run_with_a_progress_that_is_set_after_it(case: Case, seed: int) -> None:
+    editor = Editor(case.model, case.tokenizer, "locft-bf", epochs=2, layer=1)
+    edits, stages = random_edits(4, seed), []
+    plan = editor.plan(edits)
+    editor.progress = lambda stage, *_: stages.append(stage)
+    result = editor.run(plan)
+    assert {"prefix", "train"} <= set(stages)
+    assert result.notes == plan.notes
+    with pytest.raises(ModelError, match="changed after this plan was made"):
+        editor.run(plan)
+    result.revert()
+    editor.run(plan).revert()
+
+
+def test_missing_statistics_are_told_by_the_plan_before_the_model_writes_contexts(case: Case, seed: int) -> None:
+    editor = Editor(case.model, case.tokenizer, "memit", statistics=case.folder / "none", layers=(0, 2))
+    calls = nothing_runs(case.model)
+    with pytest.raises(ModelError, match="no statistics of down_proj in layers 0,2 "):
+        editor.plan(random_edits(2, seed))
+    assert not calls
+
+
+# what each method decides itself; the rest is the preset's or a rule's
+@pytest.mark.parametrize(
+    ("method", "decides"),
+    [
+        ("rome", {"objective": "equality", "distribution": "single", "site": "mlp", "average": "uniform"}),
+        ("rome", {"batch_size": 1, "alpha": 0.0, "clamp": 4.0, "n_contexts": 20, "layers": (1,)}),
+        ("memit", {"objective": "least-squares", "distribution": "spread", "site": "block", "average": "half"}),
+        ("memit", {"batch_size": "auto", "n_contexts": 5, "layers": (0, 1)}),
+        ("emmet", {"objective": "equality", "distribution": "single", "alpha": 0.1, "batch_size": "auto"}),
+        ("alphaedit", {"objective": "null-space", "distribution": "spread", "l2": 10.0}),
+    ],
+)
+def test_what_is_given_goes_before_the_method_and_the_method_before_the_preset(
+    method: str, decides: dict[str, Any]
+) -> None:
+    parts = topology(tiny_model("llama"))
+    found = resolve(parts, LocateThenEditConfig(), RECIPES[method]).config
+    assert {name: getattr(found, name) for name in decides} == decides
+    given = {"alpha": 0.7, "clamp": 0.5, "n_contexts": 2, "average": "half", "batch_size": 3, "layers": (0,)}
+    found = resolve(parts, LocateThenEditConfig(**given), RECIPES[method]).config
+    assert {name: getattr(found, name) for name in given} == given
+    open_fields = [f.name for f in fields(found) if getattr(found, f.name) is None]
+    assert set(open_fields) <= {"lr", "null_threshold", "contexts", "statistics", "targets", "cache_bytes"}
+
+
+def test_no_code_asks_for_a_method_s_name() -> None:
+    """Methods are data: their names stand where they are listed, and nowhere else."""
+    source = Path(batch_module.__file__).parents[2]
+    named = {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*.py")
+        for method in RECIPES
+        if f'"{method}"' in path.read_text("utf-8")
+    }
+    assert named == {"methods/locate_then_edit/config.py"}
+
+
+def test_every_method_has_a_plan(case: Case, seed: int) -> None:
+    for name, method in METHODS.items():
+        given = {"statistics": case.folder, "contexts": ("w20 {}",), "layers": (1,)} if method.recipe else {}
+        plan = method.plan(Model.of(case.model, case.tokenizer), random_edits(2, seed), method.config(**given))
+        assert callable(plan.run), name
+        assert all(isinstance(note, str) for note in plan.notes)
+
+
+def test_an_error_is_of_the_kind_of_its_subject(case: Case, tmp_path: Path) -> None:
+    """A file's error is a FileError that knows its path; the older kind still catches it."""
+    (file := tmp_path / "x").write_text("")
+    editor = Editor(case.model, case.tokenizer, "memit", targets=file, statistics=case.folder, layers=(0,))
+    with pytest.raises(FileError, match="cannot be written: it is a file") as error:
+        editor.plan([EditRequest("w9 w10", "w11", "w9")])
+    assert error.value.path == file
+    assert isinstance(error.value, ModelError)
+    with pytest.raises(ConfigError, match="unknown method 'mend'; known methods: locft-bf, rome"):
+        Editor(case.model, case.tokenizer, "mend")

@@ -1,0 +1,57 @@
+"""Errors: their texts are made from their fields, and copies keep them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+
+from fastedit.errors import EditError, FastEditError, FileError, ModelError, RequestError, TensorError, listed
+from fastedit.models import PairError
+from fastedit.models.tokens import PairProblem
+from fastedit.ops import DependentKeysError
+from fastedit.ops.cholesky import FewTokensError
+from fastedit.statistics.store import MissingStatisticsError
+
+ERRORS = [
+    RequestError("wrong", edits=["edit 1"]),
+    RequestError.of([("edit 1", "edit 1: wrong"), ("edit 2", "edit 2: wrong")]),
+    EditError("wrong", edits=["edit 1"]),
+    TensorError("wrong").at("row 3").at("layer 2"),
+    FileError("a/b", "cannot be read").at("layer 2"),
+    FileError("a/b", "{path} is a folder"),
+    FewTokensError(3, 9, "allow_few").at("a/b"),
+    DependentKeysError([[1, 2]], None),
+    PairError([PairProblem(4, "it is long", "the text", "prompt")]),
+    MissingStatisticsError("no statistics", [3, 4]),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_copies_keep_text_places_and_fields(error: FastEditError) -> None:
+    """As errors that come out of another process are copies."""
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(other) is type(error)
+        assert str(other) == str(error)
+        assert vars(other) == vars(error)
+
+
+def test_places_stand_in_front_the_outermost_first() -> None:
+    assert str(TensorError("wrong").at("row 3").at("layer 2")) == "layer 2: row 3: wrong"
+    assert str(FileError("a/b", "cannot be read")) == "a/b: cannot be read"
+    assert str(FileError("a/b", "{path} is a folder; give {x}")) == "a/b is a folder; give {x}"
+    assert FileError("a/b", "x").path == Path("a/b")
+    assert issubclass(FileError, ModelError)
+
+
+def test_one_problem_speaks_for_itself_and_many_are_counted() -> None:
+    one = RequestError.of([("edit 1", "edit 1: wrong")])
+    assert (str(one), one.edits) == ("edit 1: wrong", ("edit 1",))
+    many = RequestError.of([(f"edit {i}", f"edit {i}: wrong") for i in range(13)])
+    assert str(many).startswith("13 edits cannot be used: edit 0: wrong | edit 1: wrong")
+    assert str(many).endswith("edit 9: wrong | and 3 more")
+    assert len(many.edits) == 13
+    assert RequestError.of([("record 1", "wrong")], "records").edits == ()
+    assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"

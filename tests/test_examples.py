@@ -1,0 +1,67 @@
+"""The examples run as a user runs them, on the small model that ships with the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastedit import StreamingCovariance
+from fastedit.demo import World, checkpoint_path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *arguments: str | Path) -> str:
+    """What an example prints. One thread: the models are small, and tests may run side by side."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_saved_edit_is_known_to_plain_transformers(tmp_path: Path) -> None:
+    printed = run("edit_and_save", "--n", "3", "--output", tmp_path / "edited")
+    answers = re.findall(r"→ (.+?) +\(wanted: (.+)\)", printed)
+    assert [wanted for _, wanted in answers] == [request.target for request in World().requests(3)]
+    assert [answer for answer, _ in answers] == [wanted for _, wanted in answers]
+
+
+def test_memit_edits_with_statistics_of_ones_own(tmp_path: Path) -> None:
+    printed = run("memit_with_your_statistics", "--n", "3", "--layers", "2-3", "--folder", tmp_path, "--tokens", "7100")
+    assert {path.name for path in tmp_path.glob("*_proj.safetensors")} == {
+        "2.down_proj.safetensors",
+        "3.down_proj.safetensors",
+    }
+    assert re.search(r"reliability +3 +100\.0% +100\.0%", printed), printed
+
+
+def test_a_plain_training_loop_learns_with_the_operations() -> None:
+    losses = [
+        float(loss) for loss in re.findall(r"loss ([\d.]+)", run("kernels_in_your_training_loop", "--steps", "9"))
+    ]
+    assert len(losses) == 9
+    assert losses[-1] < losses[0] / 2
+
+
+def test_the_second_moment_of_a_hook_is_that_of_the_texts_without_padding(tmp_path: Path) -> None:
+    texts = World().prose(40)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    run("covariance_of_a_model", "--output", tmp_path / "moment.safetensors", "--text", tmp_path / "texts.txt")
+    found = StreamingCovariance.load(tmp_path / "moment.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32).eval()
+    keys: list[torch.Tensor] = []
+    model.model.layers[5].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: keys.append(inputs[0][0]))
+    with torch.no_grad():
+        for text in texts:
+            model(**tokenizer(text, return_tensors="pt"))
+    rows = torch.cat(keys).double()
+    assert found.count == len(rows)
+    torch.testing.assert_close(found.finalize(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
