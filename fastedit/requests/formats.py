@@ -6,7 +6,7 @@ same wherever they appear, so one set of tables reads them for every format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastedit.errors import RequestError, listed
@@ -35,6 +35,8 @@ _NEIGHBOURS = (
 )
 _PORTABILITY = ("portability", ("mhop", "mhop_ans"))
 _OPTIONAL = (*_SUBJECT, *_ID, *_TRUE_TARGET, *_PARAPHRASES, *_NEIGHBOURS, *_PORTABILITY)
+PUBLISHED = {(field if isinstance(field, str) else field[0]).partition(".")[0] for field in _OPTIONAL}
+"""Names of the optional fields of all formats."""
 
 
 def read_record(record: Any) -> dict[str, Any]:
@@ -58,14 +60,6 @@ def read_record(record: Any) -> dict[str, Any]:
         "neighbours": tuple(gather(record, _NEIGHBOURS)),
         "portability": tuple(gather(record, _PORTABILITY)),
     }
-
-
-def unread_fields(record: Mapping[str, Any], own: Sequence[str]) -> set[str]:
-    """Unknown fields of a record in our own format; the published formats have more than an edit needs."""
-    fields = (field if isinstance(field, str) else field[0] for field in _OPTIONAL)
-    published = {field.partition(".")[0] for field in fields}.difference(own)
-    ours = "prompt" in record and "target" in record and published.isdisjoint(record)
-    return {str(name) for name in record if name not in own} if ours else set()
 
 
 def _prompt_and_target(record: Mapping[str, Any]) -> tuple[str, str]:

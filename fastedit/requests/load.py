@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import RequestError, listed
-from fastedit.requests.formats import unread_fields
+from fastedit.requests.formats import PUBLISHED
 from fastedit.requests.request import EditRequest
 
 AnyPath = str | os.PathLike[str]
-_OWN = [field.name for field in fields(EditRequest)]
+_OWN = {field.name: None for field in fields(EditRequest)}  # in order
+_FOREIGN = PUBLISHED - _OWN.keys()
 _log = logging.getLogger(__name__)
 
 
@@ -56,14 +57,15 @@ def _read_all(records: Iterable[tuple[str, Any]], name: str) -> list[EditRequest
     unread = set[str]()
     try:
         for index, (where, record) in enumerate(records):
+            if isinstance(record, EditRequest):
+                requests.append(record if record.id is not None else replace(record, id=str(index)))
+                continue
             try:
-                request = record if isinstance(record, EditRequest) else EditRequest.from_dict(record, where=where)
+                requests.append(EditRequest.from_dict(record, where=where, default_id=str(index)))
             except RequestError as error:
                 problems.append((where, str(error)))
-                continue
-            if record is not request:
-                unread |= unread_fields(record, _OWN)
-            requests.append(request if request.id is not None else replace(request, id=str(index)))
+            else:
+                unread |= _unread_fields(record)
     except RequestError as error:  # a line that is not JSON: nothing can be read after it
         if not problems:
             raise
@@ -73,6 +75,12 @@ def _read_all(records: Iterable[tuple[str, Any]], name: str) -> list[EditRequest
     if unread:
         _log.warning("%s: unknown and not read: %s; known: %s", name, listed(sorted(unread)), ", ".join(_OWN))
     return requests
+
+
+def _unread_fields(record: Mapping[str, Any]) -> set[str]:
+    """Unknown fields of a record in our own format; the published formats have more than an edit needs."""
+    ours = "prompt" in record and "target" in record and _FOREIGN.isdisjoint(record)
+    return {str(name) for name in record if name not in _OWN} if ours else set()
 
 
 def _array(text: str, path: AnyPath) -> Iterator[tuple[str, Any]]:

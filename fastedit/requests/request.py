@@ -53,18 +53,21 @@ class EditRequest:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any], *, where: str = "record") -> EditRequest:
+    def from_dict(
+        cls, record: Mapping[str, Any], *, where: str = "record", default_id: str | None = None
+    ) -> EditRequest:
         """Read a record of any known format; this class's own field names are one.
 
         "{}" in the prompt and in paraphrases stands for the subject. Of several answers the first is taken.
         All but prompt and target may be absent, null or empty; questions whose answer is null or empty are
-        left out. The id is the record's `id` or `case_id`, else None. `where` names the record in messages.
+        left out. The id is the record's `id` or `case_id`, else `default_id`. `where` names the record in messages.
 
         Raises:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type.
         """
         try:
-            return cls(**read_record(record))
+            given = read_record(record)
+            return cls(**given if given["id"] is not None else given | {"id": default_id})
         except RequestError as error:
             error.at(where)
             raise
