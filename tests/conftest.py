@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import secrets
@@ -24,10 +25,17 @@ from fastedit import EditRequest
 if os.environ.get("TRITON_INTERPRET") == "1":
     remember_builtins()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
 
 if not os.environ.get("FASTEDIT_TEST_SEED"):
     os.environ["FASTEDIT_TEST_SEED"] = str(secrets.randbelow(2**31))  # where the workers of this run find it
 _SEED = int(os.environ["FASTEDIT_TEST_SEED"])
+
+
+def pytest_collection_finish() -> None:
+    """What all imports have made is looked through by no collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
