@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -258,8 +259,15 @@ def test_every_operation_has_a_microbenchmark_beside_torch() -> None:
     assert all({"ours"} < {*case.providers} for cases in found.values() for case in cases)
 
 
-@pytest.mark.parametrize("how", [["-m", "benchmarks.schedules"], [str(ROOT / "benchmarks" / "schedules.py")]])
-def test_benchmarks_run_as_modules_and_as_files(how: list[str]) -> None:
-    done = subprocess.run([sys.executable, *how, "--help"], cwd=ROOT, capture_output=True, text=True)
+def test_benchmarks_run_as_modules_and_as_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "schedules.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "--batch-sizes" in done.stdout
+    monkeypatch.setattr("sys.argv", ["benchmarks.schedules", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("benchmarks.schedules", run_name="__main__")
+    assert stopped.value.code == 0
+    for printed in (done.stdout, capsys.readouterr().out):
+        assert "--batch-sizes" in printed

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,23 +17,27 @@ from fastedit.demo import World, checkpoint_path
 ROOT = Path(__file__).parents[1]
 
 
-def run(name: str, *arguments: str | Path) -> str:
-    """What an example prints. One thread: the models are small, and tests may run side by side."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run an example in this process, which has what it imports; gives what it prints."""
+
+    def run(name: str, *arguments: str | Path) -> str:
+        path = ROOT / "examples" / f"{name}.py"
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_a_saved_edit_is_known_to_plain_transformers(tmp_path: Path) -> None:
+def test_a_saved_edit_is_known_to_plain_transformers(run: Callable[..., str], tmp_path: Path) -> None:
     printed = run("edit_and_save", "--n", "3", "--output", tmp_path / "edited")
     answers = re.findall(r"→ (.+?) +\(wanted: (.+)\)", printed)
     assert [wanted for _, wanted in answers] == [request.target for request in World().requests(3)]
     assert [answer for answer, _ in answers] == [wanted for _, wanted in answers]
 
 
-def test_memit_edits_with_statistics_of_ones_own(tmp_path: Path) -> None:
+def test_memit_edits_with_statistics_of_ones_own(run: Callable[..., str], tmp_path: Path) -> None:
     printed = run("memit_with_your_statistics", "--n", "3", "--layers", "2-3", "--folder", tmp_path, "--tokens", "7100")
     assert {path.name for path in tmp_path.glob("*_proj.safetensors")} == {
         "2.down_proj.safetensors",
@@ -42,7 +46,7 @@ def test_memit_edits_with_statistics_of_ones_own(tmp_path: Path) -> None:
     assert re.search(r"reliability +3 +100\.0% +100\.0%", printed), printed
 
 
-def test_a_plain_training_loop_learns_with_the_operations() -> None:
+def test_a_plain_training_loop_learns_with_the_operations(run: Callable[..., str]) -> None:
     losses = [
         float(loss) for loss in re.findall(r"loss ([\d.]+)", run("kernels_in_your_training_loop", "--steps", "9"))
     ]
@@ -50,7 +54,9 @@ def test_a_plain_training_loop_learns_with_the_operations() -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_the_second_moment_of_a_hook_is_that_of_the_texts_without_padding(tmp_path: Path) -> None:
+def test_the_second_moment_of_a_hook_is_that_of_the_texts_without_padding(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
     texts = World().prose(40)
     (tmp_path / "texts.txt").write_text("\n".join(texts))
     run("covariance_of_a_model", "--output", tmp_path / "moment.safetensors", "--text", tmp_path / "texts.txt")

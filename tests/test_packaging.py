@@ -91,9 +91,14 @@ def test_operations_are_imported_without_what_they_do_not_need() -> None:
     heavy = ("transformers", "triton", *EXTRAS)
     code = "import sys, time, torch; start = time.perf_counter(); import fastedit.ops; "
     code += f"print(time.perf_counter() - start, *{{*{heavy}}} & {{*sys.modules}})"
-    runs = [python("-c", code).stdout.split() for _ in range(3)]
-    assert runs[0][1:] == []
-    assert min(float(run[0]) for run in runs) < 0.3
+    spent = []
+    for _ in range(3):
+        seconds, *found = python("-c", code).stdout.split()
+        assert found == []
+        spent.append(float(seconds))
+        if spent[-1] < 0.3:
+            break
+    assert min(spent) < 0.3, spent
 
 
 def test_the_library_needs_no_extra() -> None:

@@ -835,5 +835,6 @@ def test_help_is_quick(command: str) -> None:
         seconds, heavy = done.stderr.split(maxsplit=1)
         assert heavy.strip() == "set()"
         spent.append(float(seconds))
-    print(spent)
-    assert min(spent) < 1.0  # 0.35 s on a machine without other work
+        if spent[-1] < 1.0:
+            break
+    assert min(spent) < 1.0, spent  # 0.35 s on a machine without other work

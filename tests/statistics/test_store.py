@@ -6,8 +6,7 @@ import itertools
 import json
 import os
 import random
-import subprocess
-import sys
+import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -374,19 +373,10 @@ def test_the_fact_world_s_text_is_tokenized_as_in_training() -> None:
         assert tokenizer.encode(text) == [tokenizer.bos_token_id, *(t for piece in pieces for t in piece)]
 
 
-def test_the_fact_world_s_statistics_are_made_by_one_command(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fastedit.demo.statistics",
-        "--tokens",
-        "800",
-        "--layers",
-        "1",
-        "--output",
-        tmp_path,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+def test_the_fact_world_s_statistics_are_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--tokens", "800", "--layers", "1", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["fastedit.demo.statistics", *arguments])
+    runpy.run_module("fastedit.demo.statistics", run_name="__main__")
     found = StreamingCovariance.load(tmp_path / "1.down_proj.safetensors")
     assert found.count >= 800
     assert found.stored == torch.float32
