@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import made, rows, tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
@@ -25,6 +27,7 @@ from fastedit.errors import RequestError
 from fastedit.models import Topology, fingerprint, topology
 from fastedit.statistics.documents import read_documents
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
+from fastedit.tensorfile import checksum
 
 D = 56
 parts = topology(tiny_model("llama"))
@@ -99,13 +102,24 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
     for damaged in (
         whole[:-9],
         b"",
-        whole.replace(b"factor-1", b"factor-0"),
+        whole.replace(b"factor-2", b"factor-0"),
         whole.replace(b"checksum", b"checksun"),
         whole[:flipped] + bytes([whole[flipped] ^ 1]) + whole[flipped + 1 :],
     ):
         (tmp_path / FACTOR).write_bytes(damaged)
         loads(tmp_path)
         assert torch.equal(kept(), second)
+
+
+def test_a_damaged_factor_of_0_1_is_made_anew(seed: int, tmp_path: Path) -> None:
+    """Version 0.1 kept the checksum in the description, where nobody looks for it now."""
+    keep(tmp_path, rows(seed, 200, D))
+    wanted = loads(tmp_path)
+    with safe_open(tmp_path / FACTOR, "pt") as file:
+        about, packed = json.loads(file.metadata()["fastedit"]), file.get_tensor("lower")
+    old = {"format": "fastedit-factor-1", "fastedit": json.dumps(about | {"checksum": checksum(packed)})}
+    save_file({"lower": 2 * packed}, tmp_path / FACTOR, old)
+    assert torch.equal(loads(tmp_path), wanted)
 
 
 def test_a_folder_that_cannot_be_written_does_not_matter(
@@ -159,6 +173,9 @@ def test_statistics_of_another_model_only_unchecked(seed: int, tmp_path: Path) -
 
 def test_too_few_tokens_only_unchecked_and_never_kept(seed: int, tmp_path: Path) -> None:
     keep(tmp_path, rows(seed, D - 1, D))
+    with pytest.raises(ModelError, match="55 tokens, fewer than its width 56"):  # by the header, before any work
+        StatisticsStore(parts, OURS, directory=tmp_path).require([1])
+    StatisticsStore(parts, OURS, directory=tmp_path, unchecked=True).require([1])
     for load in (StatisticsStore.cholesky, StatisticsStore.covariance):
         with pytest.raises(ModelError, match="55 tokens, fewer than its width 56"):
             load(StatisticsStore(parts, OURS, directory=tmp_path), 1)
