@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastedit.errors import ConfigError, ModelError, RequestError
 from fastedit.models import Model, Topology, topology
-from fastedit.statistics.collect import Doubling, collect
+from fastedit.statistics.collect import Collection, Doubling, collect
 from fastedit.statistics.moment import StreamingCovariance
 
 ROW = 24
@@ -312,3 +312,33 @@ def test_two_processes_share_the_documents_and_sum_up_once(
         )
         assert torch.equal(found.finalize(), files[0].finalize())
     assert {path.name for path in tmp_path.iterdir()} == {"0.down_proj.safetensors", *names}
+
+
+@pytest.mark.parametrize(
+    ("folder", "processes", "settings", "error", "message"),
+    [
+        ("part-1-of-2", 1, {}, ModelError, r"part-1-of-2.* has processes 1, this run has 2"),
+        ("", 2, {"max_tokens": 9999}, ModelError, r"sums that several processes made, of \d+ tokens"),
+        ("new", 2, {"until_converged": True}, ConfigError, "in one process, these are 2"),
+    ],
+)
+def test_several_processes_make_their_refusals_before_they_read_any_text(
+    folder: str,
+    processes: int,
+    settings: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    seed: int,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those that torchrun starts, of which this is the second; files of other processes or settings lie there."""
+    model = Model(parts_of(), tokenizer)
+    found = collect(model, make_documents(seed, 20), [1], **SMALL)[1]
+    found.metadata["processes"] = processes
+    found.save(tmp_path / folder / "1.down_proj.safetensors")
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with pytest.raises(error, match=message):
+        Collection(model, [1], **SMALL, **settings, directory=tmp_path)
