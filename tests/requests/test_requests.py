@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -394,6 +395,19 @@ def test_a_bad_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "facts.json").write_bytes(content)
     with pytest.raises(RequestError, match=rf"facts\.json[:,] .*{message}"):
         as_requests(tmp_path / "facts.json")
+
+
+def test_a_line_that_is_no_json_is_told_with_the_bad_records_before_it(tmp_path: Path) -> None:
+    lines = [json.dumps(record) for record in (OWN, {"prompt": "p"}, OWN, {"target": "t"})]
+    (tmp_path / "facts.jsonl").write_text("\n".join([*lines, '{"prompt": "p", "tar', json.dumps(OWN)]))
+    with pytest.raises(RequestError) as error:
+        load_requests(tmp_path / "facts.jsonl")
+    count, _, said = str(error.value).partition(": ")
+    assert count == "3 records cannot be used"
+    for sentence, expected in zip(
+        said.split(" | "), ("line 2: .*lacks target", "line 4: .*lacks prompt", "line 5: .*truncated"), strict=True
+    ):
+        assert re.search(rf"facts\.jsonl, {expected}", sentence)
 
 
 def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
