@@ -108,8 +108,9 @@ def test_keys_that_are_not_finite_name_their_edit_alone(tokenizer: Any, seed: in
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("You")] = torch.nan
     with KeyWalk(Batch(Model.of(model, tokenizer), edits, CONTEXTS), 1) as walk:
-        with pytest.raises(EditError, match="the keys at layer 1 are not finite for edit bad; leave"):
+        with pytest.raises(EditError, match="the keys at layer 1 are not finite for edit bad; leave") as error:
             walk.keys()
+        assert error.value.edits == ("edit bad",)
         with pytest.raises(EditError, match="the outputs of block 2 are not finite for edit bad; leave"):
             walk.outputs(2)
 

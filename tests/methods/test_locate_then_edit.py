@@ -182,6 +182,17 @@ def test_the_rate_of_the_targets_is_that_of_all_edits(batch_size: int, case: Cas
     assert rates == pytest.approx([rates[0]] * 3, rel=1e-6)
 
 
+def test_looking_at_all_edits_for_the_rate_is_no_stage_of_its_own(case: Case, seed: int) -> None:
+    """A bar of keys would come to its end before the work begins."""
+    stages: dict[float | None, list[tuple[str, int, int]]] = {0.3: [], None: []}
+    for lr, seen in stages.items():
+        editor = case.editor("memit", METHODS["memit"], **SOUGHT | {"lr": lr, "batch_size": 2})
+        editor.progress = lambda stage, done, total, _=None, seen=seen: seen.append((stage, done, total))
+        editor.edit(random_edits(4, seed)).revert()
+    assert ("keys", 2 * 4, 2 * 4) in stages[0.3]
+    assert stages[None] == stages[0.3]
+
+
 def test_edits_without_a_target_are_dropped_and_the_others_made(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     case = Case(tokenizer, tmp_path, seed, dtype=torch.float32)
     break_token(case)
@@ -228,8 +239,9 @@ def test_edits_of_one_key(case: Case) -> None:
     for method, more in (("emmet", {}), ("memit", {"objective": "equality", "layers": (0, 2)})):
         with pytest.raises(
             EditError, match=r"depend on one another at layer \d.*: edit one, edit two\. .*on_duplicates"
-        ):
+        ) as error:
             case.editor(method, about, **more).edit(TWINS)
+        assert error.value.edits == ("edit one", "edit two")
         assert same(case.model, case.before)
 
     merged = (target_of(TWINS[0]) + target_of(TWINS[2])) / 2

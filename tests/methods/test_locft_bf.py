@@ -450,8 +450,10 @@ def test_edits_that_are_broken_by_themselves_are_named_and_no_others(
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.vocab["Because"], 5] = value
     before = state(model)
-    with pytest.raises(EditError, match="the loss is not finite for edit edit-0-6, edit edit-0-11, with the original"):
+    said = "the loss is not finite for edit edit-0-6, edit edit-0-11, with the original"
+    with pytest.raises(EditError, match=said) as error:
         run(model, tokenizer, edits, schedule=schedule, shuffle=True)
+    assert error.value.edits == ("edit edit-0-6", "edit edit-0-11")
     assert not changed(model, before)
 
 
@@ -478,6 +480,7 @@ def test_nan_loss_of_no_edit_names_time_and_batch(
     message = str(caught.value)
     assert [i for i in range(13) if re.search(rf"edit-0-{i}\b", message)] == [4, 5, 6, 7]
     assert "below 0.003" in message
+    assert not caught.value.edits
     assert not changed(model, before)
 
 
