@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from fastedit.editor import Editor
 from fastedit.errors import ConfigError, EditError, FastEditError, ModelError, RequestError
 from fastedit.evaluation import locate as module_under_test
-from fastedit.evaluation.locate import LocateReport, locate
+from fastedit.evaluation.locate import LocateReport, Sweep, locate
 from fastedit.models import Model, topology
 from fastedit.requests import EditRequest
 
@@ -232,6 +232,11 @@ def test_a_loss_that_is_not_finite_names_the_place(tokenizer: Any) -> None:
         ({"keep_partial": True}, ConfigError, "'keep_partial'"),
         ({"epochs": 0}, ConfigError, "epochs is 0"),
         ({"capability": [("w1", "w2"), ("w1", " ")]}, RequestError, "capability 1: .*'target'"),
+        (
+            {"capability": [("w1", " "), ("w1", "w2"), (" ", "w2")]},
+            RequestError,
+            r"^2 capability pairs cannot be used: capability 0: .*'target'.* \| capability 2: .*'prompt'",
+        ),
         ({"capability": [("w1 " * 99, "w2")]}, RequestError, "request capability 0, rewrite"),
     ],
 )
@@ -245,6 +250,14 @@ def test_bad_input_is_refused_before_any_work(
     with pytest.raises(error, match=message):
         locate(Model(top, tokenizer), EDITS, **options)
     assert not work
+
+
+def test_a_place_without_a_rate_is_refused_before_the_first_is_tried(tokenizer: Any) -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.zero_()
+    with pytest.raises(ModelError, match=r"layers\.3\.mlp\.down_proj are all zero.*give lr"):
+        Sweep(Model.of(model, tokenizer), EDITS, layers=[1, 3])
+    Sweep(Model.of(model, tokenizer), EDITS, layers=[1, 3], lr=1e-3)
 
 
 def test_progress_counts_all_places(tokenizer: Any) -> None:
