@@ -283,6 +283,11 @@ def test_a_prompt_longer_than_the_context_is_named() -> None:
         measured(model, [*fine[:3], replace(fine[3], id="r7", prompt=long)])
     with pytest.raises(RequestError, match=r"^request 3, neighbour: .*context of 64"):
         measured(model, [*fine[:3], replace(fine[3], id=None, neighbours=((long, "x"),))])
+    # all of them, and a prompt that is asked with two answers once
+    spoiled = [replace(fine[0], prompt=long), *fine[1:4], replace(fine[4], paraphrases=(f"y{long}",))]
+    named = r"^2 prompts cannot be used: request r0, rewrite: [^|]* \| request r4, paraphrase: [^|]*$"
+    with pytest.raises(RequestError, match=named):
+        measured(model, spoiled)
 
 
 def test_progress_reaches_its_end() -> None:

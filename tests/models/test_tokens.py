@@ -10,7 +10,7 @@ from helpers import BOS, EOS, PAIRS, fast_tokenizer, ragged_samples
 from transformers import PreTrainedTokenizer
 
 from fastedit.errors import ModelError, RequestError
-from fastedit.models import Samples, pack, tokenize
+from fastedit.models import PairError, Samples, pack, tokenize
 
 
 class SlowTokenizer(PreTrainedTokenizer):
@@ -98,6 +98,12 @@ def test_unusable_pairs_are_named() -> None:
     with pytest.raises(ModelError, match="no EOS"):
         tokenize(tokenizer, PAIRS)
     assert len(tokenize(tokenizer, PAIRS, append_eos=False)) == len(PAIRS)
+
+
+def test_all_unusable_pairs_are_named() -> None:
+    with pytest.raises(PairError, match=r"^2 pairs cannot be used: pair 0: .*no tokens.* \| pair 2: .*empty") as error:
+        tokenize(fast_tokenizer("byte-level"), [("", "b"), ("a", "b"), ("a", " ")])
+    assert [problem.pair for problem in error.value.problems] == [0, 2]
 
 
 def test_the_longest_sample_that_fits_is_taken() -> None:
