@@ -800,11 +800,15 @@ def test_the_exit_code_is_that_of_the_phase_whatever_the_error(
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--epochs", 1)
-    for place, code in (("plan", 2), ("run", 1)):
-        with monkeypatch.context() as patch:
-            patch.setattr(Editor, place, fail)
-            assert "something is wrong" in fails(code, *common)
+    for command, *places in (
+        (("edit", "--output", tmp_path / "o", "--epochs", 1), "editor.Editor.plan", "editor.Editor.run"),
+        (("evaluate",), "evaluation.questions.ask", "cli.arguments.measure"),
+        (("locate",), "evaluation.locate.Sweep.__init__", "evaluation.locate.Sweep.run"),
+    ):
+        for place, code in zip(places, (2, 1), strict=True):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"fastedit.{place}", fail)
+                assert "something is wrong" in fails(code, *command, "--model", model, "--requests", facts)
 
 
 def test_a_question_that_cannot_be_asked_is_refused_before_the_model_is_measured(
