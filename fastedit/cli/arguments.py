@@ -125,8 +125,10 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
         raise ModelError(f"{model} cannot be moved to the device, is it too large for it? {error}") from error
 
 
-def measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
-    """Measure the model as it is now on the prompts of the edits and on the text."""
+def measure(
+    editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str, **options: Any
+) -> Predictions:
+    """Measure the model as it is now on the prompts of the edits and on the text; `options` are those of `predict`."""
     from fastedit.evaluation.predict import predict
 
-    return predict(editor.parts, edits, text=text, progress=bars.callback(when))
+    return predict(editor.parts, edits, text=text, progress=bars.callback(when), **options)

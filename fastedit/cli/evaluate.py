@@ -50,7 +50,8 @@ def evaluate(
     work_begins()
     with Bars() as bars:
         if change:
-            before = arguments.measure(editor, edits, documents, bars, "before")
+            of_head = change.changes(editor.model, editor.topology.head)
+            before = arguments.measure(editor, edits, documents, bars, "before", keep_head=of_head)
             change.apply(editor.model)
         after = arguments.measure(editor, edits, documents, bars, "after" if change else "")
     report = compare(edits, after, before)

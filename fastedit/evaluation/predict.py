@@ -6,41 +6,27 @@ Teacher forcing flatters (arXiv 2502.11177), so whatever is measured with it is 
 from __future__ import annotations
 
 import math
-import re
-import string
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 from transformers.generation import StoppingCriteriaList
 
 from fastedit.errors import EditError
-from fastedit.evaluation.questions import KINDS, ask, inner_dots
-from fastedit.models import (
-    Factors,
-    Model,
-    Samples,
-    Topology,
-    generate_by,
-    no_autocast,
-    pack,
-    pass_tokens,
-    per_sample_updates,
-    run_from_tokens,
-    trailing,
-)
+from fastedit.evaluation.first_token import Head
+from fastedit.evaluation.questions import KINDS, ask
+from fastedit.evaluation.score import score
+from fastedit.evaluation.texts import begins_with, cut, inner_dots, normalize
+from fastedit.models import Factors, Model, generate_by, no_autocast, pass_tokens, per_sample_updates, trailing
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
-_LOGITS = 2**25  # elements of logits alive at once
 _ALWAYS = 2**20  # more dots than any answer holds
 
 
@@ -51,6 +37,7 @@ class Prediction:
     For each token of the answer, without EOS, ``argmax`` holds the likeliest token id and ``hits`` whether it
     is the answer's. ``logp`` is the mean log-probability (nats) of an answer's token, ``other_logp`` that of
     the competing answer (None: there is none). ``generated`` is the greedy continuation, cut at its stop.
+    ``first`` is the final hidden state [h] that the answer's first token is predicted from (of neighbours only).
     """
 
     prompt: str
@@ -60,11 +47,17 @@ class Prediction:
     logp: float
     other_logp: float | None
     generated: str | None
+    first: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def matches(self) -> bool | None:
         """Whether the generated text is the answer, both normalized."""
         return None if self.generated is None else normalize(self.generated) == normalize(self.answer)
+
+    @property
+    def begins(self) -> bool | None:
+        """Whether the generated text begins with the answer, both normalized."""
+        return None if self.generated is None else begins_with(self.generated, self.answer)
 
     @property
     def preferred(self) -> bool | None:
@@ -77,17 +70,11 @@ Answers = Mapping[str, Sequence[Prediction]]  # of one request, by kind
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers to each request's prompts, and its perplexity on text (None: no text)."""
+    """A model's answers to each request's prompts, its perplexity on text (None: no text), and its head."""
 
     answers: Sequence[Answers]
     perplexity: float | None
-
-
-def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and extra blanks; a text of nothing else keeps them."""
-    text = unicodedata.normalize("NFC", text).lower().strip()
-    kept = (c for c in text if c not in string.punctuation and unicodedata.category(c)[0] != "P")
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", "".join(kept)).split()) or text
+    head: Head | None = field(default=None, repr=False, compare=False)
 
 
 @no_autocast
@@ -101,6 +88,7 @@ def predict(
     text: Sequence[str] = (),
     updates: Mapping[nn.Module, Factors] | None = None,
     batch_tokens: int | None = None,
+    keep_head: bool = False,
     progress: Progress = no_progress,
 ) -> Predictions:
     """Everything that is measured of the model as it is now; equal prompts run once.
@@ -118,6 +106,7 @@ def predict(
             which belongs to no request.
         batch_tokens: tokens of a forward pass, None for what suits the device; generation keeps four times as many
             in its cache.
+        keep_head: copy the head of the model, because an edit between this and what it is compared with changes it.
         progress: called after each batch, with the stages "answers", "text" and "generation".
 
     Raises:
@@ -133,20 +122,23 @@ def predict(
     owners, samples, documents = questions.owners, questions.samples, questions.documents
 
     edits = torch.tensor([edit for edit, _, _ in owners], dtype=torch.int64)
-    best, logp = _score(topology, samples, batch_tokens, partial(progress, "answers"), updates or {}, edits)
+    neighbours = {(i if updates else 0, p, answer) for kind, i, p, answer, _ in questions.asked if kind == "neighbour"}
+    wanted = torch.tensor([asked in neighbours for asked in owners], dtype=torch.bool)
+    found = score(topology, samples, batch_tokens, partial(progress, "answers"), updates or {}, edits, wanted)
     sizes = samples.lengths - samples.target_start
     mean = torch.zeros(len(samples), dtype=torch.float64)
-    mean.index_add_(0, torch.repeat_interleave(sizes), logp.double()).div_(sizes)
+    mean.index_add_(0, torch.repeat_interleave(sizes), found.logp.double()).div_(sizes)
     _finite(mean, list(owners.values()))
-    targets = torch.repeat_interleave(samples.offsets[1:] - sizes.cumsum(0), sizes) + torch.arange(len(best))
-    hits = best == samples.input_ids[targets]
-    each = zip(*(torch.split(x, sizes.tolist()) for x in (best, hits)), mean.tolist(), strict=True)
+    targets = torch.repeat_interleave(samples.offsets[1:] - sizes.cumsum(0), sizes) + torch.arange(len(found.best))
+    hits = found.best == samples.input_ids[targets]
+    each = zip(*(torch.split(x, sizes.tolist()) for x in (found.best, hits)), mean.tolist(), strict=True)
     scored = dict(zip(owners, ((tuple(b.tolist()), tuple(h.tolist()), p) for b, h, p in each), strict=True))
+    firsts = dict(zip((asked for asked in owners if asked in neighbours), found.first, strict=True))
 
     perplexity = None
     if len(documents):
         none = torch.zeros(len(documents), dtype=torch.int64)
-        _, logp = _score(topology, documents, batch_tokens, partial(progress, "text"), {}, none)
+        logp = score(topology, documents, batch_tokens, partial(progress, "text"), {}, none, none.bool()).logp
         _finite(logp.mean()[None], ["the text for perplexity"])
         perplexity = math.exp(min(-logp.double().mean().item(), 700.0))  # JSON has no infinity
     texts = _generate(model, questions.dots, batch_tokens, progress, updates or {}) if generate and owners else {}
@@ -155,9 +147,10 @@ def predict(
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # no rival of itself
-        generated = _cut(texts[edit, prompt], inner_dots(answer)) if generate else None
-        answers[i][kind].append(Prediction(prompt, answer, *scored[edit, prompt, answer], rival, generated))
-    return Predictions(answers, perplexity)
+        generated = cut(texts[edit, prompt], inner_dots(answer)) if generate else None
+        first = firsts.get((edit, prompt, answer)) if kind == "neighbour" else None
+        answers[i][kind].append(Prediction(prompt, answer, *scored[edit, prompt, answer], rival, generated, first))
+    return Predictions(answers, perplexity, Head(topology, keep=keep_head) if neighbours else None)
 
 
 def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest], text: Sequence[str]) -> None:
@@ -172,52 +165,12 @@ def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest]
             raise EditError(f"the updates of {len(broken)} requests are not finite ({named}); leave them out")
 
 
-def _score(
-    topology: Topology,
-    samples: Samples,
-    batch_tokens: int,
-    progress: Callable[[int, int], None],
-    updates: Mapping[nn.Module, Factors],
-    edits: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Likeliest ids [M] int64 and log P [M] fp32 at all target tokens, sample after sample, on the CPU.
-
-    Sample i meets the update ``edits[i]`` of ``updates``, if there are any.
-    """
-    if not len(samples):
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    # similar lengths share a batch: the longest sample sets the length of its rows
-    order = samples.lengths.argsort(descending=True, stable=True)
-    batch = (samples.lengths[order].cumsum(0) - 1) // batch_tokens
-    step = max(1, _LOGITS // topology.config.vocab_size)
-    best, logp, done = [], [], 0
-    for select in torch.split(order, torch.unique_consecutive(batch, return_counts=True)[1].tolist()):
-        # alone in its row, the sample of an edit that broke down spoils no other
-        rows = pack(samples, select, packed=topology.packs and not updates).to(topology.device, non_blocking=True)
-        with per_sample_updates(updates, edits[select]):
-            hidden = run_from_tokens(topology, rows, prune=not updates)
-        for states, labels in zip(torch.split(hidden, step), torch.split(rows.labels, step), strict=True):
-            logits = topology.logits(states).float()  # [m, V]
-            best.append(logits.argmax(-1))
-            logp.append(-cross_entropy(logits, labels, reduction="none"))
-        done += len(select)
-        progress(done, len(samples))
-    owner = torch.repeat_interleave(order, (samples.lengths - samples.target_start)[order])  # [M]
-    back = owner.argsort(stable=True)
-    return torch.cat(best).cpu()[back], torch.cat(logp).cpu()[back]
-
-
 def _finite(values: Tensor, names: Sequence[str]) -> None:
     """Refuse log-probabilities [N] of a broken model, with names of what was asked."""
     broken = list(dict.fromkeys(names[i] for i in values.isfinite().logical_not().nonzero().flatten().tolist()))
     if broken:
         named = "; ".join(broken[:5]) + "; …" * (len(broken) > 5)
         raise EditError(f"the model gives NaN or infinity ({named}); try a lower learning rate, or bf16 or fp32")
-
-
-def _cut(text: str, dots: int) -> str:
-    """Text up to the first newline or the "." after ``dots`` of them."""
-    return ".".join(text.partition("\n")[0].split(".")[: dots + 1]).strip()
 
 
 def _generate(

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastedit.evaluation.predict import Answers, Predictions, normalize, predict
+from fastedit.evaluation.first_token import divergences
+from fastedit.evaluation.predict import Answers, Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
+from fastedit.evaluation.texts import normalize
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
@@ -30,6 +32,10 @@ _SHARES = {"reliability": "rewrite", "generalization": "paraphrase", "portabilit
 _SHARES |= {"locality": "neighbour", "neighbour_accuracy": "neighbour"}
 _PREFERENCES = {"es": "rewrite", "ps": "paraphrase", "ns": "neighbour"}
 _WAYS = ("teacher_forced", "generated")
+_BEGINS = tuple(name for name in _SHARES if name != "locality")
+_FIRST = ("first_token", "kl")  # at the first token of neighbours' answers
+_PART = "  "  # in front of what belongs to the line above it
+Pairs = Sequence[tuple[Prediction, Prediction]]
 
 
 @dataclass(frozen=True)
@@ -37,10 +43,12 @@ class EvaluationReport:
     """The measures of an edit; prints as a table.
 
     ``metrics``, and ``before`` for the unedited model, hold shares in 0 … 1: "reliability", "generalization",
-    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; CounterFact's
-    "es", "ps", "ns" and their harmonic mean "score"; and "perplexity". None is what was not measured. Shares
-    are means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and
-    of "es", "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
+    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; "generated_begins",
+    all of these but the locality; CounterFact's "es", "ps", "ns" and their harmonic mean "score". "first_token"
+    and "kl" compare with the unedited model where neighbours' answers begin: the share of equal likeliest tokens,
+    and KL(unedited ‖ edited) in nats. The last is "perplexity". None is what was not measured. Shares and "kl" are
+    means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and of "es",
+    "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
     """
 
     metrics: Mapping[str, Any]
@@ -65,6 +73,12 @@ class EvaluationReport:
         for name, kind in _SHARES.items():
             forced, generated = (_cell(now[name][way], old.get(name, {}).get(way)) for way in _WAYS)
             lines.append((name.replace("_", " "), str(self.n[kind]), forced, generated))
+            if name in _BEGINS:
+                begins, earlier = now["generated_begins"][name], old.get("generated_begins", {}).get(name)
+                lines.append((_PART + "begins with it", "", "", _cell(begins, earlier)))
+            else:
+                lines.append((_PART + "first token", "", _cell(now["first_token"], None), ""))
+                lines.append((_PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
         lines += [(name.upper(), str(self.n[name]), _cell(now[name], old.get(name)), "") for name in _PREFERENCES]
         lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
         lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
@@ -98,18 +112,22 @@ def compare(requests: Sequence[EditRequest], after: Predictions, before: Predict
     """The report on what `predict` found after an edit and, if measured, before it.
 
     Locality needs both: the share of answer tokens of neighbours whose argmax is the same, and of neighbours
-    whose normalized generated text is. All else is measured of each model by itself.
+    whose normalized generated text is. So do "first_token" and "kl"; the latter is None if something else than
+    the edit of a `predict` with ``keep_head`` has changed the head. All else is measured of each model by itself.
 
     Raises:
         ValueError: the neighbours before are not those after.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
-    rows = [_row(*x) for x in zip(requests, after.answers, earlier, strict=True)]
+    pairs = [_pairs(now, old) for now, old in zip(after.answers, earlier, strict=True)]
+    kl = iter(_divergences(after, before, [pair for some in pairs for pair in some]))
+    apart = [[next(kl) for _ in some] for some in pairs]
+    rows = [_row(*x) for x in zip(requests, after.answers, pairs, apart, strict=True)]
     n = {kind: sum(len(answers[kind]) for answers in after.answers) for kind in KINDS}
     for name, kind in _PREFERENCES.items():
         n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
-    unedited = [_row(request, answers, nothing) for request, answers in zip(requests, earlier, strict=True)]
+    unedited = [_row(request, answers, (), ()) for request, answers in zip(requests, earlier, strict=True)]
     return EvaluationReport(_average(rows, after), _average(unedited, before) if before else None, n, rows)
 
 
@@ -124,26 +142,43 @@ def evaluate(network: nn.Module, tokenizer: Any, requests: Requests, **options: 
     return compare(checked, predict(Model.of(network, tokenizer), checked, **options))
 
 
-def _row(request: EditRequest, now: Answers, old: Answers) -> dict[str, Any]:
+def _pairs(now: Answers, old: Answers) -> Pairs:
+    """The neighbours of a request, after and before the edit."""
+    both = now["neighbour"], old["neighbour"]
+    pairs = list(zip(*both, strict=True)) if all(both) else []
+    if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
+        raise ValueError("the predictions before and after the edit are not of the same requests")
+    return pairs
+
+
+def _divergences(after: Predictions, before: Predictions | None, pairs: Pairs) -> Sequence[float | None]:
+    """KL(before ‖ after) of each pair, (after, before)."""
+    states = [(b.first, a.first) for a, b in pairs if a.first is not None and b.first is not None]
+    new, old = after.head, before.head if before else None
+    if len(states) < len(pairs) or not new or not old or not (new.stands and old.stands):
+        return [None] * len(pairs)
+    return divergences(old, new, [state for state, _ in states], [state for _, state in states])
+
+
+def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float | None]) -> dict[str, Any]:
     """All measures of one request."""
     row: dict[str, Any] = {"id": request.id, "prompt": request.prompt, "target": request.target}
     row["generated"] = next((p.generated for p in now["rewrite"]), None)
     for name, kind in _SHARES.items():
         shares = (_mean(_mean(p.hits) for p in now[kind]), _mean(p.matches for p in now[kind]))
         row[name] = dict(zip(_WAYS, shares, strict=True))
-    both = now["neighbour"], old["neighbour"]
-    pairs = list(zip(*both, strict=True)) if all(both) else []
-    if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
-        raise ValueError("the predictions before and after the edit are not of the same requests")
+    row["generated_begins"] = {name: _mean(p.begins for p in now[_SHARES[name]]) for name in _BEGINS}
     tokens = (_mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
     texts = ((a.generated, b.generated) for a, b in pairs)
     same = (normalize(a) == normalize(b) for a, b in texts if a is not None and b is not None)
     row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(same)}
+    row["first_token"], row["kl"] = _mean(a.argmax[0] == b.argmax[0] for a, b in pairs), _mean(apart)
     return row | {name: _mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
 
 
 def _average(rows: Sequence[Mapping[str, Any]], found: Predictions) -> dict[str, Any]:
-    result: dict[str, Any] = {name: _mean(row[name] for row in rows) for name in _PREFERENCES}
+    result: dict[str, Any] = {name: _mean(row[name] for row in rows) for name in (*_PREFERENCES, *_FIRST)}
+    result["generated_begins"] = {name: _mean(row["generated_begins"][name] for row in rows) for name in _BEGINS}
     for name in _SHARES:
         result[name] = {way: _mean(row[name][way] for row in rows) for way in _WAYS}
     es, ps, ns = (result[name] for name in _PREFERENCES)
