@@ -19,13 +19,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+import fastedit.evaluation.generate as generating
 import fastedit.evaluation.predict as predicting
 import fastedit.evaluation.score as scoring
 from fastedit.errors import EditError, FastEditError, RequestError
 from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.evaluation.report import compare, evaluate
 from fastedit.evaluation.texts import begins_with, cut, normalize
-from fastedit.models import Model
+from fastedit.models import Continuations, Model
 from fastedit.requests import EditRequest
 
 WORDS = "abcdefghijklmnopqrstuvwxyz ABCDSL.\n"
@@ -176,17 +177,17 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool) -> None:
 
 
 def spy_on_generation(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Lists that will hold the prompts that are run, and the number of tokens of each batch."""
+    """Lists that will hold the prompts that are run, and the number of tokens behind each."""
     run, steps = [], []
-    own = predicting._continue
 
-    def spy(model: Any, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
-        run.extend(map(tuple, input_ids.tolist()))
-        tokens = own(model, input_ids, *args)
-        steps.append(tokens.shape[1])
-        return tokens
+    class Spy(Continuations):
+        def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+            run.extend(map(tuple, self._prompts))
+            found = dict(super().__iter__())
+            steps.extend(len(found[i]) for i in range(len(self._prompts)))
+            yield from found.items()
 
-    monkeypatch.setattr(predicting, "_continue", spy)
+    monkeypatch.setattr(generating, "Continuations", Spy)
     return run, steps
 
 
