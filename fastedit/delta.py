@@ -54,6 +54,11 @@ class WeightDelta:
         """Whether this model holds these updates now."""
         return self._model is topology(model).model
 
+    def changes(self, model: nn.Module, part: nn.Module) -> bool:
+        """Whether these updates are of a parameter that a part of the model reads, be it tied to another."""
+        parameters, own = dict(topology(model).model.named_parameters()), {id(p) for p in part.parameters()}
+        return any(id(parameters.get(path)) in own for path in self.updates)
+
     def check(self, model: nn.Module, *, force: bool = False) -> None:
         """Raise what `apply` would raise; the model stays as it is."""
         if self.applied:

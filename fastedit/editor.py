@@ -16,6 +16,7 @@ from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
+from fastedit.evaluation.sampling import draw
 from fastedit.loading import load_model, save_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
@@ -234,7 +235,13 @@ class Editor:
         return [(delta, edit) for delta, edit in found if delta is not None]
 
     def evaluate(
-        self, requests: Requests, *, text: Sequence[str] = (), generate: bool = True, batch_tokens: int | None = None
+        self,
+        requests: Requests,
+        *,
+        text: Sequence[str] = (),
+        generate: bool = True,
+        batch_tokens: int | None = None,
+        sample: int | None = None,
     ) -> EvaluationReport:
         """Measure the model as it is, and what this Editor's edits did to neighbours and to `text`.
 
@@ -243,11 +250,16 @@ class Editor:
             text: documents for perplexity, before and after.
             batch_tokens: tokens of a forward pass; None is what suits the device.
             generate: also measure greedy generation, as a user sees it.
+            sample: measure at most as many of the requests, drawn with seed 0; the report then has intervals.
 
         Returns:
             The report; without an edit of this Editor its locality is None.
+
+        Raises:
+            RequestError, EditError: as `fastedit.evaluation.predict.predict`. ConfigError: a sample of less than 1.
         """
-        asked = as_requests(requests)
+        everything = as_requests(requests)
+        asked = draw(everything, sample)
 
         def measure(**kwargs: Any) -> Any:
             return predict(
@@ -263,7 +275,7 @@ class Editor:
         after = measure()
         standing = [delta for delta, _ in self._standing()]
         if not standing:
-            return compare(asked, after, None)
+            return compare(asked, after, None, of=len(everything))
         reverted: list[WeightDelta] = []
         try:
             for delta in reversed(standing):
@@ -273,7 +285,7 @@ class Editor:
         finally:
             while reverted:  # by force: an edit that is no longer there may have stood below the others
                 reverted.pop().apply(self.model, force=True)
-        return compare(asked, after, before)
+        return compare(asked, after, before, of=len(everything))
 
     def save_model(self, directory: str | Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastedit.errors import ModelError, RequestError
+from fastedit.errors import ConfigError, ModelError, RequestError
 
 if TYPE_CHECKING:
     from fastedit.cli.bars import Bars
@@ -55,6 +55,14 @@ TextFlag = Annotated[
         "text field, a document a line.",
     ),
 ]
+EvaluateFlag = Annotated[
+    str,
+    typer.Option(
+        "--evaluate",
+        metavar="all|sample:N",
+        help="Requests to measure: all, or at most N of them, drawn with seed 0, with 95 % intervals.",
+    ),
+]
 LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
 DeviceFlag = Annotated[
@@ -82,6 +90,16 @@ def read_requests(path: Path) -> list[EditRequest]:
     if (found := find_conflicts(edits)).any:
         typer.echo(str(found), err=True)
     return edits
+
+
+def sample_size(evaluate: str) -> int | None:
+    """The N of `--evaluate sample:N`, None for all. Raises ConfigError."""
+    word, _, size = evaluate.partition(":")
+    if evaluate == "all":
+        return None
+    if word != "sample" or not size.isdecimal() or not int(size):
+        raise ConfigError(f"--evaluate {evaluate}: expected all, or sample:N such as sample:100")
+    return int(size)
 
 
 def read_text(path: Path | None) -> list[str]:
@@ -125,8 +143,10 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
         raise ModelError(f"{model} cannot be moved to the device, is it too large for it? {error}") from error
 
 
-def measure(editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str) -> Predictions:
-    """Measure the model as it is now on the prompts of the edits and on the text."""
+def measure(
+    editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str, **options: Any
+) -> Predictions:
+    """Measure the model as it is now on the prompts of the edits and on the text; `options` are those of `predict`."""
     from fastedit.evaluation.predict import predict
 
-    return predict(editor.parts, edits, text=text, progress=bars.callback(when))
+    return predict(editor.parts, edits, text=text, progress=bars.callback(when), **options)

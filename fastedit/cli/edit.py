@@ -31,9 +31,10 @@ def edit(
     ],
     method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
     text: arguments.TextFlag = None,
-    measured: Annotated[
-        bool, typer.Option("--evaluate/--no-evaluate", help="Measure the model before and after the edit.")
-    ] = True,
+    evaluate: arguments.EvaluateFlag = "all",
+    unmeasured: Annotated[
+        bool, typer.Option("--no-evaluate", help="Do not measure the model before and after the edit.")
+    ] = False,
     delta_only: Annotated[
         bool, typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report.")
     ] = False,
@@ -48,7 +49,7 @@ def edit(
 
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
-    config = config_of(method, given)
+    config, sample, measured = config_of(method, given), arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests), arguments.read_text(text)
     folders = {name: config.get(name) for name in ("statistics", "targets")}
     check_directory(output, arguments.inputs_of(model, requests=requests, text=text, **folders))
@@ -57,19 +58,21 @@ def edit(
     editor = arguments.load(model, dtype, device, method=method, **config)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
+    from fastedit.evaluation.sampling import draw
 
+    asked = draw(edits, sample)
     with Bars() as bars:
         if measured:
-            check_questions(editor, edits, documents)
+            check_questions(editor, asked, documents)
         plan = editor.plan(edits)
         work_begins()
-        before = arguments.measure(editor, edits, documents, bars, "before") if measured else None
+        before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)
-        after = arguments.measure(editor, edits, documents, bars, "after") if measured else None
+        after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
     for note in result.notes:
         typer.echo(f"{method}: {note}", err=True)
-    report = compare(edits, after, before) if after else None
+    report = compare(asked, after, before, of=len(edits)) if after else None
     if report:
         show(report)
     save(output, editor, result, report, checkpoint=not delta_only)

@@ -22,6 +22,7 @@ def evaluate(
         Path | None,
         typer.Option(help="An edit to apply; measures before and after it, and with both the locality."),
     ] = None,
+    evaluate: arguments.EvaluateFlag = "all",
     json_file: arguments.JsonFlag = None,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
@@ -31,6 +32,7 @@ def evaluate(
 
     Example: fastedit evaluate --model ./Llama-3-8B --delta ./edited/delta.safetensors --requests facts.json
     """
+    sample = arguments.sample_size(evaluate)
     edits, documents = arguments.read_requests(requests), arguments.read_text(text)
     if json_file:
         check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
@@ -40,20 +42,23 @@ def evaluate(
     from fastedit.delta import WeightDelta
     from fastedit.evaluation.questions import ask
     from fastedit.evaluation.report import compare
+    from fastedit.evaluation.sampling import draw
 
+    asked = draw(edits, sample)
     change = WeightDelta.load(delta) if delta else None
     editor = arguments.load(model, dtype, device)
-    ask(editor.parts, edits, text=documents)
+    ask(editor.parts, asked, text=documents)
     if change:
         change.check(editor.model)
     before = None
     work_begins()
     with Bars() as bars:
         if change:
-            before = arguments.measure(editor, edits, documents, bars, "before")
+            of_head = change.changes(editor.model, editor.topology.head)
+            before = arguments.measure(editor, asked, documents, bars, "before", keep_head=of_head)
             change.apply(editor.model)
-        after = arguments.measure(editor, edits, documents, bars, "after" if change else "")
-    report = compare(edits, after, before)
+        after = arguments.measure(editor, asked, documents, bars, "after" if change else "")
+    report = compare(asked, after, before, of=len(edits))
     show(report)
     if json_file:
         report.save(json_file)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastedit.errors import RequestError
+from fastedit.evaluation.texts import inner_dots
 from fastedit.models import Model, PairError, Samples, tokenize
 from fastedit.requests import EditRequest
 
@@ -84,11 +85,6 @@ def ask(
         raise RequestError.of(list(reversed(problems.items())), "prompts") from None
     documents = _windows(model.tokenizer, [text] if isinstance(text, str) else text, context)
     return Questions(asked, owners, dots, samples, documents, len(requests))
-
-
-def inner_dots(answer: str) -> int:
-    """The "." that generation goes past; at one that ends the answer it may as well stop."""
-    return answer.rstrip(".").count(".")
 
 
 def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:

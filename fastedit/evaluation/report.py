@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fastedit.evaluation.predict import Answers, Predictions, normalize, predict
+from fastedit.evaluation.first_token import divergences
+from fastedit.evaluation.predict import Answers, Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
+from fastedit.evaluation.sampling import draw, interval
+from fastedit.evaluation.texts import normalize
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
@@ -30,6 +34,10 @@ _SHARES = {"reliability": "rewrite", "generalization": "paraphrase", "portabilit
 _SHARES |= {"locality": "neighbour", "neighbour_accuracy": "neighbour"}
 _PREFERENCES = {"es": "rewrite", "ps": "paraphrase", "ns": "neighbour"}
 _WAYS = ("teacher_forced", "generated")
+_BEGINS = tuple(name for name in _SHARES if name != "locality")
+_FIRST = ("first_token", "kl")  # at the first token of neighbours' answers
+_PART = "  "  # in front of what belongs to the line above it
+Pairs = Sequence[tuple[Prediction, Prediction]]
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,36 @@ class EvaluationReport:
     """The measures of an edit; prints as a table.
 
     ``metrics``, and ``before`` for the unedited model, hold shares in 0 … 1: "reliability", "generalization",
-    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; CounterFact's
-    "es", "ps", "ns" and their harmonic mean "score"; and "perplexity". None is what was not measured. Shares
-    are means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and
-    of "es", "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
+    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; "generated_begins",
+    all of these but the locality; CounterFact's "es", "ps", "ns" and their harmonic mean "score". "first_token"
+    and "kl" compare with the unedited model where neighbours' answers begin: the share of equal likeliest tokens,
+    and KL(unedited ‖ edited) in nats. The last is "perplexity". None is what was not measured. Shares and "kl" are
+    means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and of "es",
+    "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
+
+    Of a sample of ``of`` requests (None: of all), ``intervals`` holds the 95 % confidence interval of each share in
+    ``metrics`` (`evaluation.sampling.interval`).
     """
 
     metrics: Mapping[str, Any]
     before: Mapping[str, Any] | None
     n: Mapping[str, int]
     rows: Sequence[Mapping[str, Any]]
+    of: int | None = None
+
+    @property
+    def intervals(self) -> dict[str, Any] | None:
+        if self.of is None:
+            return None
+        found = _over_rows(self.rows, partial(interval, of=self.of))
+        return {name: found[name] for name in found if name != "kl"}
 
     def to_dict(self) -> dict[str, Any]:
-        """``metrics`` with "n" and "before" in it; plain numbers, ready for JSON."""
-        return {**self.metrics, "n": self.n, "before": self.before}
+        """``metrics`` with "n" and "before" in it, and "sample" and "intervals" of a sample; ready for JSON."""
+        content = {**self.metrics, "n": self.n, "before": self.before}
+        if self.of is not None:
+            content |= {"sample": {"measured": len(self.rows), "of": self.of}, "intervals": self.intervals}
+        return content
 
     def save(self, path: AnyPath) -> None:
         """Write `to_dict` and the rows (as "requests") as JSON, whole or not at all. Raises FileError."""
@@ -60,12 +84,20 @@ class EvaluationReport:
 
     def _table(self) -> list[tuple[str, str, str, str]]:
         """Lines of cells, the titles first."""
-        now, old = self.metrics, self.before or {}
+        now, old, spread = self.metrics, self.before or {}, self.intervals or {}
         lines = [("", "prompts", "teacher-forced", "generated")]
         for name, kind in _SHARES.items():
-            forced, generated = (_cell(now[name][way], old.get(name, {}).get(way)) for way in _WAYS)
+            forced, generated = (_share(now[name], old.get(name), spread.get(name), way) for way in _WAYS)
             lines.append((name.replace("_", " "), str(self.n[kind]), forced, generated))
-        lines += [(name.upper(), str(self.n[name]), _cell(now[name], old.get(name)), "") for name in _PREFERENCES]
+            if name in _BEGINS:
+                begins = _share(
+                    now["generated_begins"], old.get("generated_begins"), spread.get("generated_begins"), name
+                )
+                lines.append((_PART + "begins with it", "", "", begins))
+            else:
+                lines.append((_PART + "first token", "", _share(now, None, spread, "first_token"), ""))
+                lines.append((_PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
+        lines += [(name.upper(), str(self.n[name]), _share(now, old, spread, name), "") for name in _PREFERENCES]
         lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
         lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
         return lines
@@ -75,7 +107,7 @@ class EvaluationReport:
         from rich.table import Table
 
         titles, *lines = self._table()
-        table = Table(*titles, box=box.SIMPLE_HEAD)
+        table = Table(*titles, box=box.SIMPLE_HEAD, caption=self._about(), caption_justify="left")
         for column in table.columns[1:]:
             column.justify = "right"
         for cells in lines:
@@ -86,7 +118,15 @@ class EvaluationReport:
         table = self._table()
         first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = ["  ".join([f"{x:{first}}", *map(str.rjust, rest, others)]).rstrip() for x, *rest in table]
-        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:], *filter(None, [self._about()])])
+
+    def _about(self) -> str | None:
+        """The line below the table."""
+        if self.of is None:
+            return None
+        return (
+            f"A sample: {len(self.rows)} of {self.of} requests; in brackets the 95 % interval (Wilson) of each share."
+        )
 
 
 def _cell(value: float | None, before: float | None, form: str = "{:.1%}") -> str:
@@ -94,58 +134,101 @@ def _cell(value: float | None, before: float | None, form: str = "{:.1%}") -> st
     return shown if before is None else f"{form.format(before)} → {shown}"
 
 
-def compare(requests: Sequence[EditRequest], after: Predictions, before: Predictions | None = None) -> EvaluationReport:
+def _share(now: Mapping[str, Any], old: Mapping[str, Any] | None, spread: Mapping[str, Any] | None, name: str) -> str:
+    """The cell of a share, with its interval if there is one."""
+    limits = (spread or {}).get(name)
+    return _cell(now[name], (old or {}).get(name)) + (f" [{limits[0]:.0%}, {limits[1]:.0%}]" if limits else "")
+
+
+def compare(
+    requests: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, of: int | None = None
+) -> EvaluationReport:
     """The report on what `predict` found after an edit and, if measured, before it.
 
     Locality needs both: the share of answer tokens of neighbours whose argmax is the same, and of neighbours
-    whose normalized generated text is. All else is measured of each model by itself.
+    whose normalized generated text is. So do "first_token" and "kl"; the latter is None if something else than
+    the edit of a `predict` with ``keep_head`` has changed the head. All else is measured of each model by itself.
+
+    Args:
+        of: how many requests these are a sample of.
 
     Raises:
         ValueError: the neighbours before are not those after.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
-    rows = [_row(*x) for x in zip(requests, after.answers, earlier, strict=True)]
+    pairs = [_pairs(now, old) for now, old in zip(after.answers, earlier, strict=True)]
+    kl = iter(_divergences(after, before, [pair for some in pairs for pair in some]))
+    apart = [[next(kl) for _ in some] for some in pairs]
+    rows = [_row(*x) for x in zip(requests, after.answers, pairs, apart, strict=True)]
     n = {kind: sum(len(answers[kind]) for answers in after.answers) for kind in KINDS}
     for name, kind in _PREFERENCES.items():
         n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
-    unedited = [_row(request, answers, nothing) for request, answers in zip(requests, earlier, strict=True)]
-    return EvaluationReport(_average(rows, after), _average(unedited, before) if before else None, n, rows)
+    unedited = [_row(request, answers, (), ()) for request, answers in zip(requests, earlier, strict=True)]
+    of = of if of and of > len(requests) else None
+    return EvaluationReport(_average(rows, after), _average(unedited, before) if before else None, n, rows, of)
 
 
-def evaluate(network: nn.Module, tokenizer: Any, requests: Requests, **options: Any) -> EvaluationReport:
-    """Measure a model as it is; ``options`` are those of `predict`. Locality needs an earlier model: None.
+def evaluate(
+    network: nn.Module, tokenizer: Any, requests: Requests, *, sample: int | None = None, **options: Any
+) -> EvaluationReport:
+    """Measure a model as it is, on a sample of the requests if wanted. Locality needs an earlier model: None.
+
+    ``options`` are those of `predict`.
 
     Raises:
         RequestError, EditError: see `fastedit.requests.as_requests` and `predict`.
         ModelError: an architecture that is not supported.
     """
     checked = as_requests(requests)
-    return compare(checked, predict(Model.of(network, tokenizer), checked, **options))
+    asked = draw(checked, sample)
+    return compare(asked, predict(Model.of(network, tokenizer), asked, **options), of=len(checked))
 
 
-def _row(request: EditRequest, now: Answers, old: Answers) -> dict[str, Any]:
+def _pairs(now: Answers, old: Answers) -> Pairs:
+    """The neighbours of a request, after and before the edit."""
+    both = now["neighbour"], old["neighbour"]
+    pairs = list(zip(*both, strict=True)) if all(both) else []
+    if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
+        raise ValueError("the predictions before and after the edit are not of the same requests")
+    return pairs
+
+
+def _divergences(after: Predictions, before: Predictions | None, pairs: Pairs) -> Sequence[float | None]:
+    """KL(before ‖ after) of each pair, (after, before)."""
+    states = [(b.first, a.first) for a, b in pairs if a.first is not None and b.first is not None]
+    new, old = after.head, before.head if before else None
+    if len(states) < len(pairs) or not new or not old or not (new.stands and old.stands):
+        return [None] * len(pairs)
+    return divergences(old, new, [state for state, _ in states], [state for _, state in states])
+
+
+def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float | None]) -> dict[str, Any]:
     """All measures of one request."""
     row: dict[str, Any] = {"id": request.id, "prompt": request.prompt, "target": request.target}
     row["generated"] = next((p.generated for p in now["rewrite"]), None)
     for name, kind in _SHARES.items():
         shares = (_mean(_mean(p.hits) for p in now[kind]), _mean(p.matches for p in now[kind]))
         row[name] = dict(zip(_WAYS, shares, strict=True))
-    both = now["neighbour"], old["neighbour"]
-    pairs = list(zip(*both, strict=True)) if all(both) else []
-    if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
-        raise ValueError("the predictions before and after the edit are not of the same requests")
+    row["generated_begins"] = {name: _mean(p.begins for p in now[_SHARES[name]]) for name in _BEGINS}
     tokens = (_mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
     texts = ((a.generated, b.generated) for a, b in pairs)
     same = (normalize(a) == normalize(b) for a, b in texts if a is not None and b is not None)
     row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(same)}
+    row["first_token"], row["kl"] = _mean(a.argmax[0] == b.argmax[0] for a, b in pairs), _mean(apart)
     return row | {name: _mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
 
 
+def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float | None]], Any]) -> dict[str, Any]:
+    """What ``summary`` says of each measure's values at the requests."""
+    result: dict[str, Any] = {name: summary([row[name] for row in rows]) for name in (*_PREFERENCES, *_FIRST)}
+    for name, parts in (("generated_begins", _BEGINS), *((name, _WAYS) for name in _SHARES)):
+        result[name] = {part: summary([row[name][part] for row in rows]) for part in parts}
+    return result
+
+
 def _average(rows: Sequence[Mapping[str, Any]], found: Predictions) -> dict[str, Any]:
-    result: dict[str, Any] = {name: _mean(row[name] for row in rows) for name in _PREFERENCES}
-    for name in _SHARES:
-        result[name] = {way: _mean(row[name][way] for row in rows) for way in _WAYS}
+    result = _over_rows(rows, _mean)
     es, ps, ns = (result[name] for name in _PREFERENCES)
     score = None if None in (es, ps, ns) else 3 / (1 / es + 1 / ps + 1 / ns) if es * ps * ns else 0.0
     return result | {"score": score, "perplexity": found.perplexity}

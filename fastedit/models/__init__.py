@@ -1,6 +1,7 @@
 """Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
 
 from fastedit.models.block_calls import BlockCalls
+from fastedit.models.continuations import Continuations
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
@@ -18,6 +19,7 @@ from fastedit.models.topology import Topology, topology
 __all__ = [
     "BlockCalls",
     "Budget",
+    "Continuations",
     "Factors",
     "FrozenPart",
     "HeldTokens",

@@ -129,9 +129,12 @@ class Topology:
             raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as down_proj")
         return _widths(found)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [M, V] of hidden states [M, h] after the final norm: head, then soft-cap if there is one."""
-        logits: Tensor = self.head(hidden)
+    def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
+        """Logits [M, V] of hidden states [M, h] after the final norm: head, then soft-cap if there is one.
+
+        Another ``head`` may stand in for the model's own.
+        """
+        logits: Tensor = (head or self.head)(hidden)
         cap = self.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 

@@ -221,6 +221,22 @@ def test_evaluate_with_a_delta_measures_what_edit_measured(model: Path, facts: P
     assert "fingerprint" in message
 
 
+def test_edit_and_evaluate_measure_a_sample(model: Path, facts: Path, tmp_path: Path) -> None:
+    output, saved = tmp_path / "edited", tmp_path / "figures.json"
+    common = ("--model", model, "--requests", facts, "--evaluate", "sample:2")
+    result = works("edit", *common, "--output", output, *LEARNS)
+    assert "A sample: 2 of 4 requests" in result.stdout
+    first = json.loads((output / "report.json").read_text())
+    assert first.pop("edit")["edits"] == 4
+    assert first["sample"] == {"measured": 2, "of": 4}
+    assert len(first["requests"]) == 2
+    works("evaluate", *common, "--delta", output / "delta.safetensors", "--json", saved)
+    assert json.loads(saved.read_text()) == first
+    for wrong in ("sample", "sample:0", "sample:x", "2"):
+        said = fails(2, "evaluate", "--model", model, "--requests", facts, "--evaluate", wrong)
+        assert f"--evaluate {wrong}: expected all, or sample:N" in said
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_demo_measures_before_and_after_and_takes_the_edit_back(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool

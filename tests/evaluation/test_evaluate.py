@@ -19,11 +19,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
+import fastedit.evaluation.generate as generating
 import fastedit.evaluation.predict as predicting
+import fastedit.evaluation.score as scoring
 from fastedit.errors import EditError, FastEditError, RequestError
-from fastedit.evaluation.predict import Prediction, Predictions, normalize, predict
+from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.evaluation.report import compare, evaluate
-from fastedit.models import Model
+from fastedit.evaluation.texts import begins_with, cut, normalize
+from fastedit.models import Continuations, Model
 from fastedit.requests import EditRequest
 
 WORDS = "abcdefghijklmnopqrstuvwxyz ABCDSL.\n"
@@ -121,7 +124,7 @@ def stopped(text: str, dots: int) -> str:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_teacher_forced_as_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predicting, "_LOGITS", 7 * VOCAB)  # several chunks of rows a batch
+    monkeypatch.setattr(scoring, "LOGITS", 7 * VOCAB)  # several chunks of rows a batch
     model, requests = tiny_model(family), some_requests()
     predictions = measured(model, requests, generate=False, batch_tokens=150)
     for r, found in zip(requests, predictions.answers, strict=True):
@@ -174,17 +177,17 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool) -> None:
 
 
 def spy_on_generation(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Lists that will hold the prompts that are run, and the number of tokens of each batch."""
+    """Lists that will hold the prompts that are run, and the number of tokens behind each."""
     run, steps = [], []
-    own = predicting._continue
 
-    def spy(model: Any, input_ids: torch.Tensor, *args: Any) -> torch.Tensor:
-        run.extend(map(tuple, input_ids.tolist()))
-        tokens = own(model, input_ids, *args)
-        steps.append(tokens.shape[1])
-        return tokens
+    class Spy(Continuations):
+        def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+            run.extend(map(tuple, self._prompts))
+            found = dict(super().__iter__())
+            steps.extend(len(found[i]) for i in range(len(self._prompts)))
+            yield from found.items()
 
-    monkeypatch.setattr(predicting, "_continue", spy)
+    monkeypatch.setattr(generating, "Continuations", Spy)
     return run, steps
 
 
@@ -245,8 +248,37 @@ def test_normalize(one: str, other: str, same: bool) -> None:
     assert (normalize(one) == normalize(other)) is same
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "begins"),
+    [
+        ("English, and French", "English", True),
+        ("English", "english.", True),
+        ("Englishman", "English", False),
+        ("Old English", "English", False),
+        ("the Red Sea and more", "A red sea", True),
+        ("“Paris”—the city", "Paris", True),
+        ("Paris's river", "Paris", True),
+        ("Par", "Paris", False),
+        ("1,000 men", "1", False),
+        ("3.5", "3", False),
+        ("3, 5", "3", True),
+        ("5 € only", "5 €", True),
+        ("U.S.A", "U.S", False),
+        ("St. Louis on the river", "St. Louis", True),
+        ("Cafe\u0301 au lait", "Caf\u00e9", True),
+        ("Cafe\u0301", "Cafe", False),
+        ("東京都にある", "東京", True),
+        ("กรุงเทพมหานคร", "กรุงเทพ", True),
+        ("", "A", False),
+        ("An apple", "an", True),
+    ],
+)
+def test_begins_with(text: str, answer: str, begins: bool) -> None:
+    assert begins_with(text, answer) is begins
+
+
 def test_tokens_that_go_on_behind_a_stop_are_cut() -> None:
-    texts = [predicting._cut("red sea.\n\nSt. L", 0), predicting._cut(" St. L\n. red", 2)]
+    texts = [cut("red sea.\n\nSt. L", 0), cut(" St. L\n. red", 2)]
     assert texts == ["red sea", "St. L"]
 
 
@@ -325,6 +357,23 @@ def test_shares_are_means_over_requests() -> None:
     assert report.metrics["portability"] == {"teacher_forced": 0.5, "generated": 1.0}
     assert (report.metrics["perplexity"], report.before, report.n["paraphrase"]) == (7.0, None, 5)
     assert [(row["id"], row["reliability"]["generated"]) for row in report.rows] == [("one", 1), ("two", 0)]
+
+
+def test_what_begins_with_the_answer_counts_beside_the_strict_match() -> None:
+    more = [said(text="X, and y"), said(text="xy"), said(text=None)]
+    one = answers(rewrite=[said(text="x of y")], paraphrase=more, neighbour=[said(text="y x")])
+    two = answers(rewrite=[said(text="y")], portability=[said(text="The X")])
+    report = compare(TWO, Predictions([one, two], None), Predictions([two, one], None))
+    begins = {"reliability": 0.5, "generalization": 0.5, "portability": 1, "neighbour_accuracy": 0}
+    assert report.metrics["generated_begins"] == begins
+    assert report.before is not None
+    assert report.before["generated_begins"] == begins
+    assert report.metrics["reliability"]["generated"] == report.metrics["generalization"]["generated"] == 0
+    assert [row["generated_begins"]["reliability"] for row in report.rows] == [1, 0]
+    lines = [line.split() for line in str(report).splitlines()]
+    assert [line[3:] for line in lines if line[:3] == ["begins", "with", "it"]] == [
+        ["50.0%", "→", "50.0%"], ["50.0%", "→", "50.0%"], ["100.0%", "→", "100.0%"], ["0.0%", "→", "0.0%"]
+    ]  # fmt: skip
 
 
 def test_scores() -> None:

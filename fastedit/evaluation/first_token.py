@@ -1,0 +1,66 @@
+"""What a model would say first where an answer begins: states of that place, and how far two models are apart there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from fastedit.models import Topology, no_autocast
+from fastedit.tensorfile import checksums
+
+LOGITS = 2**25  # elements of logits alive at once
+
+
+class Head:
+    """The head of a model as it was when this was made.
+
+    It is read where it stands: the states of 10,000 places take megabytes, their logits gigabytes.
+
+    Args:
+        keep: take a copy, for an edit that changes the head itself.
+    """
+
+    def __init__(self, topology: Topology, *, keep: bool = False) -> None:
+        self._topology = topology
+        self._kept = deepcopy(topology.head).requires_grad_(False) if keep else None
+        self._sums = None if keep else checksums(dict(topology.head.named_parameters()))
+
+    @property
+    def stands(self) -> bool:
+        """Whether it can still be read: it was kept, or nothing has changed it."""
+        return self._sums is None or self._sums == checksums(dict(self._topology.head.named_parameters()))
+
+    @property
+    def rows(self) -> int:
+        """States whose logits fit into memory at once."""
+        return max(1, LOGITS // int(self._topology.config.vocab_size))
+
+    def log_probabilities(self, states: Tensor) -> Tensor:
+        """Of the next token, [M, V] fp32, for states [M, h] behind the final norm."""
+        states = states.to(self._topology.device)
+        return self._topology.logits(states, self._kept).float().log_softmax(-1)
+
+
+@no_autocast
+@torch.no_grad()
+def divergences(
+    before: Head, after: Head, states_before: Sequence[Tensor], states_after: Sequence[Tensor]
+) -> list[float]:
+    """KL(before ‖ after) in nats of the next token's distribution, for each pair of states [h]; equal pairs once."""
+    places: dict[tuple[int, int], int] = {}
+    pairs = list(zip(states_before, states_after, strict=True))
+    own = [places.setdefault((id(b), id(a)), len(places)) for b, a in pairs]
+    once = {i: pair for i, pair in zip(own, pairs, strict=True)}
+    found: list[float] = []
+    for first in range(0, len(once), before.rows):
+        chunk = [once[i] for i in range(first, min(first + before.rows, len(once)))]
+        old, new = (
+            head.log_probabilities(torch.stack(states))
+            for head, states in zip((before, after), zip(*chunk, strict=True), strict=True)
+        )
+        found += kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_(min=0).tolist()
+    return [found[i] for i in own]

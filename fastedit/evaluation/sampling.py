@@ -1,0 +1,45 @@
+"""Samples of requests, and how far shares of a sample may be from those of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fastedit.errors import ConfigError
+from fastedit.requests import EditRequest
+
+_Z = 1.96  # standard deviations that hold 95 % of a normal distribution
+
+
+def draw(requests: Sequence[EditRequest], n: int | None, seed: int = 0) -> list[EditRequest]:
+    """Draw n requests without replacement, in the order in which they stand; all if there are no more.
+
+    Raises:
+        ConfigError: n is less than 1.
+    """
+    if n is None:
+        return list(requests)
+    if n < 1:
+        raise ConfigError(f"sample is {n}; give a number of requests, at least 1")
+    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed))
+    return [requests[i] for i in order[:n].sort().values.tolist()]
+
+
+def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | None:
+    """The 95 % confidence interval of a share, from its values in 0 … 1 at a sample of ``of`` requests; None: no value.
+
+    Wilson's, from the normal approximation of the mean over requests. Unlike mean ± 1.96 standard errors it does not
+    vanish where all values are 0 or all are 1. It takes each value for 0 or 1, which is right or on the safe side.
+    """
+    present = [value for value in values if value is not None]
+    if not present:
+        return None
+    mean, n = sum(present) / len(present), float(len(present))
+    if len(values) >= of:
+        return mean, mean
+    n *= (of - 1) / (of - len(values))  # what was drawn is not drawn again
+    scale, centre = 1 + _Z**2 / n, mean + _Z**2 / (2 * n)
+    half = _Z * math.sqrt(max(mean * (1 - mean), 0) / n + _Z**2 / (4 * n**2))
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,0 +1,67 @@
+"""Teacher-forced answers: likeliest tokens and log-probabilities at every token of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fastedit.evaluation.first_token import LOGITS
+from fastedit.models import Factors, Samples, Topology, pack, per_sample_updates, run_from_tokens
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says at the target tokens of samples; all on the CPU.
+
+    ``best`` [M] int64 are the likeliest ids and ``logp`` [M] fp32 the log P of the targets, sample after sample.
+    ``first`` [K, h] are the final hidden states that predict the first target of the K samples that were asked for.
+    """
+
+    best: Tensor
+    logp: Tensor
+    first: Tensor
+
+
+def score(
+    topology: Topology,
+    samples: Samples,
+    batch_tokens: int,
+    progress: Callable[[int, int], None],
+    updates: Mapping[nn.Module, Factors],
+    edits: Tensor,
+    wanted: Tensor,
+) -> Scores:
+    """Score all target tokens of all samples; sample i meets the update ``edits[i]`` of ``updates``, if any.
+
+    Args:
+        wanted: [N] bool, the samples whose first states are kept.
+    """
+    n_targets = samples.lengths - samples.target_start
+    if not len(samples):
+        return Scores(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, topology.hidden_size))
+    # similar lengths share a batch: the longest sample sets the length of its rows
+    order = samples.lengths.argsort(descending=True, stable=True)
+    batch = (samples.lengths[order].cumsum(0) - 1) // batch_tokens
+    step = max(1, LOGITS // topology.config.vocab_size)
+    best, logp, first, done = [], [], [], 0
+    for select in torch.split(order, torch.unique_consecutive(batch, return_counts=True)[1].tolist()):
+        # alone in its row, the sample of an edit that broke down spoils no other
+        rows = pack(samples, select, packed=topology.packs and not updates).to(topology.device, non_blocking=True)
+        with per_sample_updates(updates, edits[select]):
+            hidden = run_from_tokens(topology, rows, prune=not updates)
+        begins = n_targets[select].cumsum(0) - n_targets[select]
+        first.append(hidden[begins[wanted[select]].to(hidden.device)].cpu())
+        for states, labels in zip(torch.split(hidden, step), torch.split(rows.labels, step), strict=True):
+            logits = topology.logits(states).float()  # [m, V]
+            best.append(logits.argmax(-1))
+            logp.append(-cross_entropy(logits, labels, reduction="none"))
+        done += len(select)
+        progress(done, len(samples))
+    owner = torch.repeat_interleave(order, n_targets[order])  # [M]
+    back = owner.argsort(stable=True)
+    by_sample = order[wanted[order]].argsort()
+    return Scores(torch.cat(best).cpu()[back], torch.cat(logp).cpu()[back], torch.cat(first)[by_sample])
