@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastedit.cli import phase
-from fastedit.cli.arguments import check_backend
+from fastedit.cli.arguments import BareEvaluate, check_backend
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
 from fastedit.cli.edit import edit
@@ -74,7 +74,7 @@ def make_app() -> typer.Typer:
         "env": env,
     }
     for name, command in commands.items():
-        app.command(name)(_checked(command))
+        app.command(name, cls=BareEvaluate)(_checked(command))
     return app
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastedit.errors import ConfigError, ModelError, RequestError
 
@@ -90,6 +91,17 @@ def read_requests(path: Path) -> list[EditRequest]:
     if (found := find_conflicts(edits)).any:
         typer.echo(str(found), err=True)
     return edits
+
+
+class BareEvaluate(TyperCommand):
+    """A command whose `--evaluate` may stand without a value, as it did in 0.1: it then means all."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = []
+        for argument, following in zip(args, [*args[1:], "--"], strict=True):
+            given += [argument, "all"] if argument == "--evaluate" and following.startswith("-") else [argument]
+        parsed: list[str] = super().parse_args(ctx, given)
+        return parsed
 
 
 def sample_size(evaluate: str) -> int | None:

@@ -13,7 +13,7 @@ from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import Budget, free_bytes
-from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, tokenize, trailing
+from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize, trailing
 from fastedit.models.topology import Topology, topology
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "pack",
     "pass_tokens",
     "per_sample_updates",
+    "prompt_samples",
     "resume",
     "run_from_tokens",
     "tokenize",

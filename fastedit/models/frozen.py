@@ -79,10 +79,12 @@ class FrozenPart:
             if not self._keep(module, rows, output[0] if self._returned else output):
                 self._attn = None
 
-        def note_projection(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            last.append(output)
+        def note_inputs(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not self._keep(module, rows, args[0]):
                 self._mlp = None
+
+        def note_projection(_: nn.Module, __: Any, output: Tensor) -> None:
+            last.append(output)
 
         def compare(_: nn.Module, __: Any, output: Tensor) -> None:
             if not (last and output is last[-1]):  # the projection is not all that is left of this MLP
@@ -91,6 +93,8 @@ class FrozenPart:
         if self._attn is not None:
             yield self._attn.register_forward_hook(note_attention)
         if self._mlp is not None:
+            # first of all: the stand-in calls the projection with them, and other hooks may change them there
+            yield self._trained.register_forward_pre_hook(note_inputs, prepend=True)
             yield self._trained.register_forward_hook(note_projection)
             yield self._mlp.register_forward_hook(compare)
 

@@ -208,6 +208,14 @@ def _last_shared(ids: list[int], part: list[int], eos: int | None) -> int:
     return next((t for t in range(min(length, len(ids))) if ids[t] != part[t]), length - 1)
 
 
+def prompt_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:
+    """Samples that read up to a token, such as a subject's last one; it is their one target row, without a label."""
+    kept = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
+    flat = torch.tensor([token for tokens in kept for token in tokens])
+    offsets = torch.tensor([0, *(len(tokens) for tokens in kept)]).cumsum(0)
+    return Samples(flat, offsets, torch.tensor(last) + 1)
+
+
 @dataclass(frozen=True)
 class Rows:
     """A batch of samples laid out in B rows of R tokens; all tensors int64.

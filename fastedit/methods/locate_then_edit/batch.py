@@ -13,7 +13,7 @@ from torch import Tensor
 from fastedit.errors import ConfigError, RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.methods.naming import edit_name, named_error
-from fastedit.models import Budget, Model, PairError, Samples, last_tokens, tokenize
+from fastedit.models import Budget, Model, PairError, Samples, last_tokens, prompt_samples, tokenize
 from fastedit.progress import Progress, no_progress
 
 BARE = "{}"
@@ -84,7 +84,7 @@ class Batch:
                 problems.setdefault(sample % n, (name, f"{text}; shorten the prompt"))
         if problems:
             raise RequestError.of(list(problems.values()))
-        return subject_samples(ids, last)
+        return prompt_samples(ids, last)
 
     @cached_property
     def rewriting(self) -> tuple[Samples, Tensor]:
@@ -111,7 +111,7 @@ class Batch:
         # nothing behind the subject is read in these rows: they end there
         subjects = [str(edit.subject) for edit in self.edits]
         ids, kl_last = last_tokens(model.tokenizer, [f"{s} is a" for s in subjects], [len(s) for s in subjects])
-        return samples.join(subject_samples(ids, kl_last)), torch.tensor(last + kl_last)
+        return samples.join(prompt_samples(ids, kl_last)), torch.tensor(last + kl_last)
 
     def make_samples(self) -> None:
         """Tokenize now, for all batches that are made of this one; raises what `prompts` and `rewriting` raise."""
@@ -207,11 +207,3 @@ def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
     if problems:
         raise RequestError.of(problems)
     return ends, repeated
-
-
-def subject_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:
-    """Samples that read up to the subject's last token; that token is their one target row."""
-    kept = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
-    flat = torch.tensor([token for tokens in kept for token in tokens])
-    offsets = torch.tensor([0, *(len(tokens) for tokens in kept)]).cumsum(0)
-    return Samples(flat, offsets, torch.tensor(last) + 1)

@@ -44,6 +44,25 @@ class LocFTBFConfig:
     )
     seed: int = option(0, "of the order and of the contexts.")
     weight_decay: float = option(0.0, "Adam's L2 term.")
+    preserve: Literal["none", "null-space", "anchors", "both"] = option(
+        "none",
+        "what training must leave alone. null-space: it avoids the directions that the module's inputs take in other "
+        "text, of which the statistics know; anchors: at the edits' prompts with other subjects the predictions stay.",
+    )
+    null_space: float = option(0.3, "share of the input directions that training avoids, with preserve null-space.")
+    anchors: int = option(8, "prompts with other subjects for each edit, of which a step takes one.")
+    anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
+    anchor_subjects: tuple[str, ...] | None = option(
+        None, "subjects to put into the prompts; None is those of the other edits."
+    )
+    statistics: str | None = option(
+        None,
+        "folder of the second moments for preserve null-space; by default beside the checkpoint, else the "
+        "user's cache.",
+    )
+    unchecked_statistics: bool = option(
+        False, "use statistics of another model, or of fewer tokens than the inputs are wide."
+    )
     cache_bytes: int | None = option(
         None,
         "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in host "
@@ -66,3 +85,19 @@ class LocFTBFConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.augment < 0:
             raise ConfigError(f"augment is {self.augment}; give a number of contexts an edit, 0 for none")
+        if not 0 < self.null_space < 1:
+            raise ConfigError(f"null_space is {self.null_space}; give a share of the directions between 0 and 1")
+        if self.anchors < 1:
+            raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")
+        if not 0 < self.anchor_weight < math.inf:
+            raise ConfigError(f"anchor_weight is {self.anchor_weight}; give a positive number")
+
+    @property
+    def keeps_anchors(self) -> bool:
+        """Whether predictions at anchors are held."""
+        return self.preserve in ("anchors", "both")
+
+    @property
+    def keeps_null_space(self) -> bool:
+        """Whether training avoids the directions of other text."""
+        return self.preserve in ("null-space", "both")

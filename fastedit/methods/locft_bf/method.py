@@ -13,27 +13,35 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fastedit.errors import EditError, ModelError
+from fastedit.errors import ConfigError, EditError, ModelError
 from fastedit.methods.base import Edit, History, MethodResult
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
 from fastedit.methods.locft_bf.training_set import TrainingSet
+from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
-from fastedit.models import Model, PrefixCache, Topology, no_autocast
+from fastedit.models import Model, PrefixCache, Topology, fingerprint, no_autocast
 from fastedit.progress import Progress, no_progress
+from fastedit.statistics.store import StatisticsStore
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LocFTBFPlan:
-    """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open."""
+    """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open.
+
+    `statistics` are those of what training avoids, None without a null space.
+    """
 
     config: LocFTBFConfig
     notes: list[str]
     data: TrainingSet
     given: LocFTBFConfig
+    statistics: StatisticsStore | None
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress."""
@@ -43,11 +51,13 @@ class LocFTBFPlan:
         """The same edits at another place of the model, with its own learning rate.
 
         Raises:
-            ModelError: no such module, or one without weights to train.
+            ConfigError, ModelError: no such module, or one without weights to train, or without statistics.
         """
         given = replace(self.given, layer=layer, module=module)
-        resolved, notes = _resolved(self.data.model.topology, given, len(self.data.edits))
-        return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given)
+        topology, old = self.data.model.topology, self.statistics
+        resolved, notes = _resolved(topology, given, len(self.data.edits))
+        statistics = _statistics(topology, resolved, old.fingerprint) if old else None
+        return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
 
     @no_autocast
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
@@ -68,7 +78,7 @@ class LocFTBFPlan:
         topology = data.model.topology
         own = data.prefix_cache(config.layer) if cache is None else None
         try:
-            trainer = Trainer(data, topology.resolve(config.layer, config.module)[1], config)
+            trainer = Trainer(data, topology.resolve(config.layer, config.module)[1], config, self.statistics)
             interrupted = None
             with trainer.originals:
                 shared = own or cache
@@ -101,17 +111,45 @@ def plan(
     edits: Sequence[Edit],
     config: LocFTBFConfig,
     *,
-    history: History | None = None,  # what was edited before does not matter to this method
+    history: History | None = None,
     progress: Progress = no_progress,
 ) -> LocFTBFPlan:
     """Make every choice and every refusal; the model is not touched.
 
     Raises:
-        ConfigError, ModelError: a layer or a module that the model lacks, or without weights to train.
+        ConfigError, ModelError: a layer or a module that the model lacks, or without weights to train; no statistics
+            of a layer that needs them; no anchors where they are wanted.
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     resolved, notes = _resolved(model.topology, config, len(edits))
-    return LocFTBFPlan(resolved, notes, TrainingSet.of(model, edits, resolved, progress), config)
+    statistics = None
+    if config.keeps_null_space:
+        unedited = history.fingerprint if history else fingerprint(model.network)
+        statistics = _statistics(model.topology, resolved, unedited)
+    data = TrainingSet.of(model, edits, resolved, progress)
+    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
+    if bare:
+        notes.append(f"without anchors, for want of a subject or of others: {edit_names(edits, bare)}")
+    return LocFTBFPlan(resolved, notes, data, config, statistics)
+
+
+def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> StatisticsStore:
+    """The second moments of what training avoids, of the model whose fingerprint is `unedited`.
+
+    Raises:
+        ConfigError: a module that is no linear map. ModelError: no statistics of it.
+    """
+    assert config.layer is not None
+    assert config.module is not None
+    path, module = topology.resolve(config.layer, config.module)
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise ConfigError(
+            f"preserve {config.preserve} avoids directions of a linear map's inputs, and {path} is a "
+            f"{type(module).__name__}; choose a module such as down_proj, or preserve anchors or none"
+        )
+    store = StatisticsStore(topology, unedited, config.module, config.statistics, config.unchecked_statistics)
+    store.require([config.layer])
+    return store
 
 
 def batch_size_for(n_edits: int) -> int:

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.errors import EditError
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, recorded, with_kernel
+from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
 from fastedit.models import (
     FrozenPart,
     Override,
     PrefixCache,
+    Rows,
     in_passes,
+    observe,
     pack,
     pass_tokens,
     resume,
     run_from_tokens,
 )
+from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
+
+_NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 
 
 class Trainer:
@@ -34,12 +43,21 @@ class Trainer:
     `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
     """
 
-    def __init__(self, data: TrainingSet, module: nn.Module, config: LocFTBFConfig) -> None:
+    def __init__(
+        self,
+        data: TrainingSet,
+        module: nn.Module,
+        config: LocFTBFConfig,
+        statistics: StatisticsStore | None = None,
+    ) -> None:
+        self.statistics = statistics
         self.data, self.module, self.config = data, module, config
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
         paths = {id(p): path for path, p in topology.model.named_parameters()}
-        parameters = self.parameters = {paths[id(p)]: p for p in module.parameters()}
+        # a bias acts on all inputs alike: it has no directions to avoid
+        trained = dict(module.named_parameters()) if statistics is None else {"weight": module.get_parameter("weight")}
+        parameters = self.parameters = {paths[id(p)]: p for p in trained.values()}
         self.originals = Snapshot(parameters)
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
@@ -55,18 +73,52 @@ class Trainer:
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
             head: Any = topology.head
-            self.scratch = ops.logits_buffer(head.weight, int((samples.lengths - samples.target_start).sum()))
+            targets = int((samples.lengths - samples.target_start).sum())
+            n_anchors = int(config.batch_size) if len(data.anchors) else 0
+            self.scratch = ops.logits_buffer(head.weight, targets, n_anchors)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.null_space: NullSpace | None = None
+        self.reference: Reference | None = None
 
     def run(self, cache: PrefixCache) -> None:
         self.cache = cache
         # in a single epoch nothing would be read again
         self.frozen = FrozenPart(self.topology, cache, self.module) if self.config.epochs > 1 else None
-        with recorded(self.maps) as self.gradients:
+        keys = self._look_at_anchors() if len(self.data.anchors) else None
+        if self.statistics is not None:
+            C = self.statistics.covariance(cache.layer)
+            if keys is not None:  # what anchors take is avoided as what other text takes
+                C += keys.T.double() @ keys.double() / len(keys)
+            self.null_space = NullSpace.of(C, self.config.null_space)
+        avoiding = self.null_space.around(self.module) if self.null_space else nullcontext()
+        with avoiding, recorded(self.maps) as self.gradients:
             self._run()
 
+    @torch.no_grad()
+    def _look_at_anchors(self) -> Tensor | None:
+        """Keep the predictions at all anchors; returns the module's inputs there [A, d] if it is a linear map."""
+        topology, first = self.topology, self.data.anchors.first
+        keys, references = [], []
+        for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
+            select = first + torch.tensor(some)
+            rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
+            references.append(Reference.of(topology.logits(self._hidden(rows, select)).float()))
+            if self.statistics is not None:
+                state = self.cache.hidden(rows)
+                keys.append(observe(topology, state, rows, self.cache.layer, self.module))
+        self.reference = Reference.joined(references)
+        return torch.cat(keys) if keys else None
+
+    def _hidden(self, rows: Rows, select: Tensor) -> Tensor:
+        """Hidden states [M, h] at the target rows of the selected samples."""
+        around: AbstractContextManager[list[Override]] = nullcontext([])
+        if self.frozen:
+            around = self.frozen.during(rows, select)
+        with around as overrides:
+            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
+
     def _run(self) -> None:
-        n, size = len(self.samples), int(self.config.batch_size)
+        n, size = self.data.anchors.first, int(self.config.batch_size)
         if self.config.schedule == "breadth-first":
             for epoch, loss in enumerate(self._epochs(torch.arange(n)), 1):
                 self.losses.append(loss)
@@ -130,35 +182,40 @@ class Trainer:
     def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
         head: Any = topology.head
+        owners = [self.data.owner[i] for i in batch.tolist()]
+        anchors = self.data.anchors.draw(owners, self.generator)  # [K]
+        chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
         n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
         weights = self.scale / (
             n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
-        loss = torch.zeros_like(loss_out)
-        for some in in_passes(self.samples.lengths[batch], pass_tokens(topology.device)):
-            select = batch[some]
+        weights = torch.cat([weights, weights.new_full((len(anchors),), self.scale * config.anchor_weight / n)])
+        loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
+        for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
+            select = chosen[some]
             rows = pack(self.samples, select, packed=topology.packs)
             weight = weights[some][rows.sample_of].to(topology.device, non_blocking=True)
             rows = rows.to(topology.device, non_blocking=True)
-            around: AbstractContextManager[list[Override]] = nullcontext([])
-            if self.frozen:
-                around = self.frozen.during(rows, select)
-            with around as overrides:
-                hidden = resume(topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)  # [M, h]
+            kept = anchors[max(0, some.start - n) : max(0, some.stop - n)].to(topology.device, non_blocking=True)
+            hidden = self._hidden(rows, select)  # [M, h], anchors last
+            labels = rows.labels[: len(rows.labels) - len(kept)]
             part, grad = ops.target_cross_entropy(
                 hidden.detach(),
                 head.weight,
-                rows.labels,
+                labels,
                 weight,
                 bias=getattr(head, "bias", None),
                 softcap=topology.logit_softcap,
+                others=partial(self.reference.divergence, kept) if self.reference is not None else None,
+                per_row=True,
                 scratch=self.scratch,
             )
             hidden.backward(grad)
-            loss += part
+            loss += part[: len(labels)].sum()
+            apart += part[len(labels) :].sum()
             optimizer.gather()
         loss_out.copy_(loss.div_(self.scale))
-        skip = loss < config.skip_loss
+        skip = (loss < config.skip_loss) & (apart < self.scale * config.anchor_weight * _NEAR)
         if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
             optimizer.step(skip.float())
         elif skip:
@@ -213,6 +270,10 @@ class Trainer:
         for path, parameter in self.parameters.items():
             before = self.originals.values[path].float()
             updates[path] = self.masters[path] - before
+            if self.null_space is not None:
+                D = updates[path].T if isinstance(self.module, Conv1D) else updates[path]  # [h, d]
+                D = self.null_space.of_rows(D)
+                updates[path] = D.T.contiguous() if isinstance(self.module, Conv1D) else D
             parameter.copy_(before + updates[path])
         return updates
 

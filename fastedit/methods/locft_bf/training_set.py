@@ -7,11 +7,23 @@ from dataclasses import dataclass
 
 import torch
 
+from fastedit.errors import ConfigError
 from fastedit.methods.base import Edit
 from fastedit.methods.contexts import sample_contexts
+from fastedit.methods.locft_bf.anchors import Anchors, anchor_prompts
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names, named_error
-from fastedit.models import Budget, Model, PairError, PrefixCache, Samples, no_autocast, tokenize
+from fastedit.models import (
+    Budget,
+    Model,
+    PairError,
+    PrefixCache,
+    Samples,
+    last_tokens,
+    no_autocast,
+    prompt_samples,
+    tokenize,
+)
 from fastedit.progress import Progress, counter
 
 
@@ -20,8 +32,10 @@ class TrainingSet:
     """Edits with their samples.
 
     Attributes:
-        samples: one a (prompt, target) pair with EOS: every edit, then the augmented copies of each.
+        samples: one a (prompt, target) pair with EOS: every edit, then the augmented copies of each; then the anchors,
+            prompts whose one target row predicts what comes after them.
         owner: the place of the edit of each sample.
+        anchors: where the anchors are among the samples.
         budget: of what is cached.
     """
 
@@ -29,6 +43,7 @@ class TrainingSet:
     edits: Sequence[Edit]
     samples: Samples
     owner: Sequence[int]
+    anchors: Anchors
     budget: Budget
     progress: Progress
 
@@ -51,8 +66,23 @@ class TrainingSet:
                 return owner[pair], copies[pair - len(edits)][0] if pair >= len(edits) else ""
 
             raise named_error(error, edits, source) from None
+        anchors = Anchors(len(samples), [[] for _ in edits])
+        if config.keeps_anchors:
+            subjects = config.anchor_subjects
+            found = anchor_prompts(edits, config.anchors, seed=config.seed, subjects=subjects)
+            if not found:
+                raise ConfigError(
+                    f"preserve {config.preserve} needs the edits' prompts with other subjects, and there are none: "
+                    "give the edits' subjects as they stand in their prompts, and other subjects as anchor_subjects, "
+                    "or take preserve null-space or none"
+                )
+            ids, last = last_tokens(model.tokenizer, [text for _, text in found], [len(text) for _, text in found])
+            samples = samples.join(prompt_samples(ids, last))
+            for number, (place, _) in enumerate(found):
+                anchors.of[place].append(number)
+                owner.append(place)
         budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
-        return cls(model, edits, samples, owner, budget, progress)
+        return cls(model, edits, samples, owner, anchors, budget, progress)
 
     @no_autocast
     def prefix_cache(self, layer: int) -> PrefixCache:
