@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 FASTEDIT_TEST_SEED ?= 20261128
 
-.PHONY: demo test test-fresh lint docs bench micro gpu-install gpu-test gpu-bench clean
+.PHONY: demo test test-fresh test-real lint docs bench micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -15,6 +15,10 @@ test: $(VENV)/.installed
 # random inputs that no run has seen, and every kernel compiled anew
 test-fresh: $(VENV)/.installed
 	FASTEDIT_TEST_SEED= FASTEDIT_TEST_COMPILE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# two trained models, loaded from the package index
+test-real: $(VENV)/.installed
+	$(BIN)/python -m pytest -m real tests/test_real.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

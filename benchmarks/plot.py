@@ -161,6 +161,28 @@ def batch_sizes(rows: Sequence[Row]) -> plt.Figure | None:
     return figure
 
 
+def real_models(rows: Sequence[Row]) -> plt.Figure | None:
+    """What is written against what is kept: a point a variant, a panel for each model and number of edits."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.benchmark == "real_models":
+            found.setdefault(row.shape, {}).setdefault(row.mode, {})[row.unit] = row.p50
+    if not found:
+        return None
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(1 + 4 * len(found), 4), squeeze=False, sharey=True, constrained_layout=True
+    )
+    for axis, (shape, variants) in zip(axes[0], found.items(), strict=True):
+        for variant, values in variants.items():
+            if {"begins", "first token"} <= values.keys():
+                axis.plot(100 * values["begins"], 100 * values["first token"], "o", label=variant)
+        axis.set_title(shape, fontsize="small")
+        axis.set_xlabel("edits whose text begins with the answer, %")
+    axes[0][0].set_ylabel("neighbours whose first token is kept, %")
+    axes[0][0].legend(fontsize="x-small")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FILE.parent)
@@ -183,6 +205,7 @@ def main() -> None:
             "scaling": scaling(grown),
             "roofline": roofline(own),
             "batch-sizes": batch_sizes(by_size),
+            "real-models": real_models(own),
         }
         for kind, figure in pictures.items():
             if figure:

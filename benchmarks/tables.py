@@ -263,6 +263,29 @@ def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
     return lambda rows: each_device([row for row in rows if row.benchmark == benchmark], draw)
 
 
+def real_models(rows: Sequence[Row]) -> Lines:
+    """A line for each variant on each model, and one for the unedited model."""
+    units = ("reliability", "begins", "generalization", "first token", "KL", "PS", "NS", "known facts")
+
+    def number(row: Row | None) -> str:
+        return f"{row.p50:.2f}" if row and row.unit == "KL" else quality(row)
+
+    def draw(own: Sequence[Row]) -> Lines:
+        found: dict[tuple[str, str], dict[str, Row]] = {}
+        for row in own:
+            found.setdefault((row.shape, row.mode), {})[row.unit] = row
+        body = []
+        for (shape, mode), cells in found.items():
+            before, after = cells.get("perplexity before"), cells.get("perplexity")
+            change = f"{after.p50 / before.p50 - 1:+.1%}" if before and after else MISSING
+            time = cells.get("s")
+            shown = (seconds(time.p50), memory(time)) if time else (MISSING, MISSING)
+            body.append((mode, shape, *(number(cells.get(unit)) for unit in units), change, *shown))
+        return table(("", "size", *units, "perplexity", "time", "peak memory"), body)
+
+    return each_device([row for row in rows if row.benchmark == "real_models"], draw)
+
+
 def scaling(rows: Sequence[Row]) -> Lines:
     def draw(own: Sequence[Row]) -> Lines:
         found = fits(own)
@@ -285,6 +308,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "end_to_end": end_to_end,
     "emmet_vs_memit": measures("emmet_vs_memit"),
     "schedules": measures("schedules"),
+    "real_models": real_models,
     "scaling": scaling,
 }
 

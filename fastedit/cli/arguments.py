@@ -98,7 +98,7 @@ class BareEvaluate(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = []
-        for argument, following in zip(args, [*args[1:], "--"], strict=True):
+        for argument, following in zip(args, [*args, "--"][1:], strict=True):
             given += [argument, "all"] if argument == "--evaluate" and following.startswith("-") else [argument]
         parsed: list[str] = super().parse_args(ctx, given)
         return parsed

@@ -49,7 +49,7 @@ class LocFTBFConfig:
         "what training must leave alone. null-space: it avoids the directions that the module's inputs take in other "
         "text, of which the statistics know; anchors: at the edits' prompts with other subjects the predictions stay.",
     )
-    null_space: float = option(0.3, "share of the input directions that training avoids, with preserve null-space.")
+    null_space: float = option(0.2, "share of the input directions that training avoids, with preserve null-space.")
     anchors: int = option(8, "prompts with other subjects for each edit, of which a step takes one.")
     anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
     anchor_subjects: tuple[str, ...] | None = option(

@@ -1,0 +1,141 @@
+"""Methods and their variants on trained models: what is written, what is kept, and what it costs.
+
+    python -m benchmarks.real_models --requests counterfact.json --text wiki.txt --n 10 100 [--model smollm2-135m DIR …]
+
+The first records are edited. Of those behind them that the unedited model answers, `known facts` is the share that the
+edited model still answers; nobody edited them. Perplexity is that of the beginning of the text, and the second moments
+are collected, by `fastedit covariance`, from the rest of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.harness import measured
+from benchmarks.pretrained import SOURCES, folder
+from benchmarks.rows import append, make_row
+from fastedit import Editor, EditRequest, load_requests
+from fastedit.evaluation.predict import predict
+from fastedit.evaluation.report import EvaluationReport
+
+HELD_OUT = 200_000  # characters of the text before those that statistics are collected from
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LocFT-BF": {"method": "locft-bf"},
+    "LocFT-BF, null space": {"method": "locft-bf", "preserve": "null-space"},
+    "LocFT-BF, anchors": {"method": "locft-bf", "preserve": "anchors"},
+    "LocFT-BF, both": {"method": "locft-bf", "preserve": "both"},
+    **{name: {"method": name.lower()} for name in ("MEMIT", "EMMET", "ROME", "AlphaEdit")},
+}
+MEASURES = {
+    "reliability": ("reliability", "generated"),
+    "begins": ("generated_begins", "reliability"),
+    "generalization": ("generalization", "teacher_forced"),
+    "locality": ("locality", "teacher_forced"),
+    "first token": ("first_token", None),
+    "KL": ("kl", None),
+    "PS": ("ps", None),
+    "NS": ("ns", None),
+}
+
+
+def statistics_of(model: Path, text: Path, layers: Sequence[int], tokens: int, work: Path) -> Path:
+    """A folder with the second moments of these layers."""
+    made = work / f"{model.name}-{tokens}"
+    missing = [layer for layer in layers if not (made / f"{layer}.down_proj.safetensors").exists()]
+    if missing:
+        rest = work / "rest.txt"
+        rest.write_text(text.read_text(encoding="utf-8")[HELD_OUT:], encoding="utf-8")
+        command = ["covariance", "--model", model, "--text", rest, "--layers", ",".join(map(str, missing))]
+        command += ["--tokens", tokens, "--output", made]
+        subprocess.run([sys.executable, "-m", "fastedit", *map(str, command)], check=True)
+    return made
+
+
+def layers_of(editor: Editor) -> list[int]:
+    """The layers whose statistics the variants need on this model."""
+    from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset
+
+    spread, single = locate_then_edit_preset(editor.topology)[0], locft_bf_preset(editor.topology)[0]
+    return sorted({*spread.layers, spread.single, single.layer})
+
+
+def known(editor: Editor, records: Sequence[EditRequest], limit: int = 200) -> list[EditRequest]:
+    """Facts that the model answers token by token, as requests that ask for them."""
+    asked = [EditRequest(r.prompt, r.true_target, id=r.id) for r in records if r.true_target]
+    answers = predict(editor.parts, asked, kinds=("rewrite",), generate=False).answers
+    return [request for request, a in zip(asked, answers, strict=True) if all(a["rewrite"][0].hits)][:limit]
+
+
+def still_known(editor: Editor, facts: Sequence[EditRequest]) -> float:
+    answers = predict(editor.parts, facts, kinds=("rewrite",), generate=False).answers
+    return sum(all(a["rewrite"][0].hits) for a in answers) / max(1, len(facts))
+
+
+def figures(report: EvaluationReport) -> dict[str, float]:
+    """The measures by name; those of the unedited model end in "before"."""
+    found: dict[str, float] = {}
+    for name, (measure, part) in MEASURES.items():
+        value = report.metrics[measure]
+        value = value[part] if part else value
+        if value is not None:
+            found[name] = value
+    for when, metrics in (("perplexity", report.metrics), ("perplexity before", report.before or {})):
+        if metrics.get("perplexity") is not None:
+            found[when] = metrics["perplexity"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=list(SOURCES), help=f"folders, or {', '.join(SOURCES)}")
+    parser.add_argument("--requests", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--n", type=int, nargs="+", default=[10, 100])
+    parser.add_argument("--skip", type=int, default=0, help="records before the edited ones")
+    parser.add_argument("--neighbours", type=int, default=2, help="of each record, at most")
+    parser.add_argument("--tokens", type=int, default=40_000, help="that statistics are collected from")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--work", type=Path, default=Path("real_models"), help="folder for statistics")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    records = load_requests(args.requests)
+    held_out = args.text.read_text(encoding="utf-8")[: HELD_OUT // 16]
+    for name in args.model:
+        path = folder(name) if name in SOURCES else Path(name)
+        facts: list[EditRequest] | None = None
+        for n in args.n:
+            edits = [
+                replace(r, neighbours=r.neighbours[: args.neighbours], portability=()) for r in records[args.skip :][:n]
+            ]
+            for variant in args.variants:
+                about = {"dtype": "float32", **VARIANTS[variant]}
+                editor = Editor.from_pretrained(path, **about)
+                statistics = statistics_of(path, args.text, layers_of(editor), args.tokens, args.work)
+                if facts is None:
+                    facts = known(editor, records[args.skip + max(args.n) :])
+                editor = Editor(editor.model, editor.tokenizer, about["method"], statistics=str(statistics),
+                                **{k: v for k, v in about.items() if k not in ("method", "dtype")})  # fmt: skip
+                with measured(torch.device("cpu")) as run:
+                    editor.edit(edits)
+                found = figures(editor.evaluate(edits, text=[held_out])) | {"known facts": still_known(editor, facts)}
+                shape = f"{len(edits)} edits ({args.requests.stem}), {path.name}"
+                row = {"mode": variant, "shape": shape, "dtype": "float32"}
+                append(make_row("real_models", "ours", [run.seconds], peak_memory=run.peak_memory, **row))
+                for unit, value in found.items():
+                    append(make_row("real_models", "ours", [value], unit=unit, **row))
+                print(f"{path.name}, {n} edits, {variant}: {run.seconds:.1f} s", found, flush=True)
+
+
+if __name__ == "__main__":
+    main()
