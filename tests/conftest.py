@@ -25,7 +25,7 @@ from fastedit import EditRequest
 if os.environ.get("TRITON_INTERPRET") == "1":
     remember_builtins()
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for one another
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests start
 
 if not os.environ.get("FASTEDIT_TEST_SEED"):
     os.environ["FASTEDIT_TEST_SEED"] = str(secrets.randbelow(2**31))  # where the workers of this run find it
@@ -33,7 +33,7 @@ _SEED = int(os.environ["FASTEDIT_TEST_SEED"])
 
 
 def pytest_collection_finish() -> None:
-    """What all imports have made is looked through by no collection of garbage."""
+    """Leave what imports have made out of garbage collections, which would look through all of it each time."""
     gc.collect()
     gc.freeze()
 

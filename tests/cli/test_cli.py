@@ -237,6 +237,14 @@ def test_edit_and_evaluate_measure_a_sample(model: Path, facts: Path, tmp_path: 
         assert f"--evaluate {wrong}: expected all, or sample:N" in said
 
 
+@pytest.mark.parametrize("flags", [("--evaluate",), ("--evaluate", "--dtype", "float32"), ("--evaluate", "all")])
+def test_evaluate_may_stand_without_a_value(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """As it did in 0.1: what stands behind it is not taken for one."""
+    missing = tmp_path / "nowhere.json"
+    said = fails(2, "edit", "--model", tmp_path, "--requests", missing, "--output", tmp_path / "edited", *flags)
+    assert "nowhere.json" in said
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_demo_measures_before_and_after_and_takes_the_edit_back(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool

@@ -838,6 +838,13 @@ def test_a_prompt_longer_than_the_context_names_its_edit(augment: int, tokenizer
         ("seed", 1.5),
         ("seed", -1),
         ("seed", 2**64),
+        ("preserve", "all"),
+        ("null_space", 0.0),
+        ("null_space", 1.0),
+        ("null_space", float("nan")),
+        ("anchors", 0),
+        ("anchor_weight", 0.0),
+        ("anchor_weight", float("inf")),
     ],
 )
 def test_values_that_a_field_cannot_take(field: str, value: Any) -> None:

@@ -1,8 +1,8 @@
 """Every shipped configuration of every Triton kernel, compiled for real targets; needs no GPU.
 
 `python -m tests.ops.aot` prints a table of registers, spills and shared memory, `--json FILE` writes it for
-test_aot.py. TRITON_INTERPRET must not be set. A compilation gives the same every time: what aot.json has of the same
-source, configuration and Triton is not compiled again, unless `--all` asks for it. `--record` writes aot.json.
+test_aot.py. TRITON_INTERPRET must not be set. A compilation gives the same every time: what aot.json records for the
+same source, configuration and Triton is not compiled again, except with `--all`. `--record` writes aot.json.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time for the GPUs they are for: nothing spills, all fits, products use tensor cores.
 
-What aot.json has is not compiled again; FASTEDIT_TEST_COMPILE=1 (`make test-fresh`) does it, and compares.
+What aot.json records is not compiled again; FASTEDIT_TEST_COMPILE=1 (`make test-fresh`, CI) compiles and compares.
 """
 
 from __future__ import annotations
