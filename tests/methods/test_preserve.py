@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ConfigError, EditRequest, ModelError, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
-from fastedit.methods.locft_bf import anchors, null_space
+from fastedit.methods.locft_bf import adam, anchors, null_space
 from fastedit.methods.locft_bf.anchors import Reference, anchor_prompts
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
@@ -123,6 +123,22 @@ def test_equals_a_plain_loop(family: str, preserve: str, tokenizer: Any, tmp_pat
     assert (update - wanted).norm() <= 2e-3 * wanted.norm()  # Adam takes rounding of small gradients for signs
     assert result.losses == pytest.approx(losses, rel=1e-4)
     assert {name for name, value in values(model).items() if not torch.equal(value, before[name])} == {path}
+
+
+@pytest.mark.parametrize(("family", "preserve"), [("llama", "both"), ("gpt2", "null-space")])
+def test_the_kernel_makes_the_same_edit(
+    family: str, preserve: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the inputs without what is withheld of them, and knows nothing else of the null space."""
+    pytest.importorskip("triton")
+    edits, found = random_edits(9, seed), []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr(adam, "choose", lambda *_, backend=backend, **__: backend)
+        model = tiny_model(family, seed=seed)
+        moments(model, tmp_path, seed)
+        result = run(model, tokenizer, edits, preserve=preserve, statistics=str(tmp_path), lr=1e-3, epochs=3)
+        found.append(next(iter(result.updates.values())))
+    assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
 
 
 def test_directions_of_other_inputs_are_left_alone(tokenizer: Any, tmp_path: Path, seed: int) -> None:
