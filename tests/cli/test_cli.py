@@ -237,6 +237,15 @@ def test_edit_and_evaluate_measure_a_sample(model: Path, facts: Path, tmp_path: 
         assert f"--evaluate {wrong}: expected all, or sample:N" in said
 
 
+def test_a_message_of_several_lines_is_one_line(model: Path, facts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ModelError("the first line\nand the second")
+
+    monkeypatch.setattr(Editor, "from_pretrained", broken)
+    said = fails(2, "evaluate", "--model", model, "--requests", facts)
+    assert "the first line and the second" in said
+
+
 @pytest.mark.parametrize("flags", [("--evaluate",), ("--evaluate", "--dtype", "float32"), ("--evaluate", "all")])
 def test_evaluate_may_stand_without_a_value(flags: tuple[str, ...], tmp_path: Path) -> None:
     """As it did in 0.1: what stands behind it is not taken for one."""
