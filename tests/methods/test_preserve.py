@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ConfigError, EditRequest, ModelError, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
-from fastedit.methods.locft_bf import adam, anchors, null_space
+from fastedit.methods.locft_bf import adam, anchors, null_space, trainer
 from fastedit.methods.locft_bf.anchors import Reference, anchor_prompts
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
@@ -198,6 +198,18 @@ def test_divergence_and_its_gradient(kept: int, rng: torch.Generator, monkeypatc
     same, zero = reference.divergence(places, before[places].clone())
     assert same.abs().max() < 1e-5
     assert zero.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("near", [-1.0, 100.0])
+def test_a_batch_is_skipped_only_if_its_anchors_are_near(
+    near: float, tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_NEAR", near)
+    model = tiny_model("llama", seed=seed)
+    result = run(model, tokenizer, random_edits(9, seed), preserve="anchors", skip_loss=1e3)
+    (update,) = result.updates.values()
+    assert isinstance(update, Tensor)
+    assert bool(update.any()) == (near < 0)
 
 
 def test_anchors_are_other_subjects_in_the_same_words() -> None:
