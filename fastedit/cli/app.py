@@ -29,6 +29,13 @@ from fastedit.errors import FastEditError
 class _Group(TyperGroup):
     """The commands, whose errors become one line and an exit code."""
 
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help`, off if it is not given: for a value of None typer would import pydantic to read it."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
     def invoke(self, ctx: Any) -> Any:
         phase.reset()
         try:
