@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True)
 class Source:
-    """Packages whose pieces are a GGUF file, one behind the other, and the checksum of it."""
+    """Packages whose pieces are a GGUF file, one after the other, and the checksum of it."""
 
     packages: tuple[str, ...]
     sha256: str | None = None

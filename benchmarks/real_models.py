@@ -2,7 +2,7 @@
 
     python -m benchmarks.real_models --requests counterfact.json --text wiki.txt --n 10 100 [--model smollm2-135m DIR …]
 
-The first records are edited. Of those behind them that the unedited model answers, `known facts` is the share that the
+The first records are edited. Of those after them that the unedited model answers, `known facts` is the share that the
 edited model still answers; nobody edited them. Perplexity is that of the beginning of the text, and the second moments
 are collected, by `fastedit covariance`, from the rest of it.
 """
@@ -13,8 +13,8 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from benchmarks.harness import measured
 from benchmarks.pretrained import SOURCES, folder
-from benchmarks.rows import append, make_row
+from benchmarks.rows import Row, append, make_row
 from fastedit import Editor, EditRequest, load_requests
-from fastedit.evaluation.predict import predict
-from fastedit.evaluation.report import EvaluationReport
+from fastedit.evaluation.predict import Predictions, predict
+from fastedit.evaluation.report import EvaluationReport, compare
+from fastedit.models import Model
 
 HELD_OUT = 200_000  # characters of the text before those that statistics are collected from
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -70,15 +71,15 @@ def layers_of(editor: Editor) -> list[int]:
     return sorted({*spread.layers, spread.single, single.layer})
 
 
-def known(editor: Editor, records: Sequence[EditRequest], limit: int = 200) -> list[EditRequest]:
+def known(model: Model, records: Sequence[EditRequest], limit: int = 200) -> list[EditRequest]:
     """Facts that the model answers token by token, as requests that ask for them."""
     asked = [EditRequest(r.prompt, r.true_target, id=r.id) for r in records if r.true_target]
-    answers = predict(editor.parts, asked, kinds=("rewrite",), generate=False).answers
+    answers = predict(model, asked, kinds=("rewrite",), generate=False).answers
     return [request for request, a in zip(asked, answers, strict=True) if all(a["rewrite"][0].hits)][:limit]
 
 
-def still_known(editor: Editor, facts: Sequence[EditRequest]) -> float:
-    answers = predict(editor.parts, facts, kinds=("rewrite",), generate=False).answers
+def still_known(model: Model, facts: Sequence[EditRequest]) -> float:
+    answers = predict(model, facts, kinds=("rewrite",), generate=False).answers
     return sum(all(a["rewrite"][0].hits) for a in answers) / max(1, len(facts))
 
 
@@ -96,6 +97,47 @@ def figures(report: EvaluationReport) -> dict[str, float]:
     return found
 
 
+@dataclass(frozen=True)
+class Trained:
+    """An unedited model, with what its edits are measured by.
+
+    Attributes:
+        statistics: folder of its second moments.
+        facts: that it knows and nobody edits.
+        text: for perplexity.
+    """
+
+    model: Model
+    name: str
+    statistics: Path
+    facts: Sequence[EditRequest]
+    text: str
+
+    @classmethod
+    def load(cls, path: Path, others: Sequence[EditRequest], text: Path, tokens: int, work: Path) -> Trained:
+        """Load a model in fp32; `others` are records that are not edited."""
+        editor = Editor.from_pretrained(path, dtype="float32")
+        statistics = statistics_of(path, text, layers_of(editor), tokens, work)
+        held_out = text.read_text(encoding="utf-8")[: HELD_OUT // 16]
+        return cls(editor.parts, path.name, statistics, known(editor.parts, others), held_out)
+
+    def predict(self, edits: Sequence[EditRequest]) -> Predictions:
+        return predict(self.model, edits, text=[self.text], keep_head=True)
+
+    def measure(self, edits: Sequence[EditRequest], before: Predictions, variant: str) -> Iterator[Row]:
+        """Edit, measure, and take the edit back."""
+        editor = Editor(self.model.network, self.model.tokenizer, **VARIANTS[variant], statistics=str(self.statistics))
+        with measured(torch.device("cpu")) as run:
+            result = editor.edit(edits)
+        found = figures(compare(edits, self.predict(edits), before))
+        found["known facts"] = still_known(self.model, self.facts)
+        result.delta.revert()
+        row = {"mode": variant, "dtype": "float32"}
+        yield make_row("real_models", "ours", [run.seconds], peak_memory=run.peak_memory, **row)
+        for unit, value in found.items():
+            yield make_row("real_models", "ours", [value], unit=unit, **row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(SOURCES), help=f"folders, or {', '.join(SOURCES)}")
@@ -109,32 +151,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("real_models"), help="folder for statistics")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    records = load_requests(args.requests)
-    held_out = args.text.read_text(encoding="utf-8")[: HELD_OUT // 16]
+    records = [
+        replace(record, neighbours=record.neighbours[: args.neighbours], portability=())
+        for record in load_requests(args.requests)[args.skip :]
+    ]
     for name in args.model:
         path = folder(name) if name in SOURCES else Path(name)
-        facts: list[EditRequest] | None = None
+        trained = Trained.load(path, records[max(args.n) :], args.text, args.tokens, args.work)
         for n in args.n:
-            edits = [
-                replace(r, neighbours=r.neighbours[: args.neighbours], portability=()) for r in records[args.skip :][:n]
-            ]
+            edits = records[:n]
+            before = trained.predict(edits)
             for variant in args.variants:
-                about = {"dtype": "float32", **VARIANTS[variant]}
-                editor = Editor.from_pretrained(path, **about)
-                statistics = statistics_of(path, args.text, layers_of(editor), args.tokens, args.work)
-                if facts is None:
-                    facts = known(editor, records[args.skip + max(args.n) :])
-                editor = Editor(editor.model, editor.tokenizer, about["method"], statistics=str(statistics),
-                                **{k: v for k, v in about.items() if k not in ("method", "dtype")})  # fmt: skip
-                with measured(torch.device("cpu")) as run:
-                    editor.edit(edits)
-                found = figures(editor.evaluate(edits, text=[held_out])) | {"known facts": still_known(editor, facts)}
-                shape = f"{len(edits)} edits ({args.requests.stem}), {path.name}"
-                row = {"mode": variant, "shape": shape, "dtype": "float32"}
-                append(make_row("real_models", "ours", [run.seconds], peak_memory=run.peak_memory, **row))
-                for unit, value in found.items():
-                    append(make_row("real_models", "ours", [value], unit=unit, **row))
-                print(f"{path.name}, {n} edits, {variant}: {run.seconds:.1f} s", found, flush=True)
+                for row in trained.measure(edits, before, variant):
+                    append(replace(row, shape=f"{len(edits)} edits ({args.requests.stem}), {path.name}"))
+                    print(f"{path.name}, {n} edits, {variant}: {row.unit} {row.p50:.4g}", flush=True)
 
 
 if __name__ == "__main__":
