@@ -68,7 +68,7 @@ def _fitting(value: Any, name: str, hint: Any) -> Any:
     """One block as a list of one, or a list of one as the block, whichever the field takes."""
     if name not in (*_SAME, *_SAME.values()):
         return value
-    if kind_of(hint).names == ("INT,…",):
+    if "INT,…" in kind_of(hint).names:
         return value if isinstance(value, tuple) else (value,)
     if isinstance(value, tuple) and len(value) != 1:
         raise ConfigError(f"--layers names {len(value)} blocks, but this method edits one; give one")

@@ -238,8 +238,7 @@ def _counting_epochs(progress: Progress, before: int, epochs: int, of_all: int) 
 
 def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> LocateCell:
     """Edit at one place, measure, and put its parameters back, bit for bit, however that ends."""
-    layer, module = place.config.layer, place.config.module
-    assert layer is not None
+    (layer,), module = place.config.layers, place.config.module
     assert module is not None
     parameters = dict(place.data.model.topology.resolve(layer, module)[1].named_parameters())
     with Snapshot(parameters, always=True):

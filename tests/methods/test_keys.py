@@ -11,9 +11,10 @@ from helpers import CONTEXTS, FAMILIES, at_subject, fast_tokenizer, random_edits
 from torch import Tensor
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
-from fastedit.methods.locate_then_edit.batch import Batch, find_subjects, repeated_note
+from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.keys import KeyWalk
 from fastedit.methods.naming import edit_name
+from fastedit.methods.subjects import find_subjects, repeated_note
 from fastedit.models import Model, last_tokens, topology
 
 

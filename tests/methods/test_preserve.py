@@ -107,7 +107,7 @@ def test_equals_a_plain_loop(family: str, preserve: str, tokenizer: Any, tmp_pat
     model, edits = tiny_model(family, seed=seed), random_edits(9, seed)
     moments(model, tmp_path, seed)
     parts = topology(model)
-    texts = [text for _, text in anchor_prompts(edits, 1, seed=0)] if preserve != "null-space" else []
+    texts = [text for _, text, _ in anchor_prompts(edits, 1, seed=0)] if preserve != "null-space" else []
     P = torch.eye(parts.input_width(LAYER, "down_proj"))
     if preserve != "anchors":
         C = StreamingCovariance.load(statistics_path(parts, tmp_path, LAYER)).finalize()
@@ -216,12 +216,12 @@ def test_anchors_are_other_subjects_in_the_same_words() -> None:
     edits = [EditRequest(f"The capital of {s} is", "Rome", s) for s in ("Peru", "Chad", "Cuba")]
     edits += [EditRequest("Ann works for", "Opel", "Ann"), EditRequest("Nobody knows", "it")]
     found = anchor_prompts(edits, 8, seed=3)
-    assert {text for place, text in found if place == 0} == {"The capital of Ann is"}  # the others are asked about
-    assert {text for place, text in found if place == 3} == {f"{s} works for" for s in ("Peru", "Chad", "Cuba")}
-    assert not [text for place, text in found if place == 4]  # without a subject
+    assert {text for place, text, _ in found if place == 0} == {"The capital of Ann is"}  # the others are asked about
+    assert {text for place, text, _ in found if place == 3} == {f"{s} works for" for s in ("Peru", "Chad", "Cuba")}
+    assert not [text for place, text, _ in found if place == 4]  # without a subject
     given = anchor_prompts(edits, 2, seed=3, subjects=["Oslo", "Bern", "Peru", "Bonn"])
-    assert len([text for place, text in given if place == 0]) == 2
-    assert "The capital of Peru is" not in [text for _, text in given]
+    assert len([text for place, text, _ in given if place == 0]) == 2
+    assert "The capital of Peru is" not in [text for _, text, _ in given]
     assert found == anchor_prompts(edits, 8, seed=3) != anchor_prompts(edits, 8, seed=4)
 
 

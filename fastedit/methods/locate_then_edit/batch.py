@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastedit.errors import ConfigError, RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.methods.naming import edit_name, named_error
+from fastedit.methods.subjects import find_subjects, repeated_note
 from fastedit.models import Budget, Model, PairError, Samples, last_tokens, prompt_samples, tokenize
 from fastedit.progress import Progress, no_progress
 
@@ -169,41 +169,3 @@ def checked_templates(contexts: Sequence[str]) -> tuple[str, ...]:
         if context.count(BARE) != 1:
             raise ConfigError(f'the context {context!r} needs exactly one "{BARE}", where the prompt goes')
     return (BARE, *contexts)
-
-
-def repeated_note(names: Sequence[str]) -> list[str]:
-    """The note on edits whose subject stands in the prompt more than once; no note for no names."""
-    note = f"the subject stands in the prompt more than once, the last place counts: {listed(names)}"
-    return [note] if names else []
-
-
-def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
-    """The end of each edit's subject in its prompt, in characters, and the places of edits that repeat their subject.
-
-    The last occurrence counts; one that stands as whole words goes before one inside other words.
-
-    Raises:
-        RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
-    """
-    ends: list[int] = []
-    repeated: list[int] = []
-    problems: list[tuple[str, str]] = []
-    for place, edit in enumerate(edits):
-        name = edit_name(edit, place)
-        if not edit.subject:
-            text = f"{name} has no subject, and this method reads a fact at the last token of its subject; give the "
-            problems.append((name, text + "words of the prompt that the fact is about"))
-            continue
-        literal = re.escape(edit.subject)
-        found = [m.end() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", edit.prompt)]
-        found = found or [m.end() for m in re.finditer(literal, edit.prompt)]
-        if not found:
-            text = f"{name}: the subject {edit.subject!r} does not stand in the prompt {edit.prompt!r:.80}; give it "
-            problems.append((name, text + "as it is written there"))
-            continue
-        ends.append(found[-1])
-        if len(found) > 1:
-            repeated.append(place)
-    if problems:
-        raise RequestError.of(problems)
-    return ends, repeated

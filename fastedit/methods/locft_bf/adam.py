@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.models import hooked
-from fastedit.ops.registry import choose
+from fastedit.ops.registry import Backend, choose
 
 GradientParts = dict[str, list[tuple[Tensor, Tensor]]]
 """Path of a weight -> (gradient of the output [T, out], input [T, in]) of each call of its linear map."""
@@ -26,26 +26,41 @@ def with_kernel(model: nn.Module, parameters: Mapping[str, nn.Parameter], tokens
     Args:
         tokens: in a batch, about.
     """
-    maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     return {
-        path: maps[path]
-        for path, p in parameters.items()
-        if path in maps and choose("localized_adam_", device=p.device, dtype=p.dtype, T=tokens) == "triton"
+        path: module
+        for path, module in linear_maps(model, parameters).items()
+        if choose("localized_adam_", device=module.weight.device, dtype=module.weight.dtype, T=tokens) == "triton"
     }
 
 
+def linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear | Conv1D]:
+    """Linear maps by the paths of their weights, where those are among `parameters`."""
+    maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    return {path: maps[path] for path in parameters if path in maps}
+
+
 @contextmanager
-def recorded(maps: Mapping[str, nn.Linear | Conv1D]) -> Iterator[GradientParts]:
-    """Collect what the gradients of these maps' weights are made of; inside, they are not formed."""
+def recorded(
+    maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[], Tensor | None] = lambda: None
+) -> Iterator[GradientParts]:
+    """Collect what the gradients of these maps' weights are made of; inside, they are not formed.
+
+    Args:
+        at: gives for a pass the rows of the flattened input that count; None is all.
+    """
     parts: GradientParts = {path: [] for path in maps}
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                inputs = args[0].detach()
-                (output if output.requires_grad else output.requires_grad_()).register_hook(
-                    lambda grad: parts[path].append((grad.flatten(0, -2), inputs.flatten(0, -2)))
-                )
+                inputs, rows = args[0].detach().flatten(0, -2), at()
+                taken = inputs if rows is None else inputs[rows]
+
+                def note(grad: Tensor) -> None:
+                    grad = grad.flatten(0, -2)
+                    parts[path].append((grad if rows is None else grad[rows], taken))
+
+                (output if output.requires_grad else output.requires_grad_()).register_hook(note)
 
         return hook
 
@@ -69,6 +84,7 @@ class Adam:
         masters: fp32, like the parameters or the parameters themselves.
         maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `gradients` has of them.
         gradients: filled by `recorded(maps)`; cleared by a step.
+        backend: of `ops.localized_adam_`.
         scale: by which all gradients are too large. Steps do not depend on it: ε and what decay adds grow with them.
     """
 
@@ -82,7 +98,9 @@ class Adam:
         lr: float,
         weight_decay: float,
         scale: float = 1.0,
+        backend: Backend = "triton",
     ) -> None:
+        self._backend: Backend = backend
         self._parameters, self._masters, self._gradients = parameters, masters, gradients
         self._lr, self._weight_decay, self._eps = lr, scale * weight_decay, scale * 1e-8
         self._steps = torch.zeros((), device=next(iter(masters.values())).device)
@@ -124,7 +142,7 @@ class Adam:
                 eps=self._eps,
                 copy=copy[0] if copy else None,
                 skip=skip,
-                backend="triton",
+                backend=self._backend,
             )
         if self._rest is not None:
             if skip is not None:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from fastedit.methods.base import Edit
+from fastedit.methods.subjects import subject_ends
 
 _LIKELIEST = 256  # tokens whose probabilities are kept of each prediction; the others count as one
 
 
 def anchor_prompts(
     edits: Sequence[Edit], count: int, *, seed: int, subjects: Sequence[str] | None = None
-) -> list[tuple[int, str]]:
-    """Put other subjects into the edits' prompts: (place of the edit, prompt), `count` of each edit or fewer.
+) -> list[tuple[int, str, int]]:
+    """Put other subjects into the edits' prompts: (place of the edit, prompt, where its subject ends).
+
+    There are `count` of each edit, or fewer.
 
     Edits whose subject is unknown or does not stand in the prompt have none.
 
@@ -26,12 +29,12 @@ def anchor_prompts(
             words is not put there.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts = [edit.prompt.partition(edit.subject) if edit.subject else ("", "", "") for edit in edits]
+    parts = [_parts(edit) for edit in edits]
     asked: dict[tuple[str, str], set[str]] = {}
     for before, subject, after in parts:
         asked.setdefault((before, after), set()).add(subject)
     pool = list(dict.fromkeys([subject for _, subject, _ in parts if subject] if subjects is None else subjects))
-    prompts: list[tuple[int, str]] = []
+    prompts: list[tuple[int, str, int]] = []
     for place, (before, subject, after) in enumerate(parts):
         if not subject:
             continue
@@ -39,8 +42,17 @@ def anchor_prompts(
         # as many more as are taken: enough of them are left
         drawn = torch.randint(len(pool), (4 * (count + len(taken)),), generator=generator).tolist()
         others = [other for other in dict.fromkeys(pool[i] for i in drawn) if other not in taken]
-        prompts += [(place, before + other + after) for other in others[:count]]
+        prompts += [(place, before + other + after, len(before + other)) for other in others[:count]]
     return prompts
+
+
+def _parts(edit: Edit) -> tuple[str, str, str]:
+    """What stands before the subject, the subject, and what stands after it; empty without a subject."""
+    ends = subject_ends(edit)
+    if not ends:
+        return "", "", ""
+    subject = str(edit.subject)
+    return edit.prompt[: ends[-1] - len(subject)], subject, edit.prompt[ends[-1] :]
 
 
 @dataclass(frozen=True)

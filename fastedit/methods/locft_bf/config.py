@@ -15,8 +15,10 @@ from fastedit.errors import ConfigError
 class LocFTBFConfig:
     """Configuration of LocFT-BF; the defaults are the published values (arXiv 2509.22072)."""
 
-    layer: int | None = option(
-        None, "block of the edited module; None is the preset of a published model, else 22/32 of the depth."
+    layer: int | tuple[int, ...] | None = option(
+        None,
+        "block of the edited module, or several blocks, in each of which it is edited; None is the preset of a "
+        "published model, else 22/32 of the depth.",
     )
     module: str | None = option(
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path; None is the preset's."
@@ -44,6 +46,11 @@ class LocFTBFConfig:
     )
     seed: int = option(0, "of the order and of the contexts.")
     weight_decay: float = option(0.0, "Adam's L2 term.")
+    tokens: Literal["all", "subject"] = option(
+        "all",
+        "tokens that the update is learned at. subject: the last token of each edit's subject, where ROME and MEMIT "
+        "edit (all tokens of an edit without one).",
+    )
     preserve: Literal["none", "null-space", "anchors", "both"] = option(
         "none",
         "what training must leave alone. null-space: it avoids the directions that the module's inputs take in other "
@@ -76,6 +83,11 @@ class LocFTBFConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if isinstance(self.layer, tuple):
+            if not self.layer:
+                raise ConfigError("layer is (); give at least one block")
+            blocks = tuple(sorted(set(self.layer)))
+            object.__setattr__(self, "layer", blocks if len(blocks) > 1 else blocks[0])
         if self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}; give at least 1")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
@@ -91,6 +103,16 @@ class LocFTBFConfig:
             raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")
         if not 0 < self.anchor_weight < math.inf:
             raise ConfigError(f"anchor_weight is {self.anchor_weight}; give a positive number")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited blocks, upwards; none as long as `layer` is None."""
+        return self.layer if isinstance(self.layer, tuple) else () if self.layer is None else (self.layer,)
+
+    @property
+    def linear_only(self) -> bool:
+        """Whether the edited module has to be a linear map, of which the bias stays."""
+        return self.keeps_null_space or self.tokens == "subject"
 
     @property
     def keeps_anchors(self) -> bool:

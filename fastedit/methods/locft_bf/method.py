@@ -56,6 +56,7 @@ class LocFTBFPlan:
         given = replace(self.given, layer=layer, module=module)
         topology, old = self.data.model.topology, self.statistics
         resolved, notes = _resolved(topology, given, len(self.data.edits))
+        _check_maps(topology, resolved)
         statistics = _statistics(topology, resolved, old.fingerprint) if old else None
         return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
 
@@ -66,24 +67,24 @@ class LocFTBFPlan:
         Frozen weights stay in the model's dtype; the edited weights, their moments and their update are fp32.
 
         Args:
-            cache: of `data`, for runs that share it; it is advanced to `config.layer` and stays open.
+            cache: of `data`, for runs that share it; it is advanced to the lowest edited block and stays open.
 
         Raises:
             EditError: a loss that is not finite; names the edits that have it with the original weights or, if
                 none has, when and in which batch training diverged. The model is restored, as on every exception.
         """
         config, notes, data = self.config, [*self.notes], self.data
-        assert config.layer is not None  # chosen by now
-        assert config.module is not None
-        topology = data.model.topology
-        own = data.prefix_cache(config.layer) if cache is None else None
+        assert config.module is not None  # chosen by now
+        topology, lowest = data.model.topology, config.layers[0]
+        own = data.prefix_cache(lowest) if cache is None else None
         try:
-            trainer = Trainer(data, topology.resolve(config.layer, config.module)[1], config, self.statistics)
+            modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
+            trainer = Trainer(data, modules, config, self.statistics)
             interrupted = None
             with trainer.originals:
                 shared = own or cache
                 assert shared is not None
-                shared.advance(config.layer)
+                shared.advance(lowest)
                 try:
                     with only_trainable(topology.model, trainer.parameters.values()), torch.enable_grad():
                         trainer.run(shared)
@@ -122,6 +123,7 @@ def plan(
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     resolved, notes = _resolved(model.topology, config, len(edits))
+    _check_maps(model.topology, resolved)
     statistics = None
     if config.keeps_null_space:
         unedited = history.fingerprint if history else fingerprint(model.network)
@@ -130,25 +132,45 @@ def plan(
     bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
     if bare:
         notes.append(f"without anchors, for want of a subject or of others: {edit_names(edits, bare)}")
+    if data.trained is not None and (everywhere := (data.trained[: len(edits)] < 0).nonzero().flatten().tolist()):
+        notes.append(f"trained at all tokens, for want of a subject in the prompt: {edit_names(edits, everywhere)}")
     return LocFTBFPlan(resolved, notes, data, config, statistics)
+
+
+def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
+    """Refuse modules that cannot be edited as the configuration wants it.
+
+    Raises:
+        ConfigError: a module that has to be a linear map and is none; the last block, where a subject's state is
+            read by nothing.
+    """
+    assert config.module is not None
+    if not config.linear_only:
+        return
+    for layer in config.layers:
+        path, module = topology.resolve(layer, config.module)
+        if not isinstance(module, nn.Linear | Conv1D):
+            what = f"preserve {config.preserve}" if config.keeps_null_space else "tokens subject"
+            raise ConfigError(
+                f"{what} is about a linear map's inputs, and {path} is a {type(module).__name__}; choose a module such "
+                f"as down_proj, or go without {what}"
+            )
+    if config.tokens == "subject" and config.layers[-1] == topology.n_blocks - 1:
+        raise ConfigError(
+            f"layer {config.layers[-1]} is the last block and nothing reads a subject there; choose lower ones, or "
+            "tokens all"
+        )
 
 
 def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> StatisticsStore:
     """The second moments of what training avoids, of the model whose fingerprint is `unedited`.
 
     Raises:
-        ConfigError: a module that is no linear map. ModelError: no statistics of it.
+        ModelError: no statistics of some layer.
     """
-    assert config.layer is not None
     assert config.module is not None
-    path, module = topology.resolve(config.layer, config.module)
-    if not isinstance(module, nn.Linear | Conv1D):
-        raise ConfigError(
-            f"preserve {config.preserve} avoids directions of a linear map's inputs, and {path} is a "
-            f"{type(module).__name__}; choose a module such as down_proj, or preserve anchors or none"
-        )
     store = StatisticsStore(topology, unedited, config.module, config.statistics, config.unchecked_statistics)
-    store.require([config.layer])
+    store.require(config.layers)
     return store
 
 
@@ -170,19 +192,22 @@ def _resolved(topology: Topology, config: LocFTBFConfig, n_edits: int) -> tuple[
     if module is None:
         module = preset.module
         notes.append(f"module {module} ({where})")
-    path, found = topology.resolve(layer, module)
-    weights = list(found.parameters())
-    if not weights:
-        raise ModelError(f"module {module!r} of block {layer} has no weights to train; choose another")
+    layers = layer if isinstance(layer, tuple) else (layer,)
+    places = dict(topology.resolve(block, module) for block in layers)
+    for block, found in zip(layers, places.values(), strict=True):
+        if not list(found.parameters()):
+            raise ModelError(f"module {module!r} of block {block} has no weights to train; choose another")
     if lr is None:
         lr, why = preset.lr, where
         if lr is None:
-            lr, why = scaled_learning_rate(weights), f"{where}: 0.025 of the weights' RMS"
+            weights = {f"{path}.{name}": w for path, found in places.items() for name, w in found.named_parameters()}
+            lr, why = scaled_learning_rate([*weights.values()]), f"{where}: 0.025 of the weights' RMS"
+            named = ", ".join(places)
             if lr == 0:
-                raise ModelError(f"the weights of {path} are all zero, and no rate follows from their size; give lr")
+                raise ModelError(f"the weights of {named} are all zero, and no rate follows from their size; give lr")
             if not math.isfinite(lr):
-                broken = (f"{path}.{name}" for name, w in found.named_parameters() if not w.isfinite().all())
-                raise ModelError(f"{next(broken, path)} is not finite; load a model whose weights are whole")
+                broken = (path for path, w in weights.items() if not w.isfinite().all())
+                raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
         notes.append(f"lr {lr:.3g} ({why})")
     if batch_size == "auto":
         batch_size = batch_size_for(n_edits * (1 + config.augment))

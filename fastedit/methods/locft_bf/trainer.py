@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.errors import EditError
-from fastedit.methods.locft_bf.adam import Adam, GradientParts, recorded, with_kernel
+from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.null_space import NullSpace
@@ -40,24 +40,29 @@ _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 class Trainer:
     """The training loop; holds the original and the fp32 master weights, and what has been reached.
 
+    `modules` are the edited ones, by their blocks, upwards.
+
     `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
     """
 
     def __init__(
         self,
         data: TrainingSet,
-        module: nn.Module,
+        modules: Mapping[int, nn.Module],
         config: LocFTBFConfig,
         statistics: StatisticsStore | None = None,
     ) -> None:
         self.statistics = statistics
-        self.data, self.module, self.config = data, module, config
+        self.data, self.modules, self.config = data, modules, config
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
         paths = {id(p): path for path, p in topology.model.named_parameters()}
-        # a bias acts on all inputs alike: it has no directions to avoid
-        trained = dict(module.named_parameters()) if statistics is None else {"weight": module.get_parameter("weight")}
-        parameters = self.parameters = {paths[id(p)]: p for p in trained.values()}
+        # a bias acts on all inputs alike: it has no directions to avoid, and no token of its own
+        parameters = self.parameters = {
+            paths[id(p)]: p
+            for module in modules.values()
+            for p in ([module.get_parameter("weight")] if config.linear_only else module.parameters())
+        }
         self.originals = Snapshot(parameters)
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
@@ -68,7 +73,12 @@ class Trainer:
         self.losses: list[float] = []
         self.whole: tuple[str, dict[str, Tensor], list[float]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
-        self.maps = with_kernel(topology.model, parameters, int(tokens))
+        self.maps = (
+            with_kernel(topology.model, parameters, int(tokens))
+            if data.trained is None
+            else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
+        )
+        self.trained_rows: Tensor | None = None  # of the pass that runs
         self.gradients: GradientParts = {}
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
@@ -77,37 +87,41 @@ class Trainer:
             n_anchors = int(config.batch_size) if len(data.anchors) else 0
             self.scratch = ops.logits_buffer(head.weight, targets, n_anchors)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.null_space: NullSpace | None = None
+        self.null_spaces: dict[int, NullSpace] = {}
         self.reference: Reference | None = None
 
     def run(self, cache: PrefixCache) -> None:
         self.cache = cache
         # in a single epoch nothing would be read again
-        self.frozen = FrozenPart(self.topology, cache, self.module) if self.config.epochs > 1 else None
-        keys = self._look_at_anchors() if len(self.data.anchors) else None
-        if self.statistics is not None:
-            C = self.statistics.covariance(cache.layer)
-            if keys is not None:  # what anchors take is avoided as what other text takes
-                C += keys.T.double() @ keys.double() / len(keys)
-            self.null_space = NullSpace.of(C, self.config.null_space)
-        avoiding = self.null_space.around(self.module) if self.null_space else nullcontext()
-        with avoiding, recorded(self.maps) as self.gradients:
-            self._run()
+        lowest = self.modules[cache.layer]
+        self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
+        keys = self._look_at_anchors() if len(self.data.anchors) else {}
+        with ExitStack() as avoiding:
+            if self.statistics is not None:
+                for layer, module in self.modules.items():
+                    C = self.statistics.covariance(layer)
+                    if layer in keys:  # what anchors take is avoided as what other text takes
+                        C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
+                    self.null_spaces[layer] = NullSpace.of(C, self.config.null_space)
+                    avoiding.enter_context(self.null_spaces[layer].around(module))
+            with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
+                self._run()
 
     @torch.no_grad()
-    def _look_at_anchors(self) -> Tensor | None:
-        """Keep the predictions at all anchors; returns the module's inputs there [A, d] if it is a linear map."""
+    def _look_at_anchors(self) -> dict[int, Tensor]:
+        """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if statistics are at hand."""
         topology, first = self.topology, self.data.anchors.first
-        keys, references = [], []
+        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.statistics is not None}
+        references = []
         for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
             select = first + torch.tensor(some)
             rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
             references.append(Reference.of(topology.logits(self._hidden(rows, select)).float()))
-            if self.statistics is not None:
+            for layer, found in keys.items():
                 state = self.cache.hidden(rows)
-                keys.append(observe(topology, state, rows, self.cache.layer, self.module))
+                found.append(observe(topology, state, rows, self.cache.layer, self.modules[layer]))
         self.reference = Reference.joined(references)
-        return torch.cat(keys) if keys else None
+        return {layer: torch.cat(found) for layer, found in keys.items()}
 
     def _hidden(self, rows: Rows, select: Tensor) -> Tensor:
         """Hidden states [M, h] at the target rows of the selected samples."""
@@ -162,6 +176,7 @@ class Trainer:
             lr=config.lr or 0.0,
             weight_decay=config.weight_decay,
             scale=self.scale,
+            backend="triton" if self.data.trained is None else "auto",
         )
         for epoch in range(1, config.epochs + 1):
             batches = self._order(select).split(int(config.batch_size))
@@ -196,6 +211,7 @@ class Trainer:
             rows = pack(self.samples, select, packed=topology.packs)
             weight = weights[some][rows.sample_of].to(topology.device, non_blocking=True)
             rows = rows.to(topology.device, non_blocking=True)
+            self.trained_rows = self.data.trained_rows(rows)
             kept = anchors[max(0, some.start - n) : max(0, some.stop - n)].to(topology.device, non_blocking=True)
             hidden = self._hidden(rows, select)  # [M, h], anchors last
             labels = rows.labels[: len(rows.labels) - len(kept)]
@@ -266,15 +282,15 @@ class Trainer:
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:
         """The fp32 additive updates; the model is left at exactly original + update."""
-        updates = {}
+        updates = {path: self.masters[path] - before.float() for path, before in self.originals.values.items()}
+        paths = {id(p): path for path, p in self.parameters.items()}
+        for layer, null_space in self.null_spaces.items():
+            module, path = self.modules[layer], paths[id(self.modules[layer].get_parameter("weight"))]
+            D = updates[path].T if isinstance(module, Conv1D) else updates[path]  # [h, d]
+            D = null_space.of_rows(D)
+            updates[path] = D.T.contiguous() if isinstance(module, Conv1D) else D
         for path, parameter in self.parameters.items():
-            before = self.originals.values[path].float()
-            updates[path] = self.masters[path] - before
-            if self.null_space is not None:
-                D = updates[path].T if isinstance(self.module, Conv1D) else updates[path]  # [h, d]
-                D = self.null_space.of_rows(D)
-                updates[path] = D.T.contiguous() if isinstance(self.module, Conv1D) else D
-            parameter.copy_(before + updates[path])
+            parameter.copy_(self.originals.values[path].float() + updates[path])
         return updates
 
 

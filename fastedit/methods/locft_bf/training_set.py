@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastedit.errors import ConfigError
 from fastedit.methods.base import Edit
@@ -13,11 +14,13 @@ from fastedit.methods.contexts import sample_contexts
 from fastedit.methods.locft_bf.anchors import Anchors, anchor_prompts
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names, named_error
+from fastedit.methods.subjects import subject_ends
 from fastedit.models import (
     Budget,
     Model,
     PairError,
     PrefixCache,
+    Rows,
     Samples,
     last_tokens,
     no_autocast,
@@ -36,6 +39,7 @@ class TrainingSet:
             prompts whose one target row predicts what comes after them.
         owner: the place of the edit of each sample.
         anchors: where the anchors are among the samples.
+        trained: place in each sample of the one token that is trained at, -1 for all tokens [S]; None is all.
         budget: of what is cached.
     """
 
@@ -44,6 +48,7 @@ class TrainingSet:
     samples: Samples
     owner: Sequence[int]
     anchors: Anchors
+    trained: Tensor | None
     budget: Budget
     progress: Progress
 
@@ -56,10 +61,11 @@ class TrainingSet:
         """
         pairs = [(edit.prompt, edit.target) for edit in edits]
         copies = _augmented(model, edits, config) if config.augment else []
+        pairs += copies
         owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
         length = model.topology.context_length
         try:
-            samples = tokenize(model.tokenizer, [*pairs, *copies], append_eos=True, max_length=length)
+            samples = tokenize(model.tokenizer, pairs, append_eos=True, max_length=length)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:
@@ -67,6 +73,7 @@ class TrainingSet:
 
             raise named_error(error, edits, source) from None
         anchors = Anchors(len(samples), [[] for _ in edits])
+        trained = _subject_tokens(model, edits, pairs, owner) if config.tokens == "subject" else None
         if config.keeps_anchors:
             subjects = config.anchor_subjects
             found = anchor_prompts(edits, config.anchors, seed=config.seed, subjects=subjects)
@@ -76,13 +83,17 @@ class TrainingSet:
                     "give the edits' subjects as they stand in their prompts, and other subjects as anchor_subjects, "
                     "or take preserve null-space or none"
                 )
-            ids, last = last_tokens(model.tokenizer, [text for _, text in found], [len(text) for _, text in found])
+            texts = [text for _, text, _ in found]
+            ids, last = last_tokens(model.tokenizer, texts, [len(text) for text in texts])
             samples = samples.join(prompt_samples(ids, last))
-            for number, (place, _) in enumerate(found):
+            if trained is not None:
+                _, subject_last = last_tokens(model.tokenizer, texts, [end for *_, end in found])
+                trained = torch.cat([trained, torch.tensor(subject_last)])
+            for number, (place, *_) in enumerate(found):
                 anchors.of[place].append(number)
                 owner.append(place)
         budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
-        return cls(model, edits, samples, owner, anchors, budget, progress)
+        return cls(model, edits, samples, owner, anchors, trained, budget, progress)
 
     @no_autocast
     def prefix_cache(self, layer: int) -> PrefixCache:
@@ -90,9 +101,31 @@ class TrainingSet:
         report = counter(self.progress, "prefix", len(self.samples))
         return PrefixCache(self.model.topology, self.samples, layer, budget=self.budget, progress=report)
 
+    def trained_rows(self, rows: Rows) -> Tensor | None:
+        """Flat places `b * R + r` of the tokens that are trained at, on the device of the rows; None is all."""
+        if self.trained is None:
+            return None
+        place = rows.host_index.view(-1)[rows.token_rows]
+        sample = torch.searchsorted(self.samples.offsets, place, right=True) - 1
+        wanted, within = self.trained[sample], place - self.samples.offsets[sample]
+        return rows.token_rows[(wanted < 0) | (wanted == within)].to(rows.index.device, non_blocking=True)
+
     def names(self, samples: Sequence[int]) -> str:
         """Names of the edits that some samples belong to."""
         return edit_names(self.edits, [self.owner[i] for i in samples])
+
+
+def _subject_tokens(
+    model: Model, edits: Sequence[Edit], pairs: Sequence[tuple[str, str]], owner: Sequence[int]
+) -> Tensor:
+    """Index in each pair's sample of its subject's last token [S]; -1 where there is no subject."""
+    found = [(subject_ends(edit) or [0])[-1] for edit in edits]
+    ends = [
+        found[place] and len(prompt) - len(edits[place].prompt) + found[place]
+        for place, (prompt, _) in zip(owner, pairs, strict=True)
+    ]
+    _, last = last_tokens(model.tokenizer, [f"{prompt} {target}" for prompt, target in pairs], [e or 1 for e in ends])
+    return torch.tensor([index if end else -1 for index, end in zip(last, ends, strict=True)])
 
 
 def _augmented(model: Model, edits: Sequence[Edit], config: LocFTBFConfig) -> list[tuple[str, str]]:

@@ -1,0 +1,171 @@
+"""LocFT-BF that learns at the subjects' last tokens, in several blocks at once, against a plain loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import last_of_subject, moments, random_edits, tiny_model, values
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
+from fastedit.methods import LocFTBFConfig
+from fastedit.methods.base import MethodResult
+from fastedit.methods.locft_bf import adam, null_space
+from fastedit.methods.locft_bf.method import plan
+from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.models import Model, topology
+from fastedit.statistics.store import statistics_path
+
+SETTINGS: dict[str, Any] = {"layer": (1, 2), "tokens": "subject", "lr": 3e-3, "batch_size": 4, "epochs": 4}
+SETTINGS |= {"skip_loss": 0.0, "stop_loss": 0.0, "shuffle": False, "null_space": 0.4}
+
+
+def run(model: nn.Module, tokenizer: Any, edits: list[EditRequest], **config: Any) -> MethodResult:
+    return plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | config)).run()
+
+
+def plain(
+    model: nn.Module, tokenizer: Any, edits: list[EditRequest], P: dict[int, Tensor], places: list[int]
+) -> tuple[list[Tensor], list[float]]:
+    """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
+
+    D acts at all tokens, and gets its gradient from the token at `places` of the edit (all tokens where it is -1).
+    """
+    modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
+    D: dict[int, Tensor] = {}
+    for layer, module in modules.items():
+        weight: Any = module.weight
+        D[layer] = torch.zeros_like(weight.T if isinstance(module, Conv1D) else weight).requires_grad_()
+    optimizer = torch.optim.Adam(D.values(), lr=SETTINGS["lr"])
+    here = -1
+
+    def add(layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            change = args[0] @ (D[layer] @ P[layer]).T
+            fixed = args[0] @ (D[layer].detach() @ P[layer]).T
+            taught = torch.arange(output.shape[1])[:, None] == here if here >= 0 else torch.tensor(True)
+            return output + torch.where(taught, change, fixed)
+
+        return hook
+
+    handles = [module.register_forward_hook(add(layer)) for layer, module in modules.items()]
+    losses = []
+    for _ in range(SETTINGS["epochs"]):
+        total = 0.0
+        for first in range(0, len(edits), SETTINGS["batch_size"]):
+            batch = range(first, min(first + SETTINGS["batch_size"], len(edits)))
+            optimizer.zero_grad()
+            for i in batch:
+                here = places[i]
+                prompt = tokenizer(edits[i].prompt).input_ids
+                target = [*tokenizer(edits[i].target).input_ids, tokenizer.eos_token_id]
+                said = model(input_ids=torch.tensor([[*prompt, *target][:-1]])).logits[0, len(prompt) - 1 :]
+                loss = cross_entropy(said, torch.tensor(target)) / len(batch)
+                loss.backward()
+                total += loss.item() * len(batch)
+            optimizer.step()
+        losses.append(total / len(edits))
+    for handle in handles:
+        handle.remove()
+    changes = [(D[layer] @ P[layer]).detach() for layer in P]
+    return [c.T if isinstance(modules[1], Conv1D) else c for c in changes], losses
+
+
+@pytest.mark.parametrize(("family", "preserve"), [("llama", "null-space"), ("llama", "none"), ("gpt2", "null-space")])
+def test_equals_a_plain_loop(
+    family: str, preserve: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(null_space, "_SMALLEST", 0.0)
+    model, edits = tiny_model(family, seed=seed), random_edits(9, seed)
+    edits[4] = EditRequest(edits[4].prompt, edits[4].target, id="without a subject")
+    moments(model, tmp_path, seed)
+    parts, P = topology(model), {}
+    for layer in SETTINGS["layer"]:
+        width = torch.eye(parts.input_width(layer, "down_proj"))
+        found = StreamingCovariance.load(statistics_path(parts, tmp_path, layer)).finalize()
+        P[layer] = NullSpace.of(found, SETTINGS["null_space"]).of_rows(width) if preserve == "null-space" else width
+    places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
+    wanted, losses = plain(model, tokenizer, edits, P, places)
+    before = values(model)
+    made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS, preserve=preserve, statistics=tmp_path))
+    assert [note for note in made.notes if "trained at all tokens" in note and "without a subject" in note]
+    result = made.run()
+    assert list(result.updates) == [f"{parts.resolve(layer, 'down_proj')[0]}.weight" for layer in P]
+    for update, change in zip(result.updates.values(), wanted, strict=True):
+        assert isinstance(update, Tensor)
+        assert (update - change).norm() <= 2e-3 * change.norm()  # Adam takes rounding of small gradients for signs
+    assert result.losses == pytest.approx(losses, rel=1e-4)
+    changed = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
+    assert changed == set(result.updates)  # gpt2's bias stays
+
+
+def test_the_kernel_makes_the_same_edit(
+    tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    edits, found = random_edits(9, seed), []
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr("fastedit.ops.localized_adam.choose", lambda *_, backend=backend, **__: backend)
+        model = tiny_model("llama", seed=seed)
+        moments(model, tmp_path, seed)
+        result = run(model, tokenizer, edits, preserve="null-space", statistics=str(tmp_path), lr=1e-3, epochs=2)
+        found.append(next(iter(result.updates.values())))
+    assert (found[1] - found[0]).norm() <= 1e-3 * found[0].norm()
+
+
+def test_only_the_subjects_rows_make_the_gradient(tokenizer: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row an edit, so that a step costs as little as it can."""
+    rows: list[int] = []
+    step = adam.ops.localized_adam_
+    monkeypatch.setattr(
+        adam.ops, "localized_adam_", lambda w, G, X, *a, **k: rows.append(len(X)) or step(w, G, X, *a, **k)
+    )
+    run(tiny_model("llama", seed=seed), tokenizer, random_edits(8, seed))
+    assert set(rows) == {4}
+
+
+def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokenizer: Any, seed: int) -> None:
+    model, edits = tiny_model("llama", seed=seed), random_edits(6, seed)
+    config = LocFTBFConfig(**SETTINGS, augment=2, preserve="anchors", anchors=2)
+    data = plan(Model.of(model, tokenizer), edits, config).data
+    assert data.trained is not None
+    assert len(data.trained) == len(data.samples) == len(data.owner)
+    for sample, place in enumerate(data.trained.tolist()):
+        first, last = data.samples.offsets[sample : sample + 2].tolist()
+        words = tokenizer.decode(data.samples.input_ids[first : first + place + 1]).split()
+        edit = edits[data.owner[sample]]
+        others = [other.subject for other in edits] if sample >= data.anchors.first else [edit.subject]
+        assert first + place < last
+        assert any(words[-len(str(s).split()) :] == str(s).split() for s in others), (words, others)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"layer": 3}, "layer 3 is the last block"),
+        ({"layer": (0, 3)}, "layer 3 is the last block"),
+        ({"module": "mlp"}, "tokens subject is about a linear map's inputs"),
+        ({"layer": ()}, "at least one block"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused(config: dict[str, Any], words: str, tokenizer: Any, seed: int) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run(tiny_model("llama", seed=seed), tokenizer, random_edits(4, seed), **config)
+
+
+def test_several_blocks_are_one_edit(tokenizer: Any, seed: int) -> None:
+    """Blocks in any order, each once; the delta holds all of them and takes them back."""
+    model = tiny_model("llama", seed=seed)
+    before = values(model)
+    editor = Editor(model, tokenizer, layer=[2, 0, 2], lr=1e-3, epochs=2)
+    result = editor.edit(random_edits(5, seed))
+    assert result.delta.metadata["config"]["layer"] == (0, 2)
+    changed = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
+    assert changed == {f"{topology(model).resolve(layer, 'down_proj')[0]}.weight" for layer in (0, 2)}
+    result.delta.revert()
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
