@@ -33,6 +33,7 @@ from fastedit.models import Model
 HELD_OUT = 200_000  # characters of the text before those that statistics are collected from
 VARIANTS: dict[str, dict[str, Any]] = {
     "LocFT-BF": {"method": "locft-bf"},
+    "LocFT-BF, published": {"method": "locft-bf", "published": True},
     "LocFT-BF, null space": {"method": "locft-bf", "preserve": "null-space"},
     "LocFT-BF, anchors": {"method": "locft-bf", "preserve": "anchors"},
     "LocFT-BF, both": {"method": "locft-bf", "preserve": "both"},

@@ -59,20 +59,10 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         name = next((field for field, same in _SAME.items() if same == flag and field in known), flag)
         if name not in known:
             raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
-        config[name] = _fitting(value, name, hints_of(config_type)[name])
+        layers = name in (*_SAME, *_SAME.values())
+        config[name] = (value,) if layers and isinstance(value, int) else value
     config_type(**config)  # refuses values before any work starts
     return config
-
-
-def _fitting(value: Any, name: str, hint: Any) -> Any:
-    """One block as a list of one, or a list of one as the block, whichever the field takes."""
-    if name not in (*_SAME, *_SAME.values()):
-        return value
-    if "INT,…" in kind_of(hint).names:
-        return value if isinstance(value, tuple) else (value,)
-    if isinstance(value, tuple) and len(value) != 1:
-        raise ConfigError(f"--layers names {len(value)} blocks, but this method edits one; give one")
-    return value[0] if isinstance(value, tuple) else value
 
 
 def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:

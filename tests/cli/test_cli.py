@@ -800,7 +800,8 @@ def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: 
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate", "--epochs", 1)
     works(*common, flag, "1")
     assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == 1
-    assert "--layers names 2 blocks, but this method edits one" in fails(2, *common, flag, "1-2")
+    works(*common, flag, "1-2")
+    assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == [1, 2]
     (tmp_path / "text").write_text("The king of Gaul is old.")
     collect = ("covariance", "--text", tmp_path / "text", "--output", tmp_path / "c", "--layers", "1")
     assert "written to" in works(*collect, "--model", model).stdout

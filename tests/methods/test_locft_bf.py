@@ -26,7 +26,8 @@ from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestErr
 from fastedit.methods import LocFTBFConfig, contexts
 from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import trainer, training_set
-from fastedit.methods.locft_bf.method import batch_size_for, plan
+from fastedit.methods.locft_bf.choices import batch_size_for
+from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.presets import locft_bf_preset
 from fastedit.models import Model, Samples, pack, topology
 

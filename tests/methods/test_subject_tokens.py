@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
+from fastedit import ConfigError, Editor, EditRequest, ModelError, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import adam, null_space
@@ -22,7 +22,7 @@ from fastedit.models import Model, topology
 from fastedit.statistics.store import statistics_path
 
 SETTINGS: dict[str, Any] = {"layer": (1, 2), "tokens": "subject", "lr": 3e-3, "batch_size": 4, "epochs": 4}
-SETTINGS |= {"skip_loss": 0.0, "stop_loss": 0.0, "shuffle": False, "null_space": 0.4}
+SETTINGS |= {"skip_loss": 0.0, "stop_loss": 0.0, "shuffle": False, "null_space": 0.4, "preserve": "none"}
 
 
 def run(model: nn.Module, tokenizer: Any, edits: list[EditRequest], **config: Any) -> MethodResult:
@@ -92,7 +92,9 @@ def test_equals_a_plain_loop(
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     wanted, losses = plain(model, tokenizer, edits, P, places)
     before = values(model)
-    made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS, preserve=preserve, statistics=tmp_path))
+    made = plan(
+        Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | {"preserve": preserve, "statistics": tmp_path})
+    )
     assert [note for note in made.notes if "trained at all tokens" in note and "without a subject" in note]
     result = made.run()
     assert list(result.updates) == [f"{parts.resolve(layer, 'down_proj')[0]}.weight" for layer in P]
@@ -131,7 +133,7 @@ def test_only_the_subjects_rows_make_the_gradient(tokenizer: Any, seed: int, mon
 
 def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokenizer: Any, seed: int) -> None:
     model, edits = tiny_model("llama", seed=seed), random_edits(6, seed)
-    config = LocFTBFConfig(**SETTINGS, augment=2, preserve="anchors", anchors=2)
+    config = LocFTBFConfig(**SETTINGS | {"augment": 2, "preserve": "anchors", "anchors": 2})
     data = plan(Model.of(model, tokenizer), edits, config).data
     assert data.trained is not None
     assert len(data.trained) == len(data.samples) == len(data.owner)
@@ -169,3 +171,67 @@ def test_several_blocks_are_one_edit(tokenizer: Any, seed: int) -> None:
     assert changed == {f"{topology(model).resolve(layer, 'down_proj')[0]}.weight" for layer in (0, 2)}
     result.delta.revert()
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+@pytest.mark.parametrize(
+    ("given", "lacks", "tokens", "preserve"),
+    [
+        ({}, "", "subject", "null-space"),
+        ({"published": True}, "", "all", "none"),
+        ({"layer": 1}, "", "all", "none"),
+        ({"preserve": "none"}, "", "all", "none"),
+        ({"tokens": "subject", "preserve": "anchors"}, "", "subject", "anchors"),
+        ({"tokens": "subject"}, "", "subject", "null-space"),
+        ({}, "statistics", "all", "none"),
+        ({}, "subjects", "all", "none"),
+    ],
+)
+def test_the_default_spares_the_rest_where_it_can(
+    given: dict[str, Any],
+    lacks: str,
+    tokens: str,
+    preserve: str,
+    tokenizer: Any,
+    tmp_path: Path,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model without preset, with the statistics where they lie by themselves; the notes say which, and why."""
+    monkeypatch.setattr("fastedit.statistics.store.user_directory", lambda _: tmp_path)
+    model, edits = tiny_model("llama", seed=seed), random_edits(30, seed)
+    moments(model, tmp_path, seed, layers=(0,) if lacks == "statistics" else (0, 1))
+    if lacks == "subjects":
+        edits[7] = EditRequest(edits[7].prompt, edits[7].target, id="nameless")
+    made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**given))
+    config, notes = made.config, "; ".join(made.notes)
+    assert (config.tokens, config.preserve) == (tokens, preserve)
+    everywhere = {"layer": (2,), "lr": 0.025, "batch_size": 1, "null_space": 0.2}
+    expected = {"layer": (0, 1), "lr": 0.016, "batch_size": 3, "null_space": 0.4} if tokens == "subject" else everywhere
+    expected |= given
+    assert config.layers == (expected["layer"] if isinstance(expected["layer"], tuple) else (1,))
+    assert (config.batch_size, config.null_space) == (expected["batch_size"], expected["null_space"])
+    weights = [topology(model).resolve(layer, "down_proj")[1].weight for layer in config.layers]
+    assert config.lr == pytest.approx(
+        expected["lr"] * float(torch.stack(weights).detach().square().mean().sqrt()), rel=1e-4
+    )
+    assert ("spared" in notes) == (tokens == "subject" and not given)
+    assert ("fastedit covariance" in notes) == (lacks == "statistics")
+    assert ("edit nameless" in notes) == (lacks == "subjects")
+
+
+def test_statistics_that_are_given_must_be_there(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    """Not replaced by the papers' recipe with a note."""
+    model = Model.of(tiny_model("llama", seed=seed), tokenizer)
+    with pytest.raises(ModelError, match="no statistics"):
+        plan(model, random_edits(4, seed), LocFTBFConfig(statistics=tmp_path))
+
+
+def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:
+    model, edits = tiny_model("llama", seed=seed), random_edits(6, seed)
+    found = [
+        plan(Model.of(model, tokenizer), edits, LocFTBFConfig(epochs=2, **given)).config
+        for given in ({"published": True}, {"tokens": "all", "preserve": "none", "published": True})
+    ]
+    assert found[0] == found[1]
+    with pytest.raises(ConfigError, match="published is the papers' recipe"):
+        LocFTBFConfig(published=True, preserve="both")

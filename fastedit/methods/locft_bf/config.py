@@ -18,16 +18,20 @@ class LocFTBFConfig:
     layer: int | tuple[int, ...] | None = option(
         None,
         "block of the edited module, or several blocks, in each of which it is edited; None is the preset of a "
-        "published model, else 22/32 of the depth.",
+        "published model, else 22/32 of the depth, or MEMIT's blocks with tokens subject.",
     )
     module: str | None = option(
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path; None is the preset's."
     )
     lr: float | None = option(
-        None, "Adam's learning rate, constant; None is the preset's, else 0.025 of the weights' RMS."
+        None,
+        "Adam's learning rate, constant; None is the preset's, else 0.025 of the weights' RMS (0.016 with tokens "
+        "subject).",
     )
     batch_size: int | Literal["auto"] = option(
-        "auto", 'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that.'
+        "auto",
+        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that (100 from 1,000 on '
+        "and 10 steps with tokens subject).",
     )
     epochs: int = option(25, "at most this many passes over the edits.")
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
@@ -46,17 +50,26 @@ class LocFTBFConfig:
     )
     seed: int = option(0, "of the order and of the contexts.")
     weight_decay: float = option(0.0, "Adam's L2 term.")
-    tokens: Literal["all", "subject"] = option(
-        "all",
+    published: bool = option(
+        False, "the papers' recipe, whatever the model and the edits: tokens all, preserve none, and the layer's rule."
+    )
+    tokens: Literal["auto", "all", "subject"] = option(
+        "auto",
         "tokens that the update is learned at. subject: the last token of each edit's subject, where ROME and MEMIT "
-        "edit (all tokens of an edit without one).",
+        "edit (all tokens of an edit without one). auto: subject for a model without a preset if layer, module and "
+        "preserve are left open, all edits have subjects and there are statistics; else all.",
     )
-    preserve: Literal["none", "null-space", "anchors", "both"] = option(
-        "none",
+    preserve: Literal["auto", "none", "null-space", "anchors", "both"] = option(
+        "auto",
         "what training must leave alone. null-space: it avoids the directions that the module's inputs take in other "
-        "text, of which the statistics know; anchors: at the edits' prompts with other subjects the predictions stay.",
+        "text, of which the statistics know; anchors: at the edits' prompts with other subjects the predictions stay; "
+        "auto: null-space with tokens subject, else none.",
     )
-    null_space: float = option(0.2, "share of the input directions that training avoids, with preserve null-space.")
+    null_space: float | None = option(
+        None,
+        "share of the input directions that training avoids, with preserve null-space; None is 0.2, or 0.4 with tokens "
+        "subject.",
+    )
     anchors: int = option(8, "prompts with other subjects for each edit, of which a step takes one.")
     anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
     anchor_subjects: tuple[str, ...] | None = option(
@@ -97,7 +110,9 @@ class LocFTBFConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.augment < 0:
             raise ConfigError(f"augment is {self.augment}; give a number of contexts an edit, 0 for none")
-        if not 0 < self.null_space < 1:
+        if self.published and (self.tokens == "subject" or self.preserve not in ("auto", "none")):
+            raise ConfigError("published is the papers' recipe; leave out tokens and preserve, or leave out published")
+        if self.null_space is not None and not 0 < self.null_space < 1:
             raise ConfigError(f"null_space is {self.null_space}; give a share of the directions between 0 and 1")
         if self.anchors < 1:
             raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")

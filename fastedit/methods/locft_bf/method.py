@@ -7,8 +7,6 @@ runs at target tokens only, and samples are packed into rows without padding bet
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -16,18 +14,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.errors import ConfigError, EditError, ModelError
+from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
+from fastedit.methods.locft_bf.choices import resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_names
-from fastedit.methods.presets import locft_bf_preset, scaled_learning_rate
 from fastedit.models import Model, PrefixCache, Topology, fingerprint, no_autocast
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class LocFTBFPlan:
         """
         given = replace(self.given, layer=layer, module=module)
         topology, old = self.data.model.topology, self.statistics
-        resolved, notes = _resolved(topology, given, len(self.data.edits))
+        resolved, notes = resolve(topology, given, self.data.edits, old.fingerprint if old else "")
         _check_maps(topology, resolved)
         statistics = _statistics(topology, resolved, old.fingerprint) if old else None
         return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
@@ -122,14 +118,12 @@ def plan(
             of a layer that needs them; no anchors where they are wanted.
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
-    resolved, notes = _resolved(model.topology, config, len(edits))
+    unedited = history.fingerprint if history else fingerprint(model.network)
+    resolved, notes = resolve(model.topology, config, edits, unedited)
     _check_maps(model.topology, resolved)
-    statistics = None
-    if config.keeps_null_space:
-        unedited = history.fingerprint if history else fingerprint(model.network)
-        statistics = _statistics(model.topology, resolved, unedited)
+    statistics = _statistics(model.topology, resolved, unedited) if resolved.keeps_null_space else None
     data = TrainingSet.of(model, edits, resolved, progress)
-    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
+    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if resolved.keeps_anchors else []
     if bare:
         notes.append(f"without anchors, for want of a subject or of others: {edit_names(edits, bare)}")
     if data.trained is not None and (everywhere := (data.trained[: len(edits)] < 0).nonzero().flatten().tolist()):
@@ -172,46 +166,3 @@ def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> Sta
     store = StatisticsStore(topology, unedited, config.module, config.statistics, config.unchecked_statistics)
     store.require(config.layers)
     return store
-
-
-def batch_size_for(n_edits: int) -> int:
-    """The published 100 at the published 3,000 edits; fewer edits keep at least 30 steps an epoch."""
-    return max(1, min(100, n_edits // 30))
-
-
-def _resolved(topology: Topology, config: LocFTBFConfig, n_edits: int) -> tuple[LocFTBFConfig, list[str]]:
-    """The configuration with every automatic choice made, and a note of what was chosen and why."""
-    preset, published = locft_bf_preset(topology)
-    where = "published preset" if published else "no preset for this model"
-    notes = []
-    layer, module, lr, batch_size = config.layer, config.module, config.lr, config.batch_size
-    if layer is None:
-        layer = preset.layer
-        rule = "" if published else f": 22/32 of {topology.n_blocks} blocks"
-        notes.append(f"layer {layer} ({where}{rule})")
-    if module is None:
-        module = preset.module
-        notes.append(f"module {module} ({where})")
-    layers = layer if isinstance(layer, tuple) else (layer,)
-    places = dict(topology.resolve(block, module) for block in layers)
-    for block, found in zip(layers, places.values(), strict=True):
-        if not list(found.parameters()):
-            raise ModelError(f"module {module!r} of block {block} has no weights to train; choose another")
-    if lr is None:
-        lr, why = preset.lr, where
-        if lr is None:
-            weights = {f"{path}.{name}": w for path, found in places.items() for name, w in found.named_parameters()}
-            lr, why = scaled_learning_rate([*weights.values()]), f"{where}: 0.025 of the weights' RMS"
-            named = ", ".join(places)
-            if lr == 0:
-                raise ModelError(f"the weights of {named} are all zero, and no rate follows from their size; give lr")
-            if not math.isfinite(lr):
-                broken = (path for path, w in weights.items() if not w.isfinite().all())
-                raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
-        notes.append(f"lr {lr:.3g} ({why})")
-    if batch_size == "auto":
-        batch_size = batch_size_for(n_edits * (1 + config.augment))
-        notes.append(f"batch_size {batch_size} (auto for {n_edits} edits)")
-    for note in notes:
-        log.info("locft-bf: %s", note)
-    return replace(config, layer=layer, module=module, lr=lr, batch_size=batch_size), notes

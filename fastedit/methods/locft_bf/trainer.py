@@ -98,11 +98,13 @@ class Trainer:
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
             if self.statistics is not None:
+                share = self.config.null_space
+                assert share is not None  # chosen by now
                 for layer, module in self.modules.items():
                     C = self.statistics.covariance(layer)
                     if layer in keys:  # what anchors take is avoided as what other text takes
                         C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
-                    self.null_spaces[layer] = NullSpace.of(C, self.config.null_space)
+                    self.null_spaces[layer] = NullSpace.of(C, share)
                     avoiding.enter_context(self.null_spaces[layer].around(module))
             with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
                 self._run()
