@@ -6,7 +6,9 @@ import gc
 import os
 import random
 import secrets
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -29,6 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the programs that tests sta
 
 if not os.environ.get("FASTEDIT_TEST_SEED"):
     os.environ["FASTEDIT_TEST_SEED"] = str(secrets.randbelow(2**31))  # where the workers of this run find it
+if "XDG_CACHE_HOME" not in os.environ:  # statistics that edits make are gone with the run
+    _CACHE = tempfile.TemporaryDirectory(prefix="fastedit-tests-")
+    os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # to list fonts takes seconds
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 _SEED = int(os.environ["FASTEDIT_TEST_SEED"])
 
 

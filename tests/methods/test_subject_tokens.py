@@ -18,8 +18,9 @@ from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import adam, null_space
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
-from fastedit.models import Model, topology
-from fastedit.statistics.store import statistics_path
+from fastedit.models import Model, fingerprint, topology
+from fastedit.statistics.own_text import own_text_directory, write_text
+from fastedit.statistics.store import statistics_path, user_directory
 
 SETTINGS: dict[str, Any] = {"layer": (1, 2), "tokens": "subject", "lr": 3e-3, "batch_size": 4, "epochs": 4}
 SETTINGS |= {"skip_loss": 0.0, "stop_loss": 0.0, "shuffle": False, "null_space": 0.4, "preserve": "none"}
@@ -182,7 +183,7 @@ def test_several_blocks_are_one_edit(tokenizer: Any, seed: int) -> None:
         ({"preserve": "none"}, "", "all", "none"),
         ({"tokens": "subject", "preserve": "anchors"}, "", "subject", "anchors"),
         ({"tokens": "subject"}, "", "subject", "null-space"),
-        ({}, "statistics", "all", "none"),
+        ({}, "statistics", "subject", "null-space"),
         ({}, "subjects", "all", "none"),
     ],
 )
@@ -197,9 +198,10 @@ def test_the_default_spares_the_rest_where_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a model without preset, with the statistics where they lie by themselves; the notes say which, and why."""
-    monkeypatch.setattr("fastedit.statistics.store.user_directory", lambda _: tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model, edits = tiny_model("llama", seed=seed), random_edits(30, seed)
-    moments(model, tmp_path, seed, layers=(0,) if lacks == "statistics" else (0, 1))
+    if lacks != "statistics":
+        moments(model, user_directory(fingerprint(model)), seed, layers=(0, 1))
     if lacks == "subjects":
         edits[7] = EditRequest(edits[7].prompt, edits[7].target, id="nameless")
     made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**given))
@@ -219,6 +221,39 @@ def test_the_default_spares_the_rest_where_it_can(
     assert ("edit nameless" in notes) == (lacks == "subjects")
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_for_want_of_statistics_the_model_writes_the_text(
+    family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: the next edit of this model finds them; statistics of real text go before them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, edits = tiny_model(family, seed=seed), random_edits(12, seed)
+    editor, before = Editor(model, tokenizer, epochs=2), fingerprint(model)
+    folder = own_text_directory(before)
+    state = torch.get_rng_state()
+    made = editor.plan(edits)
+    assert not folder.exists()  # a plan writes nothing
+    result = editor.run(made)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = {path: StreamingCovariance.load(path) for path in folder.glob("*_proj.safetensors")}
+    assert len(found) == 2  # layers 0 and 1
+    for moment in found.values():
+        assert moment.count >= moment.dim
+        assert moment.metadata["fingerprint"] == before
+    times = {path: path.stat().st_mtime_ns for path in found}
+    second = editor.edit(edits)  # of the same Editor: those of the unedited model
+    assert second.delta.metadata["config"]["statistics"] == str(folder)
+    second.revert()
+    result.revert()
+    third = editor.edit(edits)
+    assert {path: path.stat().st_mtime_ns for path in found} == times
+    for path, update in result.delta.updates.items():
+        torch.testing.assert_close(third.delta.updates[path], update)
+    third.revert()
+    moments(model, user_directory(before), seed, layers=(0, 1))
+    assert editor.plan(edits).made.config.statistics is None
+
+
 def test_statistics_that_are_given_must_be_there(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     """Not replaced by the papers' recipe with a note."""
     model = Model.of(tiny_model("llama", seed=seed), tokenizer)
@@ -235,3 +270,12 @@ def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:
     assert found[0] == found[1]
     with pytest.raises(ConfigError, match="published is the papers' recipe"):
         LocFTBFConfig(published=True, preserve="both")
+
+
+def test_the_text_a_model_writes_is_as_long_as_asked_and_its_own(tokenizer: Any, seed: int) -> None:
+    model = Model.of(tiny_model("llama", seed=seed), tokenizer)
+    texts = write_text(model, 500, seed=1)
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    assert 400 <= sum(lengths) <= 700  # special tokens that it may sample are not text
+    assert len(set(texts)) == len(texts)
+    assert texts == write_text(model, 500, seed=1) != write_text(model, 500, seed=2)

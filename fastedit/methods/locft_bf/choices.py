@@ -17,7 +17,8 @@ from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
 from fastedit.methods.subjects import subject_ends
 from fastedit.models import Topology
-from fastedit.statistics.store import StatisticsStore
+from fastedit.statistics.own_text import own_text_directory
+from fastedit.statistics.store import MissingStatisticsError, StatisticsStore
 
 log = logging.getLogger(__name__)
 
@@ -86,46 +87,49 @@ def _spared(
     """`tokens` and `preserve` chosen.
 
     Without a published preset, and where nothing says where or what to train, training spares the rest: at the
-    subjects' last tokens, in the null space of other text. It needs subjects and statistics; for want of them it is
-    the papers' recipe.
+    subjects' last tokens, in the null space of other text. For want of subjects it is the papers' recipe; for want of
+    statistics the model writes the text.
     """
-    tokens, preserve, notes = config.tokens, config.preserve, []
+    tokens, preserve, statistics, notes = config.tokens, config.preserve, config.statistics, []
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
     if tokens == "auto":
         tokens = "all"
         if free and not (config.published or locft_bf_preset(topology)[1]):
-            lacking = _lacking(topology, config, edits, unedited)
-            if lacking is None:
+            bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
+            if bare:
+                lacking = f"no subject in the prompt of {edit_names(edits, bare)}"
+                notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
+            else:
                 tokens = "subject"
                 notes.append(
                     "tokens subject, preserve null-space (no preset for this model: other facts and other text are "
                     "spared; published takes the papers' recipe)"
                 )
-            else:
-                notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
+                statistics, found = _statistics(topology, config, unedited)
+                notes += found
     if preserve == "auto":
         preserve = "null-space" if tokens == "subject" else "none"
-    return replace(config, tokens=tokens, preserve=preserve), notes
+    return replace(config, tokens=tokens, preserve=preserve, statistics=statistics), notes
 
 
-def _lacking(topology: Topology, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str) -> str | None:
-    """What is missing for training that spares the rest; None if nothing is.
+def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> tuple[str | None, list[str]]:
+    """The folder of statistics for the default layers, and a note if it is that of the model's own text.
 
     Raises:
         ModelError: no statistics in the folder that is given for them.
     """
-    bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
-    if bare:
-        return f"no subject in the prompt of {edit_names(edits, bare)}"
     layers = locate_then_edit_preset(topology)[0].layers
     store = StatisticsStore(topology, unedited, "down_proj", config.statistics, config.unchecked_statistics)
     try:
         store.require(layers)
-    except ModelError as error:
+    except MissingStatisticsError as error:
         if config.statistics is not None:  # they were asked for
             raise
-        return str(error)
-    return None
+        folder = str(own_text_directory(unedited))
+        return folder, [
+            f"statistics of text that the model writes, in {folder}; those of real text spare more: {error}"
+        ]
+    return config.statistics, []
 
 
 def _rate(places: dict[str, nn.Module], subject: bool) -> tuple[float, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +24,8 @@ from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_names
 from fastedit.models import Model, PrefixCache, Topology, fingerprint, no_autocast
 from fastedit.progress import Progress, no_progress
-from fastedit.statistics.store import StatisticsStore
+from fastedit.statistics.own_text import collect_own, own_text_directory
+from fastedit.statistics.store import MissingStatisticsError, StatisticsStore
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class LocFTBFPlan:
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
         topology, lowest = data.model.topology, config.layers[0]
+        if self.statistics is not None and _own_text(self.statistics):
+            self._write_statistics(self.statistics)
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
@@ -100,6 +104,14 @@ class LocFTBFPlan:
                 own.close()
         originals = trainer.originals.values
         return MethodResult(updates, originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
+
+    def _write_statistics(self, store: StatisticsStore) -> None:
+        """Make the statistics of the model's own text that are missing."""
+        try:
+            store.require(self.config.layers)
+        except MissingStatisticsError as error:
+            model, module, progress = self.data.model, store.module, self.data.progress
+            collect_own(model, error.layers, Path(str(store.directory)), module=module, progress=progress)
 
 
 @no_autocast
@@ -164,5 +176,11 @@ def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> Sta
     """
     assert config.module is not None
     store = StatisticsStore(topology, unedited, config.module, config.statistics, config.unchecked_statistics)
-    store.require(config.layers)
+    if not _own_text(store) or fingerprint(topology.model) != unedited:
+        store.require(config.layers)
     return store
+
+
+def _own_text(store: StatisticsStore) -> bool:
+    """Whether statistics that are missing are made from the model's own text."""
+    return str(store.directory) == str(own_text_directory(store.fingerprint))
