@@ -18,7 +18,7 @@ test-fresh: $(VENV)/.installed
 
 # two trained models, loaded from the package index
 test-real: $(VENV)/.installed
-	$(BIN)/python -m pytest -m real tests/test_real.py
+	XDG_CACHE_HOME=$${XDG_CACHE_HOME:-$$HOME/.cache} $(BIN)/python -m pytest -m real tests/test_real.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

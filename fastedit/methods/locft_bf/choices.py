@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
 from fastedit.methods.base import Edit
@@ -94,7 +95,7 @@ def _spared(
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
     if tokens == "auto":
         tokens = "all"
-        if free and not (config.published or locft_bf_preset(topology)[1]):
+        if free and not (config.published or locft_bf_preset(topology)[1]) and _reads_facts(topology):
             bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
             if bare:
                 lacking = f"no subject in the prompt of {edit_names(edits, bare)}"
@@ -110,6 +111,13 @@ def _spared(
     if preserve == "auto":
         preserve = "null-space" if tokens == "subject" else "none"
     return replace(config, tokens=tokens, preserve=preserve, statistics=statistics), notes
+
+
+def _reads_facts(topology: Topology) -> bool:
+    """Whether blocks that read a subject have a linear map to edit, and blocks above them to read it."""
+    layers = locate_then_edit_preset(topology)[0].layers
+    maps = [topology.resolve(layer, "down_proj")[1] for layer in layers]
+    return layers[-1] < topology.n_blocks - 1 and all(isinstance(found, nn.Linear | Conv1D) for found in maps)
 
 
 def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> tuple[str | None, list[str]]:
