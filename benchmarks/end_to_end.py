@@ -104,7 +104,7 @@ def main() -> None:
     world = fastedit.demo.World()
     requests, text = world.requests(args.n), world.prose(100)
     for method in args.methods:
-        config = {} if method == "locft-bf" else {"contexts": CONTEXTS}
+        config = {"published": True} if method == "locft-bf" else {"contexts": CONTEXTS}
         editor = Editor.from_pretrained(
             fastedit.demo.checkpoint_path(), method, dtype="float32", device=args.device, **config
         )

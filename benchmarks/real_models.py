@@ -163,8 +163,9 @@ def main() -> None:
             edits = records[:n]
             before = trained.predict(edits)
             for variant in args.variants:
+                source = args.requests.stem + f" from record {args.skip}" * bool(args.skip)
                 for row in trained.measure(edits, before, variant):
-                    append(replace(row, shape=f"{len(edits)} edits ({args.requests.stem}), {path.name}"))
+                    append(replace(row, shape=f"{len(edits)} edits ({source}), {path.name}"))
                     print(f"{path.name}, {n} edits, {variant}: {row.unit} {row.p50:.4g}", flush=True)
 
 

@@ -101,7 +101,8 @@ def edits(suite: Suite, counts: Sequence[int], repeats: int = 3) -> list[Row]:
     """One epoch of LocFT-BF on the fact world, the prefix cache included."""
     requests = fastedit.demo.World().requests(max(counts))
     path, mode = fastedit.demo.checkpoint_path(), "LocFT-BF, an epoch"
-    editor = Editor.from_pretrained(path, dtype="float32", batch_size=50, epochs=1, stop_loss=0.0, device=suite.device)
+    config = {"published": True, "batch_size": 50, "epochs": 1, "stop_loss": 0.0}
+    editor = Editor.from_pretrained(path, dtype="float32", device=suite.device, **config)
     editor.edit(requests[:50]).revert()
     print(f"\nscaling {mode}", flush=True)
     rows = []

@@ -37,6 +37,7 @@ def main() -> None:
             editor = Editor.from_pretrained(
                 fastedit.demo.checkpoint_path(),
                 dtype="float32",
+                published=True,
                 schedule=schedule,
                 batch_size=batch_size,
                 lr=args.lr,

@@ -9,6 +9,7 @@ key. What was not measured says so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -263,25 +264,52 @@ def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
     return lambda rows: each_device([row for row in rows if row.benchmark == benchmark], draw)
 
 
+def by_variant(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(size, variant) -> its measures on a trained model, by unit."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row.benchmark == "real_models":
+            found.setdefault((row.shape, row.mode), {})[row.unit] = row
+    return found
+
+
+def perplexity_change(cells: dict[str, Row]) -> str:
+    before, after = cells.get("perplexity before"), cells.get("perplexity")
+    return f"{after.p50 / before.p50 - 1:+.1%}" if before and after else MISSING
+
+
 def real_models(rows: Sequence[Row]) -> Lines:
-    """A line for each variant on each model, and one for the unedited model."""
+    """A line for each variant on each model."""
     units = ("reliability", "begins", "generalization", "first token", "KL", "PS", "NS", "known facts")
 
     def number(row: Row | None) -> str:
         return f"{row.p50:.2f}" if row and row.unit == "KL" else quality(row)
 
     def draw(own: Sequence[Row]) -> Lines:
-        found: dict[tuple[str, str], dict[str, Row]] = {}
-        for row in own:
-            found.setdefault((row.shape, row.mode), {})[row.unit] = row
         body = []
-        for (shape, mode), cells in found.items():
-            before, after = cells.get("perplexity before"), cells.get("perplexity")
-            change = f"{after.p50 / before.p50 - 1:+.1%}" if before and after else MISSING
+        for (shape, mode), cells in by_variant(own).items():
             time = cells.get("s")
             shown = (seconds(time.p50), memory(time)) if time else (MISSING, MISSING)
-            body.append((mode, shape, *(number(cells.get(unit)) for unit in units), change, *shown))
+            body.append((mode, shape, *(number(cells.get(unit)) for unit in units), perplexity_change(cells), *shown))
         return table(("", "size", *units, "perplexity", "time", "peak memory"), body)
+
+    return each_device([row for row in rows if row.benchmark == "real_models"], draw)
+
+
+def spared(rows: Sequence[Row]) -> Lines:
+    """For the main README: what the default of LocFT-BF writes, keeps and costs beside the published recipe."""
+    recipes = {"LocFT-BF, published": "published", "LocFT-BF": "default"}
+
+    def draw(own: Sequence[Row]) -> Lines:
+        found, body = by_variant(own), []
+        sizes = [shape for shape, mode in found if mode == "LocFT-BF"]
+        for shape, (mode, recipe) in itertools.product(sizes, recipes.items()):
+            cells = found.get((shape, mode), {})
+            shares = (quality(cells.get(unit)) for unit in ("reliability", "PS", "first token", "known facts"))
+            time = seconds(cells["s"].p50) if "s" in cells else MISSING
+            body.append((shape.rpartition(", ")[2], recipe, *shares, perplexity_change(cells), time))
+        head = ("model", "recipe", "edits written", "paraphrases", "neighbours kept", "other facts kept", "perplexity")
+        return table((*head, "time"), body)
 
     return each_device([row for row in rows if row.benchmark == "real_models"], draw)
 
@@ -309,6 +337,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "emmet_vs_memit": measures("emmet_vs_memit"),
     "schedules": measures("schedules"),
     "real_models": real_models,
+    "spared": spared,
     "scaling": scaling,
 }
 

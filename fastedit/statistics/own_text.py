@@ -5,18 +5,23 @@ Statistics of real text are the better ones (`fastedit covariance`); these need 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
+from fastedit.errors import FileError, ModelError
 from fastedit.models import Model, generate_by, trailing
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
-from fastedit.statistics.moment import StreamingCovariance
-from fastedit.statistics.store import user_directory
+from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
+
+log = logging.getLogger(__name__)
 
 _OPENINGS = ("The", "In", "A", "I", "It", "What", "How", "She", "This", "For", "When", "You", "1", "If", "And", "To")
 _LENGTH, _ROWS = 128, 64  # tokens of a text, texts at once
@@ -28,9 +33,56 @@ def own_text_directory(fingerprint: str) -> Path:
     return user_directory(fingerprint) / "own-text"
 
 
-def own_text_tokens(model: Model, layers: Sequence[int], module: str) -> int:
-    """Tokens that are written for these layers: enough for every direction of their inputs."""
-    return _TOKENS * max(model.topology.input_width(layer, module) for layer in layers)
+@dataclass(frozen=True)
+class OwnText:
+    """Second moments of text that a model writes itself, made when they are first needed.
+
+    Attributes:
+        fingerprint: of the model, unedited.
+        module: the projection whose inputs they are of, as `Topology.resolve` takes it.
+    """
+
+    model: Model
+    fingerprint: str
+    module: str
+
+    def missing(self, layers: Sequence[int]) -> list[int]:
+        """The layers of which none are kept."""
+        found = []
+        for layer in layers:
+            try:
+                self._kept.require([layer])
+            except ModelError:  # a damaged file counts as none
+                found.append(layer)
+        return found
+
+    def second_moments(self, layers: Sequence[int], progress: Progress = no_progress) -> Callable[[int], Tensor]:
+        """C [d, d] fp64 of each of these layers, on the module's device.
+
+        What is missing is made, and kept in the user's cache if that can be written.
+
+        Raises:
+            ModelError: the model gives NaN or infinity.
+        """
+        missing, made = self.missing(layers), {}
+        if missing:
+            topology = self.model.topology
+            tokens = _TOKENS * max(topology.input_width(layer, self.module) for layer in missing)
+            texts = write_text(self.model, tokens)
+            report: Progress = lambda stage, done, _, loss=None: progress(stage, min(done, tokens), tokens, loss)  # noqa: E731
+            made = collect(self.model, texts, missing, module=self.module, progress=report)
+            for layer, moment in made.items():
+                path = statistics_path(topology, str(self._kept.directory), layer, self.module)
+                try:
+                    moment.save(path)
+                except FileError as error:
+                    log.info("the statistics of layer %d are not kept: %s", layer, error)
+        device = self.model.device
+        return lambda layer: made[layer].finalize().to(device) if layer in made else self._kept.covariance(layer)
+
+    @property
+    def _kept(self) -> StatisticsStore:
+        return StatisticsStore(self.model.topology, self.fingerprint, self.module, own_text_directory(self.fingerprint))
 
 
 @torch.no_grad()
@@ -38,6 +90,9 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     """Texts of `n_tokens` tokens in all, or a few more, sampled from the model's whole distribution.
 
     Reproducible from `seed`; the caller's random state is left alone.
+
+    Raises:
+        ModelError: the model gives NaN or infinity.
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
@@ -46,6 +101,11 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     begun = min(map(len, starts))
     length = min(_LENGTH, model.topology.context_length) - begun
     rows = torch.tensor([ids[:begun] for ids in starts], device=device)
+    if not network(input_ids=rows, use_cache=False).logits[:, -1].isfinite().all():  # sampling would end the process
+        raise ModelError(
+            "the model gives NaN or infinity for ordinary text: it may have weights that are not finite, or numbers "
+            "too large for its dtype"
+        )
     n_texts = -(-n_tokens // (begun + length))
     sampling = GenerationConfig(
         do_sample=True,
@@ -64,21 +124,3 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
             out = generate_by(network, sampling, rows[some % len(rows)])
             texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     return texts
-
-
-def collect_own(
-    model: Model,
-    layers: Sequence[int],
-    directory: Path,
-    *,
-    module: str = "down_proj",
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> dict[int, StreamingCovariance]:
-    """Second moments of some layers' inputs in text that the model writes, kept in a folder.
-
-    Raises:
-        ConfigError, ModelError, FileError: as `collect`.
-    """
-    texts = write_text(model, own_text_tokens(model, layers, module), seed=seed)
-    return collect(model, texts, layers, module=module, directory=directory, progress=progress)

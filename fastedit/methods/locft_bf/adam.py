@@ -108,7 +108,7 @@ class Adam:
         for path, module in maps.items():
             weight, parameter = masters[path], parameters[path].detach()
             stored = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
-            stored += [parameter] * (parameter.dtype != weight.dtype)
+            stored += [parameter] * (parameter.dtype in (torch.bfloat16, torch.float16))
             self._stored[path] = [x.T for x in stored] if isinstance(module, Conv1D) else stored
         rest = [master for path, master in masters.items() if path not in maps]
         options: dict[str, Any] = {"lr": lr, "weight_decay": self._weight_decay, "eps": self._eps, "fused": True}
@@ -130,6 +130,8 @@ class Adam:
         self._steps += 1 if skip is None else skip == 0
         for path, (weight, m, v, *copy) in self._stored.items():
             grads, inputs = (torch.cat(rows) for rows in zip(*self._gradients[path], strict=True))
+            if grads.dtype == torch.float64:
+                grads, inputs = grads.float(), inputs.float()
             ops.localized_adam_(
                 weight,
                 grads,
@@ -150,7 +152,8 @@ class Adam:
             self._rest.step()
         self.clear()
         for path, parameter in self._parameters.items():
-            if path not in self._stored and parameter.dtype != torch.float32:
+            copied = path in self._stored and parameter.dtype != torch.float64
+            if not copied and parameter.dtype != torch.float32:
                 parameter.copy_(self._masters[path])
 
     def clear(self) -> None:

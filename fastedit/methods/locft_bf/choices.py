@@ -17,9 +17,9 @@ from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
 from fastedit.methods.subjects import subject_ends
-from fastedit.models import Topology
-from fastedit.statistics.own_text import own_text_directory
-from fastedit.statistics.store import MissingStatisticsError, StatisticsStore
+from fastedit.models import Model, Topology, fingerprint
+from fastedit.statistics.own_text import OwnText
+from fastedit.statistics.store import StatisticsStore
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _SHARE = {"all": 0.2, "subject": 0.4}  # null_space
 
 
 def resolve(
-    topology: Topology, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
+    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
 ) -> tuple[LocFTBFConfig, list[str]]:
     """The configuration with every automatic choice made, and a note of what was chosen and why.
 
@@ -40,21 +40,24 @@ def resolve(
     Raises:
         ModelError: no such module, or one without weights to train; no statistics in the folder that is given.
     """
+    topology = model.topology
     preset, known = locft_bf_preset(topology)
     where = "published preset" if known else "no preset for this model"
-    config, notes = _spared(topology, config, edits, unedited)
+    config, notes = _spared(model, config, edits, unedited)
     layer, module, lr, batch_size, share = config.layer, config.module, config.lr, config.batch_size, config.null_space
     subject = config.tokens == "subject"
     if layer is None and subject:
-        layer = locate_then_edit_preset(topology)[0].layers
-        notes.append(f"layers {layer[0]} to {layer[-1]} (MEMIT's, an eighth to a quarter of the depth)")
+        spread, of_memit = locate_then_edit_preset(topology)
+        layer = spread.layers
+        rule = "MEMIT's published preset" if of_memit else f"{where}: an eighth to a quarter of the depth"
+        notes.append(f"layers {', '.join(map(str, layer))} ({rule})")
     elif layer is None:
         layer = preset.layer
         rule = "" if known else f": 22/32 of {topology.n_blocks} blocks"
         notes.append(f"layer {layer} ({where}{rule})")
     if module is None:
         module = "down_proj" if subject else preset.module
-        notes.append(f"module {module} ({'where facts are read' if subject else where})")
+        notes.append(f"module {module} ({'MEMIT edits it' if subject else where})")
     layers = layer if isinstance(layer, tuple) else (layer,)
     places = dict(topology.resolve(block, module) for block in layers)
     for block, found in zip(layers, places.values(), strict=True):
@@ -63,8 +66,7 @@ def resolve(
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:
-            lr, why = _rate(places, subject)
-            why = f"{where}: {why}"
+            lr, why = _rate(places, subject, where)
         notes.append(f"lr {lr:.3g} ({why})")
     if batch_size == "auto":
         copies = len(edits) * (1 + config.augment)
@@ -82,23 +84,45 @@ def batch_size_for(n_edits: int) -> int:
     return max(1, min(100, n_edits // 30))
 
 
+def find_statistics(
+    model: Model, config: LocFTBFConfig, unedited: str
+) -> tuple[StatisticsStore | OwnText | None, list[str]]:
+    """The second moments of what training avoids, and a note if they are of text that the model writes.
+
+    They are of the model whose fingerprint is `unedited`.
+
+    Raises:
+        ModelError: no statistics in the folder that is given; or none at all, and the model is edited already.
+    """
+    if not config.keeps_null_space:
+        return None, []
+    assert config.module is not None  # chosen by now
+    store = StatisticsStore(model.topology, unedited, config.module, config.statistics, config.unchecked_statistics)
+    try:
+        store.require(config.layers)
+    except ModelError as error:
+        own = OwnText(model, unedited, config.module)
+        if config.statistics is not None or (own.missing(config.layers) and fingerprint(model.network) != unedited):
+            raise
+        return own, [f"{error}; until then they are of text that the model writes"]
+    return store, []
+
+
 def _spared(
-    topology: Topology, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
+    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
 ) -> tuple[LocFTBFConfig, list[str]]:
     """`tokens` and `preserve` chosen.
 
     Without a published preset, and where nothing says where or what to train, training spares the rest: at the
-    subjects' last tokens, in the null space of other text. For want of subjects it is the papers' recipe; for want of
-    statistics the model writes the text.
+    subjects' last tokens, in the null space of other text. For want of subjects it is the papers' recipe.
     """
-    tokens, preserve, statistics, notes = config.tokens, config.preserve, config.statistics, []
+    tokens, preserve, notes, topology = config.tokens, config.preserve, [], model.topology
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
     if tokens == "auto":
         tokens = "all"
         if free and not (config.published or locft_bf_preset(topology)[1]) and _reads_facts(topology):
-            bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
-            if bare:
-                lacking = f"no subject in the prompt of {edit_names(edits, bare)}"
+            lacking = _lacking(model, config, edits, unedited)
+            if lacking:
                 notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
             else:
                 tokens = "subject"
@@ -106,11 +130,28 @@ def _spared(
                     "tokens subject, preserve null-space (no preset for this model: other facts and other text are "
                     "spared; published takes the papers' recipe)"
                 )
-                statistics, found = _statistics(topology, config, unedited)
-                notes += found
     if preserve == "auto":
         preserve = "null-space" if tokens == "subject" else "none"
-    return replace(config, tokens=tokens, preserve=preserve, statistics=statistics), notes
+    return replace(config, tokens=tokens, preserve=preserve), notes
+
+
+def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str) -> str | None:
+    """What is missing for training that spares the rest; None if nothing is.
+
+    Raises:
+        ModelError: no statistics in the folder that is given.
+    """
+    bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
+    if bare:
+        return f"no subject in the prompt of {edit_names(edits, bare)}"
+    layers = locate_then_edit_preset(model.topology)[0].layers
+    try:
+        find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), unedited)
+    except ModelError as error:
+        if config.statistics is not None:  # they were asked for
+            raise
+        return f"the model is edited already, and of the unedited one there are {error}"
+    return None
 
 
 def _reads_facts(topology: Topology) -> bool:
@@ -120,27 +161,7 @@ def _reads_facts(topology: Topology) -> bool:
     return layers[-1] < topology.n_blocks - 1 and all(isinstance(found, nn.Linear | Conv1D) for found in maps)
 
 
-def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> tuple[str | None, list[str]]:
-    """The folder of statistics for the default layers, and a note if it is that of the model's own text.
-
-    Raises:
-        ModelError: no statistics in the folder that is given for them.
-    """
-    layers = locate_then_edit_preset(topology)[0].layers
-    store = StatisticsStore(topology, unedited, "down_proj", config.statistics, config.unchecked_statistics)
-    try:
-        store.require(layers)
-    except MissingStatisticsError as error:
-        if config.statistics is not None:  # they were asked for
-            raise
-        folder = str(own_text_directory(unedited))
-        return folder, [
-            f"statistics of text that the model writes, in {folder}; those of real text spare more: {error}"
-        ]
-    return config.statistics, []
-
-
-def _rate(places: dict[str, nn.Module], subject: bool) -> tuple[float, str]:
+def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[float, str]:
     """Adam's rate in proportion to the weights, and the rule.
 
     Raises:
@@ -155,4 +176,6 @@ def _rate(places: dict[str, nn.Module], subject: bool) -> tuple[float, str]:
     if not math.isfinite(lr):
         broken = (path for path, w in weights.items() if not w.isfinite().all())
         raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
-    return (_SUBJECT_RATE * lr, "0.016 of the weights' RMS") if subject else (lr, "0.025 of the weights' RMS")
+    if subject:
+        return _SUBJECT_RATE * lr, "tokens subject: 0.016 of the weights' RMS"
+    return lr, f"{where}: 0.025 of the weights' RMS"

@@ -13,7 +13,7 @@ from fastedit.errors import ConfigError
 @described
 @dataclass(frozen=True)
 class LocFTBFConfig:
-    """Configuration of LocFT-BF; the defaults are the published values (arXiv 2509.22072)."""
+    """Configuration of LocFT-BF (arXiv 2509.22072)."""
 
     layer: int | tuple[int, ...] | None = option(
         None,
@@ -57,7 +57,7 @@ class LocFTBFConfig:
         "auto",
         "tokens that the update is learned at. subject: the last token of each edit's subject, where ROME and MEMIT "
         "edit (all tokens of an edit without one). auto: subject for a model without a preset if layer, module and "
-        "preserve are left open, all edits have subjects and there are statistics; else all.",
+        "preserve are left open and all edits have subjects; else all.",
     )
     preserve: Literal["auto", "none", "null-space", "anchors", "both"] = option(
         "auto",
@@ -77,8 +77,8 @@ class LocFTBFConfig:
     )
     statistics: str | None = option(
         None,
-        "folder of the second moments for preserve null-space; by default beside the checkpoint, else the "
-        "user's cache.",
+        "folder of the second moments for preserve null-space; by default beside the checkpoint, else the user's "
+        "cache; for want of them the model writes the text.",
     )
     unchecked_statistics: bool = option(
         False, "use statistics of another model, or of fewer tokens than the inputs are wide."
@@ -116,6 +116,8 @@ class LocFTBFConfig:
             raise ConfigError(f"null_space is {self.null_space}; give a share of the directions between 0 and 1")
         if self.anchors < 1:
             raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")
+        if self.anchor_subjects is not None and not all(map(str.strip, self.anchor_subjects)):
+            raise ConfigError("anchor_subjects holds an empty text; give subjects such as names")
         if not 0 < self.anchor_weight < math.inf:
             raise ConfigError(f"anchor_weight is {self.anchor_weight}; give a positive number")
 

@@ -1,7 +1,7 @@
 """LocFT-BF: localized fine-tuning, breadth-first (Fine-tuning Done Right in Model Editing, arXiv 2509.22072).
 
-One module of the model is fine-tuned on all edits at once, epoch by epoch in mini-batches, with Adam on the
-target tokens and EOS. What is frozen below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
+One module, or that of several blocks, is fine-tuned on all edits at once, epoch by epoch in mini-batches, with Adam on
+the target tokens and EOS. What is frozen below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
 runs at target tokens only, and samples are packed into rows without padding between them.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,15 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
-from fastedit.methods.locft_bf.choices import resolve
+from fastedit.methods.locft_bf.choices import find_statistics, resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import edit_names
+from fastedit.methods.naming import edit_name, edit_names
+from fastedit.methods.subjects import repeated_note, subject_ends
 from fastedit.models import Model, PrefixCache, Topology, fingerprint, no_autocast
 from fastedit.progress import Progress, no_progress
-from fastedit.statistics.own_text import collect_own, own_text_directory
-from fastedit.statistics.store import MissingStatisticsError, StatisticsStore
+from fastedit.statistics.own_text import OwnText
+from fastedit.statistics.store import StatisticsStore
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LocFTBFPlan:
     notes: list[str]
     data: TrainingSet
     given: LocFTBFConfig
-    statistics: StatisticsStore | None
+    statistics: StatisticsStore | OwnText | None
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress."""
@@ -53,9 +53,11 @@ class LocFTBFPlan:
         """
         given = replace(self.given, layer=layer, module=module)
         topology, old = self.data.model.topology, self.statistics
-        resolved, notes = resolve(topology, given, self.data.edits, old.fingerprint if old else "")
+        unedited = old.fingerprint if old else ""
+        resolved, notes = resolve(self.data.model, given, self.data.edits, unedited)
         _check_maps(topology, resolved)
-        statistics = _statistics(topology, resolved, old.fingerprint) if old else None
+        statistics, found = find_statistics(self.data.model, resolved, unedited)
+        notes += found
         return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
 
     @no_autocast
@@ -74,12 +76,15 @@ class LocFTBFPlan:
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
         topology, lowest = data.model.topology, config.layers[0]
-        if self.statistics is not None and _own_text(self.statistics):
-            self._write_statistics(self.statistics)
+        found, second_moment = self.statistics, None
+        if isinstance(found, OwnText):
+            second_moment = found.second_moments(config.layers, data.progress)
+        elif found is not None:
+            second_moment = found.covariance
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
-            trainer = Trainer(data, modules, config, self.statistics)
+            trainer = Trainer(data, modules, config, second_moment)
             interrupted = None
             with trainer.originals:
                 shared = own or cache
@@ -105,14 +110,6 @@ class LocFTBFPlan:
         originals = trainer.originals.values
         return MethodResult(updates, originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
 
-    def _write_statistics(self, store: StatisticsStore) -> None:
-        """Make the statistics of the model's own text that are missing."""
-        try:
-            store.require(self.config.layers)
-        except MissingStatisticsError as error:
-            model, module, progress = self.data.model, store.module, self.data.progress
-            collect_own(model, error.layers, Path(str(store.directory)), module=module, progress=progress)
-
 
 @no_autocast
 def plan(
@@ -131,16 +128,27 @@ def plan(
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     unedited = history.fingerprint if history else fingerprint(model.network)
-    resolved, notes = resolve(model.topology, config, edits, unedited)
+    resolved, notes = resolve(model, config, edits, unedited)
     _check_maps(model.topology, resolved)
-    statistics = _statistics(model.topology, resolved, unedited) if resolved.keeps_null_space else None
+    statistics, found = find_statistics(model, resolved, unedited)
+    notes += found
     data = TrainingSet.of(model, edits, resolved, progress)
-    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if resolved.keeps_anchors else []
+    return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
+
+
+def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
+    """What the user should know of these edits."""
+    edits, notes = data.edits, []
+    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
     if bare:
         notes.append(f"without anchors, for want of a subject or of others: {edit_names(edits, bare)}")
-    if data.trained is not None and (everywhere := (data.trained[: len(edits)] < 0).nonzero().flatten().tolist()):
+    if data.trained is None:
+        return notes
+    repeated = [place for place, edit in enumerate(edits) if len(subject_ends(edit)) > 1]
+    everywhere = (data.trained[: len(edits)] < 0).nonzero().flatten().tolist()
+    if everywhere:
         notes.append(f"trained at all tokens, for want of a subject in the prompt: {edit_names(edits, everywhere)}")
-    return LocFTBFPlan(resolved, notes, data, config, statistics)
+    return notes + repeated_note([edit_name(edits[place], place) for place in repeated])
 
 
 def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
@@ -166,21 +174,3 @@ def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
             f"layer {config.layers[-1]} is the last block and nothing reads a subject there; choose lower ones, or "
             "tokens all"
         )
-
-
-def _statistics(topology: Topology, config: LocFTBFConfig, unedited: str) -> StatisticsStore:
-    """The second moments of what training avoids, of the model whose fingerprint is `unedited`.
-
-    Raises:
-        ModelError: no statistics of some layer.
-    """
-    assert config.module is not None
-    store = StatisticsStore(topology, unedited, config.module, config.statistics, config.unchecked_statistics)
-    if not _own_text(store) or fingerprint(topology.model) != unedited:
-        store.require(config.layers)
-    return store
-
-
-def _own_text(store: StatisticsStore) -> bool:
-    """Whether statistics that are missing are made from the model's own text."""
-    return str(store.directory) == str(own_text_directory(store.fingerprint))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -31,7 +31,6 @@ from fastedit.models import (
     resume,
     run_from_tokens,
 )
-from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
 
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
@@ -40,7 +39,8 @@ _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 class Trainer:
     """The training loop; holds the original and the fp32 master weights, and what has been reached.
 
-    `modules` are the edited ones, by their blocks, upwards.
+    `modules` are the edited ones, by their blocks, upwards; `second_moment` gives C [d, d] of a block's inputs, if
+    training avoids what they take.
 
     `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
     """
@@ -50,9 +50,9 @@ class Trainer:
         data: TrainingSet,
         modules: Mapping[int, nn.Module],
         config: LocFTBFConfig,
-        statistics: StatisticsStore | None = None,
+        second_moment: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.statistics = statistics
+        self.second_moment = second_moment
         self.data, self.modules, self.config = data, modules, config
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
@@ -97,11 +97,11 @@ class Trainer:
         self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
-            if self.statistics is not None:
+            if self.second_moment is not None:
                 share = self.config.null_space
                 assert share is not None  # chosen by now
                 for layer, module in self.modules.items():
-                    C = self.statistics.covariance(layer)
+                    C = self.second_moment(layer)
                     if layer in keys:  # what anchors take is avoided as what other text takes
                         C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
                     self.null_spaces[layer] = NullSpace.of(C, share)
@@ -113,7 +113,7 @@ class Trainer:
     def _look_at_anchors(self) -> dict[int, Tensor]:
         """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if statistics are at hand."""
         topology, first = self.topology, self.data.anchors.first
-        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.statistics is not None}
+        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.second_moment is not None}
         references = []
         for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
             select = first + torch.tensor(some)

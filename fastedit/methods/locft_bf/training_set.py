@@ -119,13 +119,13 @@ def _subject_tokens(
     model: Model, edits: Sequence[Edit], pairs: Sequence[tuple[str, str]], owner: Sequence[int]
 ) -> Tensor:
     """Index in each pair's sample of its subject's last token [S]; -1 where there is no subject."""
-    found = [(subject_ends(edit) or [0])[-1] for edit in edits]
-    ends = [
-        found[place] and len(prompt) - len(edits[place].prompt) + found[place]
-        for place, (prompt, _) in zip(owner, pairs, strict=True)
-    ]
-    _, last = last_tokens(model.tokenizer, [f"{prompt} {target}" for prompt, target in pairs], [e or 1 for e in ends])
-    return torch.tensor([index if end else -1 for index, end in zip(last, ends, strict=True)])
+    found = [subject_ends(edit)[-1:] for edit in edits]
+    places = [sample for sample, place in enumerate(owner) if found[place]]
+    texts = [" ".join(pairs[sample]) for sample in places]
+    ends = [len(pairs[i][0]) - len(edits[owner[i]].prompt) + found[owner[i]][0] for i in places]
+    trained = torch.full((len(pairs),), -1)
+    trained[places] = torch.tensor(last_tokens(model.tokenizer, texts, ends)[1], dtype=torch.int64)
+    return trained
 
 
 def _augmented(model: Model, edits: Sequence[Edit], config: LocFTBFConfig) -> list[tuple[str, str]]:
