@@ -26,6 +26,7 @@ _LOCFT_BF: dict[tuple[str, int, int, int], LocFTBFPreset] = {
     ("qwen2", 3584, 28, 152064): LocFTBFPreset(6, lr=5e-4),  # Qwen2.5-7B
     ("mistral", 4096, 32, 32000): LocFTBFPreset(23, "block", lr=5e-5),  # Mistral-7B-v0.1
     ("qwen2", 8192, 80, 152064): LocFTBFPreset(19),  # Qwen2.5-72B; its rate is not published
+    ("llama", 160, 8, 1024): LocFTBFPreset(5),  # the fact world's
 }
 
 

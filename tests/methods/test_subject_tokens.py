@@ -16,6 +16,7 @@ from fastedit import ConfigError, Editor, EditRequest, ModelError, StreamingCova
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import adam, null_space
+from fastedit.methods.locft_bf.choices import subject_batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.models import Model, fingerprint, topology
@@ -339,6 +340,11 @@ def test_a_prompt_that_begins_with_a_space_and_has_no_subject(tokenizer: Any, se
     data = plan(Model.of(tiny_model("llama", seed=seed), tokenizer), edits, LocFTBFConfig(**SETTINGS)).data
     assert data.trained is not None
     assert (data.trained < 0).tolist() == [False, False, False, True]
+
+
+def test_batches_of_subjects() -> None:
+    expected = {3: 1, 60: 6, 100: 10, 500: 10, 1000: 10, 5000: 50, 10_000: 100, 100_000: 100}
+    assert {n: subject_batch_size_for(n) for n in expected} == expected
 
 
 def test_statistics_that_are_given_must_be_there(tokenizer: Any, tmp_path: Path, seed: int) -> None:

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
 _SUBJECT_RATE = 0.64  # of the rate for all tokens
-_SUBJECT_STEPS = 10  # an epoch, at least
 _SHARE = {"all": 0.2, "subject": 0.4}  # null_space
 
 
@@ -70,7 +69,7 @@ def resolve(
         notes.append(f"lr {lr:.3g} ({why})")
     if batch_size == "auto":
         copies = len(edits) * (1 + config.augment)
-        batch_size = max(1, min(100, copies // _SUBJECT_STEPS)) if subject else batch_size_for(copies)
+        batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
         notes.append(f"batch_size {batch_size} (auto for {len(edits)} edits)")
     if share is None:
         share = _SHARE[config.tokens]
@@ -82,6 +81,11 @@ def resolve(
 def batch_size_for(n_edits: int) -> int:
     """The published 100 at the published 3,000 edits; fewer edits keep at least 30 steps an epoch."""
     return max(1, min(100, n_edits // 30))
+
+
+def subject_batch_size_for(n_edits: int) -> int:
+    """10 from 100 to 1,000 edits, 100 from 10,000 on; fewer edits keep at least 10 steps an epoch."""
+    return max(1, min(100, max(min(10, n_edits // 10), n_edits // 100)))
 
 
 def find_statistics(

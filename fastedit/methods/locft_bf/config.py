@@ -30,8 +30,8 @@ class LocFTBFConfig:
     )
     batch_size: int | Literal["auto"] = option(
         "auto",
-        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that (100 from 1,000 on '
-        "and 10 steps with tokens subject).",
+        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; 10 from 100 '
+        "to 1,000 edits and 100 from 10,000 on with tokens subject.",
     )
     epochs: int = option(25, "at most this many passes over the edits.")
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
