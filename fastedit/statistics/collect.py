@@ -299,6 +299,7 @@ class _Run:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 keys: Tensor = args[0]
                 flat, moment = keys.reshape(-1, keys.shape[-1]), self.moments[layer]
+                flat = flat.float() if flat.dtype == torch.float64 else flat  # sums are fp64 by themselves
                 try:
                     moment.update(flat, None if mask is None else mask.to(flat.device))
                 except TensorError as error:

@@ -590,7 +590,6 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
         ("memit has no field 'epochs'", (*memit, "--epochs", 1)),
         ("objective", (*memit, "--objective", "best")),
         ("edit 3: the subject 'w9 w9 w9' does not stand", (*memit, "--requests", wrong)),
-        ("--layers names 2 blocks, but this method edits one", ("--layers", "1,2")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("fastedit.cli.arguments.measure", lambda *_: pytest.fail("the model was measured"))
