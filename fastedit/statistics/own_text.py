@@ -1,6 +1,4 @@
-"""Text that a model writes itself, and its second moments: for methods that need to know ordinary inputs by and large.
-
-Statistics of real text are the better ones (`fastedit covariance`); these need nothing but the model.
+"""Text that a model writes itself, and its second moments: statistics that need nothing but the model.
 """
 
 from __future__ import annotations
