@@ -1,5 +1,4 @@
-"""Text that a model writes itself, and its second moments: statistics that need nothing but the model.
-"""
+"""Text that a model writes itself, and its second moments: statistics that need nothing but the model."""
 
 from __future__ import annotations
 
