@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
-from fastedit.models import Model, generate_by, trailing
+from fastedit.models import Model, generate_by, sampling, trailing
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
@@ -21,24 +20,14 @@ def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> l
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
-    sampling = GenerationConfig(
-        do_sample=True,
-        num_beams=1,
-        top_k=5,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=n_tokens,
-        min_new_tokens=n_tokens,
-        num_return_sequences=-(-n // len(_OPENINGS)),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+    config = sampling(tokenizer, n_tokens, top_k=5, texts=-(-n // len(_OPENINGS)))
     texts: list[list[str]] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for opening in _OPENINGS:
             ids = tokenizer(opening)["input_ids"]
             ids = ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))]
-            out = generate_by(network, sampling, torch.tensor([ids], device=device))
+            out = generate_by(network, config, torch.tensor([ids], device=device))
             texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
     return [" ".join(text.split()).rstrip(".") + "." for text in mixed]

@@ -5,7 +5,7 @@ from fastedit.models.continuations import Continuations
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
-from fastedit.models.generation import generate_by
+from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
 from fastedit.models.hooks import Override, hooked, no_autocast
 from fastedit.models.model import Model
@@ -46,6 +46,7 @@ __all__ = [
     "prompt_samples",
     "resume",
     "run_from_tokens",
+    "sampling",
     "tokenize",
     "topology",
     "trailing",

@@ -11,6 +11,26 @@ from transformers import GenerationConfig
 from fastedit.models.hooks import eval_mode
 
 
+def sampling(tokenizer: Any, n_tokens: int, *, top_k: int = 0, texts: int = 1) -> GenerationConfig:
+    """Exactly ``n_tokens`` more tokens, sampled at temperature 1.
+
+    Args:
+        top_k: likeliest tokens to sample from; 0 is all of them.
+        texts: for each row.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        num_beams=1,
+        top_k=top_k,
+        top_p=1.0,
+        temperature=1.0,
+        max_new_tokens=n_tokens,
+        min_new_tokens=n_tokens,
+        num_return_sequences=texts,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+
+
 def generate_by(model: Any, config: GenerationConfig, input_ids: Tensor, **options: Any) -> Tensor:
     """Tokens [B, R + K] that the model continues ``input_ids`` [B, R] with, no dropout; all rows are whole.
 

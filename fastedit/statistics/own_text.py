@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import Model, generate_by, trailing
+from fastedit.models import Model, generate_by, sampling, trailing
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
@@ -104,20 +103,11 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
             "too large for its dtype"
         )
     n_texts = -(-n_tokens // (begun + length))
-    sampling = GenerationConfig(
-        do_sample=True,
-        num_beams=1,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_new_tokens=length,
-        min_new_tokens=length,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+    config = sampling(tokenizer, length)
     texts: list[str] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for some in torch.arange(n_texts, device=device).split(_ROWS):
-            out = generate_by(network, sampling, rows[some % len(rows)])
+            out = generate_by(network, config, rows[some % len(rows)])
             texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     return texts
