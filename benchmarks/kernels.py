@@ -51,6 +51,36 @@ def served(function: Callable[[Backend], Provider], device: torch.device) -> dic
     return {"ours": function("auto")} | ({"ours, triton": function("triton")} if device.type == "cuda" else {})
 
 
+def adam_fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Sequence[Tensor]:
+    """The call that `torch.optim.Adam(fused=True).step()` makes; it wants moments of the weight's dtype."""
+    adam(
+        [weight], [grad], [m], [v], [], [step], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
+        lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
+    )  # fmt: skip
+    return weight, m, v
+
+
+def adam_torch(weight: Tensor, G: Tensor, X: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+    _, _, step, low_m, low_v, _ = rest
+    return adam_fused(weight, G.T @ X, low_m, low_v, step)
+
+
+def adam_master(
+    weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, *rest: Tensor
+) -> list[Tensor]:
+    adam_fused(rest[2], (G.T @ X).float(), m, v, step)
+    return [weight.copy_(rest[2]), m, v]
+
+
+def adam_unfused(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> Sequence[Tensor]:
+    g = (G.T @ X).float()
+    m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+    v.mul_(BETAS[1]).add_(g * g, alpha=1 - BETAS[1])
+    size = (v / (1 - BETAS[1] ** STEP)).sqrt() + EPS
+    weight.copy_(weight.float() - LR / (1 - BETAS[0] ** STEP) * m / size)
+    return weight, m, v
+
+
 def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> Case:
     dtype = getattr(torch, name)
 
@@ -75,35 +105,11 @@ def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> 
 
         return run
 
-    def fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Sequence[Tensor]:
-        """The call that `torch.optim.Adam(fused=True).step()` makes; it wants moments of the weight's dtype."""
-        adam(
-            [weight], [grad], [m], [v], [], [step], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
-            lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
-        )  # fmt: skip
-        return weight, m, v
-
-    def torch_way(weight: Tensor, G: Tensor, X: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-        _, _, step, low_m, low_v, _ = rest
-        return fused(weight, G.T @ X, low_m, low_v, step)
-
-    def master(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, *rest: Tensor) -> list[Tensor]:
-        fused(rest[2], (G.T @ X).float(), m, v, step)
-        return [weight.copy_(rest[2]), m, v]
-
-    def unfused(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> Sequence[Tensor]:
-        g = (G.T @ X).float()
-        m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
-        v.mul_(BETAS[1]).add_(g * g, alpha=1 - BETAS[1])
-        size = (v / (1 - BETAS[1] ** STEP)).sqrt() + EPS
-        weight.copy_(weight.float() - LR / (1 - BETAS[0] ** STEP) * m / size)
-        return weight, m, v
-
-    providers = served(ours, device) | {"torch": torch_way}
+    providers = served(ours, device) | {"torch": adam_torch}
     if dtype == torch.bfloat16:
-        providers["torch, fp32 master"] = master
+        providers["torch, fp32 master"] = adam_master
     if device.type == "cuda":
-        compiled = cache(lambda: torch.compile(unfused, dynamic=False))
+        compiled = cache(lambda: torch.compile(adam_unfused, dynamic=False))
         providers["torch, compiled"] = lambda *inputs: compiled()(*inputs)
     return Case(
         "localized_adam",
@@ -173,7 +179,7 @@ def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: 
         "rank_k_solve",
         setup,
         reference,
-        (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": torch_way},
+        (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": adam_torch},
         tolerance={"float64": 1e-10, "float32": 1e-4}[name],
         mode=mode,
         shape=f"{groups} groups, N={N}, d={d}, h={h}",

@@ -13,8 +13,10 @@ import copy
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -95,7 +97,74 @@ def random_statistics(model: LlamaForCausalLM, folder: Path) -> list[Tensor]:
     return found
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """The same edits by ours and by the published procedure.
+
+    Attributes:
+        requests: of which some are edited at a time.
+        theirs: a copy of `model`.
+        covariances: of the layers; `statistics` is the folder with the same.
+        settings: what both are given.
+    """
+
+    suite: Suite
+    model: LlamaForCausalLM
+    theirs: LlamaForCausalLM
+    tokenizer: Any
+    requests: Sequence[EditRequest]
+    covariances: Sequence[Tensor]
+    statistics: str
+    settings: dict[str, Any]
+
+    def edit(self, n: int, targets: Path | None = None) -> tuple[Run, float, dict[str, Tensor]]:
+        """Edit by ours and revert: what it took, the rate, and the updates."""
+        editor = Editor(
+            self.model,
+            self.tokenizer,
+            "memit",
+            layers=LAYERS,
+            cov_weight=1000.0,
+            contexts=tuple(CONTEXTS),
+            statistics=self.statistics,
+            targets=targets and str(targets),
+            **self.settings,
+        )
+        with measured(self.suite.device) as run:
+            result = editor.edit(self.requests[:n])
+        updates = {path: update.dense() for path, update in result.delta.updates.items()}
+        lr = result.delta.metadata["config"]["lr"]
+        result.revert()
+        return run, lr, updates
+
+    def compare(self, n: int) -> tuple[float, Run, Run]:
+        """The largest relative difference of a layer's update, and what both took: theirs, ours."""
+        targets = Path(self.statistics) / "targets"
+        self.edit(2)  # factors C, which both would have ready
+        our_run, lr, updates = self.edit(n, targets)
+        (file,) = targets.iterdir()
+        ours = load_file(file)
+        now = dict(self.theirs.named_parameters())
+        before = {path: now[path].detach().clone() for path in updates}
+        triples = [(r.prompt, str(r.subject), r.target) for r in self.requests[:n]]
+        about = {"cov_weight": 1000.0, "lr": lr, **self.settings}
+        with measured(self.suite.device) as their_run:
+            z, taken = published_memit.memit(
+                self.theirs, self.tokenizer, triples, CONTEXTS, LAYERS, self.covariances, **about
+            )
+        difference = max(
+            float((now[path].detach() - before[path] - update).norm() / update.norm())
+            for path, update in updates.items()
+        )
+        alike = (torch.cosine_similarity(z.cpu(), ours["z"]) >= 0.999).double().mean()
+        same = (torch.tensor(taken) == ours["steps"]).double().mean()
+        print(f"published: {sum(taken) / len(taken):.1f} updates an edit")
+        print(f"targets with cosine of at least 0.999: {alike:.1%}, with the same number of updates: {same:.1%}")
+        print(f"largest |dW - dW_published| / |dW_published| of a layer  {difference:.1e}")
+        return difference, their_run, our_run
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=fastedit.demo.checkpoint_path())
@@ -106,81 +175,42 @@ def main() -> None:
     parser.add_argument("--solve", type=int, default=4096, help="width of the solve alone; 0 for none")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     suite = Suite(args.device)
     if args.solve:
         solve_alone(suite, args.solve, 32)
 
-    tokenizer = load_tokenizer(args.tokenizer)
     most = max([args.n, *args.scaling])
     requests = load_requests(args.requests) if args.requests else fastedit.demo.World().requests(most)
     requests = [r for r in requests if r.subject and r.subject in r.prompt][:most]
     model = random_llama(args.size, args.device)
-    theirs = copy.deepcopy(model)
     settings = {"steps": args.steps, "weight_decay": 1e-3, "clamp": 4.0, "kl_factor": 0.0625, "stop_loss": 0.05}
+    about = {"mode": "MEMIT", "dtype": "float32", "device": args.device}
 
     with tempfile.TemporaryDirectory() as folder:
-        covariances = random_statistics(model, Path(folder))
-
-        def edit(edits: list[EditRequest], targets: Path | None = None) -> tuple[Run, float, dict[str, Tensor]]:
-            editor = Editor(
-                model,
-                tokenizer,
-                "memit",
-                layers=LAYERS,
-                cov_weight=1000.0,
-                contexts=tuple(CONTEXTS),
-                statistics=folder,
-                targets=targets and str(targets),
-                **settings,
-            )
-            with measured(args.device) as run:
-                result = editor.edit(edits)
-            updates = {path: update.dense() for path, update in result.delta.updates.items()}
-            lr = result.delta.metadata["config"]["lr"]
-            result.revert()
-            return run, lr, updates
-
-        edit(requests[:2])  # factors C, which both would have ready
-        our_run, lr, updates = edit(chosen := requests[: args.n], Path(folder) / "targets")
-        (file,) = (Path(folder) / "targets").iterdir()
-        our_targets = load_file(file)
-        print(f"\n{len(chosen)} edits, layers {LAYERS}, {args.steps} steps, fp32", flush=True)
-        before = {path: dict(theirs.named_parameters())[path].detach().clone() for path in updates}
-        triples = [(r.prompt, str(r.subject), r.target) for r in chosen]
-        with measured(args.device) as their_run:
-            z, taken = published_memit.memit(
-                theirs, tokenizer, triples, CONTEXTS, LAYERS, covariances, cov_weight=1000.0, lr=lr, **settings
-            )
-        now = dict(theirs.named_parameters())
-        difference = max(
-            float((now[path].detach() - before[path] - update).norm() / update.norm())
-            for path, update in updates.items()
-        )
-        z = z.cpu()
-        alike = (torch.cosine_similarity(z, our_targets["z"]) >= 0.999).double().mean()
-        same = (torch.tensor(taken) == our_targets["steps"]).double().mean()
-        print(f"published: {sum(taken) / len(taken):.1f} updates an edit")
-        print(f"targets with cosine of at least 0.999: {alike:.1%}, with the same number of updates: {same:.1%}")
-        print(f"largest |dW - dW_published| / |dW_published| of a layer  {difference:.1e}")
-        about = {"dtype": "float32", "device": args.device}
+        covariances, theirs = random_statistics(model, Path(folder)), copy.deepcopy(model)
+        tokenizer = load_tokenizer(args.tokenizer)
+        both = Comparison(suite, model, theirs, tokenizer, requests, covariances, folder, settings)
+        n = len(requests[: args.n])
+        print(f"\n{n} edits, layers {LAYERS}, {args.steps} steps, fp32", flush=True)
+        difference, their_run, our_run = both.compare(n)
         if difference <= MOST["edit"]:
-            shape = f"{len(chosen)} edits, {args.size} Llama, {len(LAYERS)} layers, {args.steps} steps"
+            shape = f"{n} edits, {args.size} Llama, {len(LAYERS)} layers, {args.steps} steps"
             for provider, run in (("published", their_run), ("ours", our_run)):
-                row = make_row(
-                    "memit", provider, [run.seconds], mode="MEMIT", shape=shape, peak_memory=run.peak_memory, **about
+                suite.record(
+                    make_row("memit", provider, [run.seconds], shape=shape, peak_memory=run.peak_memory, **about)
                 )
-                suite.record(row)
-            suite.record(make_row("memit", "ours", [difference], mode="MEMIT", shape=shape, unit="difference", **about))
+            suite.record(make_row("memit", "ours", [difference], shape=shape, unit="difference", **about))
             print(f"ratio {their_run.seconds / our_run.seconds:.2f}", flush=True)
             for n in args.scaling:
-                run = edit(requests[:n])[0]
-                shape = f"edits={len(requests[:n])}"
-                row = make_row(
-                    "scaling", "ours", [run.seconds], mode="MEMIT", shape=shape, peak_memory=run.peak_memory, **about
-                )
+                run, shape = both.edit(n)[0], f"edits={len(requests[:n])}"
+                row = make_row("scaling", "ours", [run.seconds], shape=shape, peak_memory=run.peak_memory, **about)
                 suite.record(row, shape)
         else:
             suite.fail(f"the updates differ by {difference:.1e} > {MOST['edit']:.0e}")

@@ -39,7 +39,7 @@ def order(n: int, batch: int, epochs: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator).split(batch)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=Path)
     parser.add_argument("--tokenizer", type=Path, default=fastedit.demo.checkpoint_path())
@@ -51,8 +51,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     suite = Suite(args.device)

@@ -1,4 +1,4 @@
-"""Collect the statistics of a model from a text file, then edit it with MEMIT.
+"""Collect the statistics of a model from a text file, as `fastedit covariance` does, then edit it with MEMIT.
 
     python examples/memit_with_your_statistics.py --folder ./kept --model ./Llama-3-8B --text wiki.txt --layers 4-8
 
@@ -7,13 +7,12 @@ model. Give as --tokens at least ten times the number of inputs of the edited ma
 """
 
 import argparse
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
 from fastedit import Editor, load_requests
 from fastedit.demo import World, checkpoint_path
+from fastedit.statistics.collect import collect
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--folder", type=Path, required=True, help="where the statistics are kept")
@@ -22,20 +21,19 @@ parser.add_argument("--text", type=Path, help="UTF-8, blank lines between docume
 parser.add_argument("--requests", help="file of edits, with subjects")
 parser.add_argument("--n", type=int, default=20, help="edits to make, if no file is given")
 parser.add_argument("--layers", default="1-3", help="blocks to edit, such as 4-8")
-parser.add_argument("--tokens", default="10000", help="to collect statistics from, at least")
+parser.add_argument("--tokens", type=int, default=10_000, help="to collect statistics from, at least")
 args = parser.parse_args()
 
-args.folder.mkdir(parents=True, exist_ok=True)
-if args.text is None:
-    args.text = args.folder / "text.txt"
-    documents = islice(World().documents(curriculum=False), 1000)
-    args.text.write_text("\n\n".join(" ".join(span.text for span in document) for document in documents))
-command = ["covariance", "--model", args.model, "--text", args.text, "--layers", args.layers, "--tokens", args.tokens]
-subprocess.run([sys.executable, "-m", "fastedit", *command, "--output", args.folder, "--dtype", "float32"], check=True)
-
+if args.text:
+    documents = args.text.read_text(encoding="utf-8").split("\n\n")
+else:
+    drawn = islice(World().documents(curriculum=False), 1000)
+    documents = [" ".join(span.text for span in document) for document in drawn]
 first, _, last = args.layers.partition("-")
 layers = range(int(first), int(last or first) + 1)
 requests = load_requests(args.requests) if args.requests else World().requests(args.n)
+
 editor = Editor.from_pretrained(args.model, "memit", dtype="float32", layers=layers, statistics=args.folder)
+collect(editor.parts, documents, layers, max_tokens=args.tokens, directory=args.folder)
 editor.edit(requests)
 print(editor.evaluate(requests))

@@ -107,7 +107,7 @@ def test_facts_are_read_at_the_last_token_of_the_subject(
 
 def test_edits_of_the_shipped_model(world: World) -> None:
     editor = Editor.from_pretrained(checkpoint_path(), dtype="float32", device="cpu")
-    requests = world.requests(40)
+    requests = world.requests(20)
     before = {name: p.clone() for name, p in editor.model.state_dict().items()}
     result = editor.edit(requests)
     report = editor.evaluate(requests).to_dict()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -36,6 +36,15 @@ class _Group(TyperGroup):
             option.default = False
         return option
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [*args]  # reading them takes them away
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not given or not hasattr(error, "format_message"):  # without arguments it is the help
+                raise
+            _leave(f"{error.format_message()} (--help lists the commands)", 2)
+
     def invoke(self, ctx: Any) -> Any:
         phase.reset()
         try:
@@ -48,8 +57,12 @@ class _Group(TyperGroup):
             if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
                 raise
             message, code = f"{error.format_message()} (--help shows an example)", 2
-        typer.echo("fastedit: " + " ".join(message.split("\n")), err=True)
-        raise typer.Exit(code)
+        _leave(message, code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    typer.echo("fastedit: " + " ".join(message.split("\n")), err=True)
+    raise typer.Exit(code)
 
 
 def _checked(command: Callable[..., Any]) -> Callable[..., Any]:

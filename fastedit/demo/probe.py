@@ -113,7 +113,7 @@ def intervene(
             break
         _, grad = target_cross_entropy(states.detach(), head, rows.labels, torch.ones(len(owner)))
         optimizer.zero_grad()
-        states.backward(grad)
+        states.backward(grad, inputs=[delta])
         optimizer.step()
         with torch.no_grad():
             delta *= (limit / delta.norm(dim=1, keepdim=True)).clamp(max=1)

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -261,7 +261,8 @@ class Topology:
         parts: dict[str, nn.Module] = {"block": block}
         others: list[nn.Module] = []
         for child in block.children():
-            if "attention_mask" in inspect.signature(type(child).forward).parameters:
+            child_type: Any = type(child)
+            if _takes_mask(child_type):
                 parts["attn"] = child
             elif any(True for _ in _projections(child)):
                 others.append(child)
@@ -366,6 +367,11 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Modu
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList):
                 yield ".".join(filter(None, (path, name))), child, parent
+
+
+@cache
+def _takes_mask(module_type: Any) -> bool:
+    return "attention_mask" in inspect.signature(module_type.forward).parameters
 
 
 def _is_projection(module: nn.Module) -> bool:

@@ -402,6 +402,7 @@ def test_bad_flags_are_refused_before_any_work(
 def test_bad_usage() -> None:
     assert "Missing option '--model'" in fails(2, "evaluate")
     assert "No such command" in fails(2, "unlearn")
+    assert "No such option: --bogus" in fails(2, "--bogus")
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"caf\xe9"])
