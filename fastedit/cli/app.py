@@ -1,4 +1,4 @@
-"""The command line: `fastedit edit | evaluate | demo | locate | covariance | env`, also `python -m fastedit`.
+"""The command line: `fastedit edit | evaluate | demo | locate | tune | covariance | env`, also `python -m fastedit`.
 
 Exit codes: 0 it worked; 2 what failed before the work began, as bad usage and bad input do; 1 what failed after that,
 or Ctrl-C. A failure is one line on stderr. torch, transformers and matplotlib are imported inside commands only, so
@@ -22,7 +22,10 @@ from fastedit.cli.edit import edit
 from fastedit.cli.env import env
 from fastedit.cli.evaluate import evaluate
 from fastedit.cli.flags import configured
-from fastedit.cli.locate import OWN, locate
+from fastedit.cli.locate import OWN as LOCATE_OWN
+from fastedit.cli.locate import locate
+from fastedit.cli.tune import OWN as TUNE_OWN
+from fastedit.cli.tune import tune
 from fastedit.errors import FastEditError
 
 
@@ -89,7 +92,8 @@ def make_app() -> typer.Typer:
         "edit": configured(edit),
         "evaluate": evaluate,
         "demo": demo,
-        "locate": configured(locate, OWN, ("locft-bf",)),
+        "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),
+        "tune": configured(tune, TUNE_OWN),
         "covariance": covariance,
         "env": env,
     }

@@ -64,6 +64,14 @@ EvaluateFlag = Annotated[
         help="Requests to measure: all, or at most N of them, drawn with seed 0, with 95 % intervals.",
     ),
 ]
+ConfigFlag = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="JSON file with the method and fields of its configuration, as `fastedit tune` writes it; flags that are "
+        "given count more.",
+    ),
+]
 LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
 DeviceFlag = Annotated[

@@ -14,6 +14,7 @@ _STAGES = {
     "prefix": ("frozen blocks", "edits"),
     "train": ("training", "edits"),
     "locate": ("locating", "edits"),
+    "tune": ("tuning", "trials"),
     "answers": ("answers", "prompts"),
     "generation": ("generation", "prompts"),
     "text": ("perplexity", "windows"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastedit.cli import arguments
-from fastedit.cli.flags import config_of
+from fastedit.cli.flags import configuration
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.errors import FileError
@@ -29,7 +29,10 @@ def edit(
         Path,
         typer.Option(help="Folder for checkpoint, delta.safetensors, report.json; replaces a checkpoint."),
     ],
-    method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
+    method: Annotated[
+        str | None, typer.Option(help="The editing method; by default that of --config, else locft-bf.")
+    ] = None,
+    config: arguments.ConfigFlag = None,
     text: arguments.TextFlag = None,
     evaluate: arguments.EvaluateFlag = "all",
     unmeasured: Annotated[
@@ -49,13 +52,14 @@ def edit(
 
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
-    config, sample, measured = config_of(method, given), arguments.sample_size(evaluate), not unmeasured
+    method, fields = configuration(config, method, given)
+    sample, measured = arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests), arguments.read_text(text)
-    folders = {name: config.get(name) for name in ("statistics", "targets")}
-    check_directory(output, arguments.inputs_of(model, requests=requests, text=text, **folders))
+    folders = {name: fields.get(name) for name in ("statistics", "targets")}
+    check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
     if folders["targets"]:
         check_writable(Path(folders["targets"]))
-    editor = arguments.load(model, dtype, device, method=method, **config)
+    editor = arguments.load(model, dtype, device, method=method, **fields)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw

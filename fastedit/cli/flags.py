@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
-from fastedit.errors import ConfigError
+from fastedit.errors import ConfigError, FileError
 from fastedit.methods import METHODS, method_of
 
 _SAME = {"layer": "layers"}  # fields that are one flag: where a method edits
@@ -63,6 +65,35 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         config[name] = (value,) if layers and isinstance(value, int) else value
     config_type(**config)  # refuses values before any work starts
     return config
+
+
+def configuration(file: Path | None, method: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method, and the checked fields of its configuration, from a file and from flags, which count more.
+
+    Raises:
+        FileError: the file cannot be read or is not a JSON object. ConfigError: as `config_of`; the file is for
+            another method.
+    """
+    content: dict[str, Any] = {}
+    if file is not None:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(file, f"cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise FileError(file, f"is not JSON: {error}") from None
+        if not isinstance(content, dict) or not isinstance(content.get("method", ""), str):
+            raise FileError(file, 'expected an object of fields, such as {"method": "locft-bf", "lr": 0.0005}')
+        theirs = content.pop("method", None)
+        if method and theirs and method != theirs:
+            raise ConfigError(f"--method {method} does not fit {file}, which is for {theirs}; leave out one of them")
+        try:
+            method = method or theirs or "locft-bf"
+            content = config_of(method, content)
+        except ConfigError as error:
+            raise error.at(file) from None
+    method = method or "locft-bf"
+    return method, config_of(method, {**content, **given})
 
 
 def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:

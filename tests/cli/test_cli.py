@@ -878,3 +878,68 @@ def test_help_is_quick(command: str) -> None:
         if spent[-1] < 1.0:
             break
     assert min(spent) < 1.0, spent  # 0.35 s on a machine without other work
+
+
+def test_tune_writes_a_configuration_that_edit_takes(model: Path, facts: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tuned"
+    asked = ("tune", "--model", model, "--requests", facts, "--output", output, "--sample", 3, "--epochs", 3)
+    printed = call(*asked, "--trials", 2)
+    assert printed.exit_code == 0
+    assert {path.name for path in output.iterdir()} == {"config.json", "report.json", "front.png", "trials.jsonl"}
+    chosen, report = (json.loads((output / f"{name}.json").read_text()) for name in ("config", "report"))
+    assert chosen == report["trials"][report["best"]]["config"]
+    assert f"fastedit edit --config {output / 'config.json'}" in printed.stdout
+    before = (output / "trials.jsonl").read_text().splitlines()
+    assert call(*asked, "--trials", 3).exit_code == 0
+    assert (output / "trials.jsonl").read_text().splitlines()[:3] == before
+    edited = tmp_path / "edited"
+    editing = ("edit", "--model", model, "--requests", facts, "--output", edited, "--no-evaluate", "--delta-only")
+    assert call(*editing, "--config", output / "config.json", "--lr", "0.25").exit_code == 0
+    config = json.loads((edited / "report.json").read_text())["edit"]["config"]
+    assert {name: config[name] for name in chosen if name not in ("method", "lr")} == {
+        name: value for name, value in chosen.items() if name not in ("method", "lr")
+    }
+    assert config["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "said"),
+    [
+        (None, [], "config.json: cannot be read: No such file or directory"),
+        ("{", [], "config.json: is not JSON"),
+        ("[1]", [], "config.json: expected an object of fields"),
+        ('{"method": 3}', [], "config.json: expected an object of fields"),
+        ('{"method": "nonsense"}', [], "config.json: unknown method 'nonsense'"),
+        ('{"lrr": 1}', [], "config.json: locft-bf has no field 'lrr'"),
+        ('{"lr": -1}', [], "config.json: lr is -1"),
+        ('{"method": "memit"}', ["--method", "rome"], "--method rome does not fit"),
+        ('{"lr": 0.1}', ["--clamp", "2"], "locft-bf has no field 'clamp'"),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_used(
+    model: Path, facts: Path, tmp_path: Path, content: str | None, flags: list[str], said: str
+) -> None:
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    output = tmp_path / "edited"
+    assert said in fails(2, "edit", "--model", model, "--requests", facts, "--output", output, "--config", file, *flags)
+    assert not output.exists()
+
+
+def test_a_configuration_file_may_give_layers_that_flags_change(model: Path, facts: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for content, flags, layer in (
+        ({"layer": [0, 1]}, [], [0, 1]),
+        ({"layer": 1}, [], 1),
+        ({"layer": [0, 1]}, ["--layers", "1"], 1),
+        ({"layers": [1]}, ["--layer", "0"], 0),
+    ):
+        file.write_text(json.dumps(content | {"epochs": 1, "lr": 0.01}))
+        output = tmp_path / "edited"
+        done = call(
+            "edit", "--model", model, "--requests", facts, "--output", output, "--no-evaluate", "--delta-only",
+            "--config", file, *flags,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.stderr
+        assert json.loads((output / "report.json").read_text())["edit"]["config"]["layer"] == layer

@@ -1,0 +1,74 @@
+"""`fastedit tune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.flags import config_of
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.configs import LARGEST_INT
+from fastedit.files import check_writable, replacing
+
+if TYPE_CHECKING:
+    from fastedit.evaluation.tune import TuneReport
+
+OWN = ("seed", "keep_partial", "targets")
+"""Fields of the configurations that are not flags of this command."""
+
+
+def tune(
+    model: arguments.ModelFlag,
+    requests: arguments.RequestsFlag,
+    output: Annotated[
+        Path, typer.Option(help="Folder for config.json, report.json, front.png and the trials; goes on with them.")
+    ],
+    method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
+    sample: Annotated[int, typer.Option(min=1, help="Edits of a trial.")] = 50,
+    minutes: Annotated[float, typer.Option(help="Begin no trial that would likely end later.")] = 30.0,
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, at most.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
+    text: arguments.TextFlag = None,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+    **given: Any,
+) -> None:
+    """Find a configuration that writes your edits and spares the rest, by trying some on a sample.
+
+    Example: fastedit tune --model ./SmolLM2 --requests facts.json --text wiki.txt --output ./tuned
+
+    Then edit with it: fastedit edit --config ./tuned/config.json … The fields of the method's configuration are flags,
+    which all trials have in common.
+    """
+    config = config_of(method, given)
+    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
+    check_writable(output)
+    from fastedit.cli.bars import Bars
+    from fastedit.evaluation.tune import Search
+
+    editor = arguments.load(model, dtype, device)
+    options: dict[str, Any] = {"sample": sample, "minutes": minutes, "trials": trials, "seed": seed, "text": documents}
+    search = Search(editor.parts, edits, method=method, journal=output / "trials.jsonl", **options, **config)
+    work_begins()
+    with Bars() as bars:
+        report = search.run(bars.callback("", len(search.edits)), lambda so_far: _save(so_far, output))
+    _save(report, output)
+    show(report)
+    try:
+        report.draw(output / "front.png")
+    except ModuleNotFoundError:
+        typer.echo("no picture: matplotlib is not installed (pip install 'fastedit-llm[plot]')", err=True)
+    typer.echo(f"trial {report.trials.index(report.best)} is chosen: fastedit edit --config {output / 'config.json'} …")
+
+
+def _save(report: TuneReport, folder: Path) -> None:
+    """Write the best configuration so far, and all figures."""
+    for name, content in (("config.json", report.best.config), ("report.json", report.to_dict())):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
