@@ -4,7 +4,8 @@
 
 The first records are edited. Of those after them that the unedited model answers, `known facts` is the share that the
 edited model still answers; nobody edited them. Perplexity is that of the beginning of the text, and the second moments
-are collected, by `fastedit covariance`, from the rest of it.
+are collected, by `fastedit covariance`, from the rest of it. Without --requests the fact world's are edited, which no
+trained model knows; without --text the perplexity is that of our guide, and the model writes the text for statistics.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from benchmarks.harness import measured
 from benchmarks.pretrained import SOURCES, folder
-from benchmarks.rows import Row, append, make_row
+from benchmarks.rows import ROOT, Row, append, make_row
 from fastedit import Editor, EditRequest, load_requests
+from fastedit.demo import World
 from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.models import Model
@@ -34,6 +36,7 @@ HELD_OUT = 200_000  # characters of the text before those that statistics are co
 VARIANTS: dict[str, dict[str, Any]] = {
     "LocFT-BF": {"method": "locft-bf"},
     "LocFT-BF, published": {"method": "locft-bf", "published": True},
+    "LocFT-BF, own text": {"method": "locft-bf", "statistics": None},
     "LocFT-BF, null space": {"method": "locft-bf", "preserve": "null-space"},
     "LocFT-BF, anchors": {"method": "locft-bf", "preserve": "anchors"},
     "LocFT-BF, both": {"method": "locft-bf", "preserve": "both"},
@@ -81,7 +84,7 @@ def known(model: Model, records: Sequence[EditRequest], limit: int = 200) -> lis
 
 def still_known(model: Model, facts: Sequence[EditRequest]) -> float:
     answers = predict(model, facts, kinds=("rewrite",), generate=False).answers
-    return sum(all(a["rewrite"][0].hits) for a in answers) / max(1, len(facts))
+    return sum(all(a["rewrite"][0].hits) for a in answers) / len(facts)
 
 
 def figures(report: EvaluationReport) -> dict[str, float]:
@@ -103,23 +106,24 @@ class Trained:
     """An unedited model, with what its edits are measured by.
 
     Attributes:
-        statistics: folder of its second moments.
+        statistics: folder of its second moments; None without text to collect them from.
         facts: that it knows and nobody edits.
         text: for perplexity.
     """
 
     model: Model
     name: str
-    statistics: Path
+    statistics: Path | None
     facts: Sequence[EditRequest]
     text: str
 
     @classmethod
-    def load(cls, path: Path, others: Sequence[EditRequest], text: Path, tokens: int, work: Path) -> Trained:
+    def load(cls, path: Path, others: Sequence[EditRequest], text: Path | None, tokens: int, work: Path) -> Trained:
         """Load a model in fp32; `others` are records that are not edited."""
         editor = Editor.from_pretrained(path, dtype="float32")
-        statistics = statistics_of(path, text, layers_of(editor), tokens, work)
-        held_out = text.read_text(encoding="utf-8")[: HELD_OUT // 16]
+        statistics = text and statistics_of(path, text, layers_of(editor), tokens, work)
+        pages = [text] if text else sorted((ROOT / "docs" / "pages").glob("*.md"))
+        held_out = "\n".join(page.read_text(encoding="utf-8") for page in pages)[: HELD_OUT // 16]
         return cls(editor.parts, path.name, statistics, known(editor.parts, others), held_out)
 
     def predict(self, edits: Sequence[EditRequest]) -> Predictions:
@@ -127,11 +131,13 @@ class Trained:
 
     def measure(self, edits: Sequence[EditRequest], before: Predictions, variant: str) -> Iterator[Row]:
         """Edit, measure, and take the edit back."""
-        editor = Editor(self.model.network, self.model.tokenizer, **VARIANTS[variant], statistics=str(self.statistics))
+        config = {"statistics": self.statistics and str(self.statistics)} | VARIANTS[variant]
+        editor = Editor(self.model.network, self.model.tokenizer, **config)
         with measured(torch.device("cpu")) as run:
             result = editor.edit(edits)
         found = figures(compare(edits, self.predict(edits), before))
-        found["known facts"] = still_known(self.model, self.facts)
+        if self.facts:
+            found["known facts"] = still_known(self.model, self.facts)
         result.delta.revert()
         row = {"mode": variant, "dtype": "float32"}
         yield make_row("real_models", "ours", [run.seconds], peak_memory=run.peak_memory, **row)
@@ -142,8 +148,8 @@ class Trained:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(SOURCES), help=f"folders, or {', '.join(SOURCES)}")
-    parser.add_argument("--requests", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--requests", type=Path)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--n", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--skip", type=int, default=0, help="records before the edited ones")
     parser.add_argument("--neighbours", type=int, default=2, help="of each record, at most")
@@ -152,10 +158,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("real_models"), help="folder for statistics")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    read = load_requests(args.requests) if args.requests else World().requests(args.skip + max(args.n))
     records = [
-        replace(record, neighbours=record.neighbours[: args.neighbours], portability=())
-        for record in load_requests(args.requests)[args.skip :]
+        replace(record, neighbours=record.neighbours[: args.neighbours], portability=()) for record in read[args.skip :]
     ]
+    source = (args.requests.stem if args.requests else "fact world") + f" from record {args.skip}" * bool(args.skip)
     for name in args.model:
         path = folder(name) if name in SOURCES else Path(name)
         trained = Trained.load(path, records[max(args.n) :], args.text, args.tokens, args.work)
@@ -163,7 +170,6 @@ def main() -> None:
             edits = records[:n]
             before = trained.predict(edits)
             for variant in args.variants:
-                source = args.requests.stem + f" from record {args.skip}" * bool(args.skip)
                 for row in trained.measure(edits, before, variant):
                     append(replace(row, shape=f"{len(edits)} edits ({source}), {path.name}"))
                     print(f"{path.name}, {n} edits, {variant}: {row.unit} {row.p50:.4g}", flush=True)
