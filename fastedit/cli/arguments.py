@@ -166,7 +166,12 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
 def measure(
     editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str, **options: Any
 ) -> Predictions:
-    """Measure the model as it is now on the prompts of the edits and on the text; `options` are those of `predict`."""
+    """Measure the model as it is now on the prompts of the edits and on the text; `options` are those of `predict`.
+
+    Of an unedited model ("before") this is done once, and kept.
+    """
+    from fastedit.evaluation.kept import predict_unedited
     from fastedit.evaluation.predict import predict
 
-    return predict(editor.parts, edits, text=text, progress=bars.callback(when), **options)
+    function = predict_unedited if when == "before" else predict
+    return function(editor.parts, edits, text=text, progress=bars.callback(when), **options)

@@ -1,0 +1,122 @@
+"""Measures of an unedited model in the user's cache, so that the next edit of the same requests need not take them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastedit.errors import FileError
+from fastedit.evaluation.first_token import Head
+from fastedit.evaluation.predict import Prediction, Predictions, predict
+from fastedit.evaluation.questions import KINDS
+from fastedit.models import Model, fingerprint
+from fastedit.progress import Progress, no_progress
+from fastedit.requests import EditRequest
+from fastedit.statistics.store import user_directory
+from fastedit.tensorfile import checksums, load_tensors, save_tensors
+from fastedit.version import version_of
+
+log = logging.getLogger(__name__)
+
+_TAG = "fastedit-predictions-1"
+_WHAT = "the measures of an unedited model"
+_LARGEST = 2**28  # bytes of a file
+_FILES = 8  # of a model; older ones make room
+_PLAIN = tuple(f.name for f in fields(Prediction) if f.name != "first")
+
+
+def predict_unedited(
+    model: Model,
+    requests: Sequence[EditRequest],
+    *,
+    generate: bool = True,
+    kinds: Sequence[str] = KINDS,
+    text: Sequence[str] = (),
+    keep_head: bool = False,
+    progress: Progress = no_progress,
+) -> Predictions:
+    """What `predict` finds of a model, from the user's cache if it has been measured so before.
+
+    A file is found again by every bit of the weights, the configuration, the tokenizer, the questions and the text, and
+    by the device and the versions that decide how sums round. One that cannot be read is measured and written anew;
+    where none can be written, nothing is kept.
+
+    Raises:
+        RequestError, EditError: as `predict`.
+    """
+    options: dict[str, Any] = {"generate": generate, "kinds": tuple(kinds), "text": text}
+    key = _key(model, requests, options)
+    path = user_directory(fingerprint(model.network)) / "measured" / f"{key}.safetensors"
+    try:
+        answers, perplexity = _load(path)
+        log.info("the unedited model was measured before: %s", path)
+        path.touch()  # the last that would make room
+    except FileError:
+        found = predict(model, requests, **options, keep_head=keep_head, progress=progress)
+        _save(path, found)
+        return found
+    neighbours = any(some["neighbour"] for some in answers)
+    return Predictions(answers, perplexity, Head(model.topology, keep=keep_head) if neighbours else None)
+
+
+def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any]) -> str:
+    network, tokenizer = model.network, model.tokenizer
+    config: Any = model.topology.config
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    ends: Any = getattr(network, "generation_config", None)
+    about = [
+        _TAG,
+        {**config.to_dict(), "_name_or_path": None},
+        config._attn_implementation,
+        checksums(dict(network.named_parameters())),
+        checksums(dict(network.named_buffers())),
+        core.to_str() if core is not None else tokenizer.get_vocab(),
+        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None)],
+        [asdict(request) for request in requests],
+        options,
+        [torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type],
+        [version_of(name) for name in ("torch", "transformers", "fastedit")],
+    ]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _save(path: Path, found: Predictions) -> None:
+    kept = [answers[kind] for answers in found.answers for kind in KINDS]
+    firsts = {id(p.first): p.first for some in kept for p in some if p.first is not None}  # equal questions share one
+    places = {of: place for place, of in enumerate(firsts)}
+    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in some] for some in kept]
+    content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+    tensors = {"answers": content} | ({"first": torch.stack([*firsts.values()])} if firsts else {})
+    if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, tensors, _TAG, {"perplexity": found.perplexity}, _WHAT)
+        for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: -p.stat().st_mtime)[_FILES:]:
+            old.unlink(missing_ok=True)
+    except (OSError, FileError) as error:
+        log.info("the measures of the unedited model are not kept: %s", error)
+
+
+def _load(path: Path) -> tuple[list[dict[str, list[Prediction]]], float | None]:
+    """Raises FileError: there are none, or they are damaged."""
+    tensors, metadata, _ = load_tensors(path, (_TAG,), _WHAT)
+    first = [*tensors.get("first", ())]
+
+    def prediction(row: list[Any]) -> Prediction:
+        *plain, place = row
+        plain = [tuple(value) if isinstance(value, list) else value for value in plain]
+        return Prediction(**dict(zip(_PLAIN, plain, strict=True)), first=None if place is None else first[place])
+
+    rows = json.loads(tensors["answers"].numpy().tobytes())
+    made = [[prediction(row) for row in some] for some in rows]
+    n = len(KINDS)
+    answers = [dict(zip(KINDS, made[i : i + n], strict=True)) for i in range(0, len(made), n)]
+    return answers, metadata["perplexity"]
