@@ -313,10 +313,15 @@ def test_env_tells_versions_and_backends() -> None:
 
 def test_progress_shows_speed_loss_and_time_left(model: Path, facts: Path, tmp_path: Path) -> None:
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", *LEARNS)
-    lines = works(*common, FORCE_COLOR="1", COLUMNS="160").stderr
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "160"}
+    lines = works(*common, **env, FORCE_COLOR="1").stderr
     for words in ("before: answers", "training", " edits/s", "loss ", "after: generation"):
         assert words in lines
-    assert not works(*common, COLUMNS="160").stderr.count("edits/s")  # no terminal, no bars
+    first = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert "before: " not in works(*common, **env, FORCE_COLOR="1").stderr  # the unedited model is measured once
+    again = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert {**again, "edit": None} == {**first, "edit": None}
+    assert not works(*common, **env).stderr.count("edits/s")  # no terminal, no bars
 
 
 def test_speed_and_time_left(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
