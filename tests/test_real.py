@@ -20,7 +20,7 @@ FACTS = [
 ]
 
 
-@pytest.mark.parametrize("preserve", ["none", "anchors"])
+@pytest.mark.parametrize("preserve", ["auto", "none", "anchors"])  # auto is the default, with text of the model's own
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_saved_edit_is_known_to_plain_transformers(name: str, preserve: Any, tmp_path: Path) -> None:
     editor = Editor.from_pretrained(folder(name), dtype="float32", device="cpu", preserve=preserve)

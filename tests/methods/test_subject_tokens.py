@@ -373,3 +373,23 @@ def test_the_text_a_model_writes_is_as_long_as_asked_and_its_own(tokenizer: Any,
     assert 400 <= sum(lengths) <= 700  # special tokens that it may sample are not text
     assert len(set(texts)) == len(texts)
     assert texts == write_text(model, 500, seed=1) != write_text(model, 500, seed=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("preserve", ["none", "null-space", "both"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_on_a_gpu_it_is_the_edit_of_a_cpu(
+    family: str, preserve: str, tokenizer: Any, tmp_path: Path, seed: int
+) -> None:
+    edits = random_edits(9, seed)
+    moments(tiny_model(family, seed=seed), tmp_path, seed)
+    options: dict[str, Any] = {"preserve": preserve, "statistics": tmp_path}
+    here, there = (
+        run(tiny_model(family, seed=seed).to(device), tokenizer, edits, **options) for device in ("cpu", "cuda")
+    )
+    assert there.losses == pytest.approx(here.losses, rel=1e-3)
+    for path, update in here.updates.items():
+        assert isinstance(update, Tensor)
+        assert isinstance(found := there.updates[path], Tensor)
+        assert found.is_cuda
+        assert (found.cpu() - update).norm() <= 1e-2 * update.norm()  # Adam takes rounding of small gradients for signs
