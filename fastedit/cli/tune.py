@@ -69,6 +69,6 @@ def tune(
 
 def _save(report: TuneReport, folder: Path) -> None:
     """Write the best configuration so far, and all figures."""
-    for name, content in (("config.json", report.best.config), ("report.json", report.to_dict())):
+    for name, content in (("config.json", report.best.settings), ("report.json", report.to_dict())):
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

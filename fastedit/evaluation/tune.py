@@ -62,6 +62,21 @@ class Trial:
     error: str | None = None
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What `fastedit.Editor` takes to make the same choices, whatever the edits are.
+
+        The batch size is not among them unless it was given: it follows the number of edits.
+        """
+        if not self.resolved:
+            return self.config
+        method = self.config["method"]
+        defaults = {f.name: f.default for f in fields(METHODS[method].config)}
+        plain: dict[str, Any] = json.loads(json.dumps(self.resolved))
+        chosen = {n: v for n, v in plain.items() if v != defaults[n] and _matters(n, plain)}
+        chosen.pop("published", None)  # its choices stand there by now
+        return {"method": method} | {n: v for n, v in chosen.items() if n not in _OPEN or n in self.config}
+
+    @property
     def kept(self) -> float:
         """What the edit left as it was: the share of first tokens, divided by the perplexity's ratio if that grew."""
         share = 1.0 if self.first_token is None else self.first_token
@@ -88,8 +103,8 @@ class TuneReport:
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest score, of equal ones the first; one that failed only if all have."""
-        return max(self.trials, key=lambda trial: (trial.error is None, trial.score))
+        """The trial of the highest score, of equal ones the fastest; one that failed only if all have."""
+        return max(self.trials, key=lambda trial: (trial.error is None, trial.score, -trial.seconds))
 
     @property
     def front(self) -> list[Trial]:
@@ -106,7 +121,7 @@ class TuneReport:
             "finished": self.finished,
             "best": self.trials.index(self.best),
             "front": [self.trials.index(trial) for trial in self.front],
-            "trials": [asdict(t) | {"kept": t.kept, "score": t.score} for t in self.trials],
+            "trials": [asdict(t) | {"settings": t.settings, "kept": t.kept, "score": t.score} for t in self.trials],
         }
 
     def draw(self, path: AnyPath) -> None:
@@ -258,15 +273,11 @@ class Search:
 
     def _neighbours(self, trial: Trial) -> Iterator[dict[str, Any]]:
         """The configurations that differ from a trial's in one value. A field that all have in common stays."""
-        defaults = {f.name: f.default for f in fields(METHODS[self._method].config)}
         plain: dict[str, Any] = json.loads(json.dumps(trial.resolved))
-        fixed = {n: v for n, v in plain.items() if v != defaults[n] and (n not in _OPEN or n in trial.config)}
-        fixed.pop("published", None)  # its choices stand there by now
-        blocks = self._model.topology.n_blocks
         for name, steps in _STEPS.items():
             if plain.get(name) is not None and name not in self._common and _matters(name, plain):
-                for value in steps(plain[name], blocks):
-                    yield {"method": self._method, **fixed, name: value}
+                for value in steps(plain[name], self._model.topology.n_blocks):
+                    yield {**trial.settings, name: value}
 
     def _try(self, config: dict[str, Any], unedited: tuple[Predictions, Predictions], progress: Progress) -> Trial:
         """Edit, measure, and put the parameters back, bit for bit, however that ends."""
@@ -360,9 +371,9 @@ _STEPS: dict[str, Callable[[Any, int], list[Any]]] = {
 def _matters(name: str, resolved: Mapping[str, Any]) -> bool:
     """Whether a field takes part in an edit with this configuration."""
     if name == "null_space":
-        return str(resolved["preserve"]) in ("null-space", "both")
+        return str(resolved.get("preserve")) in ("null-space", "both")
     if name in ("l2", "cov_weight"):
-        return (name == "l2") == (str(resolved["objective"]) == "null-space")
+        return (name == "l2") == (str(resolved.get("objective")) == "null-space")
     return True
 
 

@@ -892,7 +892,7 @@ def test_tune_writes_a_configuration_that_edit_takes(model: Path, facts: Path, t
     assert printed.exit_code == 0
     assert {path.name for path in output.iterdir()} == {"config.json", "report.json", "front.png", "trials.jsonl"}
     chosen, report = (json.loads((output / f"{name}.json").read_text()) for name in ("config", "report"))
-    assert chosen == report["trials"][report["best"]]["config"]
+    assert chosen == report["trials"][report["best"]]["settings"]
     assert f"fastedit edit --config {output / 'config.json'}" in printed.stdout
     before = (output / "trials.jsonl").read_text().splitlines()
     assert call(*asked, "--trials", 3).exit_code == 0

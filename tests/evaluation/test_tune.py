@@ -95,6 +95,8 @@ def test_what_is_written_down_makes_the_same_edit_with_more_requests(model: Mode
     resolved = Editor(model.network, tokenizer, **neighbour).plan(EDITS[:3]).made.config  # type: ignore[attr-defined]
     told = {name: value for name, value in trial.resolved.items() if name not in ("batch_size", "published", "lr")}
     assert {name: getattr(resolved, name) for name in told} == told
+    same = Editor(model.network, tokenizer, **trial.settings).plan(EDITS[:3]).made.config  # type: ignore[attr-defined]
+    assert {name: getattr(same, name) for name in told} == told
     assert resolved.lr == pytest.approx(2 * trial.resolved["lr"], rel=1e-2)
     assert "batch_size" not in neighbour
 
