@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
 _SUBJECT_RATE = 0.64  # of the rate for all tokens
 _SHARE = {"all": 0.2, "subject": 0.4}  # null_space
+_FOCUS = {"all": 0.0, "subject": 0.1}
 
 
 def resolve(
@@ -73,9 +74,14 @@ def resolve(
         notes.append(f"batch_size {batch_size} (auto for {len(edits)} edits)")
     if share is None:
         share = _SHARE[config.tokens]
+    focus = config.focus
+    if focus is None:
+        focus = _FOCUS[config.tokens]
     for note in notes:
         log.info("locft-bf: %s", note)
-    return replace(config, layer=layer, module=module, lr=lr, batch_size=batch_size, null_space=share), notes
+    return replace(
+        config, layer=layer, module=module, lr=lr, batch_size=batch_size, null_space=share, focus=focus
+    ), notes
 
 
 def batch_size_for(n_edits: int) -> int:

@@ -36,6 +36,11 @@ class LocFTBFConfig:
     epochs: int = option(25, "at most this many passes over the edits.")
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
+    focus: float | None = option(
+        None,
+        "an edit whose loss is below gets no gradient and sits out two epochs; 0 for never, as published. None is 0.1 "
+        "with tokens subject, else 0.",
+    )
     loss_average: Literal["sample", "token"] = option(
         "sample", "mean over a sample's target tokens, then over samples; or over all target tokens."
     )
@@ -108,6 +113,8 @@ class LocFTBFConfig:
         for name in ("stop_loss", "skip_loss", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
+        if self.focus is not None and not 0 <= self.focus < math.inf:
+            raise ConfigError(f"focus is {self.focus}; give 0 or more, or leave it out")
         if self.augment < 0:
             raise ConfigError(f"augment is {self.augment}; give a number of contexts an edit, 0 for none")
         if self.published and (self.tokens == "subject" or self.preserve not in ("auto", "none")):

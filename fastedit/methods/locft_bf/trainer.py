@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
 from fastedit.models import (
     FrozenPart,
+    HeldTokens,
     Override,
+    Past,
     PrefixCache,
     Rows,
+    at_tokens,
     in_passes,
     observe,
     pack,
@@ -34,6 +37,7 @@ from fastedit.models import (
 from fastedit.weights import Snapshot
 
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
+_REST = 2  # epochs that an edit sits out, once its loss is below `focus`
 
 
 class Trainer:
@@ -78,7 +82,9 @@ class Trainer:
             if data.trained is None
             else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
         )
-        self.trained_rows: Tensor | None = None  # of the pass that runs
+        self.trained_rows: Callable[[int], Tensor | None] = lambda _: None  # of the pass that runs
+        self.loss_of = torch.zeros(len(samples), device=topology.device)  # of each sample when it was last looked at
+        self.held: HeldTokens | None = None
         self.gradients: GradientParts = {}
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
@@ -92,9 +98,13 @@ class Trainer:
 
     def run(self, cache: PrefixCache) -> None:
         self.cache = cache
+        # attention is causal: no gradient comes from what is in front of the token that is trained at. On a GPU a step
+        # of few edits waits for launches, and to run those tokens apart would make more of them
+        if self.data.trained is not None and self.topology.device.type == "cpu":
+            self.held = HeldTokens(self.topology, cache, self.samples, self.data.trained.clamp(min=0))
         # in a single epoch nothing would be read again
-        lowest = self.modules[cache.layer]
-        self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
+        again = self.config.epochs > 1 and self.held is None
+        self.frozen = FrozenPart(self.topology, cache, self.modules[cache.layer]) if again else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
             if self.second_moment is not None:
@@ -106,7 +116,7 @@ class Trainer:
                         C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
                     self.null_spaces[layer] = NullSpace.of(C, share)
                     avoiding.enter_context(self.null_spaces[layer].around(module))
-            with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
+            with recorded(self.maps, lambda rows: self.trained_rows(rows)) as self.gradients:
                 self._run()
 
     @torch.no_grad()
@@ -125,13 +135,27 @@ class Trainer:
         self.reference = Reference.joined(references)
         return {layer: torch.cat(found) for layer, found in keys.items()}
 
-    def _hidden(self, rows: Rows, select: Tensor) -> Tensor:
+    def _lay_out(self, select: Tensor) -> tuple[Rows, Past | None]:
+        """The rows of the selected samples on the device, and what is held in front of them, which runs now."""
+        rows, past = pack(self.samples, select, packed=self.topology.packs), None
+        if self.held is not None:
+            self.held.renew(select)
+            rows, past = self.held.remaining(select)
+        places, tokens, device = self.data.trained_rows(rows), len(rows.token_rows), self.topology.device
+        if places is not None:
+            flat = rows.token_rows[places].to(device, non_blocking=True)  # in inputs that have pads
+            self.trained_rows = lambda n: places if past is not None and n == tokens else flat
+        return rows.to(device, non_blocking=True), past
+
+    def _hidden(self, rows: Rows, select: Tensor, past: Past | None = None) -> Tensor:
         """Hidden states [M, h] at the target rows of the selected samples."""
         around: AbstractContextManager[list[Override]] = nullcontext([])
         if self.frozen:
             around = self.frozen.during(rows, select)
+        elif past is not None:
+            around = nullcontext(at_tokens(self.topology, rows, self.cache.layer))
         with around as overrides:
-            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
+            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides, past)
 
     def _run(self) -> None:
         n, size = self.data.anchors.first, int(self.config.batch_size)
@@ -169,7 +193,7 @@ class Trainer:
 
         `place` names `select` in messages if that is one batch, of which every epoch is a step.
         """
-        config = self.config
+        config, focus = self.config, self.config.focus
         optimizer = Adam(
             self.parameters,
             self.masters,
@@ -180,8 +204,10 @@ class Trainer:
             scale=self.scale,
             backend="triton" if self.data.trained is None else "auto",
         )
+        wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # epoch from which on a sample is trained on again
         for epoch in range(1, config.epochs + 1):
-            batches = self._order(select).split(int(config.batch_size))
+            awake = select[wakes[select] <= epoch]
+            batches = self._order(awake if len(awake) else select).split(int(config.batch_size))
             found = torch.empty(len(batches), device=self.topology.device)
             for batch, loss in zip(batches, found, strict=True):
                 self._step(batch, optimizer, loss)
@@ -192,13 +218,17 @@ class Trainer:
                 raise self._not_finite(when, batches[first])
             sizes = torch.tensor([len(batch) for batch in batches])
             mean = float((found * sizes).sum() / sizes.sum())
+            if focus:
+                each = self.loss_of.cpu()
+                looked = torch.cat(list(batches))
+                wakes[looked[each[looked] < focus]] = epoch + 1 + _REST
+                mean = float(each[select].mean())
             yield mean
-            if mean < config.stop_loss:
+            if mean < config.stop_loss or (focus and len(looked) == len(select) and each[select].max() < focus):
                 break
 
     def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
-        head: Any = topology.head
         owners = [self.data.owner[i] for i in batch.tolist()]
         anchors = self.data.anchors.draw(owners, self.generator)  # [K]
         chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
@@ -209,37 +239,52 @@ class Trainer:
         weights = torch.cat([weights, weights.new_full((len(anchors),), self.scale * config.anchor_weight / n)])
         loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
         for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
-            select = chosen[some]
-            rows = pack(self.samples, select, packed=topology.packs)
-            weight = weights[some][rows.sample_of].to(topology.device, non_blocking=True)
-            rows = rows.to(topology.device, non_blocking=True)
-            self.trained_rows = self.data.trained_rows(rows)
-            kept = anchors[max(0, some.start - n) : max(0, some.stop - n)].to(topology.device, non_blocking=True)
-            hidden = self._hidden(rows, select)  # [M, h], anchors last
-            labels = rows.labels[: len(rows.labels) - len(kept)]
-            part, grad = ops.target_cross_entropy(
-                hidden.detach(),
-                head.weight,
-                labels,
-                weight,
-                bias=getattr(head, "bias", None),
-                softcap=topology.logit_softcap,
-                others=partial(self.reference.divergence, kept) if self.reference is not None else None,
-                per_row=True,
-                scratch=self.scratch,
-            )
-            hidden.backward(grad)
-            loss += part[: len(labels)].sum()
-            apart += part[len(labels) :].sum()
+            kept = anchors[max(0, some.start - n) : max(0, some.stop - n)]
+            part = self._pass(chosen[some], weights[some], kept.to(topology.device, non_blocking=True))
+            loss += part[: len(part) - len(kept)].sum()
+            apart += part[len(part) - len(kept) :].sum()
             optimizer.gather()
         loss_out.copy_(loss.div_(self.scale))
-        skip = (loss < config.skip_loss) & (apart < self.scale * config.anchor_weight * _NEAR)
+        skip = loss < config.skip_loss
+        if config.focus:
+            skip |= (self.loss_of[batch.to(loss.device, non_blocking=True)] < config.focus).all()
+        skip &= apart < self.scale * config.anchor_weight * _NEAR
         if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
             optimizer.step(skip.float())
         elif skip:
             optimizer.clear()
         else:
             optimizer.step()
+
+    def _pass(self, select: Tensor, weights: Tensor, anchors: Tensor) -> Tensor:
+        """Gradients of some samples, those of these anchors last; returns the weighted loss of each target row [M].
+
+        Edits whose loss is below `focus` give none.
+        """
+        topology, head = self.topology, cast(Any, self.topology.head)
+        rows, past = self._lay_out(select)
+        weight = weights.to(topology.device, non_blocking=True)[rows.sample_of]
+        hidden = self._hidden(rows, select, past)  # [M, h], anchors last
+        n = len(rows.labels) - len(anchors)
+        part, grad = ops.target_cross_entropy(
+            hidden.detach(),
+            head.weight,
+            rows.labels[:n],
+            weight,
+            bias=getattr(head, "bias", None),
+            softcap=topology.logit_softcap,
+            others=partial(self.reference.divergence, anchors) if self.reference is not None else None,
+            per_row=True,
+            scratch=self.scratch,
+        )
+        if self.config.focus:
+            place = rows.sample_of[:n]
+            count = torch.zeros(len(select), device=part.device).index_add_(0, place, torch.ones_like(part[:n]))
+            each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
+            self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)]
+            grad[:n] *= (each >= self.config.focus)[place][:, None]
+        hidden.backward(grad)
+        return part
 
     def _not_finite(self, when: str, batch: Tensor) -> EditError:
         """The error that names the edits to blame; restores the model, by whose original weights they are judged."""
