@@ -68,11 +68,6 @@ class HeldTokens:
             self._recorded[block] = keys, values
         self._tokens = torch.cat([self._tokens, *(tokens for tokens, _ in seen)])
 
-    def renew(self, select: Tensor) -> None:
-        """Forget all, and run the tokens of these samples that are held, with the weights as they are now."""
-        self._tokens, self._recorded = torch.empty(0, dtype=torch.int64), {}
-        self.record(select)
-
     def _seen(self, select: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """The held tokens [K] of these samples, and the keys and values of each block."""
         topology, layer = self._topology, self._cache.layer
@@ -87,9 +82,9 @@ class HeldTokens:
 
         Recorded tokens of other samples are forgotten.
         """
-        counts = self._counts[select]
-        if not self.supported or not counts.any():
+        if not self.supported:
             return pack(self._samples, select, packed=False), None
+        counts = self._counts[select]
         rows = pack(self._samples, select, packed=False, start=counts)
         owner, within = ragged(counts)
         tokens = self._samples.offsets[select][owner] + within

@@ -32,11 +32,18 @@ def run(model: nn.Module, tokenizer: Any, edits: list[EditRequest], **config: An
 
 
 def plain(
-    model: nn.Module, tokenizer: Any, edits: list[EditRequest], P: dict[int, Tensor], places: list[int]
+    model: nn.Module,
+    tokenizer: Any,
+    edits: list[EditRequest],
+    P: dict[int, Tensor],
+    places: list[int],
+    focus: float = 0.0,
+    epochs: int = SETTINGS["epochs"],
 ) -> tuple[list[Tensor], list[float]]:
     """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
 
-    D acts at all tokens, and gets its gradient from the token at `places` of the edit (all tokens where it is -1).
+    D acts at all tokens, and gets its gradient from the token at `places` of the edit (all tokens where it is -1). An
+    edit whose loss is below `focus` gives none, and sits out the next two epochs; an epoch without any has all.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -56,22 +63,29 @@ def plain(
         return hook
 
     handles = [module.register_forward_hook(add(layer)) for layer, module in modules.items()]
-    losses = []
-    for _ in range(SETTINGS["epochs"]):
-        total = 0.0
-        for first in range(0, len(edits), SETTINGS["batch_size"]):
-            batch = range(first, min(first + SETTINGS["batch_size"], len(edits)))
+    losses, last, resting = [], [0.0] * len(edits), [0] * len(edits)
+    for _ in range(epochs):
+        awake = [i for i, rest in enumerate(resting) if not rest] or [*range(len(edits))]
+        resting = [max(0, rest - 1) for rest in resting]
+        for first in range(0, len(awake), SETTINGS["batch_size"]):
+            batch = awake[first : first + SETTINGS["batch_size"]]
             optimizer.zero_grad()
             for i in batch:
                 here = places[i]
                 prompt = tokenizer(edits[i].prompt).input_ids
                 target = [*tokenizer(edits[i].target).input_ids, tokenizer.eos_token_id]
                 said = model(input_ids=torch.tensor([[*prompt, *target][:-1]])).logits[0, len(prompt) - 1 :]
-                loss = cross_entropy(said, torch.tensor(target)) / len(batch)
-                loss.backward()
-                total += loss.item() * len(batch)
-            optimizer.step()
-        losses.append(total / len(edits))
+                loss = cross_entropy(said, torch.tensor(target))
+                last[i] = loss.item()
+                if last[i] >= focus:
+                    (loss / len(batch)).backward()
+                else:
+                    resting[i] = 2
+            if any(last[i] >= focus for i in batch):
+                optimizer.step()
+        losses.append(sum(last) / len(edits))
+        if len(awake) == len(edits) and max(last) < focus:
+            break
     for handle in handles:
         handle.remove()
     changes = [(D[layer] @ P[layer]).detach() for layer in P]
@@ -79,8 +93,16 @@ def plain(
 
 
 @pytest.mark.parametrize(("family", "preserve"), [("llama", "null-space"), ("llama", "none"), ("gpt2", "null-space")])
+@pytest.mark.parametrize(("focus", "size"), [(0.0, 4), (4.3, 4), (4.3, 1)])
 def test_equals_a_plain_loop(
-    family: str, preserve: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    preserve: str,
+    focus: float,
+    size: int,
+    tokenizer: Any,
+    tmp_path: Path,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(null_space, "_SMALLEST", 0.0)
     model, edits = tiny_model(family, seed=seed), random_edits(9, seed)
@@ -92,11 +114,12 @@ def test_equals_a_plain_loop(
         found = StreamingCovariance.load(statistics_path(parts, tmp_path, layer)).finalize()
         P[layer] = NullSpace.of(found, SETTINGS["null_space"]).of_rows(width) if preserve == "null-space" else width
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
-    wanted, losses = plain(model, tokenizer, edits, P, places)
+    monkeypatch.setitem(SETTINGS, "batch_size", size)
+    epochs = 9 if focus else SETTINGS["epochs"]
+    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs)
     before = values(model)
-    made = plan(
-        Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | {"preserve": preserve, "statistics": tmp_path})
-    )
+    options = {"preserve": preserve, "statistics": tmp_path, "focus": focus, "epochs": epochs}
+    made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | options))
     assert [note for note in made.notes if "trained at all tokens" in note and "without a subject" in note]
     result = made.run()
     assert list(result.updates) == [f"{parts.resolve(layer, 'down_proj')[0]}.weight" for layer in P]
@@ -373,6 +396,27 @@ def test_the_text_a_model_writes_is_as_long_as_asked_and_its_own(tokenizer: Any,
     assert 400 <= sum(lengths) <= 700  # special tokens that it may sample are not text
     assert len(set(texts)) == len(texts)
     assert texts == write_text(model, 500, seed=1) != write_text(model, 500, seed=2)
+
+
+def test_it_ends_when_every_edit_is_learned(tokenizer: Any, seed: int) -> None:
+    edits = random_edits(6, seed)
+    result = run(tiny_model("llama", seed=seed), tokenizer, edits, focus=2.5, epochs=200, tokens="all")
+    assert len(result.losses) < 200
+    assert 0.0 < result.losses[-1] < 2.5
+    assert result.config["focus"] == 2.5
+
+
+def test_the_published_recipe_has_no_focus(tokenizer: Any, seed: int) -> None:
+    options: dict[str, Any] = {"tokens": "all", "layer": 1, "focus": None}
+    assert run(tiny_model("llama", seed=seed), tokenizer, random_edits(3, seed), **options).config["focus"] == 0.0
+    options["tokens"] = "subject"
+    assert run(tiny_model("llama", seed=seed), tokenizer, random_edits(3, seed), **options).config["focus"] == 0.1
+
+
+@pytest.mark.parametrize("focus", [-0.1, float("nan"), float("inf")])
+def test_a_focus_that_is_no_loss_is_refused(focus: float) -> None:
+    with pytest.raises(ConfigError, match="focus is"):
+        LocFTBFConfig(focus=focus)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

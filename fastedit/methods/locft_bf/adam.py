@@ -41,20 +41,19 @@ def linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
 
 @contextmanager
 def recorded(
-    maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[int], Tensor | None] = lambda _: None
+    maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[], Tensor | None] = lambda: None
 ) -> Iterator[GradientParts]:
     """Collect what the gradients of these maps' weights are made of; inside, they are not formed.
 
     Args:
-        at: gives for a flattened input of so many rows those that count; None is all.
+        at: gives for a pass the rows of the flattened input that count; None is all.
     """
     parts: GradientParts = {path: [] for path in maps}
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                inputs = args[0].detach().flatten(0, -2)
-                rows = at(len(inputs))
+                inputs, rows = args[0].detach().flatten(0, -2), at()
                 taken = inputs if rows is None else inputs[rows]
 
                 def note(grad: Tensor) -> None:

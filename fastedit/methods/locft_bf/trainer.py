@@ -21,12 +21,9 @@ from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
 from fastedit.models import (
     FrozenPart,
-    HeldTokens,
     Override,
-    Past,
     PrefixCache,
     Rows,
-    at_tokens,
     in_passes,
     observe,
     pack,
@@ -82,9 +79,8 @@ class Trainer:
             if data.trained is None
             else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
         )
-        self.trained_rows: Callable[[int], Tensor | None] = lambda _: None  # of the pass that runs
+        self.trained_rows: Tensor | None = None  # of the pass that runs
         self.loss_of = torch.zeros(len(samples), device=topology.device)  # of each sample when it was last looked at
-        self.held: HeldTokens | None = None
         self.gradients: GradientParts = {}
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
@@ -98,13 +94,9 @@ class Trainer:
 
     def run(self, cache: PrefixCache) -> None:
         self.cache = cache
-        # attention is causal: no gradient comes from what is in front of the token that is trained at. On a GPU a step
-        # of few edits waits for launches, and to run those tokens apart would make more of them
-        if self.data.trained is not None and self.topology.device.type == "cpu":
-            self.held = HeldTokens(self.topology, cache, self.samples, self.data.trained.clamp(min=0))
         # in a single epoch nothing would be read again
-        again = self.config.epochs > 1 and self.held is None
-        self.frozen = FrozenPart(self.topology, cache, self.modules[cache.layer]) if again else None
+        lowest = self.modules[cache.layer]
+        self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
             if self.second_moment is not None:
@@ -116,7 +108,7 @@ class Trainer:
                         C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
                     self.null_spaces[layer] = NullSpace.of(C, share)
                     avoiding.enter_context(self.null_spaces[layer].around(module))
-            with recorded(self.maps, lambda rows: self.trained_rows(rows)) as self.gradients:
+            with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
                 self._run()
 
     @torch.no_grad()
@@ -135,27 +127,13 @@ class Trainer:
         self.reference = Reference.joined(references)
         return {layer: torch.cat(found) for layer, found in keys.items()}
 
-    def _lay_out(self, select: Tensor) -> tuple[Rows, Past | None]:
-        """The rows of the selected samples on the device, and what is held in front of them, which runs now."""
-        rows, past = pack(self.samples, select, packed=self.topology.packs), None
-        if self.held is not None:
-            self.held.renew(select)
-            rows, past = self.held.remaining(select)
-        places, tokens, device = self.data.trained_rows(rows), len(rows.token_rows), self.topology.device
-        if places is not None:
-            flat = rows.token_rows[places].to(device, non_blocking=True)  # in inputs that have pads
-            self.trained_rows = lambda n: places if past is not None and n == tokens else flat
-        return rows.to(device, non_blocking=True), past
-
-    def _hidden(self, rows: Rows, select: Tensor, past: Past | None = None) -> Tensor:
+    def _hidden(self, rows: Rows, select: Tensor) -> Tensor:
         """Hidden states [M, h] at the target rows of the selected samples."""
         around: AbstractContextManager[list[Override]] = nullcontext([])
         if self.frozen:
             around = self.frozen.during(rows, select)
-        elif past is not None:
-            around = nullcontext(at_tokens(self.topology, rows, self.cache.layer))
         with around as overrides:
-            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides, past)
+            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
 
     def _run(self) -> None:
         n, size = self.data.anchors.first, int(self.config.batch_size)
@@ -262,9 +240,11 @@ class Trainer:
         Edits whose loss is below `focus` give none.
         """
         topology, head = self.topology, cast(Any, self.topology.head)
-        rows, past = self._lay_out(select)
-        weight = weights.to(topology.device, non_blocking=True)[rows.sample_of]
-        hidden = self._hidden(rows, select, past)  # [M, h], anchors last
+        rows = pack(self.samples, select, packed=topology.packs)
+        weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
+        rows = rows.to(topology.device, non_blocking=True)
+        self.trained_rows = self.data.trained_rows(rows)
+        hidden = self._hidden(rows, select)  # [M, h], anchors last
         n = len(rows.labels) - len(anchors)
         part, grad = ops.target_cross_entropy(
             hidden.detach(),

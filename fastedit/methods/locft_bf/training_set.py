@@ -102,13 +102,13 @@ class TrainingSet:
         return PrefixCache(self.model.topology, self.samples, layer, budget=self.budget, progress=report)
 
     def trained_rows(self, rows: Rows) -> Tensor | None:
-        """Places in `rows.token_rows` of the tokens that are trained at, on the CPU; None is all."""
+        """Flat places `b * R + r` of the tokens that are trained at, on the device of the rows; None is all."""
         if self.trained is None:
             return None
         place = rows.host_index.view(-1)[rows.token_rows]
         sample = torch.searchsorted(self.samples.offsets, place, right=True) - 1
         wanted, within = self.trained[sample], place - self.samples.offsets[sample]
-        return ((wanted < 0) | (wanted == within)).nonzero().flatten()
+        return rows.token_rows[(wanted < 0) | (wanted == within)].to(rows.index.device, non_blocking=True)
 
     def names(self, samples: Sequence[int]) -> str:
         """Names of the edits that some samples belong to."""
