@@ -133,7 +133,9 @@ class TuneReport:
         """
         from fastedit.evaluation.front_plot import draw_front  # importing matplotlib takes a second
 
-        draw_front(self, path)
+        shown = [(i, trial.kept, trial.reliability) for i, trial in enumerate(self.trials) if trial.error is None]
+        front = [(trial.kept, trial.reliability) for trial in self.front]
+        draw_front(shown, front, self.trials.index(self.best), path)
 
     def __rich__(self) -> Table:
         from rich import box

@@ -399,11 +399,10 @@ def test_the_text_a_model_writes_is_as_long_as_asked_and_its_own(tokenizer: Any,
 
 
 def test_it_ends_when_every_edit_is_learned(tokenizer: Any, seed: int) -> None:
-    edits = random_edits(6, seed)
-    result = run(tiny_model("llama", seed=seed), tokenizer, edits, focus=2.5, epochs=200, tokens="all")
+    options: dict[str, Any] = {"focus": 2.0, "epochs": 200, "tokens": "all", "lr": 1e-2}
+    result = run(tiny_model("llama", seed=seed), tokenizer, random_edits(1, seed), **options)
     assert len(result.losses) < 200
-    assert 0.0 < result.losses[-1] < 2.5
-    assert result.config["focus"] == 2.5
+    assert 0.0 < result.losses[-1] < 2.0
 
 
 def test_the_published_recipe_has_no_focus(tokenizer: Any, seed: int) -> None:
