@@ -60,7 +60,7 @@ _FORMATS = (
     _Format("zsRE in MEND's fields", "src", "alt", ("pred",)),
     _Format("WikiBigEdit", "update", "ans"),
     _Format("UltraEditBench", "prompt", "ans"),
-    _Format("UltraEdit's zsRE", "src", "ans", ("pred", "alt")),
+    _Format("UltraEdit's zsRE", "src", "ans", ("pred",)),
     _Format("FEVER", "prompt", "alt", ("pred",)),
     _Format("UnKE, editevery", "question", "answer"),
 )
