@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 _Error = TypeVar("_Error", bound="FastEditError")
-_SHOWN = 10  # items that a message lists before it only counts the rest
+SHOWN = 10  # items that a message lists before it only counts the rest
 
 
 class FastEditError(Exception):
@@ -45,11 +45,13 @@ class RequestError(FastEditError):
 
     Attributes:
         edits: names of the edits that cannot be used; empty if the error is not about edits.
+        sentences: what is wrong with each edit, record or prompt that cannot be used, if the text is about several;
+            the text quotes the first ten of them.
     """
 
-    def __init__(self, text: str = "", *, edits: Sequence[str] = ()) -> None:
+    def __init__(self, text: str = "", *, edits: Sequence[str] = (), sentences: Sequence[str] = ()) -> None:
         super().__init__(text)
-        self.edits = tuple(edits)
+        self.edits, self.sentences = tuple(edits), tuple(sentences)
 
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits") -> RequestError:
@@ -58,7 +60,7 @@ class RequestError(FastEditError):
         text = sentences[0]
         if len(sentences) > 1:
             text = f"{len(sentences)} {what} cannot be used: {listed(sentences, ' | ')}"
-        return cls(text, edits=[name for name, _ in problems] if what == "edits" else ())
+        return cls(text, edits=[name for name, _ in problems] if what == "edits" else (), sentences=sentences)
 
 
 class ModelError(FastEditError):
@@ -108,5 +110,5 @@ class EditError(FastEditError):
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
     """The first ten items, and how many more there are."""
-    more = f"{separator}and {len(items) - _SHOWN} more" if separator != ", " else f" and {len(items) - _SHOWN} more"
-    return separator.join(items[:_SHOWN]) + (more if len(items) > _SHOWN else "")
+    more = f"{separator}and {len(items) - SHOWN} more" if separator != ", " else f" and {len(items) - SHOWN} more"
+    return separator.join(items[:SHOWN]) + (more if len(items) > SHOWN else "")

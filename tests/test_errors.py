@@ -53,5 +53,7 @@ def test_one_problem_speaks_for_itself_and_many_are_counted() -> None:
     assert str(many).startswith("13 edits cannot be used: edit 0: wrong | edit 1: wrong")
     assert str(many).endswith("edit 9: wrong | and 3 more")
     assert len(many.edits) == 13
+    assert many.sentences == tuple(f"edit {i}: wrong" for i in range(13))
+    assert len(PairError([PairProblem(i, "it is empty") for i in range(13)]).sentences) == 13
     assert RequestError.of([("record 1", "wrong")], "records").edits == ()
     assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"

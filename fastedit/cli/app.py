@@ -7,6 +7,7 @@ that `--help` is quick.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, NoReturn
@@ -26,7 +27,9 @@ from fastedit.cli.locate import OWN as LOCATE_OWN
 from fastedit.cli.locate import locate
 from fastedit.cli.tune import OWN as TUNE_OWN
 from fastedit.cli.tune import tune
-from fastedit.errors import FastEditError
+from fastedit.errors import SHOWN, FastEditError, RequestError
+
+_log = logging.getLogger(__name__)
 
 
 class _Group(TyperGroup):
@@ -55,12 +58,24 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             message, code = "interrupted; nothing was written", 1
         except FastEditError as error:
-            message, code = str(error), phase.exit_code()
+            message, code = str(error) + _rest(error), phase.exit_code()
         except Exception as error:
             if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
                 raise
             message, code = f"{error.format_message()} (--help shows an example)", 2
         _leave(message, code)
+
+
+def _rest(error: FastEditError) -> str:
+    """Where those problems stand that the error does not quote: in the log, if it is on."""
+    sentences = error.sentences if isinstance(error, RequestError) else ()
+    if len(sentences) <= SHOWN:
+        return ""
+    if not _log.isEnabledFor(logging.INFO):
+        return " (--verbose lists them all)"
+    for sentence in sentences:
+        _log.info("%s", sentence)
+    return ""
 
 
 def _leave(message: str, code: int) -> NoReturn:

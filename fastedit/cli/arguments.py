@@ -48,6 +48,12 @@ ModelFlag = Annotated[str, typer.Option("--model", help="Folder or hub name of a
 RequestsFlag = Annotated[
     Path, typer.Option("--requests", help="File of edit requests: JSON or JSON Lines, any known format.")
 ]
+SkipBadFlag = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave out records that cannot be used, with a warning, and go on with the others."
+    ),
+]
 TextFlag = Annotated[
     Path | None,
     typer.Option(
@@ -91,11 +97,11 @@ def check_backend() -> None:
         environment_backend()
 
 
-def read_requests(path: Path) -> list[EditRequest]:
+def read_requests(path: Path, skip_bad: bool) -> list[EditRequest]:
     """The edits of a file; tells on stderr what cannot be reached or does not need to be edited."""
     from fastedit.requests import find_conflicts, load_requests
 
-    edits = load_requests(path)
+    edits = load_requests(path, skip_bad=skip_bad)
     if (found := find_conflicts(edits)).any:
         typer.echo(str(found), err=True)
     return edits

@@ -33,6 +33,7 @@ def edit(
         str | None, typer.Option(help="The editing method; by default that of --config, else locft-bf.")
     ] = None,
     config: arguments.ConfigFlag = None,
+    skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     evaluate: arguments.EvaluateFlag = "all",
     unmeasured: Annotated[
@@ -54,7 +55,7 @@ def edit(
     """
     method, fields = configuration(config, method, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
-    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
     check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
     if folders["targets"]:

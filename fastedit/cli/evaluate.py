@@ -17,6 +17,7 @@ from fastedit.files import check_file
 def evaluate(
     model: arguments.ModelFlag,
     requests: arguments.RequestsFlag,
+    skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     delta: Annotated[
         Path | None,
@@ -33,7 +34,7 @@ def evaluate(
     Example: fastedit evaluate --model ./Llama-3-8B --delta ./edited/delta.safetensors --requests facts.json
     """
     sample = arguments.sample_size(evaluate)
-    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     if json_file:
         check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
     if delta and delta.is_dir():

@@ -26,6 +26,7 @@ def locate(
     modules: Annotated[str, typer.Option(help="Such as down_proj,up_proj.")] = "down_proj",
     sample: Annotated[int, typer.Option(help="Edits to make at each place.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
+    skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     capability: Annotated[
         Path | None, typer.Option(help="File of requests whose targets are known already and should stay so.")
@@ -48,8 +49,8 @@ def locate(
         typer.echo("--blocks is an old spelling of --layers", err=True)
         layers = layers or blocks
     wanted = None if layers is None else layer_list(layers)
-    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
-    known = [(r.prompt, r.target) for r in load_requests(capability)] if capability else []
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    known = [(r.prompt, r.target) for r in load_requests(capability, skip_bad=skip_bad)] if capability else []
     inputs = arguments.inputs_of(model, requests=requests, text=text, capability=capability)
     for name, path in (("the output of --picture", picture), ("the output of --json", json_file)):
         if path:

@@ -33,6 +33,7 @@ def tune(
     minutes: Annotated[float, typer.Option(help="Begin no trial that would likely end later.")] = 30.0,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, at most.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
+    skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
@@ -47,7 +48,7 @@ def tune(
     which all trials have in common.
     """
     config = config_of(method, given)
-    edits, documents = arguments.read_requests(requests), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     check_writable(output)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.tune import Search

@@ -83,7 +83,7 @@ class PairError(RequestError):
     def __init__(self, problems: Sequence[PairProblem]) -> None:
         sentences = [(str(p.pair), f"pair {p.pair}: {p.sentence()}") for p in problems]
         found = RequestError.of(sentences, "pairs")
-        super().__init__(found.text)
+        super().__init__(found.text, sentences=found.sentences)
         self.problems = tuple(problems)
         self.args = (problems,)
 

@@ -6,72 +6,205 @@ same wherever they appear, so one set of tables reads them for every format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from fastedit.errors import RequestError, listed
-from fastedit.requests.values import answers, fill_subject, gather, get, identifier, prompts, required, unwrap
+from fastedit.requests.values import (
+    empty,
+    fill_subject,
+    first_answer,
+    gather,
+    get,
+    identifier,
+    prompts,
+    required,
+    unwrap,
+)
 
-# Name, field of the prompt, field of the target; the first row whose two fields are present reads a record.
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Format:
+    """A format: its name, its fields of the prompt and of the target, and those that an edit does not need."""
+
+    name: str
+    prompt: str
+    target: str
+    beside: tuple[str, ...] = ()
+
+
+_REWRITE = "requested_rewrite"
+_COUNTERFACT = (
+    *("attribute_prompts", "generation_prompts", "distracting_neighborhood_prompts"),
+    *("unrelated_relation", "alternative_subject"),
+)
+_MQUAKE = ("answer", "answer_alias", "new_answer_alias", "single_hops", "new_single_hops", "orig")
+_AKEW = (
+    *("prompt_full", "subject_id", "fact_new", "fact_true", "fact_new_uns", "fact_true_uns"),
+    *("unsfact_triplets_GPT", "time_new", "time_true", "answer_new", "answer_true", "answer_GPT"),
+)
+# The first row whose two fields are present reads a record.
 _FORMATS = (
-    ("CounterFact", "requested_rewrite.prompt", "requested_rewrite.target_new"),
-    ("fastedit, QAEdit", "prompt", "target"),
-    ("CounterFact flat, KnowEdit, WikiBigEdit in LocFT's cut", "prompt", "target_new"),
-    ("KnowEdit's WikiBio", "text", "labels"),
-    ("zsRE in MEND's fields", "src", "alt"),
-    ("WikiBigEdit", "update", "ans"),
-    ("UltraEditBench", "prompt", "ans"),
+    _Format(
+        "CounterFact, MQuAKE",
+        f"{_REWRITE}.prompt",
+        f"{_REWRITE}.target_new",
+        (*_COUNTERFACT, *_MQUAKE, f"{_REWRITE}.relation_id", *(f"{_REWRITE}.{name}" for name in _AKEW)),
+    ),
+    _Format("fastedit, QAEdit", "prompt", "target"),
+    _Format("CounterFact flat, KnowEdit, WikiBigEdit in LocFT's cut", "prompt", "target_new"),
+    _Format("KnowEdit's WikiBio", "text", "labels"),
+    _Format("zsRE in MEND's fields", "src", "alt", ("pred",)),
+    _Format("WikiBigEdit", "update", "ans"),
+    _Format("UltraEditBench", "prompt", "ans"),
+    _Format("UltraEdit's zsRE", "src", "ans", ("pred",)),
+    _Format("FEVER", "prompt", "alt", ("pred",)),
+    _Format("UnKE, editevery", "question", "answer"),
 )
-# The fields that may hold a part of a request. A pair: a field of prompts and the field of their answers.
-_SUBJECT = ("subject", "concept", "requested_rewrite.subject")
+# The fields that may hold a part of a request. Several in brackets: one of prompts, those that may hold the answers.
+_SUBJECT = ("subject", "concept", f"{_REWRITE}.subject")
 _ID = ("id", "case_id")
-_TRUE_TARGET = ("true_target", "ground_truth", "answers", "requested_rewrite.target_true")
-_PARAPHRASES = ("paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt", "personas")
-_NEIGHBOURS = (
-    *("neighbours", "neighbors", "locality"),
-    ("loc", "loc_ans"),  # zsRE's prompts keep their "nq question: ", as in published measurements
-    ("locality_prompt", "locality_ground_truth"),
-    ("neighborhood_prompts", "requested_rewrite.target_true"),
+_TRUE_TARGET = ("true_target", "ground_truth", "answers", "target_old", "target_true", f"{_REWRITE}.target_true")
+_PARAPHRASES = (
+    *("paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt", "rephrase_prompts", "personas"),
+    *("equiv_prompt", "para_question", f"{_REWRITE}.question"),
 )
-_PORTABILITY = ("portability", ("mhop", "mhop_ans"))
-_OPTIONAL = (*_SUBJECT, *_ID, *_TRUE_TARGET, *_PARAPHRASES, *_NEIGHBOURS, *_PORTABILITY)
-PUBLISHED = {(field if isinstance(field, str) else field[0]).partition(".")[0] for field in _OPTIONAL}
-"""Names of the optional fields of all formats."""
+_NEIGHBOURS = (
+    *("neighbours", "neighbors", "locality", "locality_inputs"),
+    ("loc", "loc_ans"),  # zsRE's prompts keep their "nq question: ", as in published measurements
+    ("locality_prompt", "locality_ground_truth", "locality_answer"),
+    ("neighborhood_prompts", f"{_REWRITE}.target_true"),
+    ("unrel_prompt", "unrel_ans"),
+)
+_PORTABILITY = (
+    *("portability", "portability_inputs"),
+    ("mhop", "mhop_ans"),
+    ("portability_prompt", "portability_ground_truth", "portability_answer"),
+    ("questions", "new_answer"),
+    ("sub_question", "sub_answer"),
+)
+# Fields of any format that say where a record comes from, not what it asks.
+_METADATA = ("pararel_idx", "relation", "relation_id", "source", "tag", "cond")
+
+_PAIRED = {name for source in (*_NEIGHBOURS, *_PORTABILITY) if not isinstance(source, str) for name in source}
+_WHOLE = {name for name in (*_NEIGHBOURS, *_PORTABILITY) if isinstance(name, str)}
+_READ = frozenset((*_SUBJECT, *_ID, *_TRUE_TARGET, *_PARAPHRASES, *_METADATA, _REWRITE)) | _PAIRED | _WHOLE
+_PROMPTS = frozenset(form.prompt.partition(".")[0] for form in _FORMATS)
+_Source = str | tuple[str, ...]
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
 
 
-def read_record(record: Any) -> dict[str, Any]:
-    """The arguments of an `EditRequest` from a record of any known format.
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """What of the tables a record may have by the names of its fields."""
+
+    formats: tuple[_Format, ...]
+    subject: tuple[str, ...]
+    true_target: tuple[str, ...]
+    paraphrases: tuple[str, ...]
+    neighbours: tuple[_Source, ...]
+    portability: tuple[_Source, ...]
+
+
+@lru_cache(maxsize=1024)
+def _fields(names: tuple[Any, ...]) -> _Fields:
+    """Look up the tables once for all records with these fields; those of a file mostly have the same ones."""
+
+    def there(source: _Source) -> bool:
+        return any(name.partition(".")[0] in names for name in ((source,) if isinstance(source, str) else source))
+
+    return _Fields(
+        tuple(form for form in _FORMATS if there(form.prompt) and there(form.target)),
+        tuple(filter(there, _SUBJECT)),
+        tuple(filter(there, _TRUE_TARGET)),
+        tuple(filter(there, _PARAPHRASES)),
+        tuple(filter(there, _NEIGHBOURS)),
+        tuple(filter(there, _PORTABILITY)),
+    )
+
+
+def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
+    """The arguments of an `EditRequest` from a record of any known format; names what is not read in `left_out`.
 
     Raises:
         RequestError: not a record; unknown format; prompt or target missing or empty; a field of a wrong type.
     """
     if not isinstance(record, Mapping):
         raise RequestError(f"expected an object, the fields of an edit, got {record!r:.40}")
-    prompt, target = _prompt_and_target(record)
-    subject = next(answers(record, _SUBJECT), None)
-    paraphrases = [(name, text) for name in _PARAPHRASES for text in prompts(get(record, name), name)]
+    fields = _fields(tuple(record))
+    form = _format_of(record, fields.formats)
+    subject = first_answer(record, fields.subject, left_out)
+    paraphrases = [(name, text) for name in fields.paraphrases for text in prompts(get(record, name), name)]
+    left_out.update(_unread(record, form))
     return {
-        "prompt": fill_subject(required(get(record, prompt), prompt), subject, prompt),
-        "target": required(unwrap(get(record, target)), target),
+        "prompt": fill_subject(required(get(record, form.prompt), form.prompt), subject, form.prompt),
+        "target": required(unwrap(get(record, form.target)), form.target),
         "subject": subject,
-        "id": next((identifier(record[n], n) for n in _ID if record.get(n) is not None), None),
-        "true_target": next(answers(record, _TRUE_TARGET), None),
+        "id": next((id_ for name in _ID if (id_ := identifier(record.get(name), name)) is not None), None),
+        "true_target": first_answer(record, fields.true_target, left_out),
         "paraphrases": tuple(fill_subject(text, subject, name) for name, text in paraphrases),
-        "neighbours": tuple(gather(record, _NEIGHBOURS)),
-        "portability": tuple(gather(record, _PORTABILITY)),
+        "neighbours": tuple(gather(record, fields.neighbours, subject, left_out)),
+        "portability": tuple(gather(record, fields.portability, subject, left_out)),
     }
 
 
-def _prompt_and_target(record: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the fields that hold the prompt and the target of a record."""
+def split(record: Any) -> list[tuple[str, Any]]:
+    """The edits of a record: (what tells it from the others, record of one edit); most records are one edit, "".
+
+    MQuAKE has a list of rewrites; what belongs to the whole case goes with the last of them, for only then all are
+    made. MzsRE has a record for each language.
+    """
+    if not isinstance(record, Mapping):
+        return [("", record)]
+    rewrites = record.get(_REWRITE)
+    if isinstance(rewrites, list):
+        if not rewrites:
+            raise RequestError(f"field '{_REWRITE}': the list has no edit")
+        ids = {name: record[name] for name in _ID if name in record}
+        parts = [{**ids, _REWRITE: rewrite} for rewrite in rewrites]
+        parts[-1] = {**record, _REWRITE: rewrites[-1]}
+        return [(str(number) if len(parts) > 1 else "", part) for number, part in enumerate(parts)]
+    if record.keys().isdisjoint(_PROMPTS):
+        languages = [name for name in record if _LANGUAGE.fullmatch(str(name)) and isinstance(record[name], Mapping)]
+        shared = {name: value for name, value in record.items() if name not in languages}
+        if languages:
+            return [(name, {**shared, **record[name]}) for name in languages]
+    return [("", record)]
+
+
+def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format:
+    """That of some formats whose prompt and target a record has."""
+    for form in formats:
+        if get(record, form.prompt) is not None and get(record, form.target) is not None:
+            return form
     lacking = []
-    for _, *fields in _FORMATS:
-        missing = [name for name in fields if get(record, name) is None]
-        if not missing:
-            return fields[0], fields[1]
+    for form in _FORMATS:
+        missing = [name for name in (form.prompt, form.target) if get(record, name) is None]
         lacking += missing if len(missing) == 1 else []
-    known = "; ".join(f"{name} ({prompt}, {target})" for name, prompt, target in _FORMATS)
+    known = "; ".join(f"{form.name} ({form.prompt}, {form.target})" for form in _FORMATS)
     raise RequestError(
-        f"the record fits no known format, it lacks {' or '.join(lacking) or 'both prompt and target'}; its "
-        f"fields are {listed(list(map(str, record))) or 'none'}. Formats, their prompt and target: {known}"
+        f"the record fits no known format, it lacks {' or '.join(dict.fromkeys(lacking)) or 'both prompt and target'}; "
+        f"its fields are {listed(list(map(str, record))) or 'none'}. Formats, their prompt and target: {known}"
     )
+
+
+def _unread(record: Mapping[str, Any], form: _Format) -> Iterator[str]:
+    """Fields that hold something and that nobody reads."""
+    for name in _unknown(tuple(record), "", form):
+        if not empty(record[name]):
+            yield str(name)
+    if form.prompt.startswith(_REWRITE):
+        rewrite = record[_REWRITE]
+        for name in _unknown(tuple(rewrite), f"{_REWRITE}.", form):
+            if not empty(rewrite[name]):
+                yield f"{_REWRITE}.{name}"
+
+
+@lru_cache(maxsize=1024)
+def _unknown(names: tuple[Any, ...], prefix: str, form: _Format) -> tuple[Any, ...]:
+    """Those of a record's fields that its format does not know."""
+    known = {*_READ, *form.beside, form.prompt, form.target}
+    return tuple(name for name in names if f"{prefix}{name}" not in known)

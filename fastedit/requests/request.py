@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastedit.errors import RequestError
-from fastedit.requests.formats import read_record
+from fastedit.requests.formats import read_record, split
 from fastedit.requests.values import Pair, answer, identifier, prompts, questions, required
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +50,8 @@ class EditRequest:
             "id": identifier(self.id, "id"),
             "true_target": answer(self.true_target, "true_target"),
             "paraphrases": tuple(prompts(self.paraphrases, "paraphrases")),
-            "neighbours": tuple(questions(self.neighbours, "neighbours")),
-            "portability": tuple(questions(self.portability, "portability")),
+            "neighbours": tuple(questions(self.neighbours, "neighbours", set())),
+            "portability": tuple(questions(self.portability, "portability", set())),
         }
         for name, value in clean.items():
             object.__setattr__(self, name, value)
@@ -58,16 +62,44 @@ class EditRequest:
     ) -> EditRequest:
         """Read a record of any known format; this class's own field names are one.
 
-        "{}" in the prompt and in paraphrases stands for the subject. Of several answers the first is taken.
-        All but prompt and target may be absent, null or empty; questions whose answer is null or empty are
-        left out. The id is the record's `id` or `case_id`, else `default_id`. `where` names the record in messages.
+        "{}", "{subject}" or "[X]" in a prompt of any kind stands for the subject. Of several answers the first is
+        taken. All but prompt and target may be absent, null or empty. Questions whose answer is null or empty are left
+        out, and so are unknown fields; both are logged as a warning. The id is the record's `id` or `case_id`, else
+        `default_id`. `where` names the record in messages.
 
         Raises:
-            RequestError: unknown format; prompt or target missing or empty; a field of a wrong type.
+            RequestError: unknown format; prompt or target missing or empty; a field of a wrong type; several edits.
         """
-        try:
-            given = read_record(record)
-            return cls(**given if given["id"] is not None else given | {"id": default_id})
-        except RequestError as error:
-            error.at(where)
-            raise
+        left_out = set[str]()
+        found = edits_of(record, left_out, where=where, default_id=default_id)
+        if len(found) > 1:
+            raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])").at(where)
+        warn_of_unread(where, Counter(left_out))
+        return found[0]
+
+
+def edits_of(record: Any, left_out: set[str], *, where: str, default_id: str | None) -> list[EditRequest]:
+    """All edits of a record; names what is not read in `left_out`. Raises RequestError, as `EditRequest.from_dict`."""
+    found = []
+    try:
+        for part, of_part in split(record):
+            try:
+                given = read_record(of_part, left_out)
+                id_ = given["id"] if given["id"] is not None else default_id
+                found.append(EditRequest(**given | {"id": f"{id_}.{part}" if part and id_ is not None else id_}))
+            except RequestError as error:
+                if part:
+                    error.at(f"edit {part}")
+                raise
+    except RequestError as error:
+        error.at(where)
+        raise
+    return found
+
+
+def warn_of_unread(name: str, unread: Counter[str]) -> None:
+    """Say what of a file or a record was not read, and in how many records."""
+    if unread:
+        said = ", ".join(f"{what} ({n} record{'s' * (n > 1)})" for what, n in sorted(unread.items()))
+        known = ", ".join(field.name for field in fields(EditRequest))
+        _log.warning("%s: not read: %s; the fields of a request are %s", name, said, known)

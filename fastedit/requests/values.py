@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ Pair = tuple[str, str]
 # The fields of one question in a group such as `locality`.
 _QUESTION = ("prompt", "loc", "New Question")
 _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
+_BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which need no reading
+_SUBJECT = re.compile(r"\{\}|\{subject\}|\[X\]")  # what stands for the subject in a prompt
 
 
 def absent(value: Any) -> bool:
@@ -19,12 +22,19 @@ def absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def empty(value: Any) -> bool:
+    """Whether nothing is lost if a field is not read."""
+    return absent(value) or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+
+
 def get(record: Mapping[str, Any], field: str) -> Any:
     """The value of `field` ("a.b": field b of the object a), None when it is absent."""
+    if "." not in field:
+        return record.get(field)
     outer, _, inner = field.partition(".")
     value = record.get(outer)
-    if value is None or not inner:
-        return value
+    if value is None:
+        return None
     if not isinstance(value, Mapping):
         raise wrong_type(value, outer, "an object")
     return value.get(inner)
@@ -66,16 +76,27 @@ def answer(value: Any, field: str) -> str | None:
     return None if absent(value) else text(value, field).strip() or None
 
 
-def answers(record: Mapping[str, Any], fields: Sequence[str]) -> Iterator[str]:
-    """The texts of those of some fields that hold an answer."""
-    return (found for name in fields if (found := answer(get(record, name), name)))
+def first_answer(record: Mapping[str, Any], fields: Sequence[str], left_out: set[str]) -> str | None:
+    """The text of the first of some fields that holds an answer; others that hold another are left out."""
+    first: str | None = None
+    for name in fields:
+        found = answer(get(record, name), name)
+        if first is None:
+            first = found
+        elif found is not None and found != first:
+            left_out.add(name)
+    return first
 
 
 def identifier(value: Any, field: str) -> str | None:
-    """An id as a string."""
-    if value is not None and not isinstance(value, (str, int)):
+    """An id as a string; pandas makes floats of integers in a column with gaps, and NaN of the gaps."""
+    if absent(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int)):
         raise wrong_type(value, field, "a string or an integer")
-    return None if value is None else str(value)
+    return str(value) or None
 
 
 def prompts(value: Any, field: str) -> Iterator[str]:
@@ -86,44 +107,76 @@ def prompts(value: Any, field: str) -> Iterator[str]:
 
 
 def fill_subject(prompt: str, subject: str | None, field: str) -> str:
-    """The prompt with its subject in the place of "{}"."""
-    if "{}" in prompt and subject is None:
-        raise RequestError(f"field '{field}' has '{{}}' for the subject, but the record names no subject")
-    return prompt.replace("{}", subject or "")
+    """The prompt with its subject in the place of "{}", "{subject}" or "[X]"."""
+    if "{" not in prompt and "[" not in prompt:
+        return prompt
+    found = _SUBJECT.search(prompt)
+    if not found:
+        return prompt
+    if subject is None:
+        raise RequestError(f"field '{field}' has '{found[0]}' for the subject, but the record names no subject")
+    if found[0] == "[X]" and "[Y]" in prompt:
+        raise RequestError(f"field '{field}' has '[Y]' for the answer; a prompt is the text in front of the answer")
+    return _SUBJECT.sub(lambda _: subject, prompt)
 
 
-def gather(record: Mapping[str, Any], sources: Iterable[str | Pair]) -> Iterator[Pair]:
-    """The questions of all sources: fields of questions, or pairs of a field of prompts and the field of answers."""
+def gather(
+    record: Mapping[str, Any], sources: Iterable[str | tuple[str, ...]], subject: str | None, left_out: set[str]
+) -> Iterator[Pair]:
+    """The questions of all sources, with the subject in their prompts.
+
+    A source is a field of questions, or a field of prompts and those that may hold the answers. What cannot be asked
+    is left out: prompts without an answer, answers without a prompt.
+    """
     for source in sources:
         if isinstance(source, str):
-            yield from questions(record.get(source), source)
-        elif source[0] in record:
-            yield from pair_up(record[source[0]], get(record, source[1]), source[0])
+            name = source
+            found = questions(record.get(name), name, left_out)
+        else:
+            name, *fields = source
+            found = pair_fields(record, name, fields, left_out)
+        for prompt, response in found:
+            yield fill_subject(prompt, subject, name), response
 
 
-def questions(value: Any, field: str) -> Iterator[Pair]:
+def pair_fields(record: Mapping[str, Any], name: str, fields: Sequence[str], left_out: set[str]) -> Iterator[Pair]:
+    """The questions of a field of prompts and of the first of some fields that holds answers."""
+    asked = record.get(name)
+    held = [(field, value) for field in fields if not empty(value := get(record, field))]
+    left_out.update(field for field, value in held[1:] if value != held[0][1])
+    known = held[0][1] if held else None
+    if not empty(asked):
+        yield from pair_up(asked, known, name, left_out)
+    elif held and "." not in held[0][0]:  # an answer in another object has another use
+        left_out.add(f"{held[0][0]} without {name}")
+
+
+def questions(value: Any, field: str, left_out: set[str]) -> Iterator[Pair]:
     """Flatten [prompt, answer], an object of a question and its answer, lists of these, objects of lists."""
     if isinstance(value, Mapping):
         question = next((name for name in _QUESTION if name in value), None)
         response = next((name for name in _ANSWER if name in value), None)
         if question is None:
             for name, group in value.items():
-                yield from questions(group, f"{field}.{name}")
+                yield from questions(group, f"{field}.{name}", left_out)
         elif response is None:
             raise RequestError(f"field '{field}': a question without an answer (one of {', '.join(_ANSWER)})")
         else:
-            yield from pair_up(value[question], value[response], f"{field}.{question}")
+            if len(value) > 2:
+                others = value.keys() - {question, response, *_BESIDE}
+                left_out.update(f"{field}.{name}" for name in others if not empty(value[name]))
+            yield from pair_up(value[question], value[response], f"{field}.{question}", left_out)
     elif isinstance(value, (list, tuple)):
         if len(value) == 2 and isinstance(value[0], str):
-            yield from pair_up(value[0], value[1], field)
+            yield from pair_up(value[0], value[1], field, left_out)
         else:
             for item in value:
-                yield from questions(item, field)
+                yield from questions(item, field, left_out)
     elif not absent(value) and value != "":
         raise wrong_type(value, field, "[prompt, answer] pairs or objects with 'prompt' and 'answer'")
 
 
-def pair_up(prompts: Any, answers: Any, field: str) -> Iterator[Pair]:
+def pair_up(prompts: Any, answers: Any, field: str, left_out: set[str]) -> Iterator[Pair]:
     """Yield a prompt and its answer (of several the first), or prompts with an answer each or one for all."""
     if not isinstance(prompts, (list, tuple)):
         prompts, answers = [prompts], [answers]
@@ -136,3 +189,5 @@ def pair_up(prompts: Any, answers: Any, field: str) -> Iterator[Pair]:
         known = answer(response, f"answer to {field}")
         if asked and known:
             yield asked, known
+        elif asked or known:
+            left_out.add(f"{field} without an answer" if asked else f"answer to {field} without a prompt")

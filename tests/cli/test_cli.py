@@ -464,6 +464,23 @@ def test_conflicts_are_told_before_any_work(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in message
 
 
+@pytest.mark.parametrize("command", ["edit", "evaluate", "locate", "tune"])
+def test_bad_records_are_skipped_by_every_command_that_reads_requests(tmp_path: Path, command: str) -> None:
+    path = write(tmp_path / "facts.json", [{"prompt": "The sky is", "target": t} for t in ["green", *[""] * 12]])
+    output = ["--output", tmp_path / "out"] if command in ("edit", "tune") else []
+    common = (command, "--model", tmp_path / "none", "--requests", path, *output)
+    said = fails(2, *common)
+    assert "12 records cannot be used: " in said
+    assert "and 2 more (--verbose lists them all)" in said
+    assert "record 12 " not in said
+    result = call(*common, "--verbose")
+    assert "record 12 " in " ".join(result.stderr.split())
+    assert "--verbose lists" not in result.stderr
+    result = call(*common, "--skip-bad")
+    assert result.exit_code == 2  # for want of a model, so that the requests were read
+    assert "no folder" in result.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("command", ["evaluate", "locate"])
 def test_conflicts_are_told_by_every_command_that_reads_requests(tmp_path: Path, command: str) -> None:
     said = {"prompt": "The sky is", "target": "blue", "true_target": "blue"}

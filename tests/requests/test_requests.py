@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
+import gzip
 import json
+import lzma
 import re
 import time
 from pathlib import Path
@@ -243,6 +246,204 @@ FORMATS: dict[str, tuple[dict[str, Any], EditRequest]] = {
             (("Where is Eel Kirk?", "Angus"),),
         ),
     ),
+    "UltraEdit's zsRE": (
+        {
+            "subject": "Cod Creek",
+            "src": "Which river has Cod Creek?",
+            "ans": "Trent",
+            "rephrase": "What river is Cod Creek in?",
+            "loc": "nq question: how many books are there",
+            "loc_ans": "12",
+        },
+        EditRequest(
+            "Which river has Cod Creek?",
+            "Trent",
+            "Cod Creek",
+            "0",
+            None,
+            ("What river is Cod Creek in?",),
+            (("nq question: how many books are there", "12"),),
+        ),
+    ),
+    "FEVER": (
+        {
+            "prompt": "Cod Kirk is in Fife.",
+            "pred": "SUPPORTS",
+            "alt": "REFUTES",
+            "equiv_prompt": ["Fife has Cod Kirk.", "Cod Kirk stands in Fife."],
+            "unrel_prompt": "Eel Kirk is in Angus.",
+            "unrel_ans": "SUPPORTS",
+        },
+        EditRequest(
+            "Cod Kirk is in Fife.",
+            "REFUTES",
+            None,
+            "0",
+            None,
+            ("Fife has Cod Kirk.", "Cod Kirk stands in Fife."),
+            (("Eel Kirk is in Angus.", "SUPPORTS"),),
+        ),
+    ),
+    "UnKE": (
+        {
+            "id": 3,
+            "question": "Who was Bo Ek?",
+            "answer": "Bo Ek sang. She wrote songs in Fife.",
+            "para_question": "What is known of Bo Ek?",
+            "sub_question": ["Where did Bo Ek write?", "What did Bo Ek do?"],
+            "sub_answer": ["in Fife", "sing"],
+        },
+        EditRequest(
+            "Who was Bo Ek?",
+            "Bo Ek sang. She wrote songs in Fife.",
+            None,
+            "3",
+            None,
+            ("What is known of Bo Ek?",),
+            (),
+            (("Where did Bo Ek write?", "in Fife"), ("What did Bo Ek do?", "sing")),
+        ),
+    ),
+    "AKEW's CounterFact": (
+        {
+            "case_id": 5,
+            "requested_rewrite": {
+                "prompt": "{} was employed in",
+                "prompt_full": "Ada Roe was employed in",
+                "relation_id": "P937",
+                "target_new": {"str": "Oslo", "id": "Q1"},
+                "target_true": {"str": "Paris", "id": "Q2"},
+                "subject": "Ada Roe",
+                "question": "Where was Ada Roe employed?",
+                "fact_new_uns": "Ada Roe, who worked in Oslo all her life, …",
+                "unsfact_triplets_GPT": [{"subject": "Ada Roe", "prompt": "{} worked in", "target": "Oslo"}],
+            },
+            "paraphrase_prompts": ["Ada Roe took up work in"],
+        },
+        EditRequest(
+            "Ada Roe was employed in",
+            "Oslo",
+            "Ada Roe",
+            "5",
+            "Paris",
+            ("Ada Roe took up work in", "Where was Ada Roe employed?"),
+        ),
+    ),
+    "EasyEdit's arguments": (
+        {
+            "prompt": "The capital of Peru is",
+            "target_new": "Oslo",
+            "subject": "Peru",
+            "target_old": "Lima",
+            "rephrase_prompts": ["Peru's capital is", "The capital of {subject} is called"],
+            "locality_inputs": {"neighborhood": {"prompt": ["Chile's capital is"], "ground_truth": ["Santiago"]}},
+            "portability_inputs": {"one_hop": {"prompt": "The mayor of {}'s capital is", "ground_truth": "Anne"}},
+        },
+        EditRequest(
+            "The capital of Peru is",
+            "Oslo",
+            "Peru",
+            "0",
+            "Lima",
+            ("Peru's capital is", "The capital of Peru is called"),
+            (("Chile's capital is", "Santiago"),),
+            (("The mayor of Peru's capital is", "Anne"),),
+        ),
+    ),
+    "single questions": (
+        {
+            "prompt": "The capital of [X] is",
+            "target_new": "Oslo",
+            "subject": "Peru",
+            "locality_prompt": "[X] lies in",
+            "locality_answer": "America",
+            "portability_prompt": ["The mayor of Peru's capital is", "{subject}'s capital lies at"],
+            "portability_answer": ["Anne", "a fjord"],
+        },
+        EditRequest(
+            "The capital of Peru is",
+            "Oslo",
+            "Peru",
+            "0",
+            neighbours=(("Peru lies in", "America"),),
+            portability=(("The mayor of Peru's capital is", "Anne"), ("Peru's capital lies at", "a fjord")),
+        ),
+    ),
+}
+
+
+def mquake_rewrite(subject: str, new: str, old: str) -> dict[str, Any]:
+    return {
+        "prompt": "{} is a citizen of",
+        "relation_id": "P27",
+        "target_new": {"str": new, "id": "Q1"},
+        "target_true": {"str": old, "id": "Q2"},
+        "subject": subject,
+        "question": f"What is the country of citizenship of {subject}?",
+        "fact_new_uns": "…",  # AKEW's
+    }
+
+
+# Records of several edits, and the requests they give.
+SEVERAL: dict[str, tuple[dict[str, Any], list[EditRequest]]] = {
+    "MQuAKE": (
+        {
+            "case_id": 7,
+            "requested_rewrite": [mquake_rewrite("Ann", "Peru", "Chile"), mquake_rewrite("Bo", "Mali", "Togo")],
+            "questions": ["Where is Ann's husband from?", "Whence is Ann's husband?"],
+            "answer": "Togo",
+            "answer_alias": ["Togolese Republic"],
+            "new_answer": "Mali",
+            "new_answer_alias": [],
+            "single_hops": [{"question": "q", "cloze": "c", "answer": "a", "answer_alias": []}],
+            "new_single_hops": [{"question": "q", "cloze": "c", "answer": "a", "answer_alias": []}],
+            "orig": {"triples": [["Q1", "P1", "Q2"]]},
+        },
+        [
+            EditRequest(
+                "Ann is a citizen of", "Peru", "Ann", "7.0", "Chile", ("What is the country of citizenship of Ann?",)
+            ),
+            EditRequest(
+                "Bo is a citizen of",
+                "Mali",
+                "Bo",
+                "7.1",
+                "Togo",
+                ("What is the country of citizenship of Bo?",),
+                (),
+                (("Where is Ann's husband from?", "Mali"), ("Whence is Ann's husband?", "Mali")),
+            ),
+        ],
+    ),
+    "MQuAKE of one edit": (
+        {"case_id": 8, "requested_rewrite": [mquake_rewrite("Ann", "Peru", "Chile")], "questions": [], "answer": "x"},
+        [
+            EditRequest(
+                "Ann is a citizen of", "Peru", "Ann", "8", "Chile", ("What is the country of citizenship of Ann?",)
+            )
+        ],
+    ),
+    "MzsRE": (
+        {
+            "en": FORMATS["zsRE"][0],
+            "zh-cn": {
+                "subject": "\u9cd5\u9c7c\u6eaa",
+                "src": "\u9cd5\u9c7c\u6eaa\u5728\u54ea\uff1f",
+                "alt": "\u7279\u4f26\u7279",
+                "answers": ["\u6cf0\u6668"],
+            },
+        },
+        [
+            dataclasses.replace(FORMATS["zsRE"][1], id="0.en"),
+            EditRequest(
+                "\u9cd5\u9c7c\u6eaa\u5728\u54ea\uff1f",
+                "\u7279\u4f26\u7279",
+                "\u9cd5\u9c7c\u6eaa",
+                "0.zh-cn",
+                "\u6cf0\u6668",
+            ),
+        ],
+    ),
 }
 
 
@@ -261,9 +462,22 @@ def test_every_format_is_read_from_both_kinds_of_file(name: str, lines: bool, tm
 
 def test_formats_may_be_mixed_and_positions_serve_as_ids(tmp_path: Path) -> None:
     given_ids = {"fastedit": "7", "CounterFact": "34", "CounterFact flat": "0", "QAEdit": "qa-12"}
+    given_ids |= {"UnKE": "3", "AKEW's CounterFact": "5"}
     loaded = load_requests(write(tmp_path / "facts.json", [record for record, _ in FORMATS.values()]))
     for position, (request, (name, (_, expected))) in enumerate(zip(loaded, FORMATS.items(), strict=True)):
         assert request == dataclasses.replace(expected, id=given_ids.get(name, str(position)))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_records_of_several_edits_give_as_many_requests(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record, expected = SEVERAL[name]
+    assert load_requests(write(tmp_path / "facts.json", [record])) == expected
+    assert not caplog.messages
+    if len(expected) > 1:
+        with pytest.raises(RequestError, match=rf"^record: the record holds {len(expected)} edits"):
+            EditRequest.from_dict(record)
 
 
 def test_own_fields_survive_a_round_trip() -> None:
@@ -321,8 +535,8 @@ BAD_RECORDS = {
     "no prompt": ({"alt": "t", "subject": "s"}, "lacks src"),
     "null target": ({**OWN, "target": None}, "lacks target"),
     "unknown format": (
-        {"question": "p", "answer": "t"},
-        r"question, answer\. Formats.*zsRE.*\(src, alt\)",
+        {"query": "p", "response": "t"},
+        r"query, response\. Formats.*zsRE.*\(src, alt\)",
     ),
     "empty object": ({}, "its fields are none"),
     "empty target": ({**OWN, "target": " \n"}, "field 'target' is missing or empty"),
@@ -349,7 +563,35 @@ BAD_RECORDS = {
         {**OWN, "locality": {"g": {"prompt": ["p", "q"], "ground_truth": ["a"]}}},
         "2 prompts but 1 answers",
     ),
-    "template without subject": ({**OWN, "prompt": "{} is"}, "names no subject"),
+    "half a number for an id": ({**OWN, "id": 1.5}, "field 'id': expected a string or an integer"),
+    "no rewrites": ({"requested_rewrite": []}, "field 'requested_rewrite': the list has no edit"),
+    "one bad rewrite of two": (
+        {"requested_rewrite": [mquake_rewrite("Ann", "Peru", "Chile"), mquake_rewrite("Bo", "", "Togo")]},
+        r"edit 1: field 'requested_rewrite\.target_new' is missing",
+    ),
+    "one bad language": (
+        {"en": {"src": "q", "alt": "t"}, "de": {"src": "q", "alt": ""}},
+        "edit de: field 'alt' is missing",
+    ),
+    "answer in the template": (
+        {**OWN, "prompt": "[X] is in [Y].", "subject": "S"},
+        r"'\[Y\]' for the answer",
+    ),
+    **{
+        f"{mark} in {field} without subject": (
+            {**OWN, **fields},
+            rf"field '{field}' has '{re.escape(mark)}' for the subject, but the record names no subject",
+        )
+        for mark in ("{}", "{subject}", "[X]")
+        for field, fields in {
+            "prompt": {"prompt": f"{mark} is"},
+            "rephrase": {"rephrase": [f"{mark} is"]},
+            "neighbours": {"neighbours": [[f"{mark} is", "a"]]},
+            "loc": {"loc": f"{mark} is", "loc_ans": "a"},
+            "portability": {"portability": {"group": [{"prompt": f"{mark} is", "answer": "a"}]}},
+            "mhop": {"mhop": f"{mark} is", "mhop_ans": "a"},
+        }.items()
+    },
     "half a surrogate pair": ({**OWN, "target": "\ud800"}, "field 'target': half a surrogate"),
 }
 
@@ -371,7 +613,8 @@ def test_a_bad_record_is_named(name: str, tmp_path: Path) -> None:
 BAD_FILES = {
     "empty": (b"", "it is empty"),
     "blank": (b"\xef\xbb\xbf \n", "it is empty"),
-    "not JSON": (b"prompt,target\n", "it starts with 'p'"),
+    "not JSON": (b"prompt: target\n", "it starts with 'p'"),
+    "prose": (b"Oslo, of course\n", "it starts with 'O'"),
     "no records": (b"[]", "the array is empty"),
     "truncated array": (
         b'[{"prompt": "p", "target": "t"},\n {"prompt": "p", "tar',
@@ -418,16 +661,156 @@ def test_one_object_over_several_lines_is_a_record(tmp_path: Path) -> None:
         load_requests(tmp_path / "fact.json")
 
 
-def test_unknown_fields_of_our_own_format_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    records = [{**OWN, "paraphrase": "x", "note": 1}, {**OWN, "paraphrase": "y"}]
+def test_unread_fields_of_all_formats_are_told_once_with_their_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{**OWN, "paraphrase": "x", "note": 1}, {**OWN, "paraphrase": "y"}, {"src": "q", "alt": "t", "note": 2}]
     load_requests(write(tmp_path / "facts.json", records))
     assert len(caplog.messages) == 1
-    assert "facts.json: unknown and not read: note, paraphrase; known: prompt, target, subject" in caplog.text
+    assert "facts.json: not read: note (2 records), paraphrase (2 records); " in caplog.text
+    assert "the fields of a request are prompt, target, subject, id, " in caplog.text
     as_requests(records)
     assert len(caplog.messages) == 2
     caplog.clear()
     load_requests(write(tmp_path / "facts.json", [record for record, _ in FORMATS.values()]))
-    assert not caplog.messages  # the published formats have more than an edit needs
+    # the published formats have more than an edit needs; the one in QAEdit's record is a question without an answer
+    assert [m.split("not read: ")[1].split(";")[0] for m in caplog.messages] == [
+        "locality.loc without an answer (1 record)"
+    ]
+
+
+FLAT = {"prompt": "p", "target_new": "t"}
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown field of a flat record": ({**FLAT, "locality_question": "q"}, "locality_question"),
+    "target of another format": ({**FLAT, "alt": "u"}, "alt"),
+    "field that only another format has": ({**FLAT, "single_hops": ["x"]}, "single_hops"),
+    "unknown field of a rewrite": (
+        {"requested_rewrite": {"prompt": "p", "target_new": {"str": "t"}, "hint": "x"}},
+        "requested_rewrite.hint",
+    ),
+    "unknown field of a question": (
+        {**FLAT, "locality": {"group": [{"prompt": "q", "ground_truth": "a", "image": "x.png"}]}},
+        "locality.group.image",
+    ),
+    "unknown field of a language": ({"en": {"src": "q", "alt": "t", "hint": "x"}}, "hint"),
+    "prompt without an answer": ({**FLAT, "locality_prompt": "q"}, "locality_prompt without an answer"),
+    "prompt with an empty answer": ({**FLAT, "loc": "q", "loc_ans": ""}, "loc without an answer"),
+    "neighbours without a true target": (
+        {"requested_rewrite": {"prompt": "p", "target_new": {"str": "t"}}, "neighborhood_prompts": ["q"]},
+        "neighborhood_prompts without an answer",
+    ),
+    "pair with an empty answer": ({**FLAT, "neighbours": [["q", ""]]}, "neighbours without an answer"),
+    "answer without a prompt": ({**FLAT, "locality_answer": "a"}, "locality_answer without locality_prompt"),
+    "second answer": (
+        {**FLAT, "locality_prompt": "q", "locality_ground_truth": "a", "locality_answer": "b"},
+        "locality_answer",
+    ),
+    "second true target": ({**FLAT, "ground_truth": "a", "target_old": "b"}, "target_old"),
+    "second subject": ({**FLAT, "subject": "s", "concept": "c"}, "concept"),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_nothing_is_dropped_without_a_word(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record, told = UNREAD[name]
+    load_requests(write(tmp_path / "facts.json", [record, record]))
+    assert [message.split("; ")[0] for message in caplog.messages] == [
+        f"{tmp_path / 'facts.json'}: not read: {told} (2 records)"
+    ]
+    caplog.clear()
+    EditRequest.from_dict(record)
+    assert [message.split("; ")[0] for message in caplog.messages] == [f"record: not read: {told} (1 record)"]
+
+
+def test_fields_that_hold_nothing_and_metadata_are_no_loss(caplog: pytest.LogCaptureFixture) -> None:
+    nothing = {"note": None, "extra": "", "more": [], "gap": float("nan"), "mhop": None, "mhop_ans": float("nan")}
+    metadata = {"case_id": 3, "pararel_idx": 4, "relation_id": "P1", "source": "NQ", "tag": "new"}
+    same = {"ground_truth": "a", "true_target": "a", "concept": "s", "subject": "s"}
+    request = EditRequest.from_dict({**FLAT, **nothing, **metadata, **same})
+    assert request == EditRequest("p", "t", "s", "3", "a")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"id": float("nan")}, "0"),
+        ({"id": None}, "0"),
+        ({"id": ""}, "0"),
+        ({"id": 3.0}, "3"),
+        ({"id": 3}, "3"),
+        ({"case_id": 12.0}, "12"),
+        ({"id": float("nan"), "case_id": 12.0}, "12"),
+        ({"id": "3.0"}, "3.0"),
+    ],
+)
+def test_ids_as_pandas_writes_them(fields: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    assert as_requests([{**OWN, **fields}])[0].id == expected
+    assert load_requests(write(tmp_path / "facts.json", [{**OWN, **fields}]))[0].id == expected  # NaN in JSON
+
+
+OTHER_FILES = {
+    "csv": ("facts.csv", b"prompt,target\nThe sky is,green\n", "is a CSV file; .*pandas"),
+    "csv by its columns": ("facts.json", b"subject,relation,object,question\r\nSky,colour,blue,q\r\n", "is a CSV file"),
+    "quoted columns": ("facts.txt", b'\xef\xbb\xbf"id";"prompt";"target"\n', "is a CSV file"),
+    "tabs": ("facts", b"id\tprompt\ttarget\n", "is a CSV file"),
+    "gzip": ("facts.json.gz", gzip.compress(b"[]"), r"is compressed \(gzip\); .*gunzip"),
+    "gzip by another name": ("facts.json", gzip.compress(b"[]"), "is compressed"),
+    "bzip2": ("facts.json.bz2", bz2.compress(b"[]"), "is compressed .*bunzip2"),
+    "xz": ("facts.json.xz", lzma.compress(b"[]"), "is compressed .*unxz"),
+    "zip": ("facts.zip", b"PK\x03\x04...", "is compressed .*unzip"),
+    "parquet": ("facts.parquet", b"PAR1...", "is a Parquet file; .*pandas"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_tables_and_compressed_files_are_named_as_such(name: str, tmp_path: Path) -> None:
+    file, content, message = OTHER_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(RequestError, match=rf"{re.escape(file)} {message}"):
+        load_requests(tmp_path / file)
+
+
+def test_all_bad_records_are_counted_and_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "facts.jsonl", [{**OWN, "target": ""}] * 14 + [OWN] * 3, lines=True)
+    with pytest.raises(RequestError) as error:
+        load_requests(path)
+    assert str(error.value).startswith("14 records cannot be used: ")
+    assert str(error.value).endswith(
+        "line 10: field 'target' is missing or empty; an edit needs a prompt and a target | and 4 more"
+    )
+    assert [re.findall(r"line (\d+)", said)[0] for said in error.value.sentences] == [str(i) for i in range(1, 15)]
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["array", "lines"])
+def test_bad_records_are_skipped_when_asked_and_listed(
+    lines: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Published zsRE has records whose "alt" is empty."""
+    good, bad = {"src": "q", "alt": "t", "note": 1}, {"src": "q", "alt": "", "hint": 1}
+    path = write(tmp_path / "facts", [good, bad, {"prompt": "p"}, good], lines)
+    if lines:
+        path.write_text(path.read_text() + '\n{"src": "q", "al')
+    requests = load_requests(path, skip_bad=True)
+    assert [request.id for request in requests] == ["0", "3"]  # their positions in the file
+    skipped, unread = caplog.messages
+    assert f"facts: {3 if lines else 2} of {5 if lines else 4} records are left out: " in skipped
+    assert "line 2: field 'alt' is missing" in skipped if lines else "record 1 (counted from 0): field 'alt'" in skipped
+    assert "lacks target" in skipped
+    assert ("line 5: not a whole JSON object" in skipped) == lines
+    assert "not read: note (2 records);" in unread  # nothing of a record that is left out
+    assert "hint" not in unread
+    with pytest.raises(RequestError, match="records cannot be used"):
+        load_requests(path)
+
+
+def test_skipping_leaves_something_or_is_an_error(tmp_path: Path) -> None:
+    bad = {"src": "q", "alt": ""}
+    with pytest.raises(RequestError, match="2 records cannot be used"):
+        load_requests(write(tmp_path / "facts.json", [bad, bad]), skip_bad=True)
+    (tmp_path / "facts.json").write_bytes(b'[{"prompt": "p", "target": "t"}, {"prompt": "p", "tar')
+    with pytest.raises(RequestError, match=r"record 1 .*truncated"):  # who knows how much is missing
+        load_requests(tmp_path / "facts.json", skip_bad=True)
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
