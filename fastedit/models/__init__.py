@@ -2,6 +2,7 @@
 
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.continuations import Continuations
+from fastedit.models.encode import encode, trailing
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
@@ -12,11 +13,13 @@ from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
 from fastedit.models.token_states import Budget, free_bytes
-from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize, trailing
+from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
 from fastedit.models.topology import Topology, topology
 
 __all__ = [
+    "SENTENCE_ENDS",
     "BlockCalls",
     "Budget",
     "Continuations",
@@ -32,11 +35,13 @@ __all__ = [
     "Samples",
     "Topology",
     "at_tokens",
+    "encode",
     "fingerprint",
     "free_bytes",
     "generate_by",
     "hooked",
     "in_passes",
+    "joined",
     "last_tokens",
     "no_autocast",
     "observe",
@@ -47,6 +52,7 @@ __all__ = [
     "resume",
     "run_from_tokens",
     "sampling",
+    "spaceless",
     "tokenize",
     "topology",
     "trailing",

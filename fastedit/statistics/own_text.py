@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import Model, generate_by, sampling, trailing
+from fastedit.models import Model, encode, generate_by, sampling, trailing
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
@@ -92,7 +92,7 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
-    starts = [tokenizer(opening)["input_ids"] for opening in _OPENINGS]
+    starts = encode(tokenizer, _OPENINGS)
     starts = [ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))] for ids in starts]
     begun = min(map(len, starts))
     length = min(_LENGTH, model.topology.context_length) - begun

@@ -25,7 +25,7 @@ from fastedit.methods.locate_then_edit.target_loop import relative_lr
 from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
-from fastedit.models import Budget, Factors, Model, fingerprint, no_autocast
+from fastedit.models import Budget, Factors, Model, fingerprint, joined, no_autocast
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
@@ -68,7 +68,7 @@ def plan(
 def _contexts(model: Model, config: LocateThenEditConfig) -> list[str]:
     """Templates with one "{}" each, where the prompt goes after a text that the model has written."""
     texts = sample_contexts(model, config.n_contexts or 0, seed=config.seed) if config.n_contexts else []
-    return [text.translate({ord(c): None for c in BARE}) + f" {BARE}" for text in texts]
+    return [joined(text.translate({ord(c): None for c in BARE}), BARE) for text in texts]
 
 
 @dataclass(frozen=True)
