@@ -19,7 +19,7 @@ from fastedit.evaluation.generate import generated_texts
 from fastedit.evaluation.questions import KINDS, Asked, Questions, ask
 from fastedit.evaluation.score import score
 from fastedit.evaluation.texts import begins_with, cut, normalize
-from fastedit.models import Factors, Model, Topology, no_autocast, pass_tokens
+from fastedit.models import Factors, Model, Topology, pass_tokens, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 
@@ -71,7 +71,7 @@ class Predictions:
     head: Head | None = field(default=None, repr=False, compare=False)
 
 
-@no_autocast
+@plain_state
 @torch.no_grad()
 def predict(
     model: Model,

@@ -8,7 +8,7 @@ from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, 
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, no_autocast
+from fastedit.models.hooks import Override, hooked, plain_state
 from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
@@ -43,11 +43,11 @@ __all__ = [
     "in_passes",
     "joined",
     "last_tokens",
-    "no_autocast",
     "observe",
     "pack",
     "pass_tokens",
     "per_sample_updates",
+    "plain_state",
     "prompt_samples",
     "resume",
     "run_from_tokens",

@@ -24,7 +24,7 @@ from fastedit.models import (
     Samples,
     joined,
     last_tokens,
-    no_autocast,
+    plain_state,
     prompt_samples,
     tokenize,
 )
@@ -96,7 +96,7 @@ class TrainingSet:
         budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
         return cls(model, edits, samples, owner, anchors, trained, budget, progress)
 
-    @no_autocast
+    @plain_state
     def prefix_cache(self, layer: int) -> PrefixCache:
         """The state of all samples in front of a block, whose frozen prefix runs now."""
         report = counter(self.progress, "prefix", len(self.samples))
