@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import fingerprint, topology
+from fastedit.models import fingerprint, plain_state, topology
 from fastedit.models.fingerprint import FP16
 from fastedit.models.topology import check_editable
 from fastedit.tensorfile import checksums, load_tensors, save_tensors
@@ -81,6 +81,7 @@ class WeightDelta:
                 f"load the unedited model it was made for ({FP16}), or force it"
             )
 
+    @plain_state
     @torch.no_grad()
     def apply(self, model: nn.Module, *, force: bool = False) -> None:
         """Add the updates to the model's parameters, in fp32, rounded once to the parameter's dtype.
@@ -99,6 +100,7 @@ class WeightDelta:
             sums = checksums(_parameters(inner, self.updates))
         self._originals, self._sums, self._model = snapshot.values, sums, inner
 
+    @plain_state
     @torch.no_grad()
     def revert(self) -> None:
         """Put the parameters back, bit for bit.
@@ -118,6 +120,7 @@ class WeightDelta:
         put_back(_parameters(self._model, self._originals), self._originals)
         self._originals, self._sums, self._model = {}, {}, None
 
+    @plain_state
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: updates and metadata. An existing file stays whole if writing fails.
 
@@ -134,6 +137,7 @@ class WeightDelta:
         save_tensors(path, tensors, tag, self.metadata, "the delta")
 
     @classmethod
+    @plain_state
     def load(cls, path: str | Path) -> WeightDelta:
         """Read a file written by `save`.
 

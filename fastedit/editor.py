@@ -20,7 +20,7 @@ from fastedit.evaluation.sampling import draw
 from fastedit.loading import load_model, save_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
-from fastedit.models import Model, Topology, fingerprint
+from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
 from fastedit.results import EachEditResult, EditResult
@@ -138,6 +138,7 @@ class Editor:
         model, tokenizer = load_model(name, dtype=dtype, device=device)
         return cls(model, tokenizer, method, **config)
 
+    @plain_state
     def plan(self, requests: Requests) -> EditPlan:
         """Make every choice and every refusal that an `edit` of these requests would; it takes seconds.
 
@@ -169,6 +170,7 @@ class Editor:
         """
         return self.run(self.plan(requests))
 
+    @plain_state
     def run(self, plan: EditPlan) -> EditResult:
         """Do the work of a plan.
 
@@ -195,6 +197,7 @@ class Editor:
         about = found.losses, found.notes, seconds, found.interrupted, self.parts
         return EditResult(delta, edits, conflicts, *about)
 
+    @plain_state
     def edit_each(self, requests: Requests) -> EachEditResult:
         """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
 
@@ -234,6 +237,7 @@ class Editor:
         self._edits = [edit for edit in self._edits if not edit.gone]
         return [(delta, edit) for delta, edit in found if delta is not None]
 
+    @plain_state
     def evaluate(
         self,
         requests: Requests,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastedit.errors import ConfigError, FileError, ModelError
 from fastedit.files import check_directory, replacing_directory
-from fastedit.models import Model
+from fastedit.models import Model, plain_state
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _PARTS = {
@@ -24,6 +24,7 @@ _PARTS = {
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 
+@plain_state
 def load_model(
     name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
@@ -80,6 +81,7 @@ def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> Non
         )
 
 
+@plain_state
 def save_model(model: Model, directory: str | Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
 

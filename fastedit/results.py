@@ -16,7 +16,7 @@ from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.loading import save_model
 from fastedit.methods.base import EachResult
-from fastedit.models import Model, fingerprint
+from fastedit.models import Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, RequestReport
 from fastedit.weights import oriented
@@ -97,6 +97,7 @@ class EachEditResult:
     def __len__(self) -> int:
         return len(self.requests)
 
+    @plain_state
     def delta(self, i: int) -> WeightDelta:
         """Edit i as an object that can be applied, reverted and saved.
 

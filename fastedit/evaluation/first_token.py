@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from fastedit.models import Topology, no_autocast
+from fastedit.models import Topology, plain_state
 from fastedit.tensorfile import checksums
 
 LOGITS = 2**25  # elements of logits alive at once
@@ -45,7 +45,7 @@ class Head:
         return self._topology.logits(states, self._kept).float().log_softmax(-1)
 
 
-@no_autocast
+@plain_state
 @torch.no_grad()
 def divergences(
     before: Head, after: Head, states_before: Sequence[Tensor], states_after: Sequence[Tensor]

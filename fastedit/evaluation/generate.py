@@ -9,30 +9,30 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastedit.models import Continuations, Factors, Model, trailing
+from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model, encode, trailing
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
-_ALWAYS = 2**20  # more dots than any answer holds
+_ALWAYS = 2**20  # more ends of sentences than any answer holds
 
 
 def generated_texts(
     model: Model,
-    dots: Mapping[tuple[int, str], int],
+    ends: Mapping[tuple[int, str], int],
     capacity: int,
     progress: Callable[[int, int], None],
     updates: Mapping[nn.Module, Factors],
 ) -> dict[tuple[int, str], str]:
-    """Greedy continuations of prompts, each under its edit and to the "." after its number of dots, or further."""
-    prompts, tokenizer = list(dots), model.tokenizer
+    """Greedy continuations of prompts, each under its edit and to the sentence's end behind its number of them."""
+    prompts, tokenizer = list(ends), model.tokenizer
     if not prompts:
         return {}
-    encoded = tokenizer([prompt for _, prompt in prompts], return_attention_mask=False, verbose=False)["input_ids"]
+    encoded = encode(tokenizer, [prompt for _, prompt in prompts])
     for ids in encoded:
         del ids[max(1, len(ids) - trailing(ids, tokenizer.eos_token_id)) :]
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    ends = _ends(model)
-    weights = _weights(model, ends, decode).to(model.device)  # [V]
-    allowed = torch.tensor([dots[prompt] for prompt in prompts], device=model.device)
+    final = _final(model)
+    weights = _weights(model, final, decode).to(model.device)  # [V]
+    allowed = torch.tensor([ends[prompt] for prompt in prompts], device=model.device)
     spent = torch.zeros_like(allowed)
 
     def ended(which: Tensor, tokens: Tensor) -> Tensor:
@@ -46,22 +46,22 @@ def generated_texts(
     options: dict[str, Any] = {"capacity": capacity, "updates": updates, "edits": edits}
     answered: dict[int, list[int]] = {}
     for i, found in Continuations(model.topology, encoded, limits, ended, **options):
-        answered[i] = [token for token in found if token not in ends]  # the one that stops may begin with text
+        answered[i] = [token for token in found if token not in final]  # the one that stops may begin with text
         progress(len(answered), len(prompts))
     return dict(zip((prompts[i] for i in answered), decode(list(answered.values())), strict=True))
 
 
-def _ends(model: Model) -> set[int]:
+def _final(model: Model) -> set[int]:
     """Tokens that end a text, those where a chat model ends its turn included."""
     own = cast(Any, model.network).generation_config.eos_token_id
     return {model.tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
 
 
-def _weights(model: Model, ends: set[int], decode: Callable[[list[list[int]]], list[str]]) -> Tensor:
-    """The dots in each token's text [V]; more than any answer's in one that always ends a text."""
+def _weights(model: Model, final: set[int], decode: Callable[[list[list[int]]], list[str]]) -> Tensor:
+    """The ends of sentences in each token's text [V]; more than any answer's in one that always ends a text."""
     spellings = decode([[i] for i in range(len(model.tokenizer))])
-    table = [_ALWAYS if "\n" in spelling else spelling.count(".") for spelling in spellings]
+    table = [_ALWAYS if "\n" in spelling else sum(c in SENTENCE_ENDS for c in spelling) for spelling in spellings]
     table += [0] * (model.topology.config.vocab_size - len(table))
-    for token in ends:
+    for token in final:
         table[token] = _ALWAYS
     return torch.tensor(table)

@@ -22,7 +22,7 @@ from fastedit.evaluation.questions import ask
 from fastedit.evaluation.report import Requests, compare
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.method import LocFTBFPlan, plan
-from fastedit.models import Model, PrefixCache, Topology
+from fastedit.models import Model, PrefixCache, Topology, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
@@ -133,6 +133,7 @@ class Sweep:
         places: (layer, module) from below.
     """
 
+    @plain_state
     def __init__(
         self,
         model: Model,
@@ -166,6 +167,7 @@ class Sweep:
         first = plan(model, self.edits, self._config)
         self._plans = [first.placed(*place, no_progress) for place in self.places]
 
+    @plain_state
     def run(self, progress: Progress = no_progress) -> LocateReport:
         """Edit at each place, measure, and take the edit back.
 

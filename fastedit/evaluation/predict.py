@@ -18,8 +18,8 @@ from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.generate import generated_texts
 from fastedit.evaluation.questions import KINDS, Asked, Questions, ask
 from fastedit.evaluation.score import score
-from fastedit.evaluation.texts import begins_with, cut, inner_dots, normalize
-from fastedit.models import Factors, Model, Topology, no_autocast, pass_tokens
+from fastedit.evaluation.texts import begins_with, cut, normalize
+from fastedit.models import Factors, Model, Topology, pass_tokens, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 
@@ -71,7 +71,7 @@ class Predictions:
     head: Head | None = field(default=None, repr=False, compare=False)
 
 
-@no_autocast
+@plain_state
 @torch.no_grad()
 def predict(
     model: Model,
@@ -90,7 +90,8 @@ def predict(
     With ``updates``, request i meets the model under edit i alone, and equal prompts run once for each edit.
 
     Log-probabilities are fp32 whatever the model's dtype. Generation is greedy, takes at most 32 tokens and
-    stops at EOS, a newline or "."; a "." inside the wanted answer ("St. Louis") is let through.
+    stops at EOS, a newline or the end of a sentence, in any script; a "." inside the wanted answer ("St. Louis") is let
+    through.
 
     Args:
         kinds: of prompts, some of `KINDS`.
@@ -122,14 +123,14 @@ def predict(
         of_text = score(topology, documents, batch_tokens, partial(progress, "text"), {}, none, none.bool()).logp
         _finite(of_text.mean()[None], ["the text for perplexity"])
         perplexity = math.exp(min(-of_text.double().mean().item(), 700.0))  # JSON has no infinity
-    asked = questions.dots if generate else {}
+    asked = questions.ends if generate else {}
     texts = generated_texts(model, asked, 4 * batch_tokens, partial(progress, "generation"), updates or {})
 
     answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in requests]
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # no rival of itself
-        generated = cut(texts[edit, prompt], inner_dots(answer)) if generate else None
+        generated = cut(texts[edit, prompt], answer, prompt) if generate else None
         best, hits, logp, first = scored[edit, prompt, answer]
         answers[i][kind].append(Prediction(prompt, answer, best, hits, logp, rival, generated, first))
     head = Head(topology, keep=keep_head) if any(kind == "neighbour" for kind, *_ in questions.asked) else None

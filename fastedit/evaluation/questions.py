@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from fastedit.errors import RequestError
-from fastedit.evaluation.texts import inner_dots
-from fastedit.models import Model, PairError, Samples, tokenize
+from fastedit.evaluation.texts import inner_ends
+from fastedit.models import Model, PairError, Samples, encode, tokenize
 from fastedit.requests import EditRequest
 
 _WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
@@ -35,7 +35,7 @@ class Questions:
     Attributes:
         asked: (kind, place of the request, prompt, answer, competing answer) in the order of the requests.
         owners: each (edit, prompt, answer) once -> the request that asks it first, for messages.
-        dots: (edit, prompt) -> the "." that generation goes past.
+        ends: (edit, prompt) -> the ends of sentences that generation goes past.
         samples: one for each of `owners`.
         documents: the windows of the text for the perplexity.
         n_requests: how many requests there are.
@@ -43,7 +43,7 @@ class Questions:
 
     asked: list[tuple[str, int, str, str, str | None]]
     owners: dict[Asked, str]
-    dots: dict[tuple[int, str], int]
+    ends: dict[tuple[int, str], int]
     samples: Samples
     documents: Samples
     n_requests: int
@@ -69,12 +69,12 @@ def ask(
     """
     asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
     owners: dict[Asked, str] = {}
-    dots: dict[tuple[int, str], int] = {}
+    ends: dict[tuple[int, str], int] = {}
     for kind, i, prompt, answer, other in asked:
         edit = i if by_edit else 0
         for said in filter(None, (answer, other)):
             owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
-        dots[edit, prompt] = max(dots.get((edit, prompt), 0), inner_dots(answer))
+        ends[edit, prompt] = max(ends.get((edit, prompt), 0), inner_ends(answer))
     context = model.topology.context_length
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]
@@ -84,13 +84,13 @@ def ask(
         problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
         raise RequestError.of(list(reversed(problems.items())), "prompts") from None
     documents = _windows(model.tokenizer, [text] if isinstance(text, str) else text, context)
-    return Questions(asked, owners, dots, samples, documents, len(requests))
+    return Questions(asked, owners, ends, samples, documents, len(requests))
 
 
 def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:
     """Documents in pieces of the context; all tokens but a document's first are labels, once."""
     size = min(context, _WINDOW)
-    encoded = tokenizer(list(text), return_attention_mask=False, verbose=False)["input_ids"] if text else []
+    encoded = encode(tokenizer, text)
     pieces = [ids[i : i + size + 1] for ids in encoded for i in range(0, len(ids) - 1, size)]
     flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
     offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0)

@@ -6,14 +6,21 @@ import re
 import string
 import unicodedata
 
-_SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+from fastedit.models import SENTENCE_ENDS, spaceless
+
+_ARTICLES = ("a", "an", "the")
+_OTHER_ENDS = "!?…"  # of sentences, but in the Latin script they stand in names
+_JOINERS = "\u200c\u200d"  # stand inside words of Persian and of India
 
 
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and extra blanks; a text of nothing else keeps them."""
-    text = unicodedata.normalize("NFC", text).lower().strip()
-    kept = "".join(c for c in text if not _is_punctuation(c))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split()) or text
+    """Without case, width, punctuation, invisible characters, English articles and extra blanks.
+
+    Accents and vowel signs count. A text of nothing else keeps what it has of these.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    kept = "".join(c for c in text if not _is_punctuation(c) and unicodedata.category(c) != "Cf")
+    return " ".join(word for word in kept.split() if word not in _ARTICLES) or text
 
 
 def _is_punctuation(c: str) -> bool:
@@ -38,7 +45,7 @@ def _word_ends(text: str, i: int) -> bool:
         return False
     if unicodedata.category(behind)[0] == "M":  # an accent or a vowel sign belongs to the letter in front
         return False
-    if unicodedata.name(behind, "").startswith(_SPACELESS) or unicodedata.name(before, "").startswith(_SPACELESS):
+    if spaceless(behind) or spaceless(before):
         return True
     inside = behind == "." or (behind == "," and before.isdigit())  # as in U.S.A, 3.5 and 1,000
     if inside and before.isalnum() and text[i + 1 : i + 2].isalnum():
@@ -47,14 +54,24 @@ def _word_ends(text: str, i: int) -> bool:
 
 
 def _in_word(c: str) -> bool:
-    return c.isalnum() or unicodedata.category(c)[0] == "M"
+    return c.isalnum() or unicodedata.category(c)[0] == "M" or c in _JOINERS
 
 
-def cut(text: str, dots: int) -> str:
-    """Text up to the first newline or the "." after ``dots`` of them."""
-    return ".".join(text.partition("\n")[0].split(".")[: dots + 1]).strip()
+def cut(text: str, answer: str, prompt: str = "") -> str:
+    """Text up to the first newline, or to the end of a sentence behind as many as stand inside the answer.
+
+    "!" and "?" end sentences unless the answer, or the prompt of one without letters, ends in the Latin script.
+    """
+    last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
+    marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
+    sentences = re.split(f"([{re.escape(marks)}])", text.partition("\n")[0])
+    return "".join(sentences[: 2 * _inner(answer, marks) + 1]).strip()
 
 
-def inner_dots(answer: str) -> int:
-    """The "." that generation goes past; at one that ends the answer it may as well stop."""
-    return answer.rstrip(".").count(".")
+def inner_ends(answer: str) -> int:
+    """The marks inside an answer that may end a sentence; at one that ends the answer generation may as well stop."""
+    return _inner(answer, SENTENCE_ENDS)
+
+
+def _inner(answer: str, marks: str) -> int:
+    return sum(c in marks for c in answer.rstrip(marks))

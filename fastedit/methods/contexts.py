@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastedit.models import Model, generate_by, sampling, trailing
+from fastedit.models import SENTENCE_ENDS, Model, encode, generate_by, sampling, trailing
 
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
@@ -24,10 +24,15 @@ def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> l
     texts: list[list[str]] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for opening in _OPENINGS:
-            ids = tokenizer(opening)["input_ids"]
+        for ids in encode(tokenizer, _OPENINGS):
             ids = ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))]
             out = generate_by(network, config, torch.tensor([ids], device=device))
             texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
-    return [" ".join(text.split()).rstrip(".") + "." for text in mixed]
+    return [_ended(" ".join(text.split())) for text in mixed]
+
+
+def _ended(text: str) -> str:
+    """The text with one full stop at its end, or another mark there that ends a sentence."""
+    text = text.rstrip(".")
+    return text if text.endswith(tuple(SENTENCE_ENDS)) else f"{text}."

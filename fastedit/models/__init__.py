@@ -2,21 +2,24 @@
 
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.continuations import Continuations
+from fastedit.models.encode import encode, trailing
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, no_autocast
+from fastedit.models.hooks import Override, hooked, plain_state
 from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
 from fastedit.models.token_states import Budget, free_bytes
-from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize, trailing
+from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
 from fastedit.models.topology import Topology, topology
 
 __all__ = [
+    "SENTENCE_ENDS",
     "BlockCalls",
     "Budget",
     "Continuations",
@@ -32,21 +35,24 @@ __all__ = [
     "Samples",
     "Topology",
     "at_tokens",
+    "encode",
     "fingerprint",
     "free_bytes",
     "generate_by",
     "hooked",
     "in_passes",
+    "joined",
     "last_tokens",
-    "no_autocast",
     "observe",
     "pack",
     "pass_tokens",
     "per_sample_updates",
+    "plain_state",
     "prompt_samples",
     "resume",
     "run_from_tokens",
     "sampling",
+    "spaceless",
     "tokenize",
     "topology",
     "trailing",

@@ -1,9 +1,9 @@
-"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, no autocast."""
+"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, torch's plain state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -68,15 +68,27 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def no_autocast(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function in the arithmetic of the weights' own dtypes, whatever autocast its caller is in.
+def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function in torch's state as it is at the start of a program, whatever its caller has made of that.
 
-    Autocast would keep the first cast of a weight that then changes.
+    fp32 is the default dtype and the CPU the default device, gradients are recorded, no inference mode, no autocast
+    (which would keep the first cast of a weight that then changes). What only chooses kernels stays the caller's:
+    deterministic algorithms, the precision of products, threads, anomaly detection.
     """
 
     @wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        dtype = torch.get_default_dtype()
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast("cpu", enabled=False))
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if torch.get_default_device().type != "cpu":  # the context slows every call
+                stack.enter_context(torch.device("cpu"))
+            if dtype != torch.float32:
+                stack.callback(torch.set_default_dtype, dtype)
+                torch.set_default_dtype(torch.float32)
             return function(*args, **kwargs)
 
     return run

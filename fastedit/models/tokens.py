@@ -1,7 +1,7 @@
 """Token samples in flat buffers, exact target masks, and their packing into rows.
 
-A sample is ``prompt + " " + target`` and, if wanted, EOS (LocFT-BF, arXiv 2509.22072, section 4). All samples
-lie end to end in one buffer; a batch is a small set of rows of indices into it.
+A sample is prompt and target (`scripts.joined`) and, if wanted, EOS (LocFT-BF, arXiv 2509.22072, section 4). All
+samples lie end to end in one buffer; a batch is a small set of rows of indices into it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ModelError, RequestError
+from fastedit.models.encode import Text, encode, encode_with_spans, trailing
 
 _CHUNK = 8192  # texts a tokenizer call: bounds the Python lists of offsets that are alive at once
 
@@ -95,7 +96,7 @@ def tokenize(
     append_eos: bool = True,
     max_length: int | None = None,
 ) -> Samples:
-    """Tokenize (prompt, target) pairs as ``prompt + " " + target`` (+ EOS) and find where each target begins.
+    """Tokenize (prompt, target) pairs, joined as `scripts.joined` says (+ EOS), and find where each target begins.
 
     The target begins at the first token that covers a character behind the prompt: by character offsets in
     the joint text for fast tokenizers, otherwise where the joint text's tokens leave those of the prompt.
@@ -150,27 +151,17 @@ def _problem(
     return None
 
 
-def trailing(ids: Sequence[int], token: int | None) -> int:
-    """How many times a token stands at the end; some tokenizers end every text with EOS."""
-    return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
-
-
-def _joint(pairs: Sequence[tuple[str, str]]) -> list[str]:
-    return [f"{prompt} {target}" for prompt, target in pairs]
-
-
 def _starts_by_offsets(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
-    encoded = tokenizer(_joint(pairs), return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    all_ids, all_spans = encode_with_spans(tokenizer, pairs)
     starts = []
-    for (prompt, _), spans in zip(pairs, encoded["offset_mapping"], strict=True):
+    for (prompt, _), spans in zip(pairs, all_spans, strict=True):
         edge = len(prompt)  # special tokens span (0, 0) and never pass it
         starts.append(next((t for t, (_, end) in enumerate(spans) if end > edge), len(spans)))
-    return encoded["input_ids"], starts
+    return all_ids, starts
 
 
 def _starts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
-    joint = tokenizer(_joint(pairs), return_attention_mask=False, verbose=False)["input_ids"]
-    prompts = tokenizer([p for p, _ in pairs], return_attention_mask=False, verbose=False)["input_ids"]
+    joint, prompts = encode(tokenizer, pairs), encode(tokenizer, [prompt for prompt, _ in pairs])
     starts = []
     for ids, prompt_ids in zip(joint, prompts, strict=True):
         both = enumerate(zip(ids, prompt_ids, strict=False))
@@ -178,27 +169,28 @@ def _starts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple
     return joint, starts
 
 
-def last_tokens(tokenizer: Any, texts: Sequence[str], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+def last_tokens(tokenizer: Any, texts: Sequence[Text], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
     """Tokens of each text, and the index of the last one that begins before character ``ends[i]``.
 
     By character offsets for fast tokenizers; otherwise it is the last token of the text cut at the end, or
-    the one where the whole text's tokens leave those of the cut text.
+    the one where the whole text's tokens leave those of the cut text. The end of a pair's is in its prompt.
     """
     all_ids: list[list[int]] = []
     last: list[int] = []
     fast = getattr(tokenizer, "is_fast", False)
     for first in range(0, len(texts), _CHUNK):
-        chunk, cuts = list(texts[first : first + _CHUNK]), ends[first : first + _CHUNK]
-        encoded = tokenizer(chunk, return_offsets_mapping=fast, return_attention_mask=False, verbose=False)
-        all_ids += encoded["input_ids"]
+        chunk, cuts = texts[first : first + _CHUNK], ends[first : first + _CHUNK]
         if fast:
-            for spans, end in zip(encoded["offset_mapping"], cuts, strict=True):
+            some_ids, some_spans = encode_with_spans(tokenizer, chunk)
+            for spans, end in zip(some_spans, cuts, strict=True):
                 last.append(max(t for t, (a, b) in enumerate(spans) if a < min(b, end)))
         else:
-            heads = [text[:end] for text, end in zip(chunk, cuts, strict=True)]
-            parts = tokenizer(heads, return_attention_mask=False, verbose=False)["input_ids"]
+            some_ids = encode(tokenizer, chunk)
+            whole = (text if isinstance(text, str) else text[0] for text in chunk)
+            parts = encode(tokenizer, [text[:end] for text, end in zip(whole, cuts, strict=True)])
             eos = tokenizer.eos_token_id
-            last += [_last_shared(ids, part, eos) for ids, part in zip(encoded["input_ids"], parts, strict=True)]
+            last += [_last_shared(ids, part, eos) for ids, part in zip(some_ids, parts, strict=True)]
+        all_ids += some_ids
     return all_ids, last
 
 

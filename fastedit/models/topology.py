@@ -351,6 +351,8 @@ def check_editable(found: Topology) -> None:
             raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; load the model in fp32, bf16 or fp16")
         if parameter.is_meta:
             raise ModelError(f"{path} is on the meta device: it is offloaded, or was never loaded; {_WHOLE}")
+        if parameter.is_inference():
+            raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
         if parameter.device != device:
             raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
     for path, module in found.blocks.named_modules():

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
-    """One fact to write into a model: the text `prompt + " " + target`.
+    """One fact to write into a model: prompt and target, with a space between them where their script has one.
 
     Args:
         prompt: the full text in front of the target, taken literally; trailing whitespace is removed.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastedit.errors import ConfigError, ModelError, RequestError, TensorError
-from fastedit.models import Model, Topology, fingerprint, hooked
+from fastedit.models import Model, Topology, fingerprint, hooked, plain_state
 from fastedit.models.forward import run_blocks
 from fastedit.models.hooks import Stopped
 from fastedit.ops.syrk import LARGEST_VALUE
@@ -94,6 +94,7 @@ class Collection:
         ConfigError: `until_converged` in several processes, no layers, or numbers out of range.
     """
 
+    @plain_state
     def __init__(
         self,
         model: Model,
@@ -144,6 +145,7 @@ class Collection:
     def _begin(self, directory: Path | None) -> dict[int, StreamingCovariance]:
         return {layer: _start(self._model.topology, layer, self._settings, directory) for layer in self._layers}
 
+    @plain_state
     @torch.no_grad()
     def run(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import RequestError
-from fastedit.models import Model, Rows, Samples, pack
+from fastedit.models import Model, Rows, Samples, encode, pack
 from fastedit.models.tokens import first_fit_decreasing
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -95,7 +95,7 @@ def _chunks(tokenizer: Any, documents: Iterator[str], chunk_tokens: int, row: in
     total = 0
     for first in itertools.count(0, _TEXTS):
         texts = list(itertools.islice(documents, _TEXTS))
-        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        encoded = encode(tokenizer, texts)
         for number, ids in enumerate(encoded, first):
             cut = _cut(ids, row, tokenizer.bos_token_id)
             pieces += cut

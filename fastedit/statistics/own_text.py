@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import Model, generate_by, sampling, trailing
+from fastedit.models import Model, encode, generate_by, plain_state, sampling, trailing
+from fastedit.models.hooks import eval_mode
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
@@ -81,6 +82,7 @@ class OwnText:
         return StatisticsStore(self.model.topology, self.fingerprint, self.module, own_text_directory(self.fingerprint))
 
 
+@plain_state
 @torch.no_grad()
 def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     """Texts of `n_tokens` tokens in all, or a few more, sampled from the model's whole distribution.
@@ -92,12 +94,14 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
-    starts = [tokenizer(opening)["input_ids"] for opening in _OPENINGS]
+    starts = encode(tokenizer, _OPENINGS)
     starts = [ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))] for ids in starts]
     begun = min(map(len, starts))
     length = min(_LENGTH, model.topology.context_length) - begun
     rows = torch.tensor([ids[:begun] for ids in starts], device=device)
-    if not network(input_ids=rows, use_cache=False).logits[:, -1].isfinite().all():  # sampling would end the process
+    with eval_mode(network):
+        logits = network(input_ids=rows, use_cache=False).logits[:, -1]
+    if not logits.isfinite().all():  # sampling would end the process
         raise ModelError(
             "the model gives NaN or infinity for ordinary text: it may have weights that are not finite, or numbers "
             "too large for its dtype"

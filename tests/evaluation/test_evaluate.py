@@ -26,7 +26,7 @@ from fastedit.errors import EditError, FastEditError, RequestError
 from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.evaluation.report import compare, evaluate
 from fastedit.evaluation.texts import begins_with, cut, normalize
-from fastedit.models import Continuations, Model
+from fastedit.models import Continuations, Model, joined
 from fastedit.requests import EditRequest
 
 WORDS = "abcdefghijklmnopqrstuvwxyz ABCDSL.\n"
@@ -232,6 +232,62 @@ def test_a_model_that_knows_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.metrics["neighbour_accuracy"]["generated"] == 0
 
 
+SCRIPTS = {  # prompt, answer, and what the model goes on with
+    "Chinese": ("甲国的首都是", "东城", "。乙国"),
+    "Japanese": ("甲国の首都は", "東京", "！乙国"),
+    "half width": ("乙国の首都は", "京東", "｡甲国"),
+    "full width": ("丙国的首都是", "1984", "．乙国"),
+    "Hindi": ("राजधानी", "नई दिल्ली", "। यह"),
+    "Urdu": ("دارالحکومت", "لاہور", "۔ یہ"),
+    "Arabic": ("العاصمة", "دمشق", "؟ هي"),
+    "Russian": ("Столица", "Тверь", "! Это"),
+    "Russian, with a mark inside": ("Игра", "Что? Где", "? Это"),
+    "Greek": ("Πόλη", "1821", "! Και"),
+    "a newline": ("नदी", "पटना", "\nयह"),
+    "English": ("The city", "St. Louis", ". It"),
+}
+
+
+def test_sentences_end_in_every_script() -> None:
+    core = Tokenizer(BPE())  # one token a character
+    core.decoder = decoders.Fuse()
+    texts = [joined(prompt, answer) + more for prompt, answer, more in SCRIPTS.values()]
+    trainer = BpeTrainer(vocab_size=VOCAB + 100, special_tokens=["<s>", "</s>"], show_progress=False)
+    core.train_from_iterator(list("".join(texts)), trainer)
+    own = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(own), mean_resizing=False)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    rows = own(texts).input_ids
+    width = max(map(len, rows))
+    labels = torch.tensor([ids + [-100] * (width - len(ids)) for ids in rows])
+    for _ in range(45):
+        optimizer.zero_grad()
+        model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
+        optimizer.step()
+    requests = [EditRequest(prompt, answer, id=script) for script, (prompt, answer, _) in SCRIPTS.items()]
+    rows_of_report = evaluate(model, own, requests).rows
+    assert {row["id"]: row["reliability"] for row in rows_of_report} == {
+        script: {"teacher_forced": 1, "generated": 1} for script in SCRIPTS
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "prompt", "kept"),
+    [
+        ("Wham! and more", "Wham", "The band is", "Wham! and more"),  # "!" and "?" stand in English names
+        ("Тверь! Это", "Тверь", "The city is", "Тверь"),
+        ("1984! Это", "1984", "Год", "1984"),
+        ("1984! It", "1984", "The year", "1984! It"),
+        ("甲。乙。丙", "甲。乙", "", "甲。乙"),
+        ("甲。乙。丙", "甲。", "", "甲"),
+        ("दिल्ली॥ यह", "दिल्ली", "", "दिल्ली"),
+    ],
+)
+def test_where_texts_are_cut(text: str, answer: str, prompt: str, kept: str) -> None:
+    assert cut(text, answer, prompt) == kept
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
@@ -242,6 +298,17 @@ def test_a_model_that_knows_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
         ("theatre", "atre", False),
         ("A", "The", False),
         ("A", "", False),
+        ("１９８４年", "1984年", True),
+        ("ﾄｳｷｮｳ", "トウキョウ", True),
+        ("《东城》", "东城", True),
+        ("Straße", "STRASSE", True),
+        ("ΟΔΟΣ", "οδος", True),
+        ("«دمشق»", "دمشق", True),
+        ("\u200fدمشق", "دمشق", True),
+        ("दिल", "दिल्ली", False),
+        ("कि", "क", False),
+        ("กำ", "กา", False),
+        ("a\u0331b", "b", False),
     ],
 )
 def test_normalize(one: str, other: str, same: bool) -> None:
@@ -269,6 +336,11 @@ def test_normalize(one: str, other: str, same: bool) -> None:
         ("Cafe\u0301", "Cafe", False),
         ("東京都にある", "東京", True),
         ("กรุงเทพมหานคร", "กรุงเทพ", True),
+        ("日々の", "日々", True),
+        ("می\u200cخواهم", "می", False),
+        ("दिल्ली में", "दिल्ली", True),
+        ("दिल्ली", "दिल", False),
+        ("½ cup", "1", False),
         ("", "A", False),
         ("An apple", "an", True),
     ],
@@ -278,7 +350,7 @@ def test_begins_with(text: str, answer: str, begins: bool) -> None:
 
 
 def test_tokens_that_go_on_behind_a_stop_are_cut() -> None:
-    texts = [cut("red sea.\n\nSt. L", 0), cut(" St. L\n. red", 2)]
+    texts = [cut("red sea.\n\nSt. L", "red"), cut(" St. L\n. red", "b.c.d end")]
     assert texts == ["red sea", "St. L"]
 
 

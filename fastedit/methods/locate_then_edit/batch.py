@@ -107,7 +107,7 @@ class Batch:
                 return place, self.templates[template] if template else ""
 
             raise named_error(error, self.edits, source) from None
-        _, last = last_tokens(model.tokenizer, [f"{prompt} {target}" for prompt, target in pairs], ends)
+        _, last = last_tokens(model.tokenizer, pairs, ends)
         # nothing behind the subject is read in these rows: they end there
         subjects = [str(edit.subject) for edit in self.edits]
         ids, kl_last = last_tokens(model.tokenizer, [f"{s} is a" for s in subjects], [len(s) for s in subjects])

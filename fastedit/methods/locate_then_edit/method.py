@@ -25,12 +25,12 @@ from fastedit.methods.locate_then_edit.target_loop import relative_lr
 from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
-from fastedit.models import Budget, Factors, Model, fingerprint, no_autocast
+from fastedit.models import Budget, Factors, Model, fingerprint, joined, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
 
-@no_autocast
+@plain_state
 def plan(
     model: Model,
     edits: Sequence[Edit],
@@ -68,7 +68,7 @@ def plan(
 def _contexts(model: Model, config: LocateThenEditConfig) -> list[str]:
     """Templates with one "{}" each, where the prompt goes after a text that the model has written."""
     texts = sample_contexts(model, config.n_contexts or 0, seed=config.seed) if config.n_contexts else []
-    return [text.translate({ord(c): None for c in BARE}) + f" {BARE}" for text in texts]
+    return [joined(text.translate({ord(c): None for c in BARE}), BARE) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class LocateThenEditPlan:
     def notes(self) -> list[str]:
         return [*dict.fromkeys([*self.recipe.notes, *self.batch.notes])]
 
-    @no_autocast
+    @plain_state
     def run(self) -> MethodResult:
         """Edit the model in place.
 
@@ -138,7 +138,7 @@ class LocateThenEditPlan:
             kept_edits=writer.edits if interrupted else None,
         )
 
-    @no_autocast
+    @plain_state
     def run_each(self) -> EachResult:
         """Solve N independent problems of one edit each, all against the model as it is; nothing is written.
 

@@ -22,7 +22,7 @@ from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
 from fastedit.methods.subjects import repeated_note, subject_ends
-from fastedit.models import Model, PrefixCache, Topology, fingerprint, no_autocast
+from fastedit.models import Model, PrefixCache, Topology, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
@@ -60,7 +60,7 @@ class LocFTBFPlan:
         notes += found
         return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
 
-    @no_autocast
+    @plain_state
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
         """Edit the model in place.
 
@@ -111,7 +111,7 @@ class LocFTBFPlan:
         return MethodResult(updates, originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
 
 
-@no_autocast
+@plain_state
 def plan(
     model: Model,
     edits: Sequence[Edit],

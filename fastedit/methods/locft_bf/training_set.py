@@ -22,8 +22,9 @@ from fastedit.models import (
     PrefixCache,
     Rows,
     Samples,
+    joined,
     last_tokens,
-    no_autocast,
+    plain_state,
     prompt_samples,
     tokenize,
 )
@@ -95,7 +96,7 @@ class TrainingSet:
         budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
         return cls(model, edits, samples, owner, anchors, trained, budget, progress)
 
-    @no_autocast
+    @plain_state
     def prefix_cache(self, layer: int) -> PrefixCache:
         """The state of all samples in front of a block, whose frozen prefix runs now."""
         report = counter(self.progress, "prefix", len(self.samples))
@@ -121,7 +122,7 @@ def _subject_tokens(
     """Index in each pair's sample of its subject's last token [S]; -1 where there is no subject."""
     found = [subject_ends(edit)[-1:] for edit in edits]
     places = [sample for sample, place in enumerate(owner) if found[place]]
-    texts = [" ".join(pairs[sample]) for sample in places]
+    texts = [pairs[sample] for sample in places]
     ends = [len(pairs[i][0]) - len(edits[owner[i]].prompt) + found[owner[i]][0] for i in places]
     trained = torch.full((len(pairs),), -1)
     trained[places] = torch.tensor(last_tokens(model.tokenizer, texts, ends)[1], dtype=torch.int64)
@@ -135,5 +136,5 @@ def _augmented(model: Model, edits: Sequence[Edit], config: LocFTBFConfig) -> li
     pairs = []
     for edit in edits:
         drawn = torch.randperm(len(contexts), generator=generator)[: config.augment].tolist()
-        pairs += [(f"{contexts[c]} {edit.prompt}", edit.target) for c in drawn]
+        pairs += [(joined(contexts[c], edit.prompt), edit.target) for c in drawn]
     return pairs

@@ -1,0 +1,84 @@
+"""Tokens of texts, and of prompts with what comes after them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastedit.models.scripts import joined
+
+Text = str | tuple[str, str]
+"""A text, or a prompt and what comes after it, which are joined."""
+Span = tuple[int, int]
+"""Characters of a token, from the first one to the one behind it; (0, 0) for a special token."""
+
+
+def encode(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
+    """Tokens of texts, those included that the tokenizer puts around them; its settings stay as they are."""
+    found = _call(tokenizer, [text if isinstance(text, str) else joined(*text) for text in texts])
+    ids: list[list[int]] = found["input_ids"]
+    return ids
+
+
+def encode_with_spans(tokenizer: Any, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[Span]]]:
+    """The same of a fast tokenizer, with the characters of each token.
+
+    Where no space stands between a prompt and its target, a token could reach across the border: the prompt then has
+    the tokens that it has alone, as the model meets it when it answers.
+    """
+    whole = [text if isinstance(text, str) else joined(*text) for text in texts]
+    encoded = _call(tokenizer, whole, spans=True)
+    ids: list[list[int]] = encoded["input_ids"]
+    spans: list[list[Span]] = encoded["offset_mapping"]
+    for i, text in enumerate(texts):
+        if isinstance(text, str) or len(whole[i]) > len(text[0]) + len(text[1]):
+            continue
+        edge = len(text[0])
+        if any(first < edge < end for first, end in spans[i]):
+            ids[i], spans[i] = _in_parts(tokenizer, *text, ids[i], spans[i])
+    return ids, spans
+
+
+def _in_parts(
+    tokenizer: Any, prompt: str, target: str, ids: list[int], spans: list[Span]
+) -> tuple[list[int], list[Span]]:
+    """Tokens of a pair none of which reaches across the border; those that are given if the tokenizer has none."""
+    # behind a newline nothing is put in front of the target, and nothing grows together with it
+    parts = _call(tokenizer, [prompt, f"\n{target}"], spans=True)
+    (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
+    if any(first < 1 < end for first, end in tail_spans):
+        return ids, spans
+    kept = len(head) - trailing(head, tokenizer.eos_token_id)
+    behind = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
+    ends = trailing(ids, tokenizer.eos_token_id)
+    shift = len(prompt) - 1
+    moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in behind]
+    found = [*head[:kept], *(tail[t] for t in behind), *ids[len(ids) - ends :]]
+    return found, [*head_spans[:kept], *moved, *spans[len(ids) - ends :]]
+
+
+def trailing(ids: Sequence[int], token: int | None) -> int:
+    """How many times a token stands at the end; some tokenizers end every text with EOS."""
+    return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
+
+
+def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False) -> Any:
+    if not texts:
+        return {"input_ids": [], "offset_mapping": []}
+    with _settings_kept(tokenizer):
+        return tokenizer(list(texts), return_offsets_mapping=spans, return_attention_mask=False, verbose=False)
+
+
+@contextmanager
+def _settings_kept(tokenizer: Any) -> Iterator[None]:
+    """Give a fast tokenizer its truncation and padding back, which a call takes away that asks for none."""
+    core: Any = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = (core.truncation, core.padding) if core is not None else (None, None)
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            core.enable_truncation(**truncation)
+        if padding is not None:
+            core.enable_padding(**padding)
