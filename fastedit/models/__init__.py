@@ -7,11 +7,12 @@ from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, 
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, no_autocast
+from fastedit.models.hooks import Override, hooked, no_autocast, only_trainable
 from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize, trailing
 from fastedit.models.topology import Topology, topology
@@ -30,6 +31,7 @@ __all__ = [
     "PrefixCache",
     "Rows",
     "Samples",
+    "SelfCheck",
     "Topology",
     "at_tokens",
     "fingerprint",
@@ -40,6 +42,7 @@ __all__ = [
     "last_tokens",
     "no_autocast",
     "observe",
+    "only_trainable",
     "pack",
     "pass_tokens",
     "per_sample_updates",
@@ -47,6 +50,7 @@ __all__ = [
     "resume",
     "run_from_tokens",
     "sampling",
+    "self_check",
     "tokenize",
     "topology",
     "trailing",
