@@ -1,4 +1,4 @@
-"""The command line: `fastedit edit | evaluate | demo | locate | tune | covariance | env`, also `python -m fastedit`.
+"""The command line: `fastedit edit | evaluate | demo | locate | …`, also `python -m fastedit`.
 
 Exit codes: 0 it worked; 2 what failed before the work began, as bad usage and bad input do; 1 what failed after that,
 or Ctrl-C. A failure is one line on stderr. torch, transformers and matplotlib are imported inside commands only, so
@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from fastedit.cli import phase
 from fastedit.cli.arguments import BareEvaluate, check_backend
+from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
 from fastedit.cli.edit import edit
@@ -110,6 +111,7 @@ def make_app() -> typer.Typer:
         "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),
         "tune": configured(tune, TUNE_OWN),
         "covariance": covariance,
+        "check-model": check_model,
         "env": env,
     }
     for name, command in commands.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,15 +157,29 @@ def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
 
 def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
     """`Editor.from_pretrained`, quietly; a model that is too large is a ModelError."""
-    from transformers.utils import logging as transformers_logging
-
     from fastedit.editor import Editor
+
+    with _loading(model):
+        return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
+
+
+def load_network(model: str, dtype: Dtype, device: str | None) -> Any:
+    """The model by itself, quietly, with weights that can be edited; raises ModelError as `load` does."""
+    from fastedit.loading import load_model
+
+    with _loading(model):
+        return load_model(model, dtype=dtype.value, device=device)[0]
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    from transformers.utils import logging as transformers_logging
 
     if not logging.getLogger("fastedit").isEnabledFor(logging.INFO):
         transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
+        yield
     except RuntimeError as error:
         raise ModelError(f"{model} cannot be moved to the device, is it too large for it? {error}") from error
 

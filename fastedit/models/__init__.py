@@ -8,12 +8,13 @@ from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, 
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, plain_state
+from fastedit.models.hooks import Override, hooked, only_trainable, plain_state
 from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
+from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
 from fastedit.models.topology import Topology, topology
@@ -33,6 +34,7 @@ __all__ = [
     "PrefixCache",
     "Rows",
     "Samples",
+    "SelfCheck",
     "Topology",
     "at_tokens",
     "encode",
@@ -44,6 +46,7 @@ __all__ = [
     "joined",
     "last_tokens",
     "observe",
+    "only_trainable",
     "pack",
     "pass_tokens",
     "per_sample_updates",
@@ -52,6 +55,7 @@ __all__ = [
     "resume",
     "run_from_tokens",
     "sampling",
+    "self_check",
     "spaceless",
     "tokenize",
     "topology",

@@ -20,7 +20,8 @@ class BlockCalls:
 
     ``resume`` of this class is that of the package. The first one goes through the backbone and keeps the
     arguments of each block (masks, rotary embeddings) and the modules behind the last one; later ones call these
-    directly. That saves the backbone's own work, and on a GPU a wait: recent transformers look at the positions.
+    directly. That saves the backbone's own work, and on a GPU a wait: recent transformers look at the positions. All
+    go through the backbone of a model whose blocks cannot be called so.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class BlockCalls:
             for module, args, kwargs in self._calls:
                 output = module(hidden, *args, **kwargs)
                 hidden = output[0] if isinstance(output, tuple) else output
+            hidden = self._topology.for_head(hidden)
         return hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._rows.target_rows)
 
     def _record(self, hidden: Tensor) -> Tensor:
@@ -58,6 +60,8 @@ class BlockCalls:
         handles = (m.register_forward_pre_hook(note, with_kwargs=True) for m in (*running, *tail))
         with hooked(handles), self._attention():
             states = resume(topology, hidden, rows, self._layer, self._overrides, self._past)
+        if not topology.replays_blocks:
+            return states
         first = next(i for i, (module, _, _) in enumerate(called) if module is running[0])
         self._calls = called[first:]
         self._again = [*self._overrides, *pruned(topology, rows)]

@@ -68,6 +68,8 @@ def run_blocks(
 ) -> Tensor:
     """Run blocks ``layer`` … and the final norm on ``hidden`` [B, R, h], or end with block ``stop``'s input.
 
+    Behind the final norm the states are what the head reads (``Topology.for_head``).
+
     Without ``hidden`` the embedding's output enters block 0. ``prune``: row-independent parts of the last
     block run at the target rows only. ``overrides`` replace ``forward`` of modules. ``past``: a cache of
     keys and values in front of the rows, with the ``mask`` of both. Returns [B, R, h].
@@ -110,7 +112,7 @@ def run_blocks(
                 past_key_values=past,
                 use_cache=False,
             )
-        states: Tensor = output[0]
+        states: Tensor = topology.for_head(output[0])
     except Stopped as stopped:
         states = stopped.seen
     return states.reshape(*shape, -1)
@@ -134,7 +136,8 @@ def resume(
         past: keys and values of tokens in front of the rows (``HeldTokens.remaining``).
 
     Returns:
-        Hidden states [M, h] at ``rows.target_rows``, after the final norm; ``topology.logits`` takes them on.
+        What the head reads [M, h] at ``rows.target_rows``: the hidden states after the final norm, in some families
+        times a factor; ``topology.logits`` takes them on.
         Differentiable in ``hidden`` and in the weights of blocks ``layer`` … n-1. In the last block, parts
         that treat rows independently run at those rows only: nobody reads the others.
 

@@ -36,7 +36,8 @@ class FrozenPart:
             with suppress(ModelError):
                 parts[name] = topology.resolve(cache.layer, name)[1]
         attn, mlp = parts.pop("attn", None), parts.get("mlp")
-        known = cache.layer < topology.n_blocks - 1 and any(trained is m for p in parts.values() for m in p.modules())
+        known = topology.runs_in_parts and cache.layer < topology.n_blocks - 1
+        known = known and any(trained is m for p in parts.values() for m in p.modules())
         self._attn = attn if known else None
         self._mlp = mlp if known and trained is parts["down_proj"] else None
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget

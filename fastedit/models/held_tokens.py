@@ -45,8 +45,9 @@ class HeldTokens:
         self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
         self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
-        self.supported = True
-        """False once a block was seen whose attention asks no cache: ``remaining`` is then all."""
+        self.supported = topology.replays_blocks
+        """False for blocks that cannot be replayed, and once one was seen whose attention asks no cache: ``remaining``
+        is then all."""
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +57,8 @@ class HeldTokens:
     @torch.no_grad()
     def record(self, select: Tensor) -> None:
         """Run the tokens of these samples that are held."""
+        if not self.supported:
+            return
         select = select[self._counts[select] > 0]
         passes = in_passes(self._counts[select], pass_tokens(self._topology.device))
         seen = [self._seen(select[some.start : some.stop]) for some in passes]

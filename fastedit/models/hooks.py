@@ -1,4 +1,4 @@
-"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, torch's plain state."""
+"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, what trains, plain state."""
 
 from __future__ import annotations
 
@@ -66,6 +66,23 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    try:
+        for p, _, _ in before:
+            p.requires_grad_(False)
+            p.grad = None
+        for p in chosen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag, grad in before:
+            p.requires_grad_(flag)
+            p.grad = grad
 
 
 def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastedit.errors import ConfigError
+from fastedit.models.self_check import checked
 from fastedit.models.topology import Topology, check_editable, topology
 
 
@@ -28,7 +29,8 @@ class Model:
             tokenizer: the model's.
 
         Raises:
-            ModelError: not a supported model; quantized or offloaded weights, or weights on several devices.
+            ModelError: no causal language model, or one with which this package does not compute what it does itself;
+                quantized or offloaded weights, or weights on several devices.
             ConfigError: not a tokenizer.
         """
         found = topology(network)
@@ -36,7 +38,7 @@ class Model:
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             given = type(tokenizer).__name__
             raise ConfigError(f"tokenizer is a {given}; give the model's, as AutoTokenizer.from_pretrained loads it")
-        return cls(found, tokenizer)
+        return cls(checked(found), tokenizer)
 
     @property
     def network(self) -> nn.Module:

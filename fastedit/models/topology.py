@@ -1,44 +1,40 @@
 """Where a Hugging Face causal language model keeps its parts, found from its structure and its config.
 
-The model's type decides only whether this package has verified it; modules are found by what they are: the
-list of equal blocks beside the token embedding, the child of a block that takes an attention mask, the
-projection back to the model's width.
+Modules are found by what they are: the list of equal blocks beside the token embedding, the child of a block that
+takes an attention mask, the projection back to the model's width. Whether a pass through them is the model's own is
+another question (``self_check``).
 """
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
+from fastedit.models.block_parts import (
+    BlockParts,
+    UnknownPartsError,
+    find_parts,
+    holds_experts,
+    is_projection,
+    maps_alone,
+    projections,
+    widths,
+)
 from fastedit.models.hooks import Stopped, eval_mode, hooked
 
-_VERIFIED = (
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "mistral",
-    "olmo2",
-    "opt",
-    "phi3",
-    "qwen2",
-    "qwen3",
-)
 _EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WHOLE = "load the whole model on one device, without device_map"
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
+_CONTEXTS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")  # in a config, of which the first
+_CONTEXT = 2048  # tokens of a model that does not count positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +43,13 @@ class Topology:
 
     ``backbone`` is the module that owns the token embedding and the ``blocks``; called with ``input_ids`` it
     returns the hidden states after the final norm. ``blocks_path`` is the path of ``blocks`` in ``model``.
-    ``head`` projects them to the vocabulary; ``logit_softcap`` bounds the logits (None: no bound).
-    ``context_length`` is in tokens.
+    ``head`` projects them to the vocabulary, times ``logit_scale``; ``logit_softcap`` bounds the logits (None: no
+    bound). ``context_length`` is in tokens.
+
+    Three flags say what a pass may do with the model; ``self_check`` takes back what changes its numbers.
+    ``shares_rows``: samples may share a row, if positions restart (``packs``). ``runs_in_parts``: a block may run at
+    some of its rows, or with kept outputs of its frozen parts. ``replays_blocks``: blocks may be called without the
+    backbone, and with keys and values of tokens in front.
     """
 
     model: nn.Module
@@ -57,9 +58,13 @@ class Topology:
     blocks: nn.ModuleList
     blocks_path: str
     head: nn.Module
+    logit_scale: float
     logit_softcap: float | None
     hidden_size: int
     context_length: int
+    shares_rows: bool = True
+    runs_in_parts: bool = True
+    replays_blocks: bool = True
 
     @property
     def n_blocks(self) -> int:
@@ -78,7 +83,7 @@ class Topology:
         """
         if not 0 <= layer < self.n_blocks:
             raise ModelError(
-                f"layer {layer} does not exist: {self._name} has blocks 0 to {self.n_blocks - 1} "
+                f"layer {layer} does not exist: {self.name} has blocks 0 to {self.n_blocks - 1} "
                 f"({self.blocks_path}); choose one of them"
             )
         return self.blocks[layer]
@@ -105,16 +110,19 @@ class Topology:
         block = self.block(layer)
         prefix = f"{self.blocks_path}.{layer}"
         names = {child: name for name, child in block.named_modules()}
-        if module in _SHORT_NAMES:
-            found = self._part(layer, module)
-            return ".".join(filter(None, (prefix, names[found]))), found
         inside = module.removeprefix(f"{prefix}.")
-        for name, child in block.named_modules():
-            if name and name == inside:
-                return f"{prefix}.{name}", child
+        if module in _SHORT_NAMES:
+            found: nn.Module | None = self._part(layer, module)
+        else:
+            found = next((child for name, child in block.named_modules() if name and name == inside), None)
+        if found is not None:
+            path = ".".join(filter(None, (prefix, names[found])))
+            if holds_experts(found):
+                raise ModelError(self._why_no_experts(layer, path))
+            return path, found
         paths = ", ".join(filter(None, names.values()))
         raise ModelError(
-            f"module {module!r} does not exist in block {layer} of {self._name} ({prefix}); choose one of "
+            f"module {module!r} does not exist in block {layer} of {self.name} ({prefix}); choose one of "
             f"{', '.join(self._short_names(layer))}, or a path among {paths}"
         )
 
@@ -125,12 +133,16 @@ class Topology:
             ModelError: no such block or module, or one that is not a projection.
         """
         path, found = self.resolve(layer, module)
-        if not _is_projection(found):
+        if not is_projection(found):
             raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as down_proj")
-        return _widths(found)[0]
+        return widths(found)[0]
+
+    def for_head(self, states: Tensor) -> Tensor:
+        """What the head reads [..., h] of hidden states [..., h] after the final norm."""
+        return states if self.logit_scale == 1 else states * self.logit_scale
 
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
-        """Logits [M, V] of hidden states [M, h] after the final norm: head, then soft-cap if there is one.
+        """Logits [M, V] of what the head reads [M, h] (``for_head``): head, then soft-cap if there is one.
 
         Another ``head`` may stand in for the model's own.
         """
@@ -141,34 +153,36 @@ class Topology:
     def rowwise(self, layer: int) -> tuple[nn.Module, ...]:
         """Sub-modules of a block that treat each row of their input [..., in] by itself.
 
-        They are the MLP (its projections where the block has no MLP module), the attention's output
-        projection, and its query projection if that is a module of its own. A caller that reads only some
-        rows of the block's output may run them at those rows alone. Empty where the parts of the block are
-        not recognized, because somebody has rebuilt it.
+        They are the MLP (its projections where the block has no MLP module, or one that takes more than its input),
+        the attention's output projection, and its query projection if that is a module of its own. A caller that
+        reads only some rows of the block's output may run them at those rows alone. Empty where a block does not run
+        in parts, or where these are not recognized, because somebody has rebuilt it.
         """
-        try:
-            parts = self._parts(layer)
-        except ModelError:
+        parts = self._found(layer) if self.runs_in_parts else None
+        if parts is None:
             return ()
-        rowwise = [parts[name] for name in (["mlp"] if "mlp" in parts else ["up_proj", "down_proj"])]
-        projections = dict(_projections(parts["attn"]))
-        queries = projections.get("q_proj")
-        _, *outputs = self.writers(layer)
+        mlp = parts.named.get("mlp")
+        rowwise = [mlp] if mlp is not None and maps_alone(mlp) else [*parts.mlp_maps]
+        attention = {name.rpartition(".")[2]: m for name, m in projections(parts.named["attn"])}
+        outputs = self._attention_outputs(parts)
         if len(outputs) == 1:
             rowwise += outputs
-        if queries is not None and {"k_proj", "v_proj"} <= projections.keys():
-            rowwise.append(queries)
+        if {"q_proj", "k_proj", "v_proj"} <= attention.keys():
+            rowwise.append(attention["q_proj"])
         return tuple(rowwise)
 
     def writers(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block that write to the residual stream: the MLP's last one, and the attention's."""
         parts = self._parts(layer)
-        outputs = (
+        down = parts.named.get("down_proj")
+        return (*([] if down is None else [down]), *self._attention_outputs(parts))
+
+    def _attention_outputs(self, parts: BlockParts) -> list[nn.Module]:
+        return [
             module
-            for name, module in _projections(parts["attn"])
-            if name not in ("q_proj", "k_proj", "v_proj") and _widths(module)[1] == self.hidden_size
-        )
-        return (parts["down_proj"], *outputs)
+            for name, module in projections(parts.named["attn"])
+            if name.rpartition(".")[2] not in ("q_proj", "k_proj", "v_proj") and widths(module)[1] == self.hidden_size
+        ]
 
     def attended(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block's attention that make its keys and values, fused ones included.
@@ -178,7 +192,8 @@ class Topology:
         rowwise = self.rowwise(layer)
         if not rowwise:
             return ()
-        rest = {name: m for name, m in _projections(self._parts(layer)["attn"]) if m not in rowwise}
+        of_attention = projections(self.attn(layer))
+        rest = {name.rpartition(".")[2]: m for name, m in of_attention if m not in rowwise}
         return tuple(rest.values()) if len(rest) == 1 or rest.keys() == {"k_proj", "v_proj"} else ()
 
     @property
@@ -188,7 +203,7 @@ class Topology:
         They may if a position that restarts begins a new sequence. Some families ignore that (OPT, and
         GPT-J in transformers 4), so it is measured once: a token must not see the sequence in front of it.
         """
-        return self._probe[0]
+        return self.shares_rows and self._probe[0]
 
     @property
     def blocks_return_tuples(self) -> bool:
@@ -208,8 +223,8 @@ class Topology:
     def mlp_adds(self) -> bool:
         """Whether the residual stream behind a block moves as the output of its ``down_proj`` does.
 
-        It does not if a norm stands between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT). Measured once, in
-        block 0.
+        It does not if a norm stands between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT), or a factor. Measured
+        once, in block 0.
         """
         tokens = [self.config.vocab_size // 4]
         before = self._hidden(self._first_block(tokens))
@@ -240,60 +255,50 @@ class Topology:
             return stopped.seen
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """The model's class and type, for messages."""
         return f"{type(self.model).__name__} ({self.config.model_type})"
 
     def _short_names(self, layer: int) -> Iterator[str]:
-        parts = self._parts(layer)
-        return (name for name in _SHORT_NAMES if name in parts)
+        parts = self._parts(layer).named
+        return (name for name in _SHORT_NAMES if name in parts and not holds_experts(parts[name]))
 
     def _part(self, layer: int, name: str) -> nn.Module:
         parts = self._parts(layer)
-        if name not in parts:
-            raise ModelError(
-                f"block {layer} of {self._name} has no {name}; it has {', '.join(self._short_names(layer))}"
-            )
-        return parts[name]
+        if name in parts.named:
+            return parts.named[name]
+        if parts.experts is not None:
+            raise ModelError(self._why_no_experts(layer, f"{self.blocks_path}.{layer}.{parts.experts}"))
+        raise ModelError(f"block {layer} of {self.name} has no {name}; it has {', '.join(self._short_names(layer))}")
 
-    def _parts(self, layer: int) -> dict[str, nn.Module]:
+    def _why_no_experts(self, layer: int, path: str) -> str:
+        """Why experts cannot be edited, and what can."""
+        free = [i for i in range(self.n_blocks) if not holds_experts(self.blocks[i])]
+        others = f", or blocks without a router: {', '.join(map(str, free))}" if free else ""
+        return (
+            f"{path} holds experts among which a router chooses, so that a change reaches only the tokens that are "
+            f"sent there; edit another module of block {layer} ({', '.join(self._short_names(layer))}){others}"
+        )
+
+    def _parts(self, layer: int) -> BlockParts:
         """The modules of a block by their short names."""
-        block = self.block(layer)
-        parts: dict[str, nn.Module] = {"block": block}
-        others: list[nn.Module] = []
-        for child in block.children():
-            child_type: Any = type(child)
-            if _takes_mask(child_type):
-                parts["attn"] = child
-            elif any(True for _ in _projections(child)):
-                others.append(child)
-        if len(others) == 1 and not _is_projection(others[0]):
-            parts["mlp"] = others[0]
-        projections = dict(_projections(parts.get("mlp", block), skip=parts.get("attn")))
-        if "attn" not in parts or not projections:
-            raise ModelError(f"block {layer} of {self._name} has no attention and MLP that can be told apart")
-        down_name, down = list(projections.items())[-1]
-        inner, width = _widths(down)
-        ups = {name: module for name, module in projections.items() if name != down_name}
-        if width != self.hidden_size or any(_widths(up)[0] != width for up in ups.values()):
-            raise ModelError(
-                f"the MLP of block {layer} of {self._name} does not end in a projection to {self.hidden_size}"
-            )
-        parts["down_proj"] = down
-        if len(ups) == 1:
-            (up,) = ups.values()
-            parts["up_proj"] = up
-            if _widths(up)[1] == 2 * inner:  # one matrix holds both
-                parts["gate_proj"] = up
-        else:  # equal shapes: only the exact names tell the gate from the other
-            parts |= {name: ups[name] for name in ("gate_proj", "up_proj") if name in ups}
-        return parts
+        try:
+            return find_parts(self.block(layer), self.hidden_size)
+        except UnknownPartsError as error:
+            raise ModelError(f"block {layer} of {self.name} {error}") from None
+
+    def _found(self, layer: int) -> BlockParts | None:
+        try:
+            return self._parts(layer)
+        except ModelError:
+            return None
 
 
 def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: an architecture that this package does not support, or a model without the expected parts.
+        ModelError: no causal language model, or one without the expected parts.
     """
     # torch.compile's wrapper has the attributes of what it wraps
     modules = model.modules() if isinstance(model, nn.Module) else iter(())
@@ -306,8 +311,6 @@ def topology(model: nn.Module) -> Topology:
         )
     config = inner.config.get_text_config()
     name = f"{type(inner).__name__} ({config.model_type})"
-    if config.model_type not in _VERIFIED:
-        raise ModelError(f"{name} is not supported; supported model types: {', '.join(_VERIFIED)}")
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None:
         raise ModelError(f"{name} has no head to the vocabulary; load it with AutoModelForCausalLM")
@@ -331,11 +334,18 @@ def topology(model: nn.Module) -> Topology:
         blocks=blocks,
         blocks_path=path,
         head=head,
+        logit_scale=_logit_scale(config),
         # a composite model (text and images) does not cap its logits, whatever its text config says
         logit_softcap=getattr(config, "final_logit_softcapping", None) if config is inner.config else None,
         hidden_size=config.hidden_size,
-        context_length=config.max_position_embeddings,
+        context_length=next((n for name in _CONTEXTS if (n := getattr(config, name, None))), _CONTEXT),
     )
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor of the logits in families that have one, each with its own name for it."""
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
 def check_editable(found: Topology) -> None:
@@ -369,32 +379,3 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Modu
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList):
                 yield ".".join(filter(None, (path, name))), child, parent
-
-
-@cache
-def _takes_mask(module_type: Any) -> bool:
-    return "attention_mask" in inspect.signature(module_type.forward).parameters
-
-
-def _is_projection(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _projections(module: nn.Module, skip: nn.Module | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """The linear maps under a module (itself included), in the order in which it registers them."""
-    if _is_projection(module):
-        yield "", module
-    for name, child in module.named_children():
-        if child is skip:
-            continue
-        if _is_projection(child):
-            yield name, child
-        else:
-            for below, projection in _projections(child):
-                yield f"{name}.{below}", projection
-
-
-def _widths(projection: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear map; Conv1D stores its weight transposed."""
-    rows, columns = projection.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)

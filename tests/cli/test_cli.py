@@ -305,6 +305,29 @@ def test_locate_tries_the_places_it_is_told(model: Path, facts: Path, tmp_path: 
     assert "expected numbers and ranges" in fails(2, *common, "--blocks", "3-1")
 
 
+def test_check_model_tells_what_was_found_and_what_differs(model: Path, tmp_path: Path) -> None:
+    text = works("check-model", model).stdout
+    assert text == works("check-model", "--model", model).stdout
+    assert "this model can be edited" in text
+    for words in ("LlamaForCausalLM (llama), 3 blocks", "down_proj mlp.down_proj", "share rows", "logits", "gradient"):
+        assert words in text
+    assert "locft-bf" in text
+    assert "memit" in text
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    byte_level = AutoTokenizer.from_pretrained(model)
+    routed = save(AutoConfig.for_model("mixtral", **sizes | heads), byte_level, tmp_path / "mixtral")
+    text = " ".join(works("check-model", routed).stdout.split())
+    assert "have a row each" in text
+    assert text.count("not with its defaults: model.layers.") == 2
+    assert "experts" in text
+
+    mamba = save(AutoConfig.for_model("mamba", **sizes), byte_level, tmp_path / "mamba")
+    assert "(mamba) has no attention and MLP that can be told apart" in fails(1, "check-model", mamba)
+    assert "give the folder" in fails(2, "check-model")
+
+
 def test_env_tells_versions_and_backends() -> None:
     text = works("env").stdout
     assert torch.__version__ in text
@@ -708,6 +731,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "evaluate": ("--model", "./m", "--requests", "./r"),
     "locate": ("--model", "./m", "--requests", "./r"),
     "covariance": ("./m", "--text", "./t", "--layers", "1"),
+    "check-model": ("./m",),
     "demo": (),
     "env": (),
 }
@@ -802,7 +826,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert all(command in done.stdout for command in ("edit", "evaluate", "demo", "locate", "env"))
 
 
-@pytest.mark.parametrize("command", ["edit", "evaluate", "demo", "locate", "env"])
+@pytest.mark.parametrize("command", ["edit", "evaluate", "demo", "locate", "check-model", "env"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: fastedit {command}" in works(command, "--help").stdout
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import DENSE, SHARED
 from helpers import FAMILIES, at_subject, moments, random_edits, same, tiny_model, values, wanted_keys
 from published import FORMULAS, METHODS, Case, Settings, target_of, weight_at
 from torch import Tensor, nn
@@ -64,8 +65,9 @@ TOLERANCE = 3e-5  # keys and residuals in fp32, of the tiny models
 
 
 @pytest.mark.usefixtures("given")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "method"), [*product(FAMILIES, METHODS), *((family, "memit") for family in (*DENSE, *SHARED))]
+)
 def test_weights_are_those_of_the_published_procedure(
     family: str, method: str, tokenizer: Any, tmp_path: Path, seed: int
 ) -> None:

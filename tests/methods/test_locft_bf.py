@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import DENSE, SHARED
 from helpers import FAMILIES, tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -186,6 +187,16 @@ def test_equals_the_published_loop(family: str, module: str, tokenizer: Any, mak
     wanted = published(model, tokenizer, pairs_of(edits), path, **settings)
     model.train()  # the published loop has no dropout, whatever mode the caller left
     wanted.check(run(model, tokenizer, edits, module=module, **settings))
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("family", [*DENSE, *SHARED])
+def test_equals_the_published_loop_where_the_model_was_measured(
+    family: str, tokenizer: Any, make_edits: MakeEdits, seed: int
+) -> None:
+    model, edits, settings = tiny_model(family, seed=seed), make_edits(5), PLAIN | {"epochs": 2}
+    path, _ = topology(model).resolve(2, "down_proj")
+    published(model, tokenizer, pairs_of(edits), path, **settings).check(run(model, tokenizer, edits, **settings))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

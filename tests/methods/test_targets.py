@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -96,12 +96,19 @@ def one_at_a_time(model: nn.Module, module: nn.Module, tokenizer: Any, edit: Edi
 
 
 def found(family: str, tokenizer: Any, edits: Sequence[EditRequest], config: TargetConfig, **options: Any) -> Targets:
-    parts, about = topology(tiny_model(family)), {"progress": options.pop("progress", no_progress)}
-    return find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS, **about), Z_LAYER, config, **options)
+    about = {"progress": options.pop("progress", no_progress)}
+    model = Model.of(tiny_model(family), tokenizer)
+    return find_targets(Batch(model, edits, CONTEXTS, **about), Z_LAYER, config, **options)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj"])
+# those that are measured: factors of logits, ALiBi, recurrent blocks, a router
+MEASURED = ("granite", "cohere2", "falcon", "bloom", "gpt_neo", "lfm2", "qwen3_5_text", "falcon_h1", "deepseek_v3")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*product(["llama", "gpt2", "gemma2", "gptj"], CONFIGS), *((family, "block") for family in MEASURED)],
+)
 def test_equals_one_edit_at_a_time(family: str, name: str, tokenizer: Any, seed: int) -> None:
     edits, config = random_edits(6, seed), CONFIGS[name]
     targets = found(family, tokenizer, edits, config, in_flight=4)

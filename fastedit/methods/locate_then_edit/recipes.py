@@ -75,11 +75,11 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     site = choose("site", by_rule)
     if behind_norm and site == "block":
         notes.append(
-            "a norm stands behind down_proj in this model, so that no update moves a block's output by its whole "
-            "residual: targets are reached in part; distribution single with site mlp reaches them"
+            "a norm or a factor stands behind down_proj in this model, so that no update moves a block's output by its "
+            "whole residual: targets are reached in part; distribution single with site mlp reaches them"
         )
     elif behind_norm and choose("site", None) is None:
-        notes.append("site mlp (a norm stands behind down_proj in this model)")
+        notes.append("site mlp (a norm or a factor stands behind down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
     cov_weight = given.cov_weight
     if cov_weight is None:

@@ -130,7 +130,7 @@ def _spared(
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
     if tokens == "auto":
         tokens = "all"
-        if free and not (config.published or locft_bf_preset(topology)[1]) and _reads_facts(topology):
+        if free and not (config.published or locft_bf_preset(topology)[1]) and reads_facts(topology):
             lacking = _lacking(model, config, edits, unedited)
             if lacking:
                 notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
@@ -164,7 +164,7 @@ def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedite
     return None
 
 
-def _reads_facts(topology: Topology) -> bool:
+def reads_facts(topology: Topology) -> bool:
     """Whether blocks that read a subject have a linear map to edit, and blocks above them to read it."""
     layers = locate_then_edit_preset(topology)[0].layers
     maps = [topology.resolve(layer, "down_proj")[1] for layer in layers]

@@ -18,11 +18,11 @@ from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
 from fastedit.methods.locft_bf.choices import find_statistics, resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
-from fastedit.methods.locft_bf.trainer import Trainer, only_trainable
+from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
 from fastedit.methods.subjects import repeated_note, subject_ends
-from fastedit.models import Model, PrefixCache, Topology, fingerprint, plain_state
+from fastedit.models import Model, PrefixCache, Topology, fingerprint, only_trainable, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -319,20 +319,3 @@ class Trainer:
         for path, parameter in self.parameters.items():
             parameter.copy_(self.originals.values[path].float() + updates[path])
         return updates
-
-
-@contextmanager
-def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    try:
-        for p, _, _ in before:
-            p.requires_grad_(False)
-            p.grad = None
-        for p in chosen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad

@@ -1,0 +1,100 @@
+"""`fastedit check-model`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.errors import ConfigError, FastEditError, ModelError
+
+if TYPE_CHECKING:
+    from fastedit.models import SelfCheck, Topology
+
+
+def check_model(
+    folder: Annotated[str | None, typer.Argument(help="The same as --model.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
+    ] = None,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Find out whether a model can be edited: its parts, and the numbers of a few samples against the model's own.
+
+    The exit code is 0 if it can. `edit` makes the same check for every type of model that the tests do not cover.
+
+    Example: fastedit check-model ./SmolLM3-3B
+    """
+    if (name := model or folder) is None:
+        raise ConfigError("Missing option '--model'; give the folder or hub name of a model")
+    network = arguments.load_network(name, dtype, device)
+    from rich.table import Table
+
+    from fastedit.models import self_check, topology
+
+    found = topology(network)
+    work_begins()
+    check = self_check(found)
+    table = Table(show_header=False, box=None)
+    for row in _rows(found, check):
+        table.add_row(*row)
+    show(table)
+    if check.problem is not None:
+        raise ModelError(check.problem)
+    typer.echo("this model can be edited")
+
+
+def _rows(found: Topology, check: SelfCheck) -> list[tuple[str, str]]:
+    path, flags = check.path, check.flags
+    rows = [
+        ("model", f"{found.name}, {found.n_blocks} blocks ({found.blocks_path})"),
+        ("parts", ", ".join(f"{name} {module}" for name, module in _parts(found, check.layer))),
+        ("compared with", f"the model's own forward pass, one sample at a time; block {check.layer}"),
+        ("logits", f"differ by {check.logits:.1e} of the largest, at most"),
+        ("gradient", f"of {path} differs by {check.gradient:.1e} of the largest, at most"),
+        ("samples", "share rows" if flags.of(found).packs else "have a row each"),
+        ("blocks", "run in parts where that is enough" if flags.runs_in_parts else "run whole"),
+        ("memit's targets", "hold the tokens in front" if flags.replays_blocks else "run all tokens in each step"),
+    ]
+    rows += [("left out", note) for note in check.notes]
+    return rows + [(method, _applies(found, method)) for method in ("locft-bf", "memit")]
+
+
+def _parts(found: Topology, layer: int) -> list[tuple[str, str]]:
+    """The short names of a block's parts and their paths in it."""
+    parts = []
+    for name in ("attn", "mlp", "gate_proj", "up_proj", "down_proj"):
+        try:
+            path, _ = found.resolve(layer, name)
+        except ModelError:
+            continue
+        parts.append((name, path.removeprefix(f"{found.blocks_path}.{layer}.")))
+    return parts
+
+
+def _applies(found: Topology, method: str) -> str:
+    """Where a method edits the model with its defaults, or why it does not."""
+    from fastedit.methods import METHODS
+    from fastedit.methods.locate_then_edit.recipes import resolve
+    from fastedit.methods.locft_bf.choices import reads_facts
+    from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset
+
+    chosen = METHODS[method]
+    try:
+        if method == "locft-bf":
+            preset, published = locft_bf_preset(found)
+            spread = not published and reads_facts(found)
+            layers = locate_then_edit_preset(found)[0].layers if spread else (preset.layer,)
+            module = "down_proj" if spread else preset.module
+        else:
+            recipe = resolve(found, chosen.config(), chosen.recipe)
+            layers, module = tuple(recipe.layers), recipe.config.module
+        paths = [found.resolve(layer, module)[0] for layer in layers]
+    except FastEditError as error:
+        return f"not with its defaults: {error}"
+    return f"edits {', '.join(paths)}"
