@@ -72,7 +72,14 @@ DENSE: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _HEADS | _LINEAR | {"layer_types": [_ENDS, "linear_attention", "linear_attention", _ENDS]},
     "lfm2": {"layer_types": [_ENDS, "conv", "conv", _ENDS]},
     "falcon_h1": _HEADS
-    | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "lm_head_multiplier": 0.5},
+    | {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 16,
+        "lm_head_multiplier": 0.5,
+    },
 }
 SHARED: dict[str, dict[str, Any]] = {  # blocks with a router and an expert for all tokens
     "qwen2_moe": _EXPERTS,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastedit.errors import ConfigError, EditError, ModelError, RequestError
+from fastedit.errors import ConfigError, EditError, RequestError
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.questions import ask
@@ -262,8 +262,7 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
     if not places:
         raise ConfigError("there is nothing to try; give at least one block and one module")
     for block, module in places:
-        if not any(True for _ in topology.resolve(block, module)[1].parameters()):
-            raise ModelError(f"module {module!r} of block {block} has no weights to train")
+        topology.check_trainable(block, module)
     return places
 
 

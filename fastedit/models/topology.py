@@ -116,10 +116,7 @@ class Topology:
         else:
             found = next((child for name, child in block.named_modules() if name and name == inside), None)
         if found is not None:
-            path = ".".join(filter(None, (prefix, names[found])))
-            if holds_experts(found):
-                raise ModelError(self._why_no_experts(layer, path))
-            return path, found
+            return ".".join(filter(None, (prefix, names[found]))), found
         paths = ", ".join(filter(None, names.values()))
         raise ModelError(
             f"module {module!r} does not exist in block {layer} of {self.name} ({prefix}); choose one of "
@@ -270,6 +267,19 @@ class Topology:
         if parts.experts is not None:
             raise ModelError(self._why_no_experts(layer, f"{self.blocks_path}.{layer}.{parts.experts}"))
         raise ModelError(f"block {layer} of {self.name} has no {name}; it has {', '.join(self._short_names(layer))}")
+
+    def check_trainable(self, layer: int, module: str) -> None:
+        """See that what ``module`` names in block ``layer`` can be trained.
+
+        Raises:
+            ModelError: no such block or module; a module without weights, or one that holds experts among which a
+                router chooses. The message says what can be trained instead.
+        """
+        path, found = self.resolve(layer, module)
+        if holds_experts(found):
+            raise ModelError(self._why_no_experts(layer, path))
+        if not list(found.parameters()):
+            raise ModelError(f"module {module!r} of block {layer} has no weights to train; choose another")
 
     def _why_no_experts(self, layer: int, path: str) -> str:
         """Why experts cannot be edited, and what can."""

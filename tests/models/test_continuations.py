@@ -76,6 +76,14 @@ def test_as_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shapes[3:] == [(10, 17), *((n, 1) for n in heads[-len(shapes[4:]) :])]
 
 
+@pytest.mark.parametrize("family", ["granite", "bloom", "mpt", "gpt_neo", "lfm2", "falcon_h1", "deepseek_v3"])
+def test_measured_families_as_one_at_a_time(family: str) -> None:
+    """Whether they read caches or, as those with recurrent blocks, want one of their own kind."""
+    model = tiny_model(family, seed=2)
+    wanted = {i: alone(model, i) for i in range(len(PROMPTS))}
+    assert together(topology(model), 100) == wanted
+
+
 def test_half_precision_reads_caches() -> None:
     for family in FAMILIES:
         assert module_under_test.reads_caches(topology(tiny_model(family, dtype=torch.bfloat16)))

@@ -105,12 +105,12 @@ def test_a_wrapped_model_is_found() -> None:
     assert topology(wrapped).resolve(3, "down_proj")[0] == "model.layers.3.mlp.down_proj"
 
 
-def test_unsupported_models_say_what_is_supported() -> None:
+def test_models_without_the_expected_parts_say_what_is_missing() -> None:
     with pytest.raises(ModelError, match="no Hugging Face causal language model"):
         topology(nn.Linear(2, 2))
-    bloom = AutoConfig.for_model("bloom", hidden_size=32, n_layer=2, n_head=4, vocab_size=50)
-    with pytest.raises(ModelError, match=r"\(bloom\) is not supported; supported model types: gemma2.*qwen3"):
-        topology(AutoModelForCausalLM.from_config(bloom))
+    mamba = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=50)
+    with pytest.raises(ModelError, match=r"block 0 of .* \(mamba\) has no attention and MLP that can be told apart"):
+        topology(AutoModelForCausalLM.from_config(mamba)).resolve(0, "down_proj")
     with pytest.raises(ModelError, match="no head to the vocabulary"):
         topology(AutoModel.from_config(tiny_model("llama").config))
     cut = tiny_model("llama")

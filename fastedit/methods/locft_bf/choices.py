@@ -38,7 +38,7 @@ def resolve(
         unedited: fingerprint of the model that statistics belong to.
 
     Raises:
-        ModelError: no such module, or one without weights to train; no statistics in the folder that is given.
+        ModelError: no such module, or one that cannot be trained; no statistics in the folder that is given.
     """
     topology = model.topology
     preset, known = locft_bf_preset(topology)
@@ -59,10 +59,9 @@ def resolve(
         module = "down_proj" if subject else preset.module
         notes.append(f"module {module} ({'MEMIT edits it' if subject else where})")
     layers = layer if isinstance(layer, tuple) else (layer,)
+    for block in layers:
+        topology.check_trainable(block, module)
     places = dict(topology.resolve(block, module) for block in layers)
-    for block, found in zip(layers, places.values(), strict=True):
-        if not list(found.parameters()):
-            raise ModelError(f"module {module!r} of block {block} has no weights to train; choose another")
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:
