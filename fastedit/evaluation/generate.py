@@ -61,7 +61,7 @@ def _weights(model: Model, final: set[int], decode: Callable[[list[list[int]]], 
     """The ends of sentences in each token's text [V]; more than any answer's in one that always ends a text."""
     spellings = decode([[i] for i in range(len(model.tokenizer))])
     table = [_ALWAYS if "\n" in spelling else sum(c in SENTENCE_ENDS for c in spelling) for spelling in spellings]
-    table += [0] * (model.topology.config.vocab_size - len(table))
+    table += [0] * (max(model.topology.config.vocab_size, *(token + 1 for token in final)) - len(table))
     for token in final:
         table[token] = _ALWAYS
     return torch.tensor(table)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fastedit.errors import RequestError
 from fastedit.evaluation.texts import inner_ends
-from fastedit.models import Model, PairError, Samples, encode, tokenize
+from fastedit.models import Model, PairError, Samples, encode, tokenize, without_rows
 from fastedit.requests import EditRequest
 
 _WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
@@ -65,7 +64,8 @@ def ask(
         by_edit: request i meets the model under edit i alone, so that equal prompts are one for each edit.
 
     Raises:
-        RequestError: prompts and answers that do not fit the model's context, or without tokens; names all of them.
+        RequestError: prompts and answers that do not fit the model's context, without tokens, or
+            with tokens that the model has no rows for; names all of them.
     """
     asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
     owners: dict[Asked, str] = {}
@@ -78,19 +78,22 @@ def ask(
     context = model.topology.context_length
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]
-        samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=context)
+        samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=context, vocabulary=model.vocabulary)
     except PairError as error:
         names = list(owners.values())
         problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
         raise RequestError.of(list(reversed(problems.items())), "prompts") from None
-    documents = _windows(model.tokenizer, [text] if isinstance(text, str) else text, context)
+    documents = _windows(model, [text] if isinstance(text, str) else text, context)
     return Questions(asked, owners, ends, samples, documents, len(requests))
 
 
-def _windows(tokenizer: Any, text: Sequence[str], context: int) -> Samples:
+def _windows(model: Model, text: Sequence[str], context: int) -> Samples:
     """Documents in pieces of the context; all tokens but a document's first are labels, once."""
     size = min(context, _WINDOW)
-    encoded = encode(tokenizer, text)
+    encoded = encode(model.tokenizer, text)
+    for number, ids in enumerate(encoded):
+        if missing := without_rows(model.tokenizer, ids, model.vocabulary):
+            raise RequestError(f"document {number} (counted from 0) of the text for perplexity: {missing}")
     pieces = [ids[i : i + size + 1] for ids in encoded for i in range(0, len(ids) - 1, size)]
     flat = torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
     offsets = torch.tensor([0, *map(len, pieces)]).cumsum(0)

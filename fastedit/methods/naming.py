@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 
 from fastedit.errors import RequestError, listed
 from fastedit.methods.base import Edit
-from fastedit.models import PairError
+from fastedit.models import Model, PairError, tokenize
 
 
 def edit_name(edit: Edit, place: int) -> str:
@@ -17,6 +17,21 @@ def edit_name(edit: Edit, place: int) -> str:
 def edit_names(edits: Sequence[Edit], places: Sequence[int]) -> str:
     """Names of the edits at some places, the first ten if they are many."""
     return listed([edit_name(edits[i], i) for i in places])
+
+
+def check_rows(model: Model, edits: Sequence[Edit]) -> None:
+    """Refuse edits with tokens that the model has no rows for, before it runs.
+
+    Raises:
+        RequestError: there are some, or edits without tokens; names all of them.
+    """
+    if not isinstance(model.tokenizer, Sized) or len(model.tokenizer) <= model.vocabulary:
+        return
+    pairs = [(edit.prompt, edit.target) for edit in edits]
+    try:
+        tokenize(model.tokenizer, pairs, append_eos=False, vocabulary=model.vocabulary)
+    except PairError as error:
+        raise named_error(error, edits, lambda pair: (pair, "")) from None
 
 
 def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int], tuple[int, str]]) -> RequestError:

@@ -2,7 +2,7 @@
 
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.continuations import Continuations
-from fastedit.models.encode import encode, trailing
+from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
@@ -60,4 +60,5 @@ __all__ = [
     "tokenize",
     "topology",
     "trailing",
+    "without_rows",
 ]

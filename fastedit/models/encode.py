@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastedit.errors import listed
 from fastedit.models.scripts import joined
 
 Text = str | tuple[str, str]
@@ -56,6 +57,17 @@ def _in_parts(
     moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in behind]
     found = [*head[:kept], *(tail[t] for t in behind), *ids[len(ids) - ends :]]
     return found, [*head_spans[:kept], *moved, *spans[len(ids) - ends :]]
+
+
+def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:
+    """What is wrong with tokens that a model of so many tokens has no rows for, and what to do; empty without any."""
+    if not ids or max(ids) < vocabulary:
+        return ""
+    found = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]
+    return (
+        f"the model's embedding has {vocabulary} rows and none for {listed(found)}; call "
+        "model.resize_token_embeddings(len(tokenizer)) and train the new rows, or take the tokenizer that the model has"
+    )
 
 
 def trailing(ids: Sequence[int], token: int | None) -> int:

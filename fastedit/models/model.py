@@ -46,5 +46,12 @@ class Model:
         return self.topology.model
 
     @property
+    def vocabulary(self) -> int:
+        """The tokens that the model has rows for, in its embedding and in its head; a tokenizer may have more."""
+        network: Any = self.network
+        head: Any = self.topology.head
+        return min(len(network.get_input_embeddings().weight), len(head.weight))
+
+    @property
     def device(self) -> torch.device:
         return self.topology.device

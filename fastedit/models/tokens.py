@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ModelError, RequestError
-from fastedit.models.encode import Text, encode, encode_with_spans, trailing
+from fastedit.models.encode import Text, encode, encode_with_spans, trailing, without_rows
 
 _CHUNK = 8192  # texts a tokenizer call: bounds the Python lists of offsets that are alive at once
 
@@ -60,18 +60,19 @@ class Samples:
 class PairProblem:
     """Why a (prompt, target) pair cannot be tokenized.
 
-    ``too_long`` is "prompt" or "target" if that one has to be shortened, else None.
+    ``too_long`` is "prompt" or "target" if that one has to be shortened, else None; ``remedy`` is what to do then.
     """
 
     pair: int
     reason: str
     beginning: str = ""
     too_long: str | None = None
+    remedy: str = "give it a text"
 
     def sentence(self, *, in_context: bool = False) -> str:
         """State the problem and the remedy; ``in_context`` if the prompt stands after a context."""
         if self.too_long is None:
-            return f"{self.reason}; give it a text"
+            return f"{self.reason}; {self.remedy}"
         remedy = f"that begins {self.beginning!r}"
         if in_context:
             return f"{self.reason}; shorten the {self.too_long}, or take shorter contexts, or none"
@@ -95,6 +96,7 @@ def tokenize(
     *,
     append_eos: bool = True,
     max_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Samples:
     """Tokenize (prompt, target) pairs, joined as `scripts.joined` says (+ EOS), and find where each target begins.
 
@@ -105,15 +107,18 @@ def tokenize(
 
     Args:
         max_length: the most tokens the model can read; a sample reads all its tokens but the last.
+        vocabulary: the tokens that the model has rows for (`Model.vocabulary`).
 
     Raises:
-        PairError: empty targets, prompts without tokens (nothing could predict the target), or samples longer
-            than ``max_length``; it has all of them.
-        ModelError: ``append_eos`` and a tokenizer that has no EOS token.
+        PairError: empty targets, prompts without tokens (nothing could predict the target), samples longer
+            than ``max_length``, or tokens outside ``vocabulary``; it has all of them.
+        ModelError: ``append_eos`` and a tokenizer that has no EOS token, or one outside ``vocabulary``.
     """
     eos: int | None = tokenizer.eos_token_id
     if append_eos and eos is None:
         raise ModelError("the tokenizer has no EOS token: set tokenizer.eos_token, or do not append EOS")
+    if append_eos and vocabulary is not None and (missing := without_rows(tokenizer, [eos or 0], vocabulary)):
+        raise ModelError(f"the tokenizer's EOS token cannot be trained: {missing}")
     encode = _starts_by_offsets if getattr(tokenizer, "is_fast", False) else _starts_by_prompt
     flat: list[int] = []
     offsets, starts = [0], list[int]()
@@ -123,6 +128,10 @@ def tokenize(
         for i, (ids, start) in enumerate(zip(*encode(tokenizer, chunk), strict=True), first):
             end = len(ids) - trailing(ids, eos)
             n_read = end - 1 + append_eos
+            if vocabulary is not None and (missing := without_rows(tokenizer, ids[:end], vocabulary)):
+                reason, _, remedy = missing.partition("; ")
+                problems.append(PairProblem(i, reason, remedy=remedy))
+                continue
             if problem := _problem(i, *pairs[i], start, end, n_read, max_length):
                 problems.append(problem)
                 continue

@@ -8,13 +8,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastedit.errors import RequestError
-from fastedit.models import Model, Rows, Samples, encode, pack
+from fastedit.models import Model, Rows, Samples, encode, pack, without_rows
 from fastedit.models.tokens import first_fit_decreasing
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -79,7 +78,7 @@ class DocumentBatch:
 def document_batches(model: Model, documents: Iterator[str], batch_tokens: int, row: int) -> Iterator[DocumentBatch]:
     """Documents in rows of at most `row` tokens, about `batch_tokens` a batch; the same for the same documents."""
     numbers, digest = itertools.count(), ""
-    for samples, owners in _chunks(model.tokenizer, documents, _CHUNK * batch_tokens, row):
+    for samples, owners in _chunks(model, documents, _CHUNK * batch_tokens, row):
         for select in _grouped(samples.lengths - 1, batch_tokens, row, model.topology.packs):
             rows = pack(samples, select, packed=model.topology.packs, min_row=row)
             state = hashlib.sha256(f"{digest} {list(rows.input_ids.shape)}".encode())
@@ -88,16 +87,18 @@ def document_batches(model: Model, documents: Iterator[str], batch_tokens: int, 
             yield DocumentBatch(next(numbers), rows, owners[select], int(owners.max()) + 1, digest)
 
 
-def _chunks(tokenizer: Any, documents: Iterator[str], chunk_tokens: int, row: int) -> Iterator[tuple[Samples, Tensor]]:
+def _chunks(model: Model, documents: Iterator[str], chunk_tokens: int, row: int) -> Iterator[tuple[Samples, Tensor]]:
     """Tokenized pieces of some documents at a time, and the number of the document of each."""
     pieces: list[list[int]] = []
     owners: list[int] = []
     total = 0
     for first in itertools.count(0, _TEXTS):
         texts = list(itertools.islice(documents, _TEXTS))
-        encoded = encode(tokenizer, texts)
+        encoded = encode(model.tokenizer, texts)
         for number, ids in enumerate(encoded, first):
-            cut = _cut(ids, row, tokenizer.bos_token_id)
+            if missing := without_rows(model.tokenizer, ids, model.vocabulary):
+                raise RequestError(f"document {number} (counted from 0): {missing}")
+            cut = _cut(ids, row, model.tokenizer.bos_token_id)
             pieces += cut
             owners += [number] * len(cut)
             total += len(ids)

@@ -99,7 +99,8 @@ class Batch:
         n, model = len(self), self.model
         pairs = [(text, self.edits[i % n].target) for i, text in enumerate(texts)]
         try:
-            samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=model.topology.context_length)
+            length, rows = model.topology.context_length, model.vocabulary
+            samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=length, vocabulary=rows)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:

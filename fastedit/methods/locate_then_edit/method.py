@@ -25,6 +25,7 @@ from fastedit.methods.locate_then_edit.target_loop import relative_lr
 from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
+from fastedit.methods.naming import check_rows
 from fastedit.models import Budget, Factors, Model, fingerprint, joined, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
@@ -50,6 +51,7 @@ def plan(
             all of them named; a folder of targets that cannot be written.
         RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
     """
+    check_rows(model, edits)
     history = history or History(fingerprint(model.network))
     recipe = resolve(model.topology, config, method)
     config = recipe.config

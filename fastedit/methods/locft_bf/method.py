@@ -20,7 +20,7 @@ from fastedit.methods.locft_bf.choices import find_statistics, resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import edit_name, edit_names
+from fastedit.methods.naming import check_rows, edit_name, edit_names
 from fastedit.methods.subjects import repeated_note, subject_ends
 from fastedit.models import Model, PrefixCache, Topology, fingerprint, only_trainable, plain_state
 from fastedit.progress import Progress, no_progress
@@ -127,6 +127,7 @@ def plan(
             of a layer that needs them; no anchors where they are wanted.
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
+    check_rows(model, edits)
     unedited = history.fingerprint if history else fingerprint(model.network)
     resolved, notes = resolve(model, config, edits, unedited)
     _check_maps(model.topology, resolved)

@@ -27,6 +27,7 @@ from fastedit.models import (
     plain_state,
     prompt_samples,
     tokenize,
+    without_rows,
 )
 from fastedit.progress import Progress, counter
 
@@ -66,7 +67,8 @@ class TrainingSet:
         owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
         length = model.topology.context_length
         try:
-            samples = tokenize(model.tokenizer, pairs, append_eos=True, max_length=length)
+            rows = model.vocabulary
+            samples = tokenize(model.tokenizer, pairs, append_eos=True, max_length=length, vocabulary=rows)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:
@@ -86,6 +88,8 @@ class TrainingSet:
                 )
             texts = [text for _, text, _ in found]
             ids, last = last_tokens(model.tokenizer, texts, [len(text) for text in texts])
+            if missing := without_rows(model.tokenizer, [*{token for some in ids for token in some}], model.vocabulary):
+                raise ConfigError(f"anchor_subjects: {missing}")
             samples = samples.join(prompt_samples(ids, last))
             if trained is not None:
                 _, subject_last = last_tokens(model.tokenizer, texts, [end for *_, end in found])
