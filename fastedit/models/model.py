@@ -28,7 +28,8 @@ class Model:
             tokenizer: the model's.
 
         Raises:
-            ModelError: not a supported model; quantized or offloaded weights, or weights on several devices.
+            ModelError: not a supported model; an adapter that is not merged; quantized or offloaded weights, or
+                weights on several devices.
             ConfigError: not a tokenizer.
         """
         found = topology(network)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
+from fastedit.models.adapters import check_no_adapter
 from fastedit.models.hooks import Stopped, eval_mode, hooked
 
 _VERIFIED = (
@@ -293,7 +294,7 @@ def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: an architecture that this package does not support, or a model without the expected parts.
+        ModelError: not a supported architecture; a model without the expected parts, or with an adapter.
     """
     # torch.compile's wrapper has the attributes of what it wraps
     modules = model.modules() if isinstance(model, nn.Module) else iter(())
@@ -304,6 +305,7 @@ def topology(model: nn.Module) -> Topology:
             f"{given} is no Hugging Face causal language model; load one with AutoModelForCausalLM.from_pretrained, "
             "or model and tokenizer by their folder or hub name with Editor.from_pretrained"
         )
+    check_no_adapter(model, inner)
     config = inner.config.get_text_config()
     name = f"{type(inner).__name__} ({config.model_type})"
     if config.model_type not in _VERIFIED:
