@@ -17,13 +17,14 @@ from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import draw
-from fastedit.loading import load_model, save_model
+from fastedit.loading import load_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
 from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
 from fastedit.results import EachEditResult, EditResult
+from fastedit.saving import save_model
 from fastedit.weights import put_back
 
 Requests = str | Path | Sequence[EditRequest | Mapping[str, Any]]
@@ -84,8 +85,8 @@ class Editor:
 
     Raises:
         ConfigError: an unknown method, an unknown field, a value that a field cannot take, or no tokenizer.
-        ModelError: no model; an unsupported architecture; quantized or offloaded weights, or weights on several
-            devices.
+        ModelError: no model; an unsupported architecture; an adapter that is not merged; quantized or offloaded
+            weights, or weights on several devices.
     """
 
     def __init__(

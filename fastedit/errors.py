@@ -112,3 +112,11 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
     """The first ten items, and how many more there are."""
     more = f"{separator}and {len(items) - SHOWN} more" if separator != ", " else f" and {len(items) - SHOWN} more"
     return separator.join(items[:SHOWN]) + (more if len(items) > SHOWN else "")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, or all of it if that line only introduces the others."""
+    text = str(error).strip()
+    first = next(iter(text.splitlines()), "").strip()
+    said = " ".join(text.split()) if first.endswith(":") else first
+    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")

@@ -80,7 +80,8 @@ def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
             path, f"{{path}} is {'a folder' if path.is_dir() else 'no ordinary file'}; give the name of a file"
         )
     _refuse_inputs(path, inputs or {})
-    _try(path, replacing, path)
+    with _trial(path, replacing, path):
+        pass
 
 
 def check_directory(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
@@ -93,7 +94,19 @@ def check_directory(path: Path, inputs: Mapping[str, Path] | None = None) -> Non
         FileError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
     """
     _refuse_inputs(path, inputs or {})
-    _try(path, replacing_directory, path)
+    with trying_directory(path):
+        pass
+
+
+@contextmanager
+def trying_directory(path: Path) -> Iterator[Path]:
+    """The folder that `replacing_directory` would give; it vanishes, whatever was written to it, and `path` stays.
+
+    Raises:
+        FileError: as `replacing_directory`; it cannot be written.
+    """
+    with _trial(path, replacing_directory, path) as temporary:
+        yield temporary
 
 
 def check_writable(folder: Path) -> None:
@@ -102,7 +115,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         FileError: it cannot be made, or not be written.
     """
-    _try(folder / "trial", replacing, folder)
+    with _trial(folder / "trial", replacing, folder):
+        pass
 
 
 def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:
@@ -126,10 +140,12 @@ class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before an
     pass
 
 
-def _try(path: Path, way: Callable[[Path], AbstractContextManager[Path]], named: Path) -> None:
+@contextmanager
+def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], named: Path) -> Iterator[Path]:
     created = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
-        with way(path):
+        with way(path) as temporary:
+            yield temporary
             raise _Possible
     except _Possible:
         pass

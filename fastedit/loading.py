@@ -1,19 +1,18 @@
-"""Models from checkpoints, and checkpoints from models."""
+"""Models from checkpoints."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastedit.errors import ConfigError, FileError, ModelError
-from fastedit.files import check_directory, replacing_directory
-from fastedit.models import Model, plain_state
+from fastedit.errors import ConfigError, ModelError, reason
+from fastedit.models import plain_state
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _PARTS = {
@@ -35,7 +34,8 @@ def load_model(
         device: None is the GPU if there is one.
 
     Raises:
-        ModelError: not to be found or loaded, or not with the weights that its config.json says.
+        ModelError: not to be found or loaded, or not with the weights that its config.json says; a folder that holds
+            an adapter.
         ConfigError: a dtype or a device that there is not.
     """
     if not isinstance(name, str | Path):
@@ -46,7 +46,8 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ConfigError(f"device is {device!r}, which cannot be used: {_reason(error)}; give another") from error
+        raise ConfigError(f"device is {device!r}, which cannot be used: {reason(error)}; give another") from error
+    _refuse_adapter(Path(name))
     try:
         # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -81,47 +82,40 @@ def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> Non
         )
 
 
-@plain_state
-def save_model(model: Model, directory: str | Path) -> None:
-    """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
-
-    Raises:
-        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
-            model was loaded from; the disk is full.
-    """
-    network: Any = model.network
-    directory, source = Path(directory), str(network.config._name_or_path)
-    if os.path.isdir(source) and Path(source).resolve() != directory.resolve():
-        check_directory(directory, {"the model": Path(source)})
+def _refuse_adapter(folder: Path) -> None:
+    """With peft installed, transformers would load the adapter and the model that it was made for, wherever that is."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
     try:
-        with replacing_directory(directory) as temporary:
-            network.save_pretrained(temporary)
-            model.tokenizer.save_pretrained(temporary)
-    except (OSError, SafetensorError) as error:
-        raise FileError(directory, f"the model could not be saved: {error}; nothing was written") from error
+        base = str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "MODEL"
+    alone = ", or take adapter_config.json away to edit the model without it" if _has_model(folder) else ""
+    raise ModelError(
+        f"{folder} holds an adapter of {base}, with which edits would not be saved. Merge it: "
+        f"peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
+        f".merge_and_unload().save_pretrained(NEW), and give the folder NEW with the tokenizer's files{alone}"
+    )
+
+
+def _has_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
 
 
 def _why_not_loaded(name: str | Path, error: Exception) -> str:
     """The reason why a checkpoint could not be loaded: a fault of the folder, or the hub's answer."""
     folder = Path(name)
     if not os.path.exists(folder):
-        return f"no folder {name}, and no model could be loaded from the hub: {_reason(error)}"
-    reason = _reason(error) if folder.is_dir() else "it is no folder"
+        return f"no folder {name}, and no model could be loaded from the hub: {reason(error)}"
+    why = reason(error) if folder.is_dir() else "it is no folder"
     if folder.is_dir():
         found = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
         if missing := [part for part, paths in found.items() if not paths]:
-            reason = f"it lacks {' and '.join(missing)}"
+            why = f"it lacks {' and '.join(missing)}"
         for path in (path for paths in found.values() for path in paths):
             try:
                 path.open("rb").close()
             except OSError as unreadable:
-                reason = f"{path.name} cannot be read: {unreadable.strerror}"
-    return f"no model could be loaded from {name}: {reason}"
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, or all of it if that line only introduces the others."""
-    text = str(error).strip()
-    first = next(iter(text.splitlines()), "").strip()
-    said = " ".join(text.split()) if first.endswith(":") else first
-    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")
+                why = f"{path.name} cannot be read: {unreadable.strerror}"
+    return f"no model could be loaded from {name}: {why}"

@@ -14,11 +14,11 @@ from fastedit.delta import WeightDelta
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
-from fastedit.loading import save_model
 from fastedit.methods.base import EachResult
 from fastedit.models import Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, RequestReport
+from fastedit.saving import save_model
 from fastedit.weights import oriented
 
 

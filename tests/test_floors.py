@@ -21,7 +21,7 @@ FLOORS = [
     ["fastedit.statistics"],
     ["fastedit.methods"],
     ["fastedit.requests", "fastedit.delta"],
-    ["fastedit.evaluation", "fastedit.loading"],
+    ["fastedit.evaluation", "fastedit.loading", "fastedit.saving"],
     ["fastedit.results"],
     ["fastedit.editor"],
     ["fastedit.demo"],

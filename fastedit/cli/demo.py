@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fastedit.cli import arguments
-from fastedit.cli.edit import save
+from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.errors import ConfigError, EditError, ModelError
@@ -68,7 +68,8 @@ def demo(
         after, known_after = arguments.measure(editor, edits, prose, bars, "after"), accuracy(bars, "after")
     report = compare(edits, after, before)
     if output:
-        save(output, editor, result, report, checkpoint=True)
+        with keeping(output, result) as outcome:
+            outcome.finish(report, editor.parts)
     result.revert()
     now = editor.model.state_dict()
     restored = all(torch.equal(tensor, now[name]) for name, tensor in originals.items())

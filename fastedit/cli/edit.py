@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +9,15 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.flags import configuration
+from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
-from fastedit.errors import FileError
-from fastedit.files import check_directory, check_writable, replacing_directory
+from fastedit.errors import EditError, FileError, ModelError, reason
+from fastedit.files import check_directory, check_writable
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
     from fastedit.evaluation.report import EvaluationReport
-    from fastedit.results import EditResult
 
 
 def edit(
@@ -69,18 +67,21 @@ def edit(
     with Bars() as bars:
         if measured:
             check_questions(editor, asked, documents)
+        if not delta_only:
+            check_checkpoint(editor, output)
         plan = editor.plan(edits)
         work_begins()
         before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)
-        after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
+        with keeping(output, result) as outcome:
+            after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
+            report = compare(asked, after, before, of=len(edits)) if after else None
+            outcome.finish(report, None if delta_only else editor.parts)
     for note in result.notes:
         typer.echo(f"{method}: {note}", err=True)
-    report = compare(asked, after, before, of=len(edits)) if after else None
     if report:
-        show(report)
-    save(output, editor, result, report, checkpoint=not delta_only)
+        show_last(report, output)
     typer.echo(f"{summary(result)}; written to {output}")
     if result.interrupted:
         raise typer.Exit(1)
@@ -93,34 +94,23 @@ def check_questions(editor: Editor, edits: list[Any], documents: list[str]) -> N
     ask(editor.parts, edits, text=documents)
 
 
-def save(
-    directory: Path, editor: Editor, result: EditResult, report: EvaluationReport | None, *, checkpoint: bool
-) -> None:
-    """Write checkpoint, delta and report in one folder that appears whole or not at all.
-
-    Raises:
-        FileError: `directory` exists by now and is not a checkpoint; it cannot be written; the disk is full.
-    """
-    from safetensors import SafetensorError
-
-    did: dict[str, Any] = dict(result.delta.metadata)
-    did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
-    did["interrupted"] = result.interrupted
-    did["conflicts"], did["duplicates"] = (
-        [[result.requests[i].id for i in group] for group in groups]
-        for groups in (result.conflicts.conflicts, result.conflicts.duplicates)
-    )
-    content: Mapping[str, Any] = {"edit": did}
-    if report:
-        content = {**content, **report.to_dict(), "requests": report.rows}
+def show_last(report: EvaluationReport, output: Path) -> None:
+    """Print the table, of which a terminal may lack the characters; by now everything is written."""
     try:
-        with replacing_directory(directory) as temporary:
-            if checkpoint:
-                editor.topology.model.save_pretrained(temporary)  # type: ignore[operator]
-                editor.tokenizer.save_pretrained(temporary)
-            result.delta.save(temporary / "delta.safetensors")
-            written = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-            (temporary / "report.json").write_text(written, encoding="utf-8")
-    except (OSError, SafetensorError, FileError) as error:
-        reason = error.__cause__ or error  # a FileError is about a part of the folder
-        raise FileError(directory, f"could not be saved: {reason}; nothing was written") from error
+        show(report)
+    except Exception as error:
+        raise EditError(f"the table could not be printed: {reason(error)}; all is written to {output}") from error
+
+
+def check_checkpoint(editor: Editor, output: Path) -> None:
+    """Refuse a model that could not be written at the end, before the work begins."""
+    from fastedit.saving import check_saves
+
+    try:
+        check_saves(editor.parts, output)
+    except FileError:
+        raise
+    except ModelError as error:
+        raise ModelError(
+            f"the model could not be saved: {error}. Mend that, or write the delta alone: --delta-only"
+        ) from error

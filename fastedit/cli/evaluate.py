@@ -60,6 +60,6 @@ def evaluate(
             change.apply(editor.model)
         after = arguments.measure(editor, asked, documents, bars, "after" if change else "")
     report = compare(asked, after, before, of=len(edits))
-    show(report)
     if json_file:
         report.save(json_file)
+    show(report)

@@ -76,8 +76,8 @@ def locate(
     work_begins()
     with Bars() as bars:
         report = sweep.run(bars.callback("", len(sweep.edits) * len(sweep.places)))
-    show(report)
-    if picture:
-        report.draw(picture)
     if json_file:
         report.save(json_file)
+    if picture:
+        report.draw(picture)
+    show(report)

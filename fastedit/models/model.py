@@ -30,7 +30,7 @@ class Model:
 
         Raises:
             ModelError: no causal language model, or one with which this package does not compute what it does itself;
-                quantized or offloaded weights, or weights on several devices.
+                an adapter that is not merged; quantized or offloaded weights, or weights on several devices.
             ConfigError: not a tokenizer.
         """
         found = topology(network)

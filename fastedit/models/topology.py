@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastedit.errors import ModelError
+from fastedit.models.adapters import check_no_adapter
 from fastedit.models.block_parts import (
     BlockParts,
     UnknownPartsError,
@@ -308,7 +309,7 @@ def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: no causal language model, or one without the expected parts.
+        ModelError: no causal language model, or one without the expected parts, or with an adapter.
     """
     # torch.compile's wrapper has the attributes of what it wraps
     modules = model.modules() if isinstance(model, nn.Module) else iter(())
@@ -319,6 +320,7 @@ def topology(model: nn.Module) -> Topology:
             f"{given} is no Hugging Face causal language model; load one with AutoModelForCausalLM.from_pretrained, "
             "or model and tokenizer by their folder or hub name with Editor.from_pretrained"
         )
+    check_no_adapter(model, inner)
     config = inner.config.get_text_config()
     name = f"{type(inner).__name__} ({config.model_type})"
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()

@@ -1,8 +1,9 @@
-"""Where second moments live, and how methods get them: one file a layer and module, its Cholesky factor beside it.
+"""Where second moments live, and how methods get them: one file a layer and module.
 
-A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`) and, made on first use,
-`{layer}.{module}.factor.safetensors`. It is the one that is given, or `statistics` in the model's local checkpoint, or
-`fastedit/<fingerprint of the model>` in the user's cache. A given one may also be a tree of published .npz files.
+A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`). It is the one that is given,
+or `statistics` in the model's local checkpoint, or `fastedit/<fingerprint of the model>` in the user's cache. A given
+one may also be a tree of published .npz files. Cholesky factors, `{layer}.{module}.factor.safetensors`, are made on
+first use and kept in the user's cache, wherever the statistics lie: that folder may be shared, or be the package's.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class StatisticsStore:
     def cholesky(self, layer: int) -> Tensor:
         """The lower Cholesky factor L [d, d] fp64 of C = L Lᵀ on the module's device.
 
-        Made once and kept beside the statistics, or in the user's cache if that folder cannot be written. A kept
-        factor is checked against its own checksum, and the statistics that it was made of then need not be read.
+        Made once and kept in the user's cache, if that can be written. A kept factor is checked against its own
+        checksum, and the statistics that it was made of then need not be read.
 
         Raises:
             MissingStatisticsError, ModelError, FileError: as `require`, and for statistics of fewer tokens than their
@@ -88,14 +89,13 @@ class StatisticsStore:
         """
         path, digest = self._required(layer)
         topology, device = self.topology, self._device(layer)
-        width, name = topology.input_width(layer, self.module), _name(topology, layer, self.module, "factor.")
-        places = [folder / name for folder in (path.parent, user_directory(self.fingerprint))]
+        width = topology.input_width(layer, self.module)
+        place = user_directory(self.fingerprint) / _name(topology, layer, self.module, "factor.")
         about = {"digest": digest, "dim": width}
-        for place in places:
-            with suppress(FileError):  # a damaged factor is made again
-                tensors, noted, _ = load_tensors(place, (_CHOLESKY_TAG,), "the factor")
-                if about.items() <= noted.items() and tensors[LOWER].numel() == width * (width + 1) // 2:
-                    return unpack_lower(tensors[LOWER], width).to(device)
+        with suppress(FileError):  # a damaged factor is made again
+            tensors, noted, _ = load_tensors(place, (_CHOLESKY_TAG,), "the factor")
+            if about.items() <= noted.items() and tensors[LOWER].numel() == width * (width + 1) // 2:
+                return unpack_lower(tensors[LOWER], width).to(device)
         found = _read(path, width)
         C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite
         try:
@@ -106,13 +106,10 @@ class StatisticsStore:
             if isinstance(error, FewTokensError):
                 error = FewTokensError(error.count, error.dim, "unchecked_statistics")
             raise error.at(path) from None
-        packed = pack_lower(factor)
-        for place in places:
-            try:
-                save_tensors(place, {LOWER: packed}, _CHOLESKY_TAG, about, "the factor")
-                break
-            except FileError as error:
-                _log.info("the factor of layer %d is not kept: %s", layer, error)
+        try:
+            save_tensors(place, {LOWER: pack_lower(factor)}, _CHOLESKY_TAG, about, "the factor")
+        except FileError as error:
+            _log.info("the factor of layer %d is not kept: %s", layer, error)
         return factor
 
     def covariance(self, layer: int) -> Tensor:
@@ -185,7 +182,11 @@ class StatisticsStore:
     def _npz_files(self) -> list[Path]:
         """The .npz files in the folder of a data set, of a model, or of all models."""
         root, checkpoint = Path(str(self.directory)), _checkpoint(self.topology)
-        models = {checkpoint.replace("/", "_"), checkpoint.rpartition("/")[2]} - {""}
+        plain = checkpoint.replace("\\", "/").rstrip("/")
+        models = {plain.replace("/", "_"), plain.rpartition("/")[2]}
+        if Path(checkpoint).is_dir():
+            models.add(Path(checkpoint).resolve().name)  # of "." and ".." too
+        models -= {"", ".", ".."}
         folders = [root, *sorted(root.glob("*_stats"))]
         folders += [folder for model in sorted(models) for folder in sorted((root / model).glob("*_stats"))]
         return [path for folder in folders for path in sorted(folder.glob("*.npz"))]

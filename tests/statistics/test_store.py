@@ -82,7 +82,7 @@ def test_all_spellings_of_a_projection_are_one(seed: int, tmp_path: Path) -> Non
 
 
 def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept() -> Tensor:
         with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
     loads(tmp_path)
     second = kept()
     assert not torch.equal(second, first)
-    whole = (tmp_path / FACTOR).read_bytes()
+    whole = (cache / FACTOR).read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
     flipped = begin + random.Random(seed).randrange(len(whole) - begin)
     for damaged in (
@@ -106,39 +106,53 @@ def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
         whole.replace(b"checksum", b"checksun"),
         whole[:flipped] + bytes([whole[flipped] ^ 1]) + whole[flipped + 1 :],
     ):
-        (tmp_path / FACTOR).write_bytes(damaged)
+        (cache / FACTOR).write_bytes(damaged)
         loads(tmp_path)
         assert torch.equal(kept(), second)
 
 
-def test_a_damaged_factor_of_0_1_is_made_anew(seed: int, tmp_path: Path) -> None:
+def test_a_damaged_factor_of_0_1_is_made_anew(seed: int, tmp_path: Path, cache: Path) -> None:
     """Version 0.1 kept the checksum in the description, where nobody looks for it now."""
     keep(tmp_path, rows(seed, 200, D))
     wanted = loads(tmp_path)
-    with safe_open(tmp_path / FACTOR, "pt") as file:
+    with safe_open(cache / FACTOR, "pt") as file:
         about, packed = json.loads(file.metadata()["fastedit"]), file.get_tensor("lower")
     old = {"format": "fastedit-factor-1", "fastedit": json.dumps(about | {"checksum": checksum(packed)})}
-    save_file({"lower": 2 * packed}, tmp_path / FACTOR, old)
+    save_file({"lower": 2 * packed}, cache / FACTOR, old)
     assert torch.equal(loads(tmp_path), wanted)
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(
-    seed: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["given", "checkpoint", "published"])
+def test_factors_go_to_the_cache_and_nothing_to_where_statistics_lie(
+    where: str, seed: int, tmp_path: Path, cache: Path
 ) -> None:
-    keep(tmp_path / "read-only", rows(seed, 200, D))
-    plain = os.replace
-    for writable, kept in ((cache, [cache]), (tmp_path / "nothing", [])):
-        (cache / FACTOR).unlink(missing_ok=True)
+    """It may be a folder that others share, or the package's own."""
+    folder = tmp_path / "there" / "statistics"
+    if where == "published":
+        folder.mkdir(parents=True)
+        made(rows(seed, 200, D)).save_npz(folder / "1_float32_mom2_200.npz")
+    else:
+        keep(folder, rows(seed, 200, D))
+    if where == "checkpoint":
+        parts.model.config._name_or_path = str(folder.parent)  # type: ignore[union-attr]
+    before = sorted(folder.parent.rglob("*"))
+    StatisticsStore(parts, OURS, directory=None if where == "checkpoint" else folder).cholesky(1)
+    assert sorted(folder.parent.rglob("*")) == before
+    assert [path.name for path in cache.iterdir()] == [FACTOR]
 
-        def refuse(source: Any, target: Path, writable: Path = writable) -> None:
-            if target.parent != writable:
-                raise PermissionError("Permission denied")
-            plain(source, target)
 
-        monkeypatch.setattr(os, "replace", refuse)
-        loads(tmp_path / "read-only")
-        assert [path.parent for path in tmp_path.rglob("*factor*")] == kept
-        loads(tmp_path / "read-only")
+def test_a_cache_that_cannot_be_written_does_not_matter(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path / "given", rows(seed, 200, D))
+
+    def refuse(source: Any, target: Path) -> None:
+        raise PermissionError("Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for _ in range(2):
+        loads(tmp_path / "given")
+    assert not list(tmp_path.rglob("*factor*"))
 
 
 def test_missing_statistics_are_told_with_the_command(tmp_path: Path) -> None:
@@ -228,6 +242,48 @@ def test_published_trees_are_read(name: str, model: str, seed: int, tmp_path: Pa
     made(rows(seed, 300, D)).save_npz(path.with_name("1_float32_mom2_50.npz"))
     with pytest.raises(ModelError, match="several statistics of layer 1"):
         loads(tmp_path / "stats", FP32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fw",
+        "fw/",
+        "fw//",
+        "./fw",
+        "./fw/",
+        "fw/.",
+        "models/fw/",
+        "{here}/fw/",
+        "fw\\",
+        "models\\fw",
+        "C:\\models\\fw\\",
+    ],
+)
+def test_published_trees_are_found_however_the_folder_is_spelled(
+    name: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slash at the end is what a shell completes; a backslash is Windows's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fw").mkdir()
+    parts.model.config._name_or_path = name.format(here=tmp_path)  # type: ignore[union-attr]
+    path = tmp_path / "stats" / "fw" / "wikipedia_stats" / "1_float32_mom2_100000.npz"
+    path.parent.mkdir(parents=True)
+    made(rows(seed, 300, D)).save_npz(path)
+    StatisticsStore(parts, OURS, directory=tmp_path / "stats").require([1])
+
+
+def test_a_published_tree_is_found_from_inside_the_model_s_folder(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fw" / "deep").mkdir(parents=True)
+    path = tmp_path / "stats" / "fw" / "wikipedia_stats" / "1_float32_mom2_100000.npz"
+    path.parent.mkdir(parents=True)
+    made(rows(seed, 300, D)).save_npz(path)
+    for inside, name in ((tmp_path / "fw", "."), (tmp_path / "fw" / "deep", "..")):
+        monkeypatch.chdir(inside)
+        parts.model.config._name_or_path = name  # type: ignore[union-attr]
+        StatisticsStore(parts, OURS, directory=tmp_path / "stats").require([1])
 
 
 def test_published_files_under_unknown_names_are_told_of(seed: int, tmp_path: Path) -> None:
@@ -377,7 +433,9 @@ def test_the_fact_world_ships_with_its_own(world: Topology) -> None:
             assert (found.metadata["fingerprint"], found.dim) == (mark, world.input_width(layer, "down_proj"))
             assert found.count >= 10 * found.dim
             StatisticsStore(world, mark).covariance(layer)
+            before = sorted(checkpoint_path().rglob("*"))
             StatisticsStore(world, mark).cholesky(layer)
+            assert sorted(checkpoint_path().rglob("*")) == before
 
 
 def test_the_fact_world_s_text_is_tokenized_as_in_training() -> None:
