@@ -212,4 +212,4 @@ def _attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
     except OSError:
         raise
     except Exception as error:
-        raise ModelError(reason(error)) from error
+        raise ModelError(reason(error).rstrip(".")) from error  # the message goes on

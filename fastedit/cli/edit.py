@@ -112,5 +112,5 @@ def check_checkpoint(editor: Editor, output: Path) -> None:
         raise
     except ModelError as error:
         raise ModelError(
-            f"the model could not be saved: {error}. Mend that, or write the delta alone: --delta-only"
+            f"the model could not be saved: {error}; mend that, or write the delta alone: --delta-only"
         ) from error
