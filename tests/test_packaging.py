@@ -17,6 +17,7 @@ from fastedit import __main__ as command
 from fastedit.version import DISTRIBUTION, version_of
 
 ROOT = Path(__file__).parents[1]
+PICTURES = ("fastedit.evaluation.heatmap", "fastedit.evaluation.front_plot")
 EXTRAS = ("typer", "rich", "matplotlib")
 
 
@@ -102,7 +103,7 @@ def test_operations_are_imported_without_what_they_do_not_need() -> None:
 
 
 def test_the_library_needs_no_extra() -> None:
-    """Every module but those of the command line, and the report as text."""
+    """Every module but those of the command line and of pictures, and the report as text."""
     code = f"""
 import sys
 sys.modules |= dict.fromkeys({EXTRAS})
@@ -110,7 +111,7 @@ from importlib import import_module
 from pathlib import Path
 for path in sorted(Path("fastedit").rglob("*.py")):
     name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
-    if not name.startswith("fastedit.cli") and name not in ("fastedit.__main__", "fastedit.evaluation.heatmap"):
+    if not name.startswith(("fastedit.cli", "fastedit.__main__")) and name not in {PICTURES}:
         import_module(name)
 from fastedit.evaluation.report import Predictions, compare
 print(compare([], Predictions([], None)))
