@@ -82,12 +82,13 @@ class _Layout:
 
     Attributes:
         shapes: of the weights of the architecture, by their names in the model.
-        names: these names -> those in the files; what transformers leaves out is not there.
+        names: these names -> those in the files; what transformers leaves out is not there. None if a weight is split
+            or joined on its way to the files, as fused experts are.
         ties: groups of names that the architecture makes one tensor.
     """
 
     shapes: Mapping[str, torch.Size]
-    names: Mapping[str, str]
+    names: Mapping[str, str] | None
     ties: tuple[frozenset[str], ...]
 
     def group(self, name: str) -> frozenset[str]:
@@ -103,8 +104,12 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     own = list(network.state_dict())
     marks = {name: torch.tensor([i]) for i, name in enumerate(own)}
     with tempfile.TemporaryDirectory(dir=folder) as trial:
-        _attempt(network.save_pretrained, trial, state_dict=marks)
-        found = {own[int(tensor)]: saved for saved, tensor in _tensors(Path(trial))}
+        try:
+            _attempt(network.save_pretrained, trial, state_dict=marks)
+            found = {own[int(tensor)]: saved for saved, tensor in _tensors(Path(trial))}
+        except ModelError:
+            _attempt(network.save_pretrained, trial, state_dict={})  # or it was not about the weights
+            found = None
         architecture = _attempt(_architecture, trial)
     groups: dict[int, set[str]] = {}
     for name, parameter in architecture.items():
@@ -112,7 +117,7 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     left_out = set(network._keys_to_ignore_on_save or ())
     return _Layout(
         {name: parameter.shape for name, parameter in architecture.items()},
-        {name: found.get(name, name) for name in own if name in found or name not in left_out},
+        found and {name: found.get(name, name) for name in own if name in found or name not in left_out},
         tuple(frozenset(group) for group in groups.values() if len(group) > 1),
     )
 
@@ -162,17 +167,28 @@ def _check_files(folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> 
     Raises:
         ModelError: names what is missing, too much or different.
     """
-    owners, written, wrong = {saved: name for name, saved in layout.names.items()}, set(), []
+    if (names := layout.names) is None:
+        _check_loaded(folder, state)
+        return
+    owners, written, wrong = {saved: name for name, saved in names.items()}, set(), []
     for saved, tensor in _tensors(folder):
         written.add(saved)
         if saved in owners and not _same(tensor, state[owners[saved]]):
             wrong.append(saved)
-    tied = {
-        saved for name, saved in layout.names.items() if any(layout.names.get(n) in written for n in layout.group(name))
-    }
+    tied = {saved for name, saved in names.items() if any(names.get(n) in written for n in layout.group(name))}
     _compare_names(written | tied, owners, "what was written")
     if wrong:
         raise ModelError(f"{len(wrong)} weights in the files are not the model's: {listed(wrong)}")
+
+
+def _check_loaded(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """See that the files are read as the model is. Takes its memory once more; raises ModelError."""
+    loaded: Any = _attempt(AutoModelForCausalLM.from_pretrained, folder, dtype="auto", use_safetensors=True)
+    again: Mapping[str, Tensor] = loaded.state_dict()
+    _compare_names(again, state, "what was written")
+    wrong = [name for name, tensor in again.items() if not _same(tensor, state[name])]
+    if wrong:
+        raise ModelError(f"{len(wrong)} weights are not read as the model has them: {listed(wrong)}")
 
 
 def _compare_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:

@@ -441,7 +441,8 @@ def spoil(path: Path, how: str) -> None:
     elif how == "unknown type":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "brand-new"}))
     elif how == "unsupported architecture":
-        config.write_text(json.dumps({"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "vocab_size": 97}))
+        about = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 97, "state_size": 4}
+        config.write_text(json.dumps(about))
         model = AutoModelForCausalLM.from_pretrained(path, config=None, use_safetensors=True)
         model.save_pretrained(path)
 

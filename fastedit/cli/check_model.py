@@ -62,7 +62,9 @@ def _rows(found: Topology, check: SelfCheck) -> list[tuple[str, str]]:
         ("memit's targets", "hold the tokens in front" if flags.replays_blocks else "run all tokens in each step"),
     ]
     rows += [("left out", note) for note in check.notes]
-    return rows + [(method, _applies(found, method)) for method in ("locft-bf", "memit")]
+    from fastedit.methods import METHODS
+
+    return rows + [(method, _applies(found, method)) for method in METHODS]
 
 
 def _parts(found: Topology, layer: int) -> list[tuple[str, str]]:
@@ -86,7 +88,7 @@ def _applies(found: Topology, method: str) -> str:
 
     chosen = METHODS[method]
     try:
-        if method == "locft-bf":
+        if chosen.recipe is None:
             preset, published = locft_bf_preset(found)
             spread = not published and reads_facts(found)
             layers = locate_then_edit_preset(found)[0].layers if spread else (preset.layer,)

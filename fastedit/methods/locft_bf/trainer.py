@@ -80,7 +80,8 @@ class Trainer:
             else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
         )
         self.trained_rows: Tensor | None = None  # of the pass that runs
-        self.loss_of = torch.zeros(len(samples), device=topology.device)  # of each sample when it was last looked at
+        # of each sample when it was last looked at
+        self.loss_of = torch.zeros(len(samples), dtype=torch.float32, device=topology.device)
         self.gradients: GradientParts = {}
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
@@ -186,7 +187,7 @@ class Trainer:
         for epoch in range(1, config.epochs + 1):
             awake = select[wakes[select] <= epoch]
             batches = self._order(awake if len(awake) else select).split(int(config.batch_size))
-            found = torch.empty(len(batches), device=self.topology.device)
+            found = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
             for batch, loss in zip(batches, found, strict=True):
                 self._step(batch, optimizer, loss)
             found = found.cpu()  # the one synchronization of the epoch
