@@ -482,7 +482,7 @@ def test_checkpoints_that_cannot_be_loaded_are_errors(how: str, tokenizer: Any, 
         "weights behind a dead link": "model.safetensors cannot be read: No such file",
     }
     expected = {
-        "unsupported architecture": "not supported",
+        "unsupported architecture": "has no attention and MLP that can be told apart",
         "a missing weight": "lacks 1 weights of its architecture, model.layers.1.mlp.up_proj.weight",
         "no such folder": f"^no folder {path}, and no model could be loaded from the hub: .",
         "config of fewer layers": f"{path} has 18 weights of blocks behind the 2 .*, model.layers.2.input_layernorm",

@@ -31,7 +31,7 @@ def test_a_measured_model_is_edited_saved_and_put_back(
     editor = Editor(model, tokenizer, layer=2, published=True, lr=1e-2, batch_size=2, epochs=16)
     assert editor.topology.packs == (family not in ALONE) or family in ROUTERS
     result = editor.edit(edits)
-    assert result.losses[-1] < 0.97 * result.losses[0]
+    assert result.losses[-1] < 0.99 * result.losses[0]
     editor.save_model(tmp_path / "edited")
     again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "edited").eval(), torch.arange(2, 19)[None]
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_defaults_that_know_the_subject(family: str, tokenizer: Any, tmp_path: P
     moments(model, tmp_path, seed)
     editor = Editor(model, tokenizer, statistics=tmp_path, lr=1e-2, batch_size=2, epochs=16)
     result = editor.edit(edits)
-    assert result.losses[-1] < 0.97 * result.losses[0]
+    assert result.losses[-1] < 0.99 * result.losses[0]
     written = {editor.topology.resolve(layer, "down_proj")[0] + ".weight" for layer in (0, 1)}
     assert result.delta.updates.keys() == written
     result.revert()
@@ -90,7 +90,7 @@ def test_experts_are_refused_with_what_can_be_edited(
         with pytest.raises(ModelError, match=reason):
             Editor(model, tokenizer, layer=2, module=module, published=True).plan(make_edits(2))
     result = Editor(model, tokenizer, layer=2, module="attn", lr=1e-2, batch_size=2, epochs=16).edit(make_edits(4))
-    assert result.losses[-1] < 0.97 * result.losses[0]
+    assert result.losses[-1] < 0.99 * result.losses[0]
     assert {path.split(".")[3] for path in result.delta.updates} == {"self_attn"}
 
 
@@ -130,7 +130,7 @@ def test_what_changes_the_numbers_is_left_out(
     assert check.problem is None
     assert what in check.notes[0]
     result = Editor(model, tokenizer, layer=1, published=True, lr=1e-2, batch_size=2, epochs=16).edit(make_edits(4))
-    assert result.losses[-1] < 0.97 * result.losses[0]
+    assert result.losses[-1] < 0.99 * result.losses[0]
 
 
 def test_a_model_with_other_numbers_is_refused(tokenizer: Any) -> None:
