@@ -59,8 +59,7 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for flag, value in given.items():
         name = next((field for field, same in _SAME.items() if same == flag and field in known), flag)
-        if name not in known:
-            raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
+        method_of(method, [name])
         layers = name in (*_SAME, *_SAME.values())
         config[name] = (value,) if layers and isinstance(value, int) else value
     config_type(**config)  # refuses values before any work starts

@@ -209,10 +209,7 @@ class Search:
         for name, value in (("minutes", minutes), ("trials", trials)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} is {value}; give a positive number")
-        known = [field.name for field in fields(method_of(method).config)]
-        for name in config:
-            if name not in known:
-                raise ConfigError(f"{method} has no field {name!r}; its fields: {', '.join(known)}")
+        method_of(method, config)
         self.edits = draw(as_requests(requests), sample, seed)
         if not text and not any(edit.neighbours for edit in self.edits):
             raise ConfigError("nothing tells what an edit keeps: give text, or requests with neighbours")

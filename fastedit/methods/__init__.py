@@ -5,8 +5,8 @@ Importing this package takes no torch; `Method.plan` imports what it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,14 @@ METHODS: dict[str, Method] = {
 """The editing methods by name."""
 
 
-def method_of(name: str) -> Method:
-    """The method of that name. Raises ConfigError, which lists the names."""
+def method_of(name: str, given: Iterable[str] = ()) -> Method:
+    """The method of that name, whose configuration has the given fields. Raises ConfigError, which lists the known."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
+    known = [field.name for field in fields(METHODS[name].config)]
+    for field in given:
+        if field not in known:
+            raise ConfigError(f"{name} has no field {field!r}; its fields: {', '.join(known)}")
     return METHODS[name]
 
 
