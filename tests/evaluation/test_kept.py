@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_what_was_measured_once_is_the_same_from_the_cache(
     assert len(module_under_test.load_tensors(file, ("fastedit-predictions-1",), "it")[0]["first"]) == 10
 
 
-@pytest.mark.parametrize("change", ["weight", "buffer", "requests", "order", "text", "generate", "kinds", "config"])
+@pytest.mark.parametrize(
+    "change", ["weight", "buffer", "requests", "order", "text", "generate", "kinds", "config", "tokenizer"]
+)
 def test_another_question_is_asked(
     model: Model, edits: list[EditRequest], passes: list[int], tmp_path: Path, change: str
 ) -> None:
@@ -85,6 +88,10 @@ def test_another_question_is_asked(
         next(model.network.parameters()).data.view(torch.int16)[3, 5] ^= 1
     elif change == "buffer":
         next(model.network.buffers()).mul_(1.01)
+    elif change == "tokenizer":
+        other = deepcopy(model.tokenizer)
+        other.add_tokens(["another"])
+        model = Model.of(model.network, other)
     elif change == "config":
         model.topology.config.rms_norm_eps *= 2
     elif change == "requests":
