@@ -182,7 +182,7 @@ def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, target: GPUTar
     fp32 has no tensor cores on NVIDIA's: half the tile on four warps, 8 × 8 products a thread.
     """
     if target is None:
-        return Config(64, 64, 64, 16, 4, 1)
+        return Config(128, 128, 64, 16, 4, 1)
     cuda = target.backend == "cuda"
     stages = 3 if cuda else 2
     if dtype == torch.float32:

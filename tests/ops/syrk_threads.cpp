@@ -21,7 +21,7 @@ int main() {
     }
     for (int64_t k = 0; k < count; k += 1 + k % 3) kept.push_back(k);
     for (DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
-        for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+        for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
             if (!supports(isa)) continue;
             std::vector<double> alone;
             for (int threads : {1, 2, 8}) {
@@ -37,6 +37,7 @@ int main() {
                     return 1;
                 }
             }
+            if (dtype != DType::float32) break;  // what threads share depends on both, but not on the pair
         }
     }
     std::puts("clean");
