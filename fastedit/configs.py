@@ -75,6 +75,8 @@ def check_fields(config: Any) -> None:
             raise ConfigError(f"{name} is {value!r}; give {kind_of(hint).wanted}") from None
     if not 0 <= getattr(config, "seed", 0) <= LARGEST_INT:
         raise ConfigError(f"seed is {config.seed}; give 0 to 2**63 - 1")
+    if not getattr(config, "save_every", 0) >= 0:
+        raise ConfigError(f"save_every is {config.save_every}; give seconds, 0 for every step")
     size: Any = getattr(config, "batch_size", "auto")
     if size != "auto" and size < 1:
         raise ConfigError(f'batch_size is {size!r}; give "auto" or a number of edits, at least 1')

@@ -20,12 +20,14 @@ from fastedit.cli.arguments import BareEvaluate, check_backend
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
+from fastedit.cli.edit import OWN as EDIT_OWN
 from fastedit.cli.edit import edit
 from fastedit.cli.env import env
 from fastedit.cli.evaluate import evaluate
 from fastedit.cli.flags import configured
 from fastedit.cli.locate import OWN as LOCATE_OWN
 from fastedit.cli.locate import locate
+from fastedit.cli.resume import ResumableCommand
 from fastedit.cli.tune import OWN as TUNE_OWN
 from fastedit.cli.tune import tune
 from fastedit.errors import SHOWN, FastEditError, RequestError
@@ -105,7 +107,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     commands: dict[str, Callable[..., None]] = {
-        "edit": configured(edit),
+        "edit": configured(edit, EDIT_OWN),
         "evaluate": evaluate,
         "demo": demo,
         "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),
@@ -115,7 +117,8 @@ def make_app() -> typer.Typer:
         "env": env,
     }
     for name, command in commands.items():
-        app.command(name, cls=BareEvaluate)(_checked(command))
+        kind = ResumableCommand if command is commands["edit"] else BareEvaluate
+        app.command(name, cls=kind)(_checked(command))
     return app
 
 

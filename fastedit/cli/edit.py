@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,16 @@ from fastedit.cli.flags import configuration
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
+from fastedit.cli.resume import resumable, run_folder
 from fastedit.errors import EditError, FileError, ModelError, reason
 from fastedit.files import check_directory, check_writable
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
     from fastedit.evaluation.report import EvaluationReport
+
+OWN = ("state",)
+"""Fields of the configurations that are not flags of this command: the state is kept beside the output."""
 
 
 def edit(
@@ -43,11 +48,18 @@ def edit(
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Go on with an edit that was cut off: the folder of its --output, and no other flag."),
+    ] = None,
     **given: Any,
 ) -> None:
     """Edit a model and write it as a checkpoint that appears whole or not at all.
 
     Example: fastedit edit --model ./Llama-3-8B --requests facts.json --output ./edited
+
+    The state of a long run is kept in OUTPUT.run every --save-every seconds. The same command again goes on from
+    there, to the same bits; so does --resume OUTPUT.
 
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
@@ -58,19 +70,21 @@ def edit(
     check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
     if folders["targets"]:
         check_writable(Path(folders["targets"]))
+    fields["state"] = str(run_folder(output))
     editor = arguments.load(model, dtype, device, method=method, **fields)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw
 
     asked = draw(edits, sample)
-    with Bars() as bars:
+    with ExitStack() as stack, Bars() as bars:
         if measured:
             check_questions(editor, asked, documents)
         if not delta_only:
             check_checkpoint(editor, output)
         plan = editor.plan(edits)
         work_begins()
+        stack.enter_context(resumable(output))
         before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)

@@ -14,7 +14,7 @@ from fastedit.cli.phase import work_begins
 from fastedit.configs import LARGEST_INT
 from fastedit.files import check_file
 
-OWN = ("layer", "module", "seed", "keep_partial")
+OWN = ("layer", "module", "seed", "keep_partial", "state", "save_every")
 """Fields of LocFT-BF's configuration that are not flags of this command."""
 
 

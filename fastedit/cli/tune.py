@@ -18,7 +18,7 @@ from fastedit.files import check_writable, replacing
 if TYPE_CHECKING:
     from fastedit.evaluation.tune import TuneReport
 
-OWN = ("seed", "keep_partial", "targets")
+OWN = ("seed", "keep_partial", "targets", "state", "save_every")
 """Fields of the configurations that are not flags of this command."""
 
 

@@ -34,7 +34,7 @@ _SPARED = ("paraphrase", "neighbour")
 # configurations to begin with, besides the method's own choices
 _STARTS: dict[str, list[dict[str, Any]]] = {"locft-bf": [{"published": True}, {"preserve": "both"}]}
 # fields that follow the number of edits or the machine, and are not written down unless they were given or tried
-_OPEN = ("batch_size", "seed", "cache_bytes", "keep_partial", "targets", "published")
+_OPEN = ("batch_size", "seed", "cache_bytes", "keep_partial", "targets", "published", "state", "save_every")
 
 
 @dataclass(frozen=True)

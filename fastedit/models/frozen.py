@@ -1,9 +1,9 @@
-"""The frozen part of the edited block: it is the same in every epoch, so it is computed in the first one only."""
+"""The frozen part of the edited block: it is the same in every epoch, so it runs once, before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,19 +11,22 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastedit.errors import ModelError
+from fastedit.models.forward import in_passes, pass_tokens, run_blocks
 from fastedit.models.hooks import Override, hooked
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import TokenStates
-from fastedit.models.tokens import Rows
+from fastedit.models.tokens import Rows, pack
 from fastedit.models.topology import Topology
 
 
 class FrozenPart:
-    """Cache of what a block's frozen modules give for each token, which stands in for them once a sample was seen.
+    """Cache of what a block's frozen modules give for each token of all samples, which stands in for them in a pass.
 
     They are the attention, where ``trained`` is the MLP or a part of it, and all of the MLP but its last projection
     where that is ``trained``. Nothing is kept of the last block, whose passes leave out rows, nor what does not fit
     where the model computes: to fetch it would take as long.
+
+    Like the prefix cache it runs in the order of the samples, so that its bits do not depend on that of training.
 
     Args:
         cache: gives the block, the samples, and the budget that is left.
@@ -41,21 +44,22 @@ class FrozenPart:
         self._attn = attn if known else None
         self._mlp = mlp if known and trained is parts["down_proj"] else None
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
-        self._seen = torch.zeros(len(self._samples), dtype=torch.bool)
         self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
         self._returned = 0  # by the attention, if that is a tuple
+        self._run(topology, cache)
 
-    @contextmanager
-    def during(self, rows: Rows, select: Tensor) -> Iterator[list[Override]]:
-        """Around one pass over these samples; yields what stands in for the frozen modules in it."""
-        if self._seen[select].all():
-            yield self._stand_ins(rows)
-            return
-        with hooked(self._recorders(rows)):
-            yield []
-        self._seen[select] = True
+    @torch.no_grad()
+    def _run(self, topology: Topology, cache: PrefixCache) -> None:
+        for select in in_passes(self._samples.lengths, pass_tokens(topology.device)):
+            if self._attn is None and self._mlp is None:
+                return
+            rows = pack(self._samples, select, packed=topology.packs).to(topology.device)
+            with hooked(self._recorders(rows)):
+                run_blocks(topology, rows, cache.layer, cache.hidden(rows), stop=cache.layer + 1)
 
-    def _stand_ins(self, rows: Rows) -> list[Override]:
+    def overrides(self, rows: Rows) -> list[Override]:
+        """What stands in for the frozen modules in a pass over these rows."""
+
         def stored(module: nn.Module, like: Tensor) -> Tensor:
             return self._states[module].read(rows).view(*like.shape[:-1], -1)
 
@@ -99,7 +103,6 @@ class FrozenPart:
             yield self._trained.register_forward_hook(note_projection)
             yield self._mlp.register_forward_hook(compare)
 
-    @torch.no_grad()
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
         if module not in self._states:
             size = (self._samples.input_ids.numel(), states.shape[-1])
@@ -107,5 +110,5 @@ class FrozenPart:
             if found is None:
                 return False
             self._states[module], self._budget = found, found.left(self._budget)
-        self._states[module].write(rows, states.detach())
+        self._states[module].write(rows, states)
         return True

@@ -117,6 +117,12 @@ class LocateThenEditConfig:
     cache_bytes: int | None = option(
         None, "budget of the prefix cache on the model's device, and again in host memory."
     )
+    state: str | None = option(
+        None,
+        "folder for the state of this run, from which the same edit goes on to the same bits after a crash; `fastedit "
+        "edit` takes OUTPUT.run.",
+    )
+    save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(False, "on Ctrl-C keep the batches that are done instead of restoring the model.")
 
     def __post_init__(self) -> None:

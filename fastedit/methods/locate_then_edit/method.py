@@ -26,9 +26,12 @@ from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
+from fastedit.methods.saved_run import SavedRun
 from fastedit.models import Budget, Factors, Model, fingerprint, joined, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
+
+_SAVED_TARGETS = 256  # that are sought together, if the state of the run is kept
 
 
 @plain_state
@@ -64,6 +67,7 @@ def plan(
         check_writable(Path(config.targets))
     batch = given if config.contexts is not None else given.within(_contexts(model, config))
     batch.make_samples()
+    SavedRun.of(model, edits, config)  # refuses the state of another run
     return LocateThenEditPlan(batch, recipe, statistics, history)
 
 
@@ -98,7 +102,8 @@ class LocateThenEditPlan:
         layers = written_layers(self.statistics, recipe.layers, config, self.history)
         store = self._target_store(layers)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
-        if config.lr is None and size < len(batch):  # or the first batch would decide for all
+        saved = SavedRun.of(batch.model, batch.edits, config)
+        if config.lr is None and (size < len(batch) or saved):  # or the first batch would decide for all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
         dropped: list[int] = []
@@ -107,13 +112,11 @@ class LocateThenEditPlan:
         with writer.originals:
             try:
                 for first, part in zip(range(0, len(batch), size), batch.split(size), strict=True):
-                    targets = _find_or_load(part, recipe, store)
+                    targets = _targets(part, recipe, store, saved)
                     if recipe.config.lr is None:
                         recipe = recipe.with_lr(targets.lr)
-                    with_target = [i for i in range(len(part)) if i not in targets.dropped]
-                    if with_target:
-                        chosen = part.select(with_target)
-                        _walk_layers(chosen, targets.z[with_target], recipe, writer.write(chosen))
+                    _write(part, targets, recipe, writer, saved)
+                    if len(targets.dropped) < len(part):
                         losses.append(float(targets.loss.nanmean()))
                     dropped += [first + i for i in targets.dropped]
                     writer.commit(first + len(part))
@@ -121,11 +124,13 @@ class LocateThenEditPlan:
                 if len(dropped) == len(batch):
                     raise EditError("no edit has a target: their losses are not finite. Are the model's weights?")
             except KeyboardInterrupt:
+                if saved is not None:
+                    saved.flush()
                 if not config.keep_partial or len(dropped) == writer.edits:
                     raise
                 interrupted = f"kept the first {writer.edits} edits"
             updates, keys = writer.finish()
-        notes = [*recipe.notes, *batch.notes]
+        notes = [*recipe.notes, *batch.notes, *(saved.notes if saved else [])]
         notes += [f"interrupted; {interrupted}"] if interrupted else []
         notes += [f"dropped, because the loss is not finite: {batch.names(dropped)}"] if dropped else []
         return MethodResult(
@@ -170,6 +175,35 @@ class LocateThenEditPlan:
     def _target_store(self, layers: dict[int, WrittenLayer]) -> TargetStore | None:
         folder, topology = self.recipe.config.targets, self.batch.model.topology
         return None if folder is None else TargetStore(folder, topology, [layer.path for layer in layers.values()])
+
+
+def _targets(batch: Batch, recipe: Recipe, store: TargetStore | None, saved: SavedRun | None) -> Targets:
+    """The targets of these edits; those that a saved run has are not sought again."""
+    if saved is None:
+        return _find_or_load(batch, recipe, store)
+    found = []
+    for part in batch.split(_SAVED_TARGETS):
+        state = saved.next()
+        if state is not None:
+            found.append(Targets.of_state(*state, batch.model.device))
+        else:
+            found.append(_find_or_load(part, recipe, store))
+            saved.append(*found[-1].state())
+    return Targets.joined(found)
+
+
+def _write(batch: Batch, targets: Targets, recipe: Recipe, writer: Writer, saved: SavedRun | None) -> None:
+    """Write a batch; what a saved run has of it is written once more."""
+    state = saved.next() if saved else None
+    if state is not None:
+        writer.load(state[0])
+        return
+    with_target = [i for i in range(len(batch)) if i not in targets.dropped]
+    if with_target:
+        chosen = batch.select(with_target)
+        _walk_layers(chosen, targets.z[with_target], recipe, writer.write(chosen))
+    if saved is not None:
+        saved.append(writer.state(), {})
 
 
 def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None) -> Targets:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-
-from torch import Tensor
 
 from fastedit.errors import FileError
 from fastedit.files import check_writable
@@ -19,7 +17,6 @@ from fastedit.models import Topology
 from fastedit.tensorfile import checksum, load_tensors, save_tensors
 
 _TAG = "fastedit-targets-2"
-_TENSORS = [f.name for f in fields(Targets) if f.type == "Tensor"]
 _OF_PLACE = ("_name_or_path", "transformers_version")  # of a config: not what the model computes
 
 
@@ -59,8 +56,7 @@ class TargetStore:
             FileError: the file cannot be written.
         """
         path = self._path(key)
-        tensors: dict[str, Tensor] = {name: getattr(targets, name) for name in _TENSORS}
-        about = {"lr": targets.lr, "dropped": targets.dropped, "notes": targets.notes}
+        tensors, about = targets.state()
         save_tensors(path, tensors, _TAG, about, "the targets")
         return path
 
@@ -75,8 +71,7 @@ class TargetStore:
             return None
         try:
             found, about, _ = load_tensors(path, (_TAG,), "the targets")
-            tensors = {name: found[name].to(self._topology.device) for name in _TENSORS}
-            return Targets(**tensors, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
+            return Targets.of_state(found, about, self._topology.device)
         except (FileError, KeyError, TypeError) as error:
             text = "{path} holds no targets (it is damaged, or of another kind); delete it, they are sought again then"
             raise FileError(path, text) from error

@@ -7,9 +7,10 @@ A vector δ, added to the output of one block (MEMIT, arXiv 2210.07229, section 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,31 @@ class Targets:
     dropped: tuple[int, ...]
     lr: float
     notes: tuple[str, ...]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors by name, and the rest, JSON-able."""
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return tensors, {"lr": self.lr, "dropped": self.dropped, "notes": self.notes}
+
+    @classmethod
+    def of_state(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> Targets:
+        """What `state` gave, on a device. Raises KeyError or TypeError: something else."""
+        found = {name: tensors[name].to(device) for name in _TENSORS}
+        return cls(**found, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Targets]) -> Targets:
+        """The targets of consecutive edits as one."""
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        dropped, first = [], 0
+        for part in parts:
+            dropped += [first + place for place in part.dropped]
+            first += len(part.z)
+        notes = dict.fromkeys(note for part in parts for note in part.notes)
+        return cls(**tensors, dropped=tuple(dropped), lr=parts[0].lr, notes=tuple(notes))
+
+
+_TENSORS = [f.name for f in fields(Targets) if f.type == "Tensor"]
 
 
 def find_targets(

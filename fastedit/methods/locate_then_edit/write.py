@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,14 +115,38 @@ class Writer:
             rows = [group[turn] for group in groups if turn < len(group)] + (others if turn == 0 else [])
             self._add(number, keys[rows], residuals()[rows])
 
-    @torch.no_grad()
     def _add(self, number: int, keys: Tensor, residuals: Tensor) -> None:
+        layer = self._layers[number]
+        self._write(number, oriented(layer.module, *layer.objective.update(keys, residuals)))
+
+    @torch.no_grad()
+    def _write(self, number: int, update: LowRank) -> None:
         layer, master = self._layers[number], self._masters[number]
-        update = oriented(layer.module, *layer.objective.update(keys, residuals))
         master.addmm_(update.left.to(master.dtype), update.right.to(master.dtype))
         if layer.weight.dtype != master.dtype:
             layer.weight.copy_(master)
         layer.updates.append(update)
+
+    def state(self) -> dict[str, Tensor]:
+        """Updates and keys since the last `commit`, by name."""
+        found: dict[str, Tensor] = {}
+        for number, layer in self._layers.items():
+            n_updates, n_keys = self._done[number]
+            for i, update in enumerate(layer.updates[n_updates:]):
+                found |= {f"{number} left {i}": update.left, f"{number} right {i}": update.right}
+            found |= {f"{number} keys": torch.cat(layer.keys[n_keys:])} if layer.keys[n_keys:] else {}
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Write once more what `state` gave, to the same bits."""
+        for number, layer in self._layers.items():
+            device = layer.weight.device
+            for i in range(sum(name.startswith(f"{number} left ") for name in state)):
+                left, right = (state[f"{number} {side} {i}"].to(device) for side in ("left", "right"))
+                self._write(number, LowRank(left, right))
+            if f"{number} keys" in state:
+                layer.keys.append(state[f"{number} keys"].to(device))
+                layer.objective.preserve(layer.keys[-1])
 
     def commit(self, edits: int) -> None:
         """Count a batch as done, and with it so many edits in all."""

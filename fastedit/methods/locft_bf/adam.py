@@ -156,6 +156,26 @@ class Adam:
             if not copied and parameter.dtype != torch.float32:
                 parameter.copy_(self._masters[path])
 
+    def state(self) -> dict[str, Tensor]:
+        """Moments and steps by name; the tensors are the run's own."""
+        found = {"steps": self._steps}
+        for path, (_, m, v, *_) in self._stored.items():
+            found |= {f"exp_avg {path}": m, f"exp_avg_sq {path}": v}
+        if self._rest is not None:
+            for path, master in self._masters.items():
+                found |= {f"{name} {path}": x for name, x in self._rest.state.get(master, {}).items()}
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        if self._rest is not None:  # it makes its moments at the first step
+            for path, master in self._masters.items():
+                if path not in self._stored and f"step {path}" in state:
+                    names = ("step", "exp_avg", "exp_avg_sq")
+                    self._rest.state[master] = {n: state[f"{n} {path}"].clone().to(master.device) for n in names}
+        for name, x in self.state().items():
+            x.copy_(state[name])
+
     def clear(self) -> None:
         """Forget the gradients of the next step."""
         for rows in self._gradients.values():

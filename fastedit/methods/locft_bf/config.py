@@ -93,6 +93,12 @@ class LocFTBFConfig:
         "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in host "
         "memory; a cache that fits in neither goes to a memory-mapped file. None is half of what is free.",
     )
+    state: str | None = option(
+        None,
+        "folder for the state of this run, from which the same edit goes on to the same bits after a crash; `fastedit "
+        "edit` takes OUTPUT.run.",
+    )
+    save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(
         False,
         "on Ctrl-C keep the last whole epoch, or the last batch that depth-first was done with, instead of restoring "

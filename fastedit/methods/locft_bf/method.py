@@ -21,6 +21,7 @@ from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import check_rows, edit_name, edit_names
+from fastedit.methods.saved_run import SavedRun
 from fastedit.methods.subjects import repeated_note, subject_ends
 from fastedit.models import Model, PrefixCache, Topology, fingerprint, only_trainable, plain_state
 from fastedit.progress import Progress, no_progress
@@ -75,6 +76,7 @@ class LocFTBFPlan:
         """
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
+        saved = SavedRun.of(data.model, data.edits, config)
         topology, lowest = data.model.topology, config.layers[0]
         found, second_moment = self.statistics, None
         if isinstance(found, OwnText):
@@ -84,7 +86,7 @@ class LocFTBFPlan:
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
-            trainer = Trainer(data, modules, config, second_moment)
+            trainer = Trainer(data, modules, config, second_moment, saved)
             interrupted = None
             with trainer.originals:
                 shared = own or cache
@@ -98,6 +100,7 @@ class LocFTBFPlan:
                         raise
                     interrupted = f"kept the weights {trainer.go_back()}"
                     notes.append(f"interrupted; {interrupted}")
+                notes += saved.notes if saved else []
                 updates = trainer.updates()
                 if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
                     raise EditError(
@@ -134,6 +137,7 @@ def plan(
     statistics, found = find_statistics(model, resolved, unedited)
     notes += found
     data = TrainingSet.of(model, edits, resolved, progress)
+    SavedRun.of(model, edits, resolved)  # refuses the state of another run
     return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -19,9 +19,9 @@ from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import edit_name, edit_names
+from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import (
     FrozenPart,
-    Override,
     PrefixCache,
     Rows,
     in_passes,
@@ -33,6 +33,7 @@ from fastedit.models import (
 )
 from fastedit.weights import Snapshot
 
+_MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 _REST = 2  # epochs that an edit sits out, once its loss is below `focus`
 
@@ -43,6 +44,8 @@ class Trainer:
     `modules` are the edited ones, by their blocks, upwards; `second_moment` gives C [d, d] of a block's inputs, if
     training avoids what they take.
 
+    `saved` is where the state of the run is kept on disk, if it is.
+
     `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
     """
 
@@ -52,8 +55,9 @@ class Trainer:
         modules: Mapping[int, nn.Module],
         config: LocFTBFConfig,
         second_moment: Callable[[int], Tensor] | None = None,
+        saved: SavedRun | None = None,
     ) -> None:
-        self.second_moment = second_moment
+        self.second_moment, self.saved = second_moment, saved
         self.data, self.modules, self.config = data, modules, config
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
@@ -121,38 +125,61 @@ class Trainer:
         for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
             select = first + torch.tensor(some)
             rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
-            references.append(Reference.of(topology.logits(self._hidden(rows, select)).float()))
+            references.append(Reference.of(topology.logits(self._hidden(rows)).float()))
             for layer, found in keys.items():
                 state = self.cache.hidden(rows)
                 found.append(observe(topology, state, rows, self.cache.layer, self.modules[layer]))
         self.reference = Reference.joined(references)
         return {layer: torch.cat(found) for layer, found in keys.items()}
 
-    def _hidden(self, rows: Rows, select: Tensor) -> Tensor:
-        """Hidden states [M, h] at the target rows of the selected samples."""
-        around: AbstractContextManager[list[Override]] = nullcontext([])
-        if self.frozen:
-            around = self.frozen.during(rows, select)
-        with around as overrides:
-            return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
+    def _hidden(self, rows: Rows) -> Tensor:
+        """Hidden states [M, h] at the target rows."""
+        overrides = self.frozen.overrides(rows) if self.frozen else []
+        return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
 
     def _run(self) -> None:
-        n, size = self.data.anchors.first, int(self.config.batch_size)
+        everything, progress = torch.arange(self.data.anchors.first), self.data.progress
         if self.config.schedule == "breadth-first":
-            for epoch, loss in enumerate(self._epochs(torch.arange(n)), 1):
+            for loss in self._epochs(everything, saved=self.saved):
                 self.losses.append(loss)
-                self._keep(f"of epoch {epoch}")
-                self.data.progress("train", epoch, self.config.epochs, loss)
+                self._keep(f"of epoch {len(self.losses)}")
+                progress("train", len(self.losses), self.config.epochs, loss)
             return
-        done, total = 0, 0.0  # depth-first: one batch after the other, each by itself
-        batches = self._order(torch.arange(n)).split(size)
-        for i, batch in enumerate(batches, 1):
+        tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
+        order = tensors["order"] if tensors else self._order(everything)
+        batches = order.split(int(self.config.batch_size))  # depth-first: one after the other, each by itself
+        done, total = about["done"], about["total"]
+        for i, batch in enumerate(batches[about["batches"] :], about["batches"] + 1):
             place = f"batch {i} of {len(batches)}"
             *_, loss = self._epochs(batch, place)
             done, total = done + len(batch), total + loss * len(batch)
             self.losses = [total / done]
             self._keep(f"after {place}")
-            self.data.progress("train", done, n, loss)
+            progress("train", done, len(order), loss)
+            self._save({"order": order}, {"batches": i, "done": done, "total": total})
+
+    def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write the state of the run, if that is due."""
+        if self.saved is None or not self.saved.due:
+            return
+        state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
+        state |= {"generator": self.generator.get_state(), "loss of each": self.loss_of, **tensors}
+        self.saved.replace(state, {"losses": self.losses, **about})
+
+    @torch.no_grad()
+    def _resumed(self) -> State | None:
+        """The saved state, if there is one; the weights are then what they were."""
+        found = self.saved.newest() if self.saved is not None else None
+        if found is None:
+            return None
+        tensors, about = found
+        for path, master in self.masters.items():
+            master.copy_(tensors[_MASTER + path])
+            self.parameters[path].copy_(master)
+        self.generator.set_state(tensors["generator"])
+        self.loss_of.copy_(tensors["loss of each"])
+        self.losses = about["losses"]
+        return tensors, about
 
     def _keep(self, what: str) -> None:
         if self.config.keep_partial:
@@ -167,10 +194,11 @@ class Trainer:
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
 
-    def _epochs(self, select: Tensor, place: str = "") -> Iterator[float]:
+    def _epochs(self, select: Tensor, place: str = "", saved: SavedRun | None = None) -> Iterator[float]:
         """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
 
-        `place` names `select` in messages if that is one batch, of which every epoch is a step.
+        `place` names `select` in messages if that is one batch, of which every epoch is a step. With `saved` it goes
+        on from there, and the state is kept.
         """
         config, focus = self.config, self.config.focus
         optimizer = Adam(
@@ -184,12 +212,25 @@ class Trainer:
             backend="triton" if self.data.trained is None else "auto",
         )
         wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # epoch from which on a sample is trained on again
-        for epoch in range(1, config.epochs + 1):
+        begun: Tensor | None = None  # the order of an epoch that was begun, its losses, and its batches that are done
+        losses, done, first = torch.empty(0), 0, 1
+        if saved is not None and (state := self._resumed()) is not None:
+            tensors, about = state
+            optimizer.load(tensors)
+            wakes, begun, losses, done = tensors["wakes"], tensors["order"], tensors["epoch's losses"], about["done"]
+            first = about["epoch"]
+        for epoch in range(first, config.epochs + 1):
             awake = select[wakes[select] <= epoch]
-            batches = self._order(awake if len(awake) else select).split(int(config.batch_size))
+            order = self._order(awake if len(awake) else select) if begun is None else begun
+            batches = order.split(int(config.batch_size))
             found = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
-            for batch, loss in zip(batches, found, strict=True):
-                self._step(batch, optimizer, loss)
+            found[:done] = losses[:done]
+            for i in range(done, len(batches)):
+                self._step(batches[i], optimizer, found[i])
+                if saved is not None:
+                    tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
+                    self._save(tensors, {"epoch": epoch, "done": i + 1})
+            begun, done = None, 0
             found = found.cpu()  # the one synchronization of the epoch
             if not found.isfinite().all():
                 first = int((~found.isfinite()).nonzero()[0])
@@ -245,7 +286,7 @@ class Trainer:
         weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
         rows = rows.to(topology.device, non_blocking=True)
         self.trained_rows = self.data.trained_rows(rows)
-        hidden = self._hidden(rows, select)  # [M, h], anchors last
+        hidden = self._hidden(rows)  # [M, h], anchors last
         n = len(rows.labels) - len(anchors)
         part, grad = ops.target_cross_entropy(
             hidden.detach(),

@@ -1,0 +1,89 @@
+"""An edit that can go on after a crash: its command is kept beside its output, where its state is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastedit.cli.arguments import BareEvaluate
+from fastedit.errors import ConfigError, EditError, FastEditError, FileError
+from fastedit.files import replacing
+
+_COMMAND = "command.json"
+
+
+class _Given:
+    arguments: tuple[str, ...] = ()
+
+
+class ResumableCommand(BareEvaluate):
+    """A command that, after `--resume OUTPUT`, is the one that wrote there."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if any(word.partition("=")[0] == "--resume" for word in args):
+            args = _remembered([word.removeprefix("--resume=") for word in args if word != "--resume"])
+        _Given.arguments = tuple(args)
+        return super().parse_args(ctx, args)
+
+
+def run_folder(output: Path) -> Path:
+    """Where the state of the edit is that is written to `output`."""
+    output = output.resolve()
+    return output.with_name(f"{output.name}.run")
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Keep the command while the block runs; it ends with the block, or stays with the state if there is one.
+
+    Raises:
+        EditError: Ctrl-C; says how to go on. FileError: the command could not be written.
+    """
+    folder = run_folder(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = {"arguments": _Given.arguments, "folder": os.getcwd()}
+    try:
+        with replacing(folder / _COMMAND) as temporary:
+            temporary.write_text(json.dumps(command), encoding="utf-8")
+    except OSError as error:
+        raise FileError(folder, f"cannot be written: {error.strerror}") from error
+    try:
+        yield
+    except BaseException as error:
+        if not any(folder.glob("*.safetensors")):
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        how = f"to go on: fastedit edit --resume {output}"
+        if isinstance(error, KeyboardInterrupt):
+            raise EditError(f"interrupted; {how}") from None
+        if isinstance(error, FastEditError):
+            error.text += f"; {how}"
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remembered(rest: list[str]) -> list[str]:
+    """The arguments of the command that `--resume` names, in the folder where it ran."""
+    if len(rest) != 1:
+        raise ConfigError(
+            f"--resume takes the folder of --output and no other flag, got {' '.join(rest) or 'nothing'}; all flags "
+            "are those that the edit began with"
+        )
+    path = run_folder(Path(rest[0])) / _COMMAND
+    try:
+        command = json.loads(path.read_text(encoding="utf-8"))
+        arguments, folder = [str(word) for word in command["arguments"]], command["folder"]
+        os.chdir(folder)
+    except FileNotFoundError as error:
+        missing = error.filename
+        raise FileError(
+            path, f"--resume {rest[0]}: there is no {missing}; the edit is done, or it never began"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(path, f"{{path}} cannot be used ({error}); run the whole command again, it goes on") from error
+    return arguments

@@ -1,0 +1,148 @@
+"""A run that was cut off goes on to the same bits; nothing else than this run does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONTEXTS, moments, random_edits, tiny_model
+from torch import Tensor
+
+from fastedit import Editor, EditRequest, FileError
+from fastedit.methods import saved_run
+from fastedit.methods.saved_run import SavedRun
+from fastedit.weights import LowRank
+
+LOCFT: dict[str, Any] = {
+    "layer": 1, "lr": 3e-3, "batch_size": 4, "epochs": 3, "stop_loss": 0.0, "module": "down_proj", "published": True,
+}  # fmt: skip
+SUBJECT = {**LOCFT, "published": False, "tokens": "subject", "preserve": "null-space", "epochs": 6}
+SOLVER: dict[str, Any] = {"layers": (1, 2), "contexts": tuple(CONTEXTS), "steps": 4, "unchecked_statistics": True}
+RUNS: dict[str, dict[str, Any]] = {
+    "published": LOCFT,
+    "whole MLPs, skipped batches": {**LOCFT, "family": "gpt2", "module": "mlp", "skip_loss": 4.4},
+    "depth-first": {**LOCFT, "schedule": "depth-first"},
+    "masters of bf16": {**LOCFT, "dtype": torch.bfloat16},
+    "subject, focus, null space": {**SUBJECT, "focus": 4.0},
+    "anchors": {**SUBJECT, "tokens": "all", "preserve": "both", "anchors": 2},
+    "memit": {**SOLVER, "method": "memit"},
+    "memit in batches": {**SOLVER, "method": "memit", "batch_size": 3},
+    "memit, given rate": {**SOLVER, "method": "memit", "batch_size": 4, "lr": 0.3},
+    "alphaedit in batches": {**SOLVER, "method": "alphaedit", "batch_size": 3},
+    "rome": {**SOLVER, "method": "rome", "layers": (1,), "module": "down_proj"},
+}
+
+
+class Crash(BaseException):
+    """What no code handles."""
+
+
+@pytest.fixture
+def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Tensor]]:
+    """Makes the edits of a row of `RUNS`; returns the updates."""
+
+    def edited(edits: list[EditRequest], **options: Any) -> dict[str, Tensor]:
+        options = {**options}
+        family, dtype = options.pop("family", "llama"), options.pop("dtype", torch.float32)
+        model = tiny_model(family, dtype=dtype, seed=1)
+        folder = tmp_path / "statistics"
+        if options.get("method") or options.get("preserve"):
+            moments(model, folder, 3)
+            options["statistics"] = folder
+        result = Editor(model, tokenizer, **options).edit(edits)
+        edited.notes = result.notes  # type: ignore[attr-defined]
+        updates = result.delta.updates.items()
+        return {path: update.dense() if isinstance(update, LowRank) else update for path, update in updates}
+
+    return edited
+
+
+def crashing(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run crash right after so many states are written."""
+    write, left = SavedRun._write, [after]
+
+    def counted(self: SavedRun, *args: Any) -> bool:
+        written = write(self, *args)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Crash
+        return written
+
+    monkeypatch.setattr(SavedRun, "_write", counted)
+
+
+def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for path, update in wanted.items():
+        assert torch.equal(found[path], update), path
+
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_a_run_that_crashed_goes_on_to_the_same_bits(
+    options: dict[str, Any], run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastedit.methods.locate_then_edit.method._SAVED_TARGETS", 4)
+    edits = random_edits(10, seed)
+    wanted = run(edits, **options, state=tmp_path / "whole", save_every=0)
+    if "method" not in options:
+        assert_same(run(edits, **options), wanted)
+    for crash in (1, 3):
+        folder = {"state": tmp_path / f"crash {crash}", "save_every": 0}
+        with monkeypatch.context() as patch:
+            crashing(crash, patch)
+            with pytest.raises(Crash):
+                run(edits, **options, **folder)
+        assert_same(run(edits, **options, **folder), wanted)
+    assert_same(run(edits, **options, **folder), wanted)  # one that is done, too
+
+
+@pytest.mark.parametrize("name", ["published", "memit in batches"])
+def test_a_damaged_state_is_left_for_the_one_before(name: str, run: Any, seed: int, tmp_path: Path) -> None:
+    edits, options = random_edits(10, seed), {**RUNS[name], "state": tmp_path / "run", "save_every": 0}
+    wanted = run(edits, **options)
+    *_, last = sorted((tmp_path / "run").glob("*.safetensors"))
+    content = bytearray(last.read_bytes())
+    content[-3] ^= 1
+    last.write_bytes(content)
+    assert_same(run(edits, **options), wanted)
+    assert any("damaged, the one before it is used" in note for note in run.notes)
+
+
+def test_the_state_of_another_run_is_refused_before_the_work(run: Any, seed: int, tmp_path: Path) -> None:
+    edits, options = random_edits(6, seed), {**LOCFT, "state": tmp_path / "run", "save_every": 0}
+    run(edits, **options)
+    for others, change, named in (
+        (edits, {"lr": 1e-3}, "lr was 0.003 and is 0.001"),
+        (edits[:-1], {}, "number of edits was 6 and is 5"),
+        ([*edits[:-1], EditRequest("w30 w31", "w32")], {}, "edits was '[0-9a-f]+' and is"),
+        (edits, {"dtype": torch.bfloat16}, "dtype was"),
+    ):
+        with pytest.raises(FileError, match=f"state of another run.*{named}"):
+            run(others, **options | change)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(FileError, match="threads was"):
+            run(edits, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["published", "memit in batches"])
+def test_a_full_disk_costs_the_state_but_not_the_edit(
+    name: str, run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits, options = random_edits(6, seed), {**RUNS[name], "save_every": 0}
+    wanted = run(edits, **options, state=tmp_path / "whole")
+
+    def full(path: Path, *args: Any) -> None:
+        raise FileError(path, "No space left on device")
+
+    monkeypatch.setattr(saved_run, "save_tensors", full)
+    assert_same(run(edits, **options, state=tmp_path / "run"), wanted)
+    assert [note for note in run.notes if "No space left" in note] == [
+        note for note in run.notes if note.startswith("after a crash this run could not go on")
+    ] != []
