@@ -20,7 +20,6 @@ from fastedit.cli.arguments import BareEvaluate, check_backend
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
-from fastedit.cli.edit import OWN as EDIT_OWN
 from fastedit.cli.edit import edit
 from fastedit.cli.env import env
 from fastedit.cli.evaluate import evaluate
@@ -107,7 +106,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     commands: dict[str, Callable[..., None]] = {
-        "edit": configured(edit, EDIT_OWN),
+        "edit": configured(edit),
         "evaluate": evaluate,
         "demo": demo,
         "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),

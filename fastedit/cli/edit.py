@@ -16,13 +16,11 @@ from fastedit.cli.phase import work_begins
 from fastedit.cli.resume import resumable, run_folder
 from fastedit.errors import EditError, FileError, ModelError, reason
 from fastedit.files import check_directory, check_writable
+from fastedit.methods import METHODS
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor
     from fastedit.evaluation.report import EvaluationReport
-
-OWN = ("state",)
-"""Fields of the configurations that are not flags of this command: the state is kept beside the output."""
 
 
 def edit(
@@ -50,7 +48,7 @@ def edit(
     verbose: arguments.VerboseFlag = False,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with an edit that was cut off: the folder of its --output, and no other flag."),
+        typer.Option(help="Go on with an edit that was cut off: its --output (or --state), and no other flag."),
     ] = None,
     **given: Any,
 ) -> None:
@@ -70,7 +68,9 @@ def edit(
     check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
     if folders["targets"]:
         check_writable(Path(folders["targets"]))
-    fields["state"] = str(run_folder(output))
+    state = Path(fields.get("state") or run_folder(output))
+    if hasattr(METHODS[method].config, "state"):
+        fields["state"] = str(state)
     editor = arguments.load(model, dtype, device, method=method, **fields)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
@@ -84,7 +84,7 @@ def edit(
             check_checkpoint(editor, output)
         plan = editor.plan(edits)
         work_begins()
-        stack.enter_context(resumable(output))
+        stack.enter_context(resumable(output, state))
         before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +38,23 @@ def run_folder(output: Path) -> Path:
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """Keep the command while the block runs; it ends with the block, or stays with the state if there is one.
+def resumable(output: Path, folder: Path) -> Iterator[None]:
+    """Keep the command in a folder while the block runs; it stays with the state if the block fails.
 
     Raises:
-        EditError: Ctrl-C; says how to go on. FileError: the command could not be written.
+        EditError: Ctrl-C; says how to go on.
     """
-    folder = run_folder(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = {"arguments": _Given.arguments, "folder": os.getcwd()}
-    try:
+    with suppress(OSError):  # then the whole command goes on, but no --resume
+        folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _COMMAND) as temporary:
-            temporary.write_text(json.dumps(command), encoding="utf-8")
-    except OSError as error:
-        raise FileError(folder, f"cannot be written: {error.strerror}") from error
+            temporary.write_text(json.dumps({"arguments": _Given.arguments, "folder": os.getcwd()}), encoding="utf-8")
     try:
         yield
     except BaseException as error:
         if not any(folder.glob("*.safetensors")):
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        how = f"to go on: fastedit edit --resume {output}"
+        how = f"to go on: fastedit edit --resume {output if folder == run_folder(output) else folder}"
         if isinstance(error, KeyboardInterrupt):
             raise EditError(f"interrupted; {how}") from None
         if isinstance(error, FastEditError):
@@ -71,10 +67,11 @@ def _remembered(rest: list[str]) -> list[str]:
     """The arguments of the command that `--resume` names, in the folder where it ran."""
     if len(rest) != 1:
         raise ConfigError(
-            f"--resume takes the folder of --output and no other flag, got {' '.join(rest) or 'nothing'}; all flags "
-            "are those that the edit began with"
+            "--resume takes the folder of --output or of --state and no other flag, got "
+            f"{' '.join(rest) or 'nothing'}; all flags are those that the edit began with"
         )
-    path = run_folder(Path(rest[0])) / _COMMAND
+    places = [run_folder(Path(rest[0])) / _COMMAND, Path(rest[0]) / _COMMAND]
+    path = next(filter(Path.exists, places), places[0])
     try:
         command = json.loads(path.read_text(encoding="utf-8"))
         arguments, folder = [str(word) for word in command["arguments"]], command["folder"]

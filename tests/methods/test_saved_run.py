@@ -143,6 +143,8 @@ def test_a_full_disk_costs_the_state_but_not_the_edit(
 
     monkeypatch.setattr(saved_run, "save_tensors", full)
     assert_same(run(edits, **options, state=tmp_path / "run"), wanted)
-    assert [note for note in run.notes if "No space left" in note] == [
-        note for note in run.notes if note.startswith("after a crash this run could not go on")
-    ] != []
+    assert (
+        [note for note in run.notes if "No space left" in note]
+        == [note for note in run.notes if note.startswith("after a crash this run could not go on")]
+        != []
+    )

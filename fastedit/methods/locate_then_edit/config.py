@@ -119,8 +119,8 @@ class LocateThenEditConfig:
     )
     state: str | None = option(
         None,
-        "folder for the state of this run, from which the same edit goes on to the same bits after a crash; `fastedit "
-        "edit` takes OUTPUT.run.",
+        "folder for the state of this run alone, from which the same edit goes on to the same bits after a crash; None "
+        "is OUTPUT.run on the command line, else the state is not kept.",
     )
     save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(False, "on Ctrl-C keep the batches that are done instead of restoring the model.")
