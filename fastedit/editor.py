@@ -191,7 +191,7 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        about = found.losses, found.notes, seconds, found.interrupted, self.parts
+        about = found.losses, found.notes, seconds, found.probability, found.interrupted, self.parts
         return EditResult(delta, edits, conflicts, *about)
 
     @plain_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -21,6 +22,8 @@ from fastedit.requests import EditRequest, RequestReport
 from fastedit.saving import save_model
 from fastedit.weights import oriented
 
+_LEARNED = 0.5  # probability of a target
+
 
 @dataclass
 class EditResult:
@@ -28,7 +31,8 @@ class EditResult:
 
     `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
     conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;
-    `interrupted` what was kept after Ctrl-C (`keep_partial`), else None.
+    `interrupted` what was kept after Ctrl-C (`keep_partial`), else None; `probability` [N] that of each target when the
+    method last looked at it (exp of its tokens' mean log P), NaN where it did not.
     """
 
     delta: WeightDelta
@@ -37,8 +41,25 @@ class EditResult:
     losses: list[float]
     notes: list[str]
     seconds: float
+    probability: Tensor
     interrupted: str | None = None
     _model: Model | None = field(default=None, repr=False)
+
+    @property
+    def unlearned(self) -> dict[int, str]:
+        """The places of requests whose targets are less likely than not, each with the reason."""
+        conflicting = {place for group in self.conflicts.conflicts for place in group}
+        found = {}
+        for place, likely in enumerate(self.probability.tolist()):
+            if likely >= _LEARNED:
+                continue
+            if place in conflicting:
+                found[place] = "another request has its prompt and another target"
+            elif math.isnan(likely):
+                found[place] = "it was left out" if self.interrupted is None else "interrupted before it"
+            else:
+                found[place] = f"the probability of its target is {likely:.2g}"
+        return found
 
     def revert(self) -> None:
         """Restore the model bit for bit; later edits have to be reverted first.

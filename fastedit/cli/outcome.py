@@ -112,6 +112,10 @@ class Outcome:
         did: dict[str, Any] = dict(result.delta.metadata)
         did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
         did["interrupted"] = result.interrupted
+        did["unlearned"] = [
+            {"id": result.requests[place].id, "prompt": result.requests[place].prompt, "why": why}
+            for place, why in result.unlearned.items()
+        ]
         did["conflicts"], did["duplicates"] = (
             [[result.requests[i].id for i in group] for group in groups]
             for groups in (result.conflicts.conflicts, result.conflicts.duplicates)

@@ -25,4 +25,5 @@ def summary(result: EditResult) -> str:
     n = len(result.requests)
     if result.interrupted:
         return f"interrupted after {result.seconds:.1f} s, of {n} edits: {result.interrupted}"
-    return f"{n} edits in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"
+    learned = n - len(result.unlearned)
+    return f"{learned} of {n} edits learned in {result.seconds:.1f} s, {n / result.seconds:.1f} edits/s"

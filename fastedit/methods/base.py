@@ -52,12 +52,15 @@ class MethodResult:
         keys: path of each -> the edits' keys [N, d], if the method has keys.
         dropped: the places of edits that were left out.
         interrupted: after Ctrl-C, what was kept, such as "kept the first 20 edits".
+        probability: [N] fp32 on the CPU, of each edit's target when it was last looked at (exp of its tokens' mean
+            log P); NaN for an edit that was left out or not looked at. The solvers look at it before they write.
         kept_edits: after Ctrl-C, how many edits were kept, unless all of them took part.
     """
 
     updates: Mapping[str, Update]
     originals: dict[str, Tensor]
     config: dict[str, Any]
+    probability: Tensor
     losses: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     keys: dict[str, Tensor] = field(default_factory=dict)

@@ -107,6 +107,7 @@ class LocateThenEditPlan:
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
         dropped: list[int] = []
+        probability = torch.full((len(batch),), torch.nan)
         interrupted: str | None = None
         writer = Writer(layers, config.on_duplicates)
         with writer.originals:
@@ -119,6 +120,7 @@ class LocateThenEditPlan:
                     if len(targets.dropped) < len(part):
                         losses.append(float(targets.loss.nanmean()))
                     dropped += [first + i for i in targets.dropped]
+                    probability[first : first + len(part)] = targets.probability.cpu()
                     writer.commit(first + len(part))
                     batch.progress("edits", first + len(part), len(batch), losses[-1] if losses else None)
                 if len(dropped) == len(batch):
@@ -137,6 +139,7 @@ class LocateThenEditPlan:
             updates,
             writer.originals.values,
             asdict(recipe.config),
+            probability,
             losses,
             notes,
             keys,

@@ -111,7 +111,9 @@ class LocFTBFPlan:
             if own is not None:
                 own.close()
         originals = trainer.originals.values
-        return MethodResult(updates, originals, asdict(config), trainer.losses, notes, interrupted=interrupted)
+        probability = (-trainer.loss_of[: len(data.edits)]).exp().cpu()
+        about = probability, trainer.losses, notes
+        return MethodResult(updates, originals, asdict(config), *about, interrupted=interrupted)
 
 
 @plain_state

@@ -84,8 +84,8 @@ class Trainer:
             else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
         )
         self.trained_rows: Tensor | None = None  # of the pass that runs
-        # of each sample when it was last looked at
-        self.loss_of = torch.zeros(len(samples), dtype=torch.float32, device=topology.device)
+        # mean over the target tokens of each sample when it was last looked at
+        self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
         self.gradients: GradientParts = {}
         self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
         if topology.device.type == "cpu":
@@ -299,11 +299,11 @@ class Trainer:
             per_row=True,
             scratch=self.scratch,
         )
+        place = rows.sample_of[:n]
+        count = torch.zeros(len(select), device=part.device).index_add_(0, place, torch.ones_like(part[:n]))
+        each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
+        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)]
         if self.config.focus:
-            place = rows.sample_of[:n]
-            count = torch.zeros(len(select), device=part.device).index_add_(0, place, torch.ones_like(part[:n]))
-            each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
-            self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)]
             grad[:n] *= (each >= self.config.focus)[place][:, None]
         hidden.backward(grad)
         return part
