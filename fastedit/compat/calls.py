@@ -163,10 +163,8 @@ def locate_then_edit(
 
 def _find_moments(moments: Moments, call: Call, variables: Variables, projections: Tensor | None) -> None:
     hparams, known = call.hparams, call.known
-    if hparams.method == "ROME":
-        hparams.require(["mom2_adjustment"])
-        if not hparams.get("mom2_adjustment"):
-            return moments.take_identity(known)
+    if hparams.method == "ROME" and not hparams.get("mom2_adjustment"):
+        return moments.take_identity(known)
     if projections is not None:
         return moments.take_projections(known, projections)
     moments.load(variables.second_moments, variables.stats_dir)

@@ -73,9 +73,8 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     """
     method = hparams.method
     names = {theirs: ours for theirs, ours in (_TARGET | _OWN[method]).items() if ours not in given}
-    hparams.require(
-        ["layers", "rewrite_module_tmp", "fact_token", *names, *([] if method == "ROME" else ["v_loss_layer"])]
-    )
+    beside = "mom2_adjustment" if method == "ROME" else "v_loss_layer"
+    hparams.require(["layers", "rewrite_module_tmp", "fact_token", *names, beside])
     layers = [int(layer) for layer in hparams.get("layers")]
     hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
     fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given

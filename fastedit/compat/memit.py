@@ -122,7 +122,7 @@ def _distances(found: Edited) -> dict[str, Any]:
             "new_edit_distance": None,
             "old_edit_distance": None,
             "delta_norm": size,
-            "new_weights_norm": float(parameters[weight].norm()),
+            "new_weights_norm": float(parameters[weight].detach().norm()),
             "original_weights_norm": float(found.result.originals[weight].norm()),
             "inside_norms": dict.fromkeys(_NORMS) | norms,
         }
