@@ -59,6 +59,7 @@ class Case:
         modules: its main module, then its nethook if it knows only GPUs.
         function: theirs, in the main module.
         ours: what replaces it.
+        single: it solves in fp32 whatever the model is in.
     """
 
     upstream: str
@@ -66,11 +67,23 @@ class Case:
     modules: tuple[str, ...]
     function: str
     ours: Callable[..., Any]
+    single: bool = False
+
+    def limit(self, unit: str) -> float:
+        """The largest difference of a measure that passes."""
+        return 1e-5 if unit == "solve" and self.single else ACCURACY.get(unit, float("inf"))
 
 
 CASES = [
     *(
-        Case("easyedit", method, (f"easyeditor.models.{path}",), f"apply_{name}_to_model", easyedit.OURS[method])
+        Case(
+            "easyedit",
+            method,
+            (f"easyeditor.models.{path}",),
+            f"apply_{name}_to_model",
+            easyedit.OURS[method],
+            single=method == "AlphaEdit",
+        )
         for method, path, name in (
             ("ROME", "rome.rome_main", "rome"),
             ("MEMIT", "memit.memit_main", "memit"),
@@ -298,8 +311,8 @@ def main() -> None:
             for row in Run(case, bench, getattr(args, case.upstream).resolve(), Path(work)).rows():
                 append(row)
                 print(f"{row.mode}, {row.shape}, {row.provider}: {row.unit} {row.p50:.4g}", flush=True)
-                if row.unit in ACCURACY and not row.p50 <= ACCURACY[row.unit]:
-                    failed.append(f"{row.mode}: {row.unit} {row.p50:.3g} above {ACCURACY[row.unit]:g}")
+                if not row.p50 <= case.limit(row.unit):
+                    failed.append(f"{row.mode}: {row.unit} {row.p50:.3g} above {case.limit(row.unit):g}")
     if failed:
         sys.exit("\n".join(failed))
 

