@@ -84,7 +84,7 @@ def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditR
                 CONTEXTS,
                 config["layers"],
                 covariances,
-                uniform=method == "rome",
+                direction=method == "rome",
                 **settings,
             )
     return run

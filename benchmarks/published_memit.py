@@ -146,13 +146,13 @@ def memit(
     cov_weight: float,
     alpha: float | None = None,
     site: str = "block",
-    uniform: bool = False,
+    direction: bool = False,
     **target: Any,
 ) -> tuple[Tensor, list[int]]:
     """Edit the model with (prompt, subject, target) triples; returns z [N, h] and the updates each took.
 
-    alpha makes it an equality (EMMET, arXiv 2403.14236; ROME for one edit and alpha 0), `uniform` averages a key over
-    all contexts alike (ROME).
+    alpha makes it an equality (EMMET, arXiv 2403.14236; ROME for one edit and alpha 0). With `direction` a key is
+    averaged over all contexts alike, and the equality holds at the bare prompt's (ROME).
     """
     requests = Requests(tokenizer, contexts, model.device)
     z_layer = layers[-1]
@@ -161,14 +161,15 @@ def memit(
     for i, (layer, C) in enumerate(zip(layers, covariances, strict=True)):
         projection = model.model.layers[layer].mlp.down_proj
         keys = observed(model, requests, projection, edits, requests.templates, out=False)
-        K = (keys.mean(0) if uniform else 0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double().T  # [d, N]
+        K = (keys.mean(0) if direction else 0.5 * keys[0] + 0.5 * keys[1:].mean(0)).double().T  # [d, N]
+        at = keys[0].double().T if direction else K
         now = observed(model, requests, place(model, z_layer, site), edits, ["{}"], out=True)[0]
         R = (z - now).double().T / (len(layers) - i)  # [h, N]
         if alpha is None:
             update = R @ torch.linalg.solve(cov_weight * C.double() + K @ K.T, K).T
         else:
             white = torch.linalg.inv(cov_weight * C.double()) @ K
-            update = torch.linalg.solve(K.T @ white + alpha * torch.eye(len(edits)).to(K), R, left=False) @ white.T
+            update = torch.linalg.solve(white.T @ at + alpha * torch.eye(len(edits)).to(K), R, left=False) @ white.T
         with torch.no_grad():
             projection.weight += update.float()
     return z, [p[1] for p in pairs]

@@ -327,11 +327,29 @@ def scaling(rows: Sequence[Row]) -> Lines:
     return each_device([row for row in rows if row.benchmark == "scaling"], draw)
 
 
+def upstream(rows: Sequence[Row]) -> Lines:
+    """A line for each method of each repository that ours stands in for."""
+
+    def draw(own: Sequence[Row]) -> Lines:
+        body = []
+        for (mode, shape), cells in {(row.mode, row.shape): {} for row in own}.items():
+            cells |= {(row.provider, row.unit): row for row in own if (row.mode, row.shape) == (mode, shape)}
+            theirs, ours = cells["published", "s"], cells["ours", "s"]
+            apart = (f"{cells['ours', u].p50:.1e}" if ("ours", u) in cells else "" for u in ("solve", "ΔW"))
+            shares = (quality(cells.get((by, "efficacy"))) for by in ("published", "ours"))
+            times = seconds(theirs.p50), seconds(ours.p50), f"**{ratio(theirs, ours)}**"
+            body.append((mode, shape, *times, *apart, *shares))
+        return table(("", "size", "theirs", "ours", "ratio", "solve", "ΔW", "efficacy, theirs", "ours"), body)
+
+    return each_device([row for row in rows if row.benchmark == "upstream"], draw)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "headline": headline,
     "kernels": kernels,
     "locft_bf": against_published("locft_bf"),
     "locate_then_edit": against_published("rank_k_against_direct", "memit"),
+    "upstream": upstream,
     "covariance": covariance,
     "end_to_end": end_to_end,
     "emmet_vs_memit": measures("emmet_vs_memit"),

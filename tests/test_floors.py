@@ -24,7 +24,7 @@ FLOORS = [
     ["fastedit.evaluation", "fastedit.loading", "fastedit.saving"],
     ["fastedit.results"],
     ["fastedit.editor"],
-    ["fastedit.demo"],
+    ["fastedit.demo", "fastedit.compat"],
     ["fastedit.cli"],
 ]
 FACES = {"fastedit", "fastedit.__main__"}  # hand names on

@@ -31,12 +31,14 @@ class History:
     Attributes:
         fingerprint: of the model without the edits of this Editor, to which its statistics belong.
         keys: path of an edited parameter -> keys [n, d] of the edits that stand, which later edits should preserve.
+        second_moments: path of a projection -> C [d, d], the mean of k kᵀ; they go before those in files.
         memo: the method's own, for what the next edit would have to make again.
     """
 
     fingerprint: str
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     memo: dict[Any, Tensor] = field(default_factory=dict)
+    second_moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from fastedit.models import SENTENCE_ENDS, Model, encode, generate_by, sampling, trailing
+from fastedit.models import SENTENCE_ENDS, Model, encode, generate_by, joined, sampling, trailing
 
+BARE = "{}"
+"""The template that leaves a prompt as it is."""
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -30,6 +32,12 @@ def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> l
             texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
     return [_ended(" ".join(text.split())) for text in mixed]
+
+
+def context_templates(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> list[str]:
+    """Templates with one "{}" each, where the prompt goes after a text of `sample_contexts`."""
+    texts = sample_contexts(model, n, seed=seed, n_tokens=n_tokens)
+    return [joined(text.translate({ord(c): None for c in BARE}), BARE) for text in texts]
 
 
 def _ended(text: str) -> str:

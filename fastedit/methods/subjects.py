@@ -49,10 +49,13 @@ def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
 def subject_ends(edit: Edit) -> list[int]:
     """The ends of an edit's subject in its prompt, in characters, in their order; none if it does not stand there.
 
-    If it stands there as whole words, those inside other words do not count.
+    If it stands there as whole words, those inside other words do not count. An edit that was made of a template may
+    know the one place itself, as `subject_end`.
     """
     if not edit.subject:
         return []
+    if (known := getattr(edit, "subject_end", None)) is not None:
+        return [known]
     literal = re.escape(edit.subject)
     found = [m.end() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", edit.prompt)]
     return found or [m.end() for m in re.finditer(literal, edit.prompt)]

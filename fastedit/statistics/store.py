@@ -13,9 +13,9 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class StatisticsStore:
         module: the projection whose inputs are the keys, as `Topology.resolve` takes it.
         directory: the folder or published tree to look in, and no other; None looks in the usual places.
         unchecked: go on, with a warning, with statistics of another model or of fewer tokens than their width.
+        given: path of a projection -> C [d, d]; no file is looked for where there is one, and its factor is not kept.
     """
 
     topology: Topology
@@ -65,6 +66,7 @@ class StatisticsStore:
     module: str = "down_proj"
     directory: str | Path | None = None
     unchecked: bool = False
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def require(self, layers: Sequence[int]) -> None:
         """Look for the statistics of all layers before work starts, as far as headers can tell.
@@ -73,7 +75,7 @@ class StatisticsStore:
             MissingStatisticsError: names every layer that lacks them, and the command that makes them.
             ModelError: of another model or width. FileError: not a file of statistics.
         """
-        missing = [layer for layer in layers if self._find(layer) is None]
+        missing = [layer for layer in layers if self.in_memory(layer) is None and self._find(layer) is None]
         if missing:
             raise self._missing(missing)
 
@@ -87,6 +89,8 @@ class StatisticsStore:
             MissingStatisticsError, ModelError, FileError: as `require`, and for statistics of fewer tokens than their
                 width, that are not positive definite, or damaged.
         """
+        if (C := self.in_memory(layer)) is not None:
+            return factor_covariance(C.to(self._device(layer)), allow_few=self.unchecked)
         path, digest = self._required(layer)
         topology, device = self.topology, self._device(layer)
         width = topology.input_width(layer, self.module)
@@ -114,6 +118,8 @@ class StatisticsStore:
 
     def covariance(self, layer: int) -> Tensor:
         """C [d, d] fp64, the mean of k kᵀ, on the module's device; raises what `cholesky` raises."""
+        if (C := self.in_memory(layer)) is not None:
+            return C.to(self._device(layer), torch.float64)
         path, _ = self._required(layer)
         found = _read(path, self.topology.input_width(layer, self.module))
         if found.count < found.dim:
@@ -122,6 +128,14 @@ class StatisticsStore:
                 raise few
             warnings.warn(str(few), RuntimeWarning, stacklevel=2)
         return found.finalize().to(self._device(layer))
+
+    def in_memory(self, layer: int) -> Tensor | None:
+        """C of a layer if it was given. Raises ModelError: it is of another width than the keys."""
+        path, width = self.topology.resolve(layer, self.module)[0], self.topology.input_width(layer, self.module)
+        C = self.given.get(path)
+        if C is not None and C.shape != (width, width):
+            raise ModelError(f"the second moment of {path} is {list(C.shape)}, expected [{width}, {width}]")
+        return C
 
     def _required(self, layer: int) -> tuple[Path, str]:
         found = self._find(layer)

@@ -41,7 +41,7 @@ class Settings:
 
 
 METHODS = {
-    "rome": Settings("equality", (1,), "uniform", "mlp", alpha=0.0, batch=1),
+    "rome": Settings("equality", (1,), "direction", "mlp", alpha=0.0, batch=1),
     "memit": Settings("least-squares", (0, 2)),
     "emmet": Settings("equality", (1,)),
     "alphaedit": Settings("null-space", (0, 2)),
@@ -110,6 +110,9 @@ def published(
             R = (torch.stack([wanted(e) for e in batch]).double() - now.double()).T / (len(about.layers) - i)
             C = StreamingCovariance.load(statistics_path(parts, folder, layer)).finalize()
             update = FORMULAS[about.objective](C, K, R, previous[layer], about)
+            if about.average == "direction":  # one edit, whose target is met at the bare prompt's key
+                given = update @ at_subject(model, module, tokenizer, batch[0], "{}").double()
+                update = update * (R[:, 0] @ R[:, 0]) / (R[:, 0] @ given)
             previous[layer] = previous[layer] + K @ K.T
             exact[layer] = exact[layer] + (update.T if isinstance(module, Conv1D) else update)
             weight_at(model, layer).copy_(exact[layer])

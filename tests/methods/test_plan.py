@@ -158,7 +158,7 @@ def test_missing_statistics_are_told_by_the_plan_before_the_model_writes_context
 @pytest.mark.parametrize(
     ("method", "decides"),
     [
-        ("rome", {"objective": "equality", "distribution": "single", "site": "mlp", "average": "uniform"}),
+        ("rome", {"objective": "equality", "distribution": "single", "site": "mlp", "average": "direction"}),
         ("rome", {"batch_size": 1, "alpha": 0.0, "clamp": 4.0, "n_contexts": 20, "layers": (1,)}),
         ("memit", {"objective": "least-squares", "distribution": "spread", "site": "block", "average": "half"}),
         ("memit", {"batch_size": "auto", "n_contexts": 5, "layers": (0, 1)}),

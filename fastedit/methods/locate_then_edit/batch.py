@@ -11,13 +11,11 @@ from torch import Tensor
 
 from fastedit.errors import ConfigError, RequestError, listed
 from fastedit.methods.base import Edit
+from fastedit.methods.contexts import BARE
 from fastedit.methods.naming import edit_name, named_error
 from fastedit.methods.subjects import find_subjects, repeated_note
 from fastedit.models import Budget, Model, PairError, Samples, last_tokens, prompt_samples, tokenize
 from fastedit.progress import Progress, no_progress
-
-BARE = "{}"
-"""The template that leaves a prompt as it is."""
 
 
 class Batch:

@@ -12,7 +12,7 @@ from fastedit.errors import ConfigError
 ObjectiveName = Literal["least-squares", "equality", "null-space"]
 DistributionName = Literal["single", "spread", "endpoints"]
 Site = Literal["block", "mlp"]
-Average = Literal["half", "uniform"]
+Average = Literal["half", "uniform", "direction"]
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class LocateThenEditConfig:
     )
     average: Average | None = option(
         None,
-        "how a key is averaged: half the bare prompt and half the mean of the contexts, or uniformly over all of them; "
-        "None is uniform for rome, else half.",
+        "how a key is averaged: half the bare prompt and half the mean of the contexts; uniform, over all of them; or "
+        "direction, uniform, and an equality holds at the bare prompt's key, to which the mean only gives the "
+        "direction. None is direction for rome, else half.",
     )
     site: Site | None = option(
         None,
@@ -150,7 +151,7 @@ RECIPES: dict[str, LocateThenEditConfig] = {
         distribution="single",
         batch_size=1,
         alpha=0.0,
-        average="uniform",
+        average="direction",
         site="mlp",
         clamp=4.0,
         n_contexts=20,

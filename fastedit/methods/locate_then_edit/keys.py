@@ -23,7 +23,7 @@ class KeyWalk:
     """Keys and block outputs at the last token of every edit's subject, at one layer after the other.
 
     A key is averaged over the bare prompt and the contexts: "half" the bare one and half the mean of the
-    contexts (MEMIT), or "uniform" over all of them (ROME). Tokens behind the subject never run. The walk is
+    contexts (MEMIT), or uniformly over all of them (ROME). Tokens behind the subject never run. The walk is
     at block ``layer`` and goes up only; what it gives is the model's as it is at that moment, provided that
     below ``layer`` only weights changed that it had not passed. Use it as a context manager.
 
@@ -42,7 +42,7 @@ class KeyWalk:
         self._batch_tokens = batch_tokens or pass_tokens(self._topology.device)
         self.updates: dict[nn.Module, Factors] = {}
         others = len(batch.templates) - 1
-        share = 1 / (1 + others) if average == "uniform" or not others else 0.5
+        share = 0.5 if average == "half" and others else 1 / (1 + others)
         self._weights = [share] + [(1 - share) / max(1, others)] * others
         self._cache = PrefixCache(
             self._topology,
@@ -62,8 +62,8 @@ class KeyWalk:
         """Go on to block ``layer``, through the blocks in between as their weights are now."""
         self._cache.advance(layer, around=self._own)
 
-    def keys(self, module: str = "down_proj") -> Tensor:
-        """Keys [N, d], fp32, of a projection of block ``layer``.
+    def keys(self, module: str = "down_proj", *, bare: bool = False) -> Tensor:
+        """Keys [N, d], fp32, of a projection of block ``layer``; those of the ``bare`` prompts are no averages.
 
         Raises:
             ModelError: no such module.
@@ -72,13 +72,14 @@ class KeyWalk:
         _, projection = self._topology.resolve(self.layer, module)
         n = len(self._batch)
         keys: Tensor | None = None
-        for select in torch.arange(len(self._samples)).split(self._samples_a_pass):
+        shares = [1.0] if bare else self._weights
+        for select in torch.arange(n * len(shares)).split(self._samples_a_pass):
             rows, hidden = self._rows(select)
             with self._own(select):
                 seen = observe(self._topology, hidden, rows, self.layer, projection).float()
             if keys is None:
                 keys = seen.new_zeros(n, seen.shape[1])
-            weights = torch.tensor([self._weights[int(s) // n] for s in select], device=seen.device)
+            weights = torch.tensor([shares[int(s) // n] for s in select], device=seen.device)
             keys.index_add_(0, (select % n).to(seen.device), seen * weights[:, None])
         assert keys is not None
         return self._finite(keys, f"keys at layer {self.layer}")

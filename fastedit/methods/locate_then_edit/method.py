@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from fastedit.errors import EditError
 from fastedit.files import check_writable
 from fastedit.methods.base import EachResult, Edit, History, MethodResult
-from fastedit.methods.contexts import sample_contexts
-from fastedit.methods.locate_then_edit.batch import BARE, Batch
+from fastedit.methods.contexts import context_templates
+from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
 from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.locate_then_edit.objectives import moved
 from fastedit.methods.locate_then_edit.recipes import Recipe, resolve
 from fastedit.methods.locate_then_edit.target_loop import relative_lr
 from fastedit.methods.locate_then_edit.target_store import TargetStore
@@ -27,10 +29,12 @@ from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun
-from fastedit.models import Budget, Factors, Model, fingerprint, joined, plain_state
+from fastedit.models import Budget, Factors, Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
+Find = Callable[[Batch, Recipe], Targets]
+"""How the targets of some edits are found on the model as it is."""
 _SAVED_TARGETS = 256  # that are sought together, if the state of the run is kept
 
 
@@ -59,32 +63,35 @@ def plan(
     recipe = resolve(model.topology, config, method)
     config = recipe.config
     where = (config.module, config.statistics, config.unchecked_statistics)
-    statistics = StatisticsStore(model.topology, history.fingerprint, *where)
+    statistics = StatisticsStore(model.topology, history.fingerprint, *where, given=history.second_moments)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
     statistics.require(recipe.layers)
     if config.targets is not None:
         check_writable(Path(config.targets))
-    batch = given if config.contexts is not None else given.within(_contexts(model, config))
+    if config.contexts is None:
+        n = config.n_contexts or 0
+        batch = given.within(context_templates(model, n, seed=config.seed) if n else ())
+    else:
+        batch = given
     batch.make_samples()
     SavedRun.of(model, edits, config)  # refuses the state of another run
     return LocateThenEditPlan(batch, recipe, statistics, history)
 
 
-def _contexts(model: Model, config: LocateThenEditConfig) -> list[str]:
-    """Templates with one "{}" each, where the prompt goes after a text that the model has written."""
-    texts = sample_contexts(model, config.n_contexts or 0, seed=config.seed) if config.n_contexts else []
-    return [joined(text.translate({ord(c): None for c in BARE}), BARE) for text in texts]
+def _find(batch: Batch, recipe: Recipe) -> Targets:
+    return find_targets(batch, recipe.z_layer, recipe.target)
 
 
 @dataclass(frozen=True)
 class LocateThenEditPlan:
-    """A locate-then-edit run that is ready: its edits, its recipe and its statistics."""
+    """A locate-then-edit run that is ready: its edits, its recipe, its statistics, and how targets are found."""
 
     batch: Batch
     recipe: Recipe
     statistics: StatisticsStore
     history: History
+    find: Find = _find
 
     @property
     def notes(self) -> list[str]:
@@ -100,7 +107,7 @@ class LocateThenEditPlan:
         """
         recipe, batch, config = self.recipe, self.batch, self.recipe.config
         layers = written_layers(self.statistics, recipe.layers, config, self.history)
-        store = self._target_store(layers)
+        find = partial(_find_or_load, store=self._target_store(layers), find=self.find)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
         saved = SavedRun.of(batch.model, batch.edits, config)
         if config.lr is None and (size < len(batch) or saved):  # or the first batch would decide for all
@@ -113,7 +120,7 @@ class LocateThenEditPlan:
         with writer.originals:
             try:
                 for first, part in zip(range(0, len(batch), size), batch.split(size), strict=True):
-                    targets = _targets(part, recipe, store, saved)
+                    targets = _targets(part, recipe, find, saved)
                     if recipe.config.lr is None:
                         recipe = recipe.with_lr(targets.lr)
                     _write(part, targets, recipe, writer, saved)
@@ -157,14 +164,15 @@ class LocateThenEditPlan:
         """
         batch, recipe = self.batch, self.recipe
         layers = written_layers(self.statistics, recipe.layers, recipe.config, replace(self.history, keys={}))
-        targets = _find_or_load(batch, recipe, self._target_store(layers))
+        targets = _find_or_load(batch, recipe, self._target_store(layers), self.find)
         if recipe.config.lr is None:
             recipe = recipe.with_lr(targets.lr)
         with_target = [i for i in range(len(batch)) if i not in targets.dropped]
         factors: dict[str, Factors] = {}
 
-        def solve(number: int, keys: Tensor, residuals: Callable[[], Tensor]) -> Factors:
+        def solve(number: int, keys: Tensor, residuals: Callable[[], Tensor], at: Tensor | None) -> Factors:
             found = layers[number].objective.update_each(keys, residuals())
+            found = found if at is None else moved(found, keys[:, None], at[:, None])
             index = torch.tensor(with_target, device=keys.device)  # edits without a target get an update of zeros
             left, right = (x.new_zeros(len(batch), *x.shape[1:]).index_copy(0, index, x) for x in found)
             factors[layers[number].path] = left, right
@@ -180,17 +188,17 @@ class LocateThenEditPlan:
         return None if folder is None else TargetStore(folder, topology, [layer.path for layer in layers.values()])
 
 
-def _targets(batch: Batch, recipe: Recipe, store: TargetStore | None, saved: SavedRun | None) -> Targets:
+def _targets(batch: Batch, recipe: Recipe, find: Find, saved: SavedRun | None) -> Targets:
     """The targets of these edits; those that a saved run has are not sought again."""
     if saved is None:
-        return _find_or_load(batch, recipe, store)
+        return find(batch, recipe)
     found = []
     for part in batch.split(_SAVED_TARGETS):
         state = saved.next()
         if state is not None:
             found.append(Targets.of_state(*state, batch.model.device))
         else:
-            found.append(_find_or_load(part, recipe, store))
+            found.append(find(part, recipe))
             saved.append(*found[-1].state())
     return Targets.joined(found)
 
@@ -209,14 +217,14 @@ def _write(batch: Batch, targets: Targets, recipe: Recipe, writer: Writer, saved
         saved.append(writer.state(), {})
 
 
-def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None) -> Targets:
+def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None, find: Find) -> Targets:
     """The targets of these edits on the model as it is, from the folder of targets if they are there."""
     if store is None:
-        return find_targets(batch, recipe.z_layer, recipe.target)
+        return find(batch, recipe)
     key = store.key(batch, recipe.z_layer, recipe.target)
     found = store.load(key)
     if found is None:
-        found = find_targets(batch, recipe.z_layer, recipe.target)
+        found = find(batch, recipe)
         store.save(key, found)
     return found
 
@@ -225,6 +233,7 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     """Give `write` the keys and residuals of every layer, upwards; what it wrote counts at the layers above."""
     config, last = recipe.config, recipe.z_layer
     site = config.module if config.site == "mlp" else "block"
+    at_bare = config.average == "direction" and config.objective == "equality"
     with KeyWalk(batch, recipe.layers[0], average=config.average or "half") as walk:
         for layer, share in recipe.places:
             walk.advance(layer)
@@ -232,7 +241,8 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
             def residuals(share: float = share) -> Tensor:
                 return (z - walk.outputs(last, site)) * share
 
-            factors = write(layer, walk.keys(config.module), residuals)
+            at = walk.keys(config.module, bare=True) if at_bare else None
+            factors = write(layer, walk.keys(config.module), residuals, at)
             if factors is not None:
                 walk.updates[batch.model.topology.resolve(layer, config.module)[1]] = factors
 

@@ -95,6 +95,14 @@ class NullSpace:
         self._stream.update(keys.double() @ self._basis, keys.new_zeros(len(keys), 1))
 
 
+def moved(factors: Factors, keys: Tensor, to: Tensor) -> Factors:
+    """An update scaled so that it gives at other keys [N, d] what it gave at these; also of N updates of one pair."""
+    left, right = factors
+    wide = right.double()
+    given, found = wide @ keys.double().mT, wide @ to.double().mT
+    return (left.double() @ torch.linalg.solve(found, given, left=False)).to(left.dtype), right
+
+
 @dataclass(frozen=True)
 class ObjectiveType:
     """How an objective is made for a layer: a factorization of its second moment, and the weights of a configuration.

@@ -12,15 +12,16 @@ from fastedit.errors import EditError
 from fastedit.methods.base import History
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
-from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, Objective
+from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, Objective, moved
 from fastedit.models import Factors
 from fastedit.ops import DependentKeysError
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import LowRank, Snapshot, Update, add_, oriented
 
-Write = Callable[[int, Tensor, Callable[[], Tensor]], Factors | None]
-"""A function of a layer, keys [N, d] and what measures the residuals [N, h]. It writes an update, or returns
-factors of one update an edit (`per_sample_updates`), which then count for that edit alone."""
+Write = Callable[[int, Tensor, Callable[[], Tensor], Tensor | None], Factors | None]
+"""A function of a layer, keys [N, d], what measures the residuals [N, h], and the keys at which an equality holds, if
+these are others. It writes an update, or returns factors of one update an edit (`per_sample_updates`), which then
+count for that edit alone."""
 
 
 @dataclass
@@ -51,7 +52,9 @@ def written_layers(
     kind, found = OBJECTIVES[config.objective], {}
     for layer in layers:
         path, module = statistics.topology.resolve(layer, config.module)
-        key = (statistics.fingerprint, path, config.statistics, kind.memo(config))
+        given = statistics.in_memory(layer)
+        source = (config.statistics,) if given is None else (given, given._version)  # which changes with its values
+        key = (statistics.fingerprint, path, *source, kind.memo(config))
         if key not in history.memo:
             history.memo[key] = kind.factorization(statistics, layer, config)
         objective = kind.make(history.memo[key], config)
@@ -82,14 +85,14 @@ class Writer:
     def write(self, batch: Batch) -> Write:
         """The `Write` for these edits, by whose names errors speak of keys."""
 
-        def write(number: int, keys: Tensor, residuals: Callable[[], Tensor]) -> None:
+        def write(number: int, keys: Tensor, residuals: Callable[[], Tensor], at: Tensor | None) -> None:
             try:
-                self._add(number, keys, residuals())
+                self._add(number, keys, residuals(), at)
             except DependentKeysError as error:
                 try:
                     if self._on_duplicates == "error":
                         raise
-                    self._resolve(number, keys, residuals, error.groups)
+                    self._resolve(number, keys, residuals, at, error.groups)
                 except DependentKeysError:  # the first one's groups are places among these edits
                     groups = "; ".join(batch.names(group) for group in error.groups[:5])
                     raise EditError(
@@ -103,21 +106,29 @@ class Writer:
         return write
 
     def _resolve(
-        self, number: int, keys: Tensor, residuals: Callable[[], Tensor], groups: Sequence[Sequence[int]]
+        self,
+        number: int,
+        keys: Tensor,
+        residuals: Callable[[], Tensor],
+        at: Tensor | None,
+        groups: Sequence[Sequence[int]],
     ) -> None:
         others = sorted({*range(len(keys))}.difference(*groups))
         if self._on_duplicates == "merge":
-            wanted = residuals()
-            means = [torch.stack([x[[*group]].mean(0) for group in groups]) for x in (keys, wanted)]
-            self._add(number, torch.cat([keys[others], means[0]]), torch.cat([wanted[others], means[1]]))
+
+            def merged(x: Tensor) -> Tensor:
+                return torch.cat([x[others], torch.stack([x[[*group]].mean(0) for group in groups])])
+
+            self._add(number, merged(keys), merged(residuals()), None if at is None else merged(at))
             return
         for turn in range(max(map(len, groups))):
             rows = [group[turn] for group in groups if turn < len(group)] + (others if turn == 0 else [])
-            self._add(number, keys[rows], residuals()[rows])
+            self._add(number, keys[rows], residuals()[rows], None if at is None else at[rows])
 
-    def _add(self, number: int, keys: Tensor, residuals: Tensor) -> None:
+    def _add(self, number: int, keys: Tensor, residuals: Tensor, at: Tensor | None) -> None:
         layer = self._layers[number]
-        self._write(number, oriented(layer.module, *layer.objective.update(keys, residuals)))
+        found = layer.objective.update(keys, residuals)
+        self._write(number, oriented(layer.module, *(found if at is None else moved(found, keys, at))))
 
     @torch.no_grad()
     def _write(self, number: int, update: LowRank) -> None:

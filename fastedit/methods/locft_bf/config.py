@@ -49,6 +49,7 @@ class LocFTBFConfig:
         "breadth-first, or the baseline that the paper refutes: depth-first trains each batch to `stop_loss` (at most "
         "`epochs` steps) with a fresh optimizer before it turns to the next.",
     )
+    eos: bool = option(True, "train EOS behind the target, so that a generated answer ends there.")
     shuffle: bool = option(True, "a new order every epoch.")
     augment: int = option(
         0, "extra copies of each edit after random contexts (the paper's LocFT-BF-Aug has 5); 0 for none."

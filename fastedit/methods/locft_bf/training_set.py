@@ -37,8 +37,8 @@ class TrainingSet:
     """Edits with their samples.
 
     Attributes:
-        samples: one a (prompt, target) pair with EOS: every edit, then the augmented copies of each; then the anchors,
-            prompts whose one target row predicts what comes after them.
+        samples: one a (prompt, target) pair, with EOS if it is trained: every edit, then the augmented copies of each;
+            then the anchors, prompts whose one target row predicts what comes after them.
         owner: the place of the edit of each sample.
         anchors: where the anchors are among the samples.
         trained: place in each sample of the one token that is trained at, -1 for all tokens [S]; None is all.
@@ -68,7 +68,7 @@ class TrainingSet:
         length = model.topology.context_length
         try:
             rows = model.vocabulary
-            samples = tokenize(model.tokenizer, pairs, append_eos=True, max_length=length, vocabulary=rows)
+            samples = tokenize(model.tokenizer, pairs, append_eos=config.eos, max_length=length, vocabulary=rows)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:

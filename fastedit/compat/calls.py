@@ -1,0 +1,192 @@
+"""One call of other editing code: its arguments in, our method's plan and run, its values out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastedit import methods
+from fastedit.compat.hparams import Hparams, locate_then_edit_fields, module_inside
+from fastedit.compat.known import Known, copied, known_of
+from fastedit.compat.moments import Cache, Moments
+from fastedit.compat.requests import upstream_edits
+from fastedit.compat.stored_targets import check_ids, stored_targets
+from fastedit.errors import ConfigError
+from fastedit.methods.base import History, MethodResult
+from fastedit.methods.naming import edit_name
+from fastedit.models import Model, encode
+from fastedit.statistics.store import MissingStatisticsError
+
+Request = Mapping[str, Any]
+_LENGTHS = ((10, 5),)  # tokens and number of the contexts of all methods but ROME
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What other code keeps in variables of its modules.
+
+    Attributes:
+        contexts: templates, flat or nested, the bare "{}" among them; None lets the model write its own.
+        second_moments: C by name of model and path of projection.
+        stats_dir: where statistics are if the hparams do not say it.
+    """
+
+    contexts: Any
+    second_moments: Cache
+    stats_dir: str
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The outcome: the model, which holds the edit, and what the method says of it.
+
+    `paths` are those of the edited projections, in the order of the layers.
+    """
+
+    model: nn.Module
+    parts: Model
+    known: Known
+    result: MethodResult
+    paths: Sequence[str]
+
+    def weights_copy(self, wanted: bool) -> dict[str, Tensor]:
+        """The parameters before, by their names in the model that was given; {} if they are not wanted."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        own = dict(self.parts.network.named_parameters())
+        return {names[id(own[path])]: before for path, before in self.result.originals.items()} if wanted else {}
+
+
+class Call:
+    """A call that has been checked as far as that needs no plan.
+
+    Raises:
+        RequestError: requests that cannot be used. ModelError: a model that cannot be edited.
+    """
+
+    def __init__(self, method: str, model: nn.Module, tok: Any, requests: Sequence[Request], hparams: Any) -> None:
+        self.hparams = Hparams(hparams, method)
+        self.edits = upstream_edits(requests)
+        self.model, self.tok = model, tok
+        self.parts = Model.of(model, tok)
+        self.known = known_of(model, self.parts)
+
+    def copy(self) -> None:
+        """Edit a copy of the model from now on."""
+        source = self.parts.network
+        self.model = deepcopy(self.model)
+        self.parts = Model.of(self.model, self.tok)
+        self.known = copied(self.known, source, self.model, self.parts.network)
+
+    def written(self) -> Moments:
+        """The layers and projections that the hparams name. Raises ConfigError: they name none."""
+        topology = self.parts.topology
+        self.hparams.require(["layers", "rewrite_module_tmp"])
+        layers = [int(layer) for layer in self.hparams.get("layers")]
+        return Moments(self.hparams, topology, module_inside(self.hparams, topology), layers)
+
+    def longer_targets(self) -> list[str]:
+        """Names of the edits that the loss of FT tells apart: prompt_last, and targets of more than one token."""
+        if self.hparams.get("objective_optimization", "prompt_last") != "prompt_last":
+            return []
+        texts = encode(self.tok, [f" {edit.target.removeprefix(' ')}" for edit in self.edits])
+        return [edit_name(edit, i) for i, (edit, ids) in enumerate(zip(self.edits, texts, strict=True)) if len(ids) > 1]
+
+    def run(self, name: str, fields: Mapping[str, Any], history: History, template: Any = None) -> MethodResult:
+        """Plan and run one of our methods; raises what these raise."""
+        method = methods.method_of(name, fields)
+        made: Any = method.plan(self.parts, self.edits, method.config(**fields), history=history)
+        if template is not None:
+            clamp = self.hparams.get("clamp_norm_factor")
+            made = replace(made, find=stored_targets(template, clamp, made.find))
+        for note in made.notes:
+            _log.info("%s: %s", self.hparams.method, note)
+        found: MethodResult = made.run()
+        return found
+
+
+def locate_then_edit(
+    call: Call,
+    variables: Variables,
+    *,
+    copy: bool = False,
+    cache_template: str | Path | None = None,
+    projections: Tensor | None = None,
+    previous: Mapping[str, Tensor] | None = None,
+    alpha: float | None = None,
+) -> Edited:
+    """Run ROME, MEMIT, EMMET or AlphaEdit.
+
+    Args:
+        projections: P [L, d, d] of AlphaEdit, instead of statistics.
+        previous: path of a parameter -> keys [n, d] that AlphaEdit preserves.
+        alpha: instead of emmet_lambda.
+
+    Raises:
+        ConfigError: hparams that lack fields, or ask for what is not done here. RequestError, ModelError, EditError: as
+            `Editor.edit`. The model is as it was then.
+    """
+    hparams, topology = call.hparams, call.parts.topology
+    given = {} if alpha is None else {"alpha": alpha}
+    if projections is not None:
+        given["null_threshold"] = 0.5  # of I − P, whose eigenvalues are 0 and 1
+    fields = locate_then_edit_fields(hparams, call.model, topology, **given)
+    if cache_template is not None:
+        if hparams.method == "ROME":
+            raise ConfigError("cache_template of ROME names files of updates, which depend on the model; leave it out")
+        check_ids(call.edits)
+    moments = Moments(hparams, topology, fields["module"], fields["layers"])
+    _find_moments(moments, call, variables, projections)
+    lengths: tuple[tuple[int, int], ...] = _LENGTHS
+    if hparams.method == "ROME" and variables.contexts is None:
+        hparams.require(["context_template_length_params"])
+        lengths = tuple((int(tokens), int(n)) for tokens, n in hparams.get("context_template_length_params"))
+    if copy:
+        call.copy()
+    own = variables.contexts is None
+    contexts = call.known.own_contexts(call.parts, lengths) if own else _templates(variables.contexts)
+    fields |= {"contexts": contexts, "statistics": moments.directory}
+    history = History(call.known.fingerprint, dict(previous or {}), call.known.memo, moments.given)
+    try:
+        result = call.run(hparams.method.lower(), fields, history, cache_template)
+    except MissingStatisticsError as error:
+        files = ", ".join(map(str, moments.sought))
+        raise error.at(f"COV_CACHE holds no such second moment, and there is no file {files}") from None
+    return Edited(call.model, call.parts, call.known, result, moments.paths)
+
+
+def _find_moments(moments: Moments, call: Call, variables: Variables, projections: Tensor | None) -> None:
+    hparams, known = call.hparams, call.known
+    if hparams.method == "ROME" and not hparams.get("mom2_adjustment"):
+        return moments.take_identity(known)
+    if projections is not None:
+        return moments.take_projections(known, projections)
+    moments.load(variables.second_moments, variables.stats_dir)
+    share = float(hparams.get("update_norm_lambda", 0.0)) if hparams.method == "EMMET" else 0.0
+    if share and moments.sought:
+        hparams.refuse([("update_norm_lambda", "it is added to second moments of COV_CACHE or of .npz files")])
+    if share:
+        moments.add_identity(known, share / float(hparams.get("mom2_update_weight")))
+    return None
+
+
+def _templates(contexts: Any) -> tuple[str, ...]:
+    """Contexts from a flat list or a nested one, without the bare template, which is always among them."""
+    flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
+    if flat.count("{}") != 1 or not all(isinstance(text, str) for text in flat):
+        raise ConfigError(f'CONTEXT_TEMPLATES_CACHE is {contexts!r:.200}; give templates, "{{}}" among them once')
+    return tuple(text for text in flat if text != "{}")
+
+
+def fine_tune(call: Call, name: str, fields: Mapping[str, Any], *, copy: bool = False) -> Edited:
+    """Run LocFT-BF with these fields; raises what `Editor.edit` raises."""
+    if copy:
+        call.copy()
+    result = call.run(name, fields, History(call.known.fingerprint))
+    return Edited(call.model, call.parts, call.known, result, [])

@@ -1,0 +1,247 @@
+"""EasyEdit's editor with our methods: `install()`, and its `edit`, `batch_edit` and `sequential_edit` run them.
+
+    from fastedit.compat import easyedit
+    easyedit.install()  # before an editor is made, which looks its method up then
+
+Ours are ROME, MEMIT, EMMET, AlphaEdit and FT, and the new LocFT-BF. All others, R-ROME among them, stay EasyEdit's own;
+so does FT with objective_optimization prompt_last, for targets of more than one token. Results are as EasyEdit's but
+that AlphaEdit does not preserve edits that were taken back, and that EMMET returns its old weights, so that edits that
+are not sequential are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.compat import memit
+from fastedit.compat.calls import Call, Request, fine_tune, locate_then_edit
+from fastedit.errors import ConfigError, FileError
+
+Apply = Callable[..., tuple[Any, Any]]
+_REGISTRY, _DICT = "easyeditor.util.alg_dict", "ALG_DICT"
+_BATCHES = "easyeditor.editors.batch_editor"  # which methods may take several edits at once
+_NEW = "LocFT-BF"
+_log = logging.getLogger(__name__)
+
+
+def _memit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    return memit.apply_memit_to_model(model, tok, requests, hparams, **_taken(options, "cache_template"))
+
+
+def _rome(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    return memit.apply_rome_to_model(model, tok, requests, hparams, **_taken(options))
+
+
+def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    call = Call("EMMET", model, tok, requests, hparams)
+    taken = _taken(options, "cache_template")
+    wanted = taken.pop("return_orig_weights")
+    found = locate_then_edit(call, memit.variables(), **taken)
+    return found.model, found.weights_copy(wanted)
+
+
+def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    call = Call("AlphaEdit", model, tok, requests, hparams)
+    if options.get("reset_cache"):
+        call.known.written.clear()
+    place = Path(str(call.hparams.get("P_loc", "")))
+    P = _projections(place, place.stat().st_mtime_ns) if place.is_file() else None
+    previous = call.known.standing(call.parts.network)
+    taken = _taken(options, "cache_template")
+    wanted = taken.pop("return_orig_weights")
+    found = locate_then_edit(call, memit.variables(), projections=P, previous=previous, **taken)
+    keys = {
+        path: torch.cat([previous[path], new]) if path in previous else new for path, new in found.result.keys.items()
+    }
+    found.known.note(found.parts.network, keys)
+    return found.model, found.weights_copy(wanted)
+
+
+@lru_cache(maxsize=1)
+def _projections(path: Path, changed: int) -> Tensor:
+    """P [L, d, d] of a file as it was when it was changed last."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is in there instead
+        raise FileError(path, f"P_loc is no tensor that torch.load reads: {error}") from error
+    if not isinstance(found, Tensor):
+        raise FileError(path, f"P_loc holds a {type(found).__name__}, expected a tensor")
+    return found
+
+
+def _ft(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    if Call("FT", model, tok, requests, hparams).longer_targets():
+        _log.warning("FT runs as EasyEdit's own: objective_optimization is prompt_last, ours trains target_new")
+        found: tuple[Any, Any] = _theirs["FT"](model, tok, requests, hparams, **options)
+        return found
+    return memit.apply_ft_to_model(model, tok, requests, hparams, **_taken(options))
+
+
+def _locft_bf(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
+    call = Call(_NEW, model, tok, requests, hparams)
+    fields = call.hparams.get("config", {})
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"config of {_NEW}'s hparams is {fields!r}, expected fields of LocFTBFConfig by name")
+    found = fine_tune(call, "locft-bf", fields, copy=options["copy"])
+    return found.model, found.weights_copy(options["return_orig_weights"])
+
+
+def _taken(options: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """The options that ours have; EasyEdit's own ignore the rest too."""
+    return {name: options[name] for name in ("copy", "return_orig_weights", *more) if name in options}
+
+
+def _as_theirs(apply: Apply) -> Apply:
+    def with_their_signature(
+        model: Any,
+        tok: Any,
+        requests: Sequence[Request],
+        hparams: Any,
+        copy: bool = False,
+        return_orig_weights: bool = False,
+        keep_original_weight: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        kwargs |= {"copy": copy, "return_orig_weights": return_orig_weights}
+        return apply(model, tok, requests, hparams, keep_original_weight=keep_original_weight, **kwargs)
+
+    return with_their_signature
+
+
+OURS: dict[str, Apply] = {
+    name: _as_theirs(apply)
+    for name, apply in {
+        "ROME": _rome,
+        "MEMIT": _memit,
+        "EMMET": _emmet,
+        "AlphaEdit": _alphaedit,
+        "FT": _ft,
+        _NEW: _locft_bf,
+    }.items()
+}
+"""The methods by EasyEdit's names, with its signature: `fn(model, tok, requests, hparams, copy, return_orig_weights,
+keep_original_weight, **kwargs)` returns the model and the changed weights as they were."""
+_theirs: dict[str, Any] = {}
+_undo: list[Callable[[], None]] = []
+
+
+@dataclass
+class LocFTBFHyperParams:
+    """Hyperparameters of LocFT-BF for EasyEdit's editor.
+
+    Attributes:
+        model_name: a folder or a name, or (model, tokenizer), as `BaseEditor` takes it.
+        batch_size: edits that `batch_edit` trains together; `edit` wants 1. The mini-batch of training is another,
+            `batch_size` of `config`.
+        config: fields of `fastedit.methods.LocFTBFConfig`; what is left out is chosen for the model.
+    """
+
+    model_name: Any
+    device: Any = 0
+    batch_size: int = 1
+    config: dict[str, Any] = field(default_factory=dict)
+    alg_name: str = _NEW
+    model_parallel: bool = False
+    fp16: bool = False
+    max_length: int = 40
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> LocFTBFHyperParams:
+        """Read a YAML file, as EasyEdit's classes do.
+
+        Raises:
+            FileError: it cannot be read, or is of another method or has other fields.
+        """
+        import yaml  # type: ignore[import-untyped]  # EasyEdit has it
+
+        path = Path(hparams_name_or_path)
+        path = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
+        try:
+            found = cls(**yaml.safe_load(path.read_text("utf-8")))
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            raise FileError(path, f"no hyperparameters of {_NEW} can be read: {error}") from error
+        if found.alg_name != _NEW:
+            raise FileError(path, f"{{path}} is of {found.alg_name}, expected alg_name {_NEW}")
+        return found
+
+
+def _registry() -> MutableMapping[str, Any]:
+    try:
+        found = getattr(import_module(_REGISTRY), _DICT)
+    except (ImportError, AttributeError) as error:
+        text = f"looked for EasyEdit's registry of methods, {_DICT} in {_REGISTRY}, and did not find it: {error}"
+        raise ConfigError(
+            f"{text}. Is EasyEdit on the path, with all it needs, in a version that has it there?"
+        ) from error
+    if not isinstance(found, dict) or not found.keys() & OURS.keys():
+        text = f"{_REGISTRY}.{_DICT} is a {type(found).__name__} without any of {', '.join(OURS)}"
+        raise ConfigError(f"{text}: expected EasyEdit's registry, name of a method -> function")
+    return found
+
+
+def _batches() -> Any:
+    """EasyEdit's class that says which methods take several edits at once; None if it has none."""
+    try:
+        return import_module(_BATCHES).BatchEditor
+    except (ImportError, AttributeError):
+        return None
+
+
+def install() -> None:
+    """Put our methods into EasyEdit's registry, in place; a second call does nothing.
+
+    Raises:
+        ConfigError: EasyEdit's registry is not where it was looked for.
+    """
+    registry = _registry()
+    if _theirs:
+        return
+    _theirs.update({name: registry.get(name) for name in OURS})
+    registry.update(OURS)
+    others = sorted(registry.keys() - OURS.keys())
+    _log.info("EasyEdit runs ours for %s; its own for %s", ", ".join(OURS), ", ".join(others) or "no other")
+    if (batches := _batches()) is not None:
+        own = batches.is_batchable_method
+        batches.is_batchable_method = staticmethod(lambda name: name == _NEW or own(name))
+        _undo.append(lambda: setattr(batches, "is_batchable_method", staticmethod(own)))
+
+
+def uninstall() -> None:
+    """Put EasyEdit's own methods back; without `install` it does nothing."""
+    if not _theirs:
+        return
+    registry = _registry()
+    for name, theirs in _theirs.items():
+        if theirs is None:
+            registry.pop(name, None)
+        else:
+            registry[name] = theirs
+    _theirs.clear()
+    while _undo:
+        _undo.pop()()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Ours inside; outside what was there before.
+
+    Raises:
+        ConfigError: as `install`.
+    """
+    before = bool(_theirs)
+    install()
+    try:
+        yield
+    finally:
+        if not before:
+            uninstall()

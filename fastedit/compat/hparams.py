@@ -1,0 +1,163 @@
+"""Hyperparameters of other editing code, an object or a mapping, as fields of our configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from fastedit.errors import ConfigError, ModelError, listed
+from fastedit.models import Topology
+
+_ABSENT = object()
+_TARGET = {
+    "v_num_grad_steps": "steps",
+    "v_lr": "lr",
+    "v_weight_decay": "weight_decay",
+    "clamp_norm_factor": "clamp",
+    "kl_factor": "kl_factor",
+}
+_OWN = {
+    "ROME": {},
+    "MEMIT": {"mom2_update_weight": "cov_weight"},
+    "EMMET": {"mom2_update_weight": "cov_weight", "emmet_lambda": "alpha"},
+    "AlphaEdit": {"L2": "l2", "nullspace_threshold": "null_threshold"},
+}
+
+
+class Hparams:
+    """What other editing code was given, read by name.
+
+    Args:
+        given: an object with attributes, or a mapping.
+        method: its name there.
+    """
+
+    def __init__(self, given: Any, method: str) -> None:
+        self.method, self._given = method, given
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field, a number if it is the text of one: YAML 1.1 reads 5e-1 as a text."""
+        given = self._given
+        value = given.get(name, default) if isinstance(given, Mapping) else getattr(given, name, default)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return float(value)
+        return value
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise ConfigError if fields are missing; it names all of them."""
+        missing = [name for name in names if self.get(name, _ABSENT) is _ABSENT]
+        if missing:
+            text = f"the hparams of {self.method} lack {listed(missing)}; give what the published files of it have"
+            raise ConfigError(text)
+
+    def refuse(self, problems: Iterable[tuple[str, str]]) -> None:
+        """Raise ConfigError if there are fields, each with what is done instead, that cannot be honoured."""
+        said = [f"{name} is {self.get(name)!r} ({instead})" for name, instead in problems]
+        if said:
+            raise ConfigError(f"the hparams of {self.method} ask for what fastedit does not do: {'; '.join(said)}")
+
+
+def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topology, **given: Any) -> dict[str, Any]:
+    """The fields of `LocateThenEditConfig` that these hparams set.
+
+    Args:
+        model: as other code names its modules.
+        given: fields that the hparams need not have, by our names.
+
+    Raises:
+        ConfigError: fields that are missing, or that ask for what our methods do not do; names all of them.
+    """
+    method = hparams.method
+    names = {theirs: ours for theirs, ours in (_TARGET | _OWN[method]).items() if ours not in given}
+    beside = "mom2_adjustment" if method == "ROME" else "v_loss_layer"
+    hparams.require(["layers", "rewrite_module_tmp", "fact_token", *names, beside])
+    layers = [int(layer) for layer in hparams.get("layers")]
+    hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
+    fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given
+    fields["steps"] = int(fields["steps"])
+    if method != "ROME":  # a single layer is a spread over one
+        fields |= {"distribution": "spread", "site": "block"}
+    return fields | {"layers": layers, "module": module_inside(hparams, topology)}
+
+
+def module_inside(hparams: Hparams, topology: Topology) -> str:
+    """The path in a block that rewrite_module_tmp names. Raises ConfigError: it names no module of the blocks."""
+    template = str(hparams.get("rewrite_module_tmp"))
+    inside = template.removesuffix(".weight").partition(f"{topology.blocks_path}.{{}}.")[2]
+    if not inside:
+        hparams.refuse([("rewrite_module_tmp", f"a module inside {topology.blocks_path}.{{}}")])
+    return inside
+
+
+def _problems(hparams: Hparams, layers: list[int], topology: Topology) -> Iterable[tuple[str, str]]:
+    if hparams.get("fact_token") != "subject_last":
+        yield "fact_token", "keys are those of subject_last"
+    if hparams.get("layer_selection", "all") != "all":
+        yield "layer_selection", "all layers are written"
+    if hparams.get("bias_update", False):
+        yield "bias_update", "biases stay"
+    if hparams.get("calculate_objective_value", False):
+        yield "calculate_objective_value", "distances are not measured"
+    if hparams.method == "ROME":
+        if len(layers) != 1:
+            yield "layers", "ROME writes one layer"
+    elif max(int(hparams.get("v_loss_layer")), *layers) != topology.n_blocks - 1:
+        yield "v_loss_layer", f"the loss is behind the last block, {topology.n_blocks - 1}"
+
+
+def _other_modules(
+    hparams: Hparams, layers: list[int], model: nn.Module, topology: Topology
+) -> Iterable[tuple[str, str]]:
+    """Fields with modules other than those that our methods take; a field that is absent asks for nothing."""
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    blocks = f"{topology.blocks_path}.{{}}"
+    if not str(hparams.get("layer_module_tmp", blocks)).endswith(blocks):
+        yield "layer_module_tmp", f"the blocks are {blocks}"
+    if hparams.method == "ROME":
+        mlp = hparams.get("mlp_module_tmp")
+        with suppress(ModelError):
+            if mlp is not None and modules.get(str(mlp).format(layers[0])) is not topology.mlp(layers[0]):
+                yield "mlp_module_tmp", "targets are at the output of a block's MLP"
+        return
+    head, norm = hparams.get("lm_head_module"), hparams.get("ln_f_module")
+    if head is not None and getattr(modules.get(head), "weight", None) is not topology.head.weight:
+        yield "lm_head_module", "the head is the model's own, as lm_head or as its tied embedding"
+    if norm is not None and modules.get(norm) not in set(topology.backbone.children()) - {topology.blocks}:
+        yield "ln_f_module", "the norm is the one behind the blocks"
+
+
+def fine_tuning_fields(hparams: Hparams, topology: Topology) -> dict[str, Any]:
+    """The fields of `LocFTBFConfig` that make it what the hparams of FT ask for.
+
+    Raises:
+        ConfigError: as `locate_then_edit_fields`.
+    """
+    hparams.require(["layers", "num_steps", "lr", "weight_decay", "rewrite_module_tmp"])
+    problems = []
+    if hparams.get("norm_constraint"):
+        problems.append(("norm_constraint", "weights move freely; give false"))
+    objective = hparams.get("objective_optimization", "prompt_last")
+    if objective not in ("prompt_last", "target_new"):
+        problems.append(("objective_optimization", "target_new, or prompt_last for targets of one token"))
+    layers, module = [int(layer) for layer in hparams.get("layers")], module_inside(hparams, topology)
+    weight_alone = str(hparams.get("rewrite_module_tmp")).endswith(".weight")
+    if weight_alone and getattr(topology.resolve(layers[0], module)[1], "bias", None) is not None:
+        problems.append(("rewrite_module_tmp", "the bias is trained too; leave out .weight"))
+    hparams.refuse(problems)
+    return {
+        "layer": layers,
+        "module": module,
+        "lr": hparams.get("lr"),
+        "epochs": int(hparams.get("num_steps")),
+        "batch_size": int(hparams.get("batch_size", 128)),
+        "weight_decay": hparams.get("weight_decay"),
+        "shuffle": False,
+        "eos": False,
+        "tokens": "all",
+        "preserve": "none",
+        "focus": 0.0,
+    }

@@ -1,0 +1,214 @@
+"""The calls of rome, memit, unified-model-editing and AlphaEdit, served by our methods.
+
+    from fastedit.compat.memit import apply_memit_to_model  # instead of: from memit import apply_memit_to_model
+
+Variables of this module stand for those of theirs, and may be set:
+
+- `CONTEXT_TEMPLATES_CACHE`: templates for all methods, "{}" among them, flat or nested; None lets each model write its
+  own when it is first edited, from seed 0, and keeps them.
+- `COV_CACHE`: (name of the model with "_" for "/", path of the projection) -> C [d, d]; statistics that are read from
+  published files are put here.
+- `STATS_DIR`: where those files are if the hparams have no stats_dir.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.compat.calls import Call, Edited, Request, Variables, fine_tune, locate_then_edit
+from fastedit.compat.hparams import fine_tuning_fields
+from fastedit.compat.moments import check_stack
+from fastedit.errors import RequestError, listed
+from fastedit.weights import LowRank
+
+CONTEXT_TEMPLATES_CACHE: Any = None
+COV_CACHE: dict[tuple[str, str], Tensor] = {}
+STATS_DIR = "data/stats"
+
+Weights = dict[str, Tensor]
+_KEYS = "_fastedit_keys"  # of a cache_c: its version, and the keys that it is the sum of
+_NORMS = (
+    *("zs_norm", "cur_zs_norm", "layer_ks_norm", "adj_norm", "residual_norm", "inside_update_norm"),
+    *("pseudo_inverse", "C_inv_norm", "D_inv_norm", "D_norm", "cov"),
+)
+
+
+def variables() -> Variables:
+    """The variables of this module as they are now."""
+    return Variables(CONTEXT_TEMPLATES_CACHE, COV_CACHE, STATS_DIR)
+
+
+def apply_rome_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Request],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    cache_template: str | Path | None = None,
+) -> tuple[Any, Weights]:
+    """Make edits one after the other, each by ROME.
+
+    Args:
+        copy: edit a copy of the model.
+        return_orig_weights: return the changed weights as they were.
+
+    Returns:
+        The edited model, and name of each changed parameter -> its value before ({} if not wanted).
+
+    Raises:
+        ConfigError: hparams that lack fields or ask for what is not done here, all of them named.
+        RequestError, ModelError, EditError: as `fastedit.Editor.edit`; the model is as it was.
+    """
+    call = Call("ROME", model, tok, requests, hparams)
+    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
+    return found.model, found.weights_copy(return_orig_weights)
+
+
+def apply_memit_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Request],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    cache_template: str | Path | None = None,
+) -> tuple[Any, Weights]:
+    """Make all edits at once by MEMIT; arguments, results and errors are those of `apply_rome_to_model`.
+
+    Args:
+        cache_template: files of targets, with "{}" for the layer, the clamp and the case_id: read, else written.
+    """
+    call = Call("MEMIT", model, tok, requests, hparams)
+    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
+    return found.model, found.weights_copy(return_orig_weights)
+
+
+def apply_emmet_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Request],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    cache_template: str | Path | None = None,
+) -> tuple[Any, Weights, dict[str, Any]]:
+    """Make all edits at once by EMMET; a single one without emmet_lambda, as unified-model-editing does it.
+
+    Returns:
+        As `apply_memit_to_model`, and number of each layer -> norms of its weights and update; what is not measured
+        here is None.
+    """
+    call = Call("EMMET", model, tok, requests, hparams)
+    alpha = 0.0 if len(requests) == 1 else None
+    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template, alpha=alpha)
+    return found.model, found.weights_copy(return_orig_weights), _distances(found)
+
+
+def _distances(found: Edited) -> dict[str, Any]:
+    parameters, distances = dict(found.parts.network.named_parameters()), {}
+    for layer, path in zip(found.result.config["layers"], found.paths, strict=True):
+        weight = f"{path}.weight"
+        update = found.result.updates[weight]
+        size = float((update.dense() if isinstance(update, LowRank) else update).norm())
+        norms = {"layer_ks_norm": float(found.result.keys[weight].norm(dim=1).mean()), "inside_update_norm": size}
+        distances[str(layer)] = {
+            "preservation_distance": None,
+            "new_edit_distance": None,
+            "old_edit_distance": None,
+            "delta_norm": size,
+            "new_weights_norm": float(parameters[weight].detach().norm()),
+            "original_weights_norm": float(found.result.originals[weight].norm()),
+            "inside_norms": dict.fromkeys(_NORMS) | norms,
+        }
+    return distances
+
+
+def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
+    model: Any,
+    tok: Any,
+    requests: Sequence[Request],
+    hparams: Any,
+    cache_template: str | Path | None = None,
+    cache_c: Tensor | None = None,
+    P: Tensor | None = None,
+) -> tuple[Any, Tensor]:
+    """Make all edits at once by AlphaEdit, in place.
+
+    Args:
+        cache_template: as for `apply_memit_to_model`.
+        cache_c: [L, d, d], the sums of k kᵀ over earlier edits, a layer each; it is updated. None is no edits.
+        P: [L, d, d], the projections on the null spaces; None makes them from statistics, by nullspace_threshold.
+
+    Returns:
+        The edited model, and cache_c with the keys of these edits.
+
+    Raises:
+        As `apply_rome_to_model`; ConfigError also for a cache_c or a P of another shape.
+    """
+    call = Call("AlphaEdit", model, tok, requests, hparams)
+    previous = {} if cache_c is None else _keys_of(cache_c, call)
+    found = locate_then_edit(call, variables(), cache_template=cache_template, projections=P, previous=previous)
+    keys = {f"{path}.weight": found.result.keys[f"{path}.weight"].float() for path in found.paths}
+    if cache_c is None:
+        widths = [of_path.shape[1] for of_path in keys.values()]
+        cache_c = torch.zeros(len(widths), widths[0], widths[0])
+    for i, (path, new) in enumerate(keys.items()):
+        cache_c[i] += (new.T @ new).to(cache_c)
+        if path in previous:
+            keys[path] = torch.cat([previous[path].to(new), new])
+    setattr(cache_c, _KEYS, (cache_c._version, keys))
+    return found.model, cache_c
+
+
+def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
+    """Path of each parameter -> rows [n, d] whose sum of k kᵀ the tensor holds: those that made it, else its root."""
+    written = call.written()
+    check_stack("cache_c", cache_c, call.parts.topology, written.layers, written.module)
+    version, keys = getattr(cache_c, _KEYS, (None, {}))
+    if version == cache_c._version:
+        return dict(keys)
+    found = {}
+    for path, total in zip(written.paths, cache_c, strict=True):
+        if total.any():
+            values, vectors = torch.linalg.eigh(total.double())
+            kept = values > values[-1] * len(values) * torch.finfo(total.dtype).eps
+            found[f"{path}.weight"] = values[kept].sqrt()[:, None] * vectors[:, kept].T
+    return found
+
+
+def apply_ft_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Request],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    **kwargs: Any,
+) -> tuple[Any, Weights]:
+    """Fine-tune a module of some layers on all edits: LocFT-BF's loop, with the order, loss and stop of FT.
+
+    The loss is that of each target's tokens behind its prompt (objective_optimization target_new). The published
+    prompt_last, which trains all tokens of a target at the prompt's last one, is the same for targets of one token.
+
+    Args:
+        kwargs: nothing is read, as in the published code.
+
+    Returns, raises:
+        As `apply_rome_to_model`; RequestError also for prompt_last and longer targets.
+    """
+    call = Call("FT", model, tok, requests, hparams)
+    fields = fine_tuning_fields(call.hparams, call.parts.topology)
+    if longer := call.longer_targets():
+        raise RequestError(
+            f"objective_optimization prompt_last trains all tokens of a target at the prompt's last one, and that is "
+            f"not done here for targets of several tokens: {listed(longer)}; give target_new",
+            edits=longer,
+        )
+    found = fine_tune(call, "locft-bf", fields, copy=copy)
+    return found.model, found.weights_copy(return_orig_weights)

@@ -1,0 +1,81 @@
+"""Targets in the .npz files that other editing code keeps by `cache_template`."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastedit.compat.requests import UpstreamEdit
+from fastedit.errors import FileError, RequestError
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.method import Find
+from fastedit.methods.locate_then_edit.recipes import Recipe
+from fastedit.methods.locate_then_edit.targets import Targets
+from fastedit.methods.naming import edit_name
+from fastedit.tensorfile import writing
+
+
+def check_ids(edits: Sequence[UpstreamEdit]) -> None:
+    """Raise RequestError for edits without a case_id, by which their files are called; it names all of them."""
+    names = [edit_name(edit, place) for place, edit in enumerate(edits) if edit.id is None]
+    if names:
+        raise RequestError.of([(name, f"{name} has no case_id, and cache_template needs one") for name in names])
+
+
+def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:
+    """Targets from files where there are files, else as `find` has it, and then they are written.
+
+    Args:
+        template: of the files' names, with three "{}": the layer of the targets, `clamp`, and the edit's case_id.
+        clamp: as the hparams have it, since it is part of the name.
+
+    Raises:
+        FileError: of the function, for a file that holds no target of the model's width, or that cannot be written.
+    """
+
+    def found(batch: Batch, recipe: Recipe) -> Targets:
+        files = [Path(str(template).format(recipe.z_layer, clamp, edit.id)) for edit in batch.edits]
+        new = [i for i, file in enumerate(files) if not file.exists()]
+        width, device = batch.model.topology.hidden_size, batch.model.device
+        nothing = torch.full((len(files),), torch.nan, device=device)
+        z = torch.zeros(len(files), width, device=device)
+        for i in sorted({*range(len(files))} - {*new}):
+            z[i] = _load(files[i], width)
+        targets = Targets(z, z.clone(), nothing, nothing.clone(), torch.zeros_like(nothing).long(), (), 1.0, ())
+        if not new:
+            return targets
+        fresh = find(batch.select(new), recipe)
+        for name in ("z", "h0", "loss", "probability", "steps"):
+            getattr(targets, name)[new] = getattr(fresh, name).to(getattr(targets, name).dtype)
+        for i, values in zip(new, fresh.z, strict=True):
+            if values.isfinite().all():
+                _save(files[i], values)
+        dropped = tuple(new[i] for i in fresh.dropped)
+        return Targets(z, targets.h0, targets.loss, targets.probability, targets.steps, dropped, fresh.lr, fresh.notes)
+
+    return found
+
+
+def _load(path: Path, width: int) -> Tensor:
+    try:
+        with np.load(path, allow_pickle=False) as entries:
+            z = torch.from_numpy(entries["v_star"]).float()
+    except (OSError, EOFError, zipfile.BadZipFile, KeyError, TypeError, ValueError) as error:
+        text = f"{{path}} holds no target v_star ({error}); delete it, it is sought again then"
+        raise FileError(path, text) from error
+    if z.shape != (width,) or not z.isfinite().all():
+        text = f"{{path}} holds a target of shape {list(z.shape)}, expected {width} finite numbers: of another model?"
+        raise FileError(path, text)
+    return z
+
+
+def _save(path: Path, z: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, "the target could not be saved") as temporary, temporary.open("wb") as file:
+        np.savez(file, v_star=z.detach().cpu().numpy())
