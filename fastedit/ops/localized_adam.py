@@ -19,8 +19,8 @@ from fastedit.ops.library import define, writes_in_place
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 _GRAM_ROWS = 2048
-_TILE = 1 << 21
-"""Elements of dW that torch's fused step takes at once: 8 MiB. From there on a CPU is as fast as with all of dW."""
+_TILE = 1 << 22
+"""Elements of dW that torch's fused step takes at once, 16 MiB: a CPU is then as fast as with all of dW."""
 _WORD = 0xFFFFFFFF
 
 
@@ -155,8 +155,9 @@ def _fused(
     assert exp_avg is not None  # by `_plain`
     assert exp_avg_sq is not None
     step_of = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    height = max(1, _TILE // max(1, weight.shape[1]))
-    tiles = zip(*(x.split(height) for x in (weight, a.T, exp_avg, exp_avg_sq)), strict=True)
+    height = -(-len(weight) // -(-max(1, weight.numel()) // _TILE))  # of equal parts
+    whole = (weight, a.T, exp_avg, exp_avg_sq)
+    tiles = [whole] if height >= len(weight) else zip(*(x.split(height) for x in whole), strict=True)
     for tile, some, first, second in tiles:
         g = _product(some, b)
         if clip is not None:
@@ -257,8 +258,10 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, accumulated and returned in fp32."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)
-    out = torch.empty(len(x), y.shape[1], dtype=torch.float32, device=x.device)  # given, autocast lets it be
-    return torch.mm(x.float(), y.float(), out=out)
+    x, y = x.float(), y.float()
+    if torch.is_autocast_enabled(x.device.type):  # it leaves alone what has a tensor for its result
+        return torch.mm(x, y, out=x.new_empty(len(x), y.shape[1]))
+    return x @ y
 
 
 def _check(
