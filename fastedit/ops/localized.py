@@ -66,7 +66,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         weight.requires_grad_(False)
         weight.grad = None
         module.__class__ = _tapped(self._kind)
-        module.__dict__["_tap"] = anchor, key, self._transposed
+        module.__dict__["_tap"] = anchor, key, self._transposed, weight.dtype
 
     def remove(self) -> None:
         """Make the module what it was before `localized`, but for the weight's values; nothing is updated any more."""
@@ -163,9 +163,9 @@ def localized(
     more; the gradient is made of its two factors inside `localized_adam_`. A bias gets its gradient as ever.
 
     Works under autocast, activation checkpointing (`use_reentrant=False`) and `torch.compile`, in any order. It is for
-    one process, without a `GradScaler`. Uses of the weight that do not call the module, such as a head tied to it, add
-    nothing to its gradient. A copy of the model (`copy.deepcopy`) has the
-    plain module.
+    one process and one device, without a `GradScaler`; move and cast the model before. Uses of the weight that do not
+    call the module, such as a head tied to it, add nothing to its gradient. A copy of the model (`copy.deepcopy`) has
+    the plain module.
 
     Args:
         module: nn.Linear, or Conv1D of transformers; fp32, bf16 or fp16.
@@ -184,7 +184,7 @@ def localized(
     Raises:
         ConfigError: an option has a value it cannot take (names all); the module is no plain linear map, or is
             localized already; there are several processes.
-        TensorError: the weight has another dtype.
+        TensorError: the weight has another dtype, or (in a forward pass) the module was moved or cast afterwards.
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
     options |= {"max_norm": max_norm, "seed": seed}
@@ -194,12 +194,20 @@ def localized(
 class _Tapped(nn.Module):
     """Stands before `nn.Linear` or `Conv1D` among the bases of a module that is trained in the backward pass."""
 
-    _tap: tuple[Tensor, int, bool]
+    _tap: tuple[Tensor, int, bool, torch.dtype]
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[no-any-return]
-        found: Tensor = _Linear.apply(x, self.weight, self.bias, *self._tap)  # type: ignore[no-untyped-call]
+        anchor, key, transposed, dtype = self._tap
+        if (self.weight.dtype, self.weight.device) != (dtype, anchor.device):
+            raise TensorError(
+                f"this {type(self).__name__} is {self.weight.dtype} on {self.weight.device} now, and was {dtype} on "
+                f"{anchor.device} when localized made its moments; move and cast the model first"
+            )
+        found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, anchor, key, transposed
+        )
         return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -321,6 +321,15 @@ def wrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+@pytest.mark.parametrize("where", [BF16, "meta"])
+def test_a_module_that_moves_afterwards_is_refused(where: Any) -> None:
+    layer = nn.Linear(3, 4)
+    ops.localized(layer, lr=0.1)
+    layer.to(where)
+    with pytest.raises(TensorError, match=r"and was torch\.float32 on cpu when localized made .* cast the model first"):
+        layer(torch.ones(2, 3).to(where))
+
+
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
