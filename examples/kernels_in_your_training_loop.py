@@ -2,8 +2,8 @@
 
     python examples/kernels_in_your_training_loop.py --model ./Llama-3-8B --module model.layers.22.mlp.down_proj
 
-`target_cross_entropy` gives loss and gradient at the target tokens and keeps no logits. `localized_adam_` makes Adam's
-step from the layer's inputs and the gradient in its outputs. Without --model the small model of the package is trained.
+`target_cross_entropy` is the loss at the target tokens and keeps no logits. `localized` makes Adam's step in the
+backward pass and keeps no gradient of the weight. Without --model the small model of the package is trained.
 """
 
 import argparse
@@ -34,14 +34,10 @@ labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value
 wanted = labels >= 0
 share = torch.full((int(wanted.sum()),), 1 / int(wanted.sum()))  # weight of each target token in the loss
 
-layer, head = model.get_submodule(args.module), model.get_output_embeddings().weight
-seen = {}
-layer.register_forward_hook(lambda _, inputs, output: seen.update(X=inputs[0], Y=output.requires_grad_()))
-first, second = torch.zeros_like(layer.weight), torch.zeros_like(layer.weight)  # Adam's moments
+head = model.get_output_embeddings().weight
+ops.localized(model.get_submodule(args.module), lr=args.lr)
 for step in range(1, args.steps + 1):
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[wanted]  # [R, h]
-    loss, grad_hidden = ops.target_cross_entropy(hidden.detach(), head, labels[wanted], share)
-    hidden.backward(grad_hidden)
-    X, G = seen["X"].flatten(0, 1), seen["Y"].grad.flatten(0, 1)  # [T, in], [T, out]
-    ops.localized_adam_(layer.weight, G, X, first, second, step, lr=args.lr)
+    loss, _ = ops.target_cross_entropy(hidden, head, labels[wanted], share)
+    loss.backward()  # the step too
     print(f"step {step}: loss {loss.item():.4f}")

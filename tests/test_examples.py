@@ -54,6 +54,19 @@ def test_a_plain_training_loop_learns_with_the_operations(run: Callable[..., str
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_trainer_learns_without_a_gradient(run: Callable[..., str]) -> None:
+    answers = re.findall(r"→ (.+) \(wanted: (.+)\)", run("localized_in_a_trainer"))
+    assert [answer for answer, _ in answers] == [request.target for request in World().requests(10)]
+
+
+@pytest.mark.parametrize(("flags", "share"), [(("--epochs", "9"), 0.1), (("--epochs", "4", "--bf16"), 0.6)])
+def test_llama_factorys_loop_learns_without_a_gradient(
+    flags: tuple[str, ...], share: float, run: Callable[..., str]
+) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run("localized_like_llama_factory", *flags))]
+    assert losses[-1] < share * losses[0]
+
+
 def test_the_second_moment_of_a_hook_is_that_of_the_texts_without_padding(
     run: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.linalg import cholesky, solve, solve_triangular
 
 from benchmarks import kernels
@@ -98,6 +98,42 @@ def null_space_case() -> Case:
     )
 
 
+def localized_case(out: int, width: int, rows: int, steps: int = 8) -> Case:
+    """A training loop of one layer, forward, backward and step. torch: its fused Adam on the gradient of a backward."""
+
+    def setup() -> Inputs:
+        return torch.randn(out, width) / width**0.5, torch.randn(steps, rows, width), torch.randn(steps, rows, out)
+
+    def loop(
+        weight: Tensor, xs: Tensor, ys: Tensor, make: Callable[[nn.Linear], torch.optim.Optimizer]
+    ) -> list[Tensor]:
+        layer = nn.Linear(width, out, bias=False, dtype=weight.dtype)
+        layer.weight = nn.Parameter(weight)
+        optimizer = make(layer)
+        for x, y in zip(xs.to(weight.dtype), ys.to(weight.dtype), strict=True):
+            layer(x).backward(y)
+            optimizer.step()
+            optimizer.zero_grad()
+        if isinstance(optimizer, ops.LocalizedAdam):
+            optimizer.remove()
+        return [layer.weight.detach()]
+
+    def theirs(layer: nn.Linear) -> torch.optim.Optimizer:
+        return torch.optim.Adam([layer.weight], lr=1e-3, fused=True)
+
+    def ours(layer: nn.Linear) -> torch.optim.Optimizer:
+        return ops.localized(layer, lr=1e-3)
+
+    return Case(
+        "localized",
+        setup,
+        lambda weight, *rest: loop(weight.double(), *rest, theirs),
+        {"ours": partial(loop, make=ours), "torch": partial(loop, make=theirs)},
+        tolerance=1e-4,
+        shape=f"{out}×{width}, T={rows}",
+    )
+
+
 def stream_case(batches: int = 8) -> Case:
     """torch: a d×d solve for each batch."""
 
@@ -167,6 +203,8 @@ def all_cases() -> dict[str, list[Case]]:
         *(syrk_case(name) for name in ("float32", "bfloat16")),
         factor_case(),
         null_space_case(),
+        localized_case(576, 1536, 64),
+        localized_case(2048, 2048, 256),
         stream_case(),
         *(dependent_case(some=some) for some in (False, True)),
     ):

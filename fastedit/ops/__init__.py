@@ -1,6 +1,7 @@
 """One public function an operation, its plain torch reference beside it."""
 
 from fastedit.ops.cholesky import DependentKeysError, factor_covariance, find_dependent
+from fastedit.ops.localized import LocalizedAdam, localized
 from fastedit.ops.localized_adam import localized_adam_
 from fastedit.ops.rank_k_solve import null_space_update, rank_k_update
 from fastedit.ops.sequential import SequentialSolver
@@ -9,9 +10,11 @@ from fastedit.ops.target_cross_entropy import logits_buffer, target_cross_entrop
 
 __all__ = [
     "DependentKeysError",
+    "LocalizedAdam",
     "SequentialSolver",
     "factor_covariance",
     "find_dependent",
+    "localized",
     "localized_adam_",
     "logits_buffer",
     "null_space_update",

@@ -1,7 +1,8 @@
 """Adam on one weight from what its gradient is made of, G and X: dW = GᵀX exists tile by tile only.
 
 Formulas in fp32, whatever is stored, and in torch's order: Adam adds weight decay to the gradient, AdamW (`decoupled`)
-shrinks the weight. The reference beside the kernel forms dW.
+shrinks the weight. The reference beside the kernel forms dW;
+torch's own fused step, which serves where all is fp32, some rows of it at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ConfigError, TensorError
+from fastedit.ops.library import define, writes_in_place
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 _GRAM_ROWS = 2048
+_TILE = 1 << 22
+"""Elements of dW that torch's fused step takes at once, 16 MiB: a CPU is then as fast as with all of dW."""
 _WORD = 0xFFFFFFFF
 
 
@@ -71,6 +75,14 @@ def localized_adam_(
         TensorError: a tensor has another shape, dtype or device than it must have.
         ConfigError: options that do not fit one another; a backend that cannot serve.
     """
+    if torch.compiler.is_compiling():
+        at = step if isinstance(step, Tensor) else torch.full((), step, device=weight.device)
+        _operator(
+            weight, grad_output, input, exp_avg, exp_avg_sq, at, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled=decoupled, max_norm=max_norm, max_change=max_change, original=original, copy=copy, seed=seed,
+            skip=skip, allow_tf32=allow_tf32, backend=backend,
+        )  # fmt: skip
+        return
     matrices = {
         "weight": weight, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "original": original, "copy": copy
     }  # fmt: skip
@@ -137,17 +149,23 @@ def _fused(
     skip: Tensor | None,
     **_: Any,  # what `_plain` has excluded
 ) -> None:
-    """As `_reference` for all in fp32: dW and one pass over it, the weight and the moments."""
-    g = _product(a.T, b)
-    if clip is not None:
-        g *= clip
+    """As `_reference` for all in fp32: some rows of dW, and one pass over them, the weight and the moments."""
     number = step.float() if isinstance(step, Tensor) else torch.full((), float(step), device=weight.device)
     found_inf = None if skip is None else (skip != 0).float()
-    first, second = ([x] for x in (exp_avg, exp_avg_sq) if x is not None)
-    (torch._fused_adamw_ if decoupled else torch._fused_adam_)(
-        [weight], [g], first, second, [], [number.view(())], lr=lr, beta1=betas[0], beta2=betas[1],
-        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=found_inf,
-    )  # fmt: skip
+    assert exp_avg is not None  # by `_plain`
+    assert exp_avg_sq is not None
+    step_of = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    height = -(-len(weight) // -(-max(1, weight.numel()) // _TILE))  # of equal parts
+    whole = (weight, a.T, exp_avg, exp_avg_sq)
+    tiles = [whole] if height >= len(weight) else zip(*(x.split(height) for x in whole), strict=True)
+    for tile, some, first, second in tiles:
+        g = _product(some, b)
+        if clip is not None:
+            g *= clip
+        step_of(
+            [tile], [g], [first], [second], [], [number.view(())], lr=lr, beta1=betas[0], beta2=betas[1],
+            weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False, found_inf=found_inf,
+        )  # fmt: skip
 
 
 def _reference(
@@ -240,7 +258,10 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, accumulated and returned in fp32."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)
-    return x.float() @ y.float()
+    x, y = x.float(), y.float()
+    if torch.is_autocast_enabled(x.device.type):  # it leaves alone what has a tensor for its result
+        return torch.mm(x, y, out=x.new_empty(len(x), y.shape[1]))
+    return x @ y
 
 
 def _check(
@@ -287,3 +308,13 @@ def _slower(call: Call) -> str | None:
 
 
 register("localized_adam_", Option("triton", _cannot, _slower))
+
+
+_operator = define(
+    "localized_adam_(Tensor(a!) weight, Tensor grad_output, Tensor input, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq, "
+    "Tensor step, *, float lr, float[] betas=[0.9, 0.999], float eps=1e-8, float weight_decay=0.0, "
+    "bool decoupled=False, float? max_norm=None, float? max_change=None, Tensor? original=None, Tensor(d!)? copy=None, "
+    'SymInt? seed=None, Tensor? skip=None, bool allow_tf32=False, str backend="auto") -> ()',
+    localized_adam_,
+    writes_in_place,
+)

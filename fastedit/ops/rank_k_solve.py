@@ -8,7 +8,8 @@ in the code: Kᵀ and Yᵀ [N, d].
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from fastedit.ops.cholesky import (
     plus_diagonal,
     whiten,
 )
+from fastedit.ops.library import define
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 Constraint = Literal["least-squares", "equality"]
@@ -67,6 +69,9 @@ def rank_k_update(
         EditError: keys or residuals hold NaN or infinity (the row is named), or do not fit one another.
         DependentKeysError: equality at ridge 0 with keys that depend on one another, by `DEPENDENT`.
     """
+    if torch.compiler.is_compiling():
+        left, right = _update(keys, residuals, cov_factor, ridge=ridge, constraint=constraint, backend=backend)
+        return left, right
     if constraint not in ("least-squares", "equality"):
         raise ConfigError(f'constraint is {constraint!r}; take "least-squares" or "equality"')
     check_ridge(ridge, "ridge", zero=constraint == "equality")
@@ -113,6 +118,9 @@ def null_space_update(
         ConfigError, EditError: as in `rank_k_update`, or previous is not a sum of squares.
         TensorError: basis or previous does not fit the keys.
     """
+    if torch.compiler.is_compiling():
+        left, right = _null_space_update(keys, residuals, basis, previous, l2=l2, backend=backend)
+        return left, right
     check_ridge(l2, "l2")
     if basis.ndim != 2 or basis.shape[0] != keys.shape[-1]:
         raise TensorError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
@@ -187,3 +195,33 @@ def _slower(call: Call) -> str | None:
 
 
 register("rank_k_update", Option("triton", _cannot, _slower))
+
+
+def _laid_out(solve: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The solve for torch's graphs, which must know the strides of what it gives."""
+
+    def serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        left, right = solve(*args, **options)
+        return left.contiguous(), right.contiguous()
+
+    return serve
+
+
+def _fake(keys: Tensor, residuals: Tensor, space: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    *groups, n, d = keys.shape
+    k = torch.sym_min(n, space.shape[1])
+    return residuals.new_empty(*groups, residuals.shape[-1], k), residuals.new_empty(*groups, k, d)
+
+
+_update = define(
+    "rank_k_update(Tensor keys, Tensor residuals, Tensor cov_factor, *, float ridge, "
+    'str constraint="least-squares", str backend="auto") -> (Tensor, Tensor)',
+    _laid_out(rank_k_update),
+    _fake,
+)
+_null_space_update = define(
+    "null_space_update(Tensor keys, Tensor residuals, Tensor basis, Tensor? previous=None, *, float l2, "
+    'str backend="auto") -> (Tensor, Tensor)',
+    _laid_out(null_space_update),
+    _fake,
+)

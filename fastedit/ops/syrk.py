@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastedit.errors import ConfigError, TensorError
+from fastedit.ops.library import define, writes_in_place
 from fastedit.ops.registry import Backend, Call, Option, choose, register
 
 CHUNK = 1024
@@ -41,6 +42,9 @@ def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: B
         TensorError: shapes, dtypes or devices do not fit, or (on a CPU; a GPU would have to be waited for) a row that
             counts holds NaN, infinity or a magnitude above LARGEST_VALUE. `total` is then as it was.
     """
+    if torch.compiler.is_compiling():
+        _operator(total, rows, mask, backend=backend)
+        return
     _check(total, rows, mask)
     taken = choose("syrk_", backend, device=rows.device, dtype=rows.dtype, T=len(rows), d=rows.shape[1])
     if not rows.numel():
@@ -65,7 +69,10 @@ def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
         x = chunk if tensor_cores else chunk.float()
         for start in range(0, x.shape[1], _BLOCK):  # block columns: half of the products are never formed
             left, right = x[:, start:].T, x[:, start : start + _BLOCK]
-            product = torch.mm(left, right, out_dtype=torch.float32) if tensor_cores else left @ right
+            if tensor_cores:
+                product = torch.mm(left, right, out_dtype=torch.float32)
+            else:  # where the result is to be given, autocast lets the product be
+                product = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
             product[:_BLOCK].tril_()
             total[start:, start : start + _BLOCK] += product
 
@@ -201,3 +208,6 @@ def _not_finite(row: int) -> TensorError:
 
 
 register("syrk_", Option("cuda", _no_cuda, slower=_untried), Option("cpp", _no_cpp))
+_operator = define(
+    'syrk_(Tensor(a!) total, Tensor rows, Tensor? mask=None, *, str backend="auto") -> ()', syrk_, writes_in_place
+)

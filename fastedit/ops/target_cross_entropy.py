@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastedit.errors import TensorError
+from fastedit.ops.library import define
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 _CHUNK_LOGITS = 1 << 25
@@ -27,7 +30,6 @@ def logits_buffer(head_weight: Tensor, n: int, n_others: int = 0) -> Tensor:
     return head_weight.new_empty(max(1, n_others, min(_CHUNK_LOGITS // V, n)), V)
 
 
-@torch.no_grad()
 def target_cross_entropy(
     hidden: Tensor,
     head_weight: Tensor,
@@ -45,6 +47,9 @@ def target_cross_entropy(
 
     loss = Σ_r w_r · (logsumexp(z_r) − z_r[label_r]) with z = cap(hidden @ head_weightᵀ + bias). Loss and
     gradient come together in two matrix products, because the head is frozen; rows are taken in chunks.
+
+    The loss may be differentiated: `loss.backward()` hands grad_hidden on, times the gradient of the loss, if hidden
+    requires a gradient. Nothing else gets one.
 
     Args:
         hidden: [R, h], after the final norm, fp32, bf16 or fp16. With ``others`` [R + Q, h].
@@ -67,7 +72,54 @@ def target_cross_entropy(
 
     Raises:
         ValueError: rows without labels and no ``others``, or a ``scratch`` that cannot hold theirs.
+        TensorError: by `loss.backward()`, if another tensor than hidden requires a gradient (names all that do).
     """
+    with torch.no_grad():
+        if torch.compiler.is_compiling() and others is None:
+            losses, grad = _operator(
+                hidden, head_weight, labels, sample_weight, bias=bias, softcap=softcap, backend=backend
+            )
+        else:
+            losses, grad = _of_rows(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch, backend)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        given = {"head_weight": head_weight, "sample_weight": sample_weight, "bias": bias}
+        unfrozen = [name for name, x in given.items() if x is not None and x.requires_grad]
+        return _Loss.apply(hidden, losses, grad, per_row, unfrozen), grad  # type: ignore[no-untyped-call]
+    return losses if per_row else losses.sum(), grad
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, whose gradient in `hidden` is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, grad: Tensor, per_row: bool, unfrozen: list[str]) -> Tensor:
+        ctx.save_for_backward(grad)
+        ctx.unfrozen = unfrozen
+        return losses.clone() if per_row else losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.unfrozen:
+            raise TensorError(
+                f"target_cross_entropy gives a gradient to hidden alone, and these require one: "
+                f"{', '.join(ctx.unfrozen)}; freeze them by requires_grad_(False), or give them with .detach()"
+            )
+        (grad,) = ctx.saved_tensors
+        return (grad * (slope[:, None] if slope.ndim else slope)).to(grad.dtype), None, None, None, None
+
+
+def _of_rows(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    others: LogitLoss | None,
+    scratch: Tensor | None,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Loss [R + Q] and gradient [R + Q, h], by the backend of this call."""
     R, V, Q = len(labels), len(head_weight), len(hidden) - len(labels)
     if Q < 0 or (Q > 0 and others is None):
         raise ValueError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
@@ -82,7 +134,7 @@ def target_cross_entropy(
             losses, grad = torch.cat([losses, found[0]]), torch.cat([grad, found[1]])
     else:
         losses, grad = _in_chunks(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch)
-    return losses if per_row else losses.sum(), grad
+    return losses, grad
 
 
 def _in_chunks(
@@ -152,3 +204,29 @@ def _slower(call: Call) -> str | None:
 
 
 register("target_cross_entropy", Option("triton", _cannot, _slower))
+
+
+def _serve(
+    hidden: Tensor,
+    head_weight: Tensor,
+    labels: Tensor,
+    sample_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    losses, grad = _of_rows(hidden, head_weight, labels, sample_weight, bias, softcap, None, None, backend)
+    return losses, grad.contiguous()
+
+
+def _fake(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.float32), hidden.new_empty(hidden.shape)
+
+
+_operator = define(
+    "target_cross_entropy(Tensor hidden, Tensor head_weight, Tensor labels, Tensor sample_weight, *, "
+    'Tensor? bias=None, float? softcap=None, str backend="auto") -> (Tensor, Tensor)',
+    _serve,
+    _fake,
+)

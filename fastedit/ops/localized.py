@@ -1,0 +1,300 @@
+"""Adam in the backward pass: one linear map's weight is updated there, and its gradient is never stored."""
+
+from __future__ import annotations
+
+import copyreg
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from itertools import count
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.errors import ConfigError, TensorError
+from fastedit.ops.library import define
+from fastedit.ops.localized_adam import localized_adam_
+from fastedit.ops.registry import Backend
+
+Rows = list[tuple[Tensor, Tensor]]
+"""Of each call of the linear map: gradient in its output [T, out], input [T, in]."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NAMES = "float32, bfloat16 or float16"
+_KEYS: Iterator[int] = count()
+_OWNERS: WeakValueDictionary[int, LocalizedAdam] = WeakValueDictionary()
+
+
+class LocalizedAdam(torch.optim.Optimizer):
+    """The optimizer of one linear map that `localized` returns.
+
+    Learning-rate schedules, checkpoints and a `Trainer` take it as any other. `state_dict()` has the moments and the
+    number of steps by the names of `torch.optim.Adam`, and the fp32 master if there is one.
+
+    Args:
+        module: as in `localized`.
+        options: of `localized_adam_`, from `lr` to `seed`: the entries of `param_groups[0]`.
+        accumulate, allow_tf32, backend: as in `localized`.
+    """
+
+    def __init__(
+        self, module: nn.Module, options: Mapping[str, Any], *, accumulate: bool, allow_tf32: bool, backend: Backend
+    ) -> None:
+        self._transposed = _check(module, options)
+        self._module, self._kind = module, cast(Any, type(module))
+        weight = self._weight = module.get_parameter("weight")
+        super().__init__([weight], dict(options))
+        self._options = tuple(options)  # a group may have more: of schedules, or of torch when it is loaded
+        self._accumulate, self._allow_tf32, self._backend = accumulate, allow_tf32, backend
+        kept = self.state[weight]
+        kept["step"] = torch.zeros((), device=weight.device)
+        kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+        if weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and options["seed"] is None):
+            kept["master"] = weight.detach().float()
+        self._version = weight._version
+        self._noted: list[tuple[int, Tensor, Tensor]] = []  # by the number of the backward pass
+        self._rows: Rows = []  # of the backward passes since the last step
+        # its gradient is whole once every call of the module in the graph has given its rows: autograd counts them
+        anchor = torch.zeros(1, device=weight.device, requires_grad=True)
+        anchor.register_post_accumulate_grad_hook(self._after_backward)
+        key = next(_KEYS)
+        _OWNERS[key] = self
+        self._flag = weight.requires_grad
+        weight.requires_grad_(False)
+        weight.grad = None
+        module.__class__ = _tapped(self._kind)
+        module.__dict__["_tap"] = anchor, key, self._transposed, weight.dtype
+
+    def remove(self) -> None:
+        """Make the module what it was before `localized`, but for the weight's values; nothing is updated any more."""
+        if "_tap" in self._module.__dict__:
+            del self._module.__dict__["_tap"]
+            self._module.__class__ = self._kind
+            self._weight.requires_grad_(self._flag)
+        self._noted, self._rows = [], []
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """With ``accumulate`` update the weight by all rows since the last step; otherwise that has been done."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rows, self._rows = self._rows, []
+        self._update(rows)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the rows that `step` has not used."""
+        self._rows = []
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict()` of such an optimizer gave.
+
+        Raises:
+            TensorError: it has other tensors, or tensors of other shapes, than those of this weight.
+        """
+        mine, given = self.state[self._weight], state_dict["state"].get(0, {})
+        sizes = [{name: list(x.shape) for name, x in kept.items()} for kept in (mine, given)]
+        if sizes[0] != sizes[1]:
+            raise TensorError(f"the state holds {sizes[1]}, expected {sizes[0]}: it is of another weight or dtype")
+        super().load_state_dict(state_dict)  # which rounds moments to the dtype of the weight
+        self.state[self._weight] = {name: torch.empty_like(x).copy_(given[name]) for name, x in mine.items()}
+        self._version = self._weight._version
+
+    def note(self, grad: Tensor, input: Tensor) -> None:
+        """Keep what a call of the module adds to the gradient, until its backward pass has seen all calls."""
+        task = torch._C._current_graph_task_id()
+        self._noted.append((task, grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])))
+
+    def _after_backward(self, anchor: Tensor) -> None:
+        anchor.grad = None
+        now = torch._C._current_graph_task_id()
+        rows = [(grad, input) for task, grad, input in self._noted if task == now]
+        self._noted = []  # what is left is of a pass that has failed, or that was asked for other gradients
+        if self._accumulate:
+            self._rows += rows
+        else:
+            self._update(rows)
+
+    @torch.no_grad()
+    def _update(self, rows: Rows) -> None:
+        if not rows:
+            return
+        _refuse_ranks()
+        grads, inputs = rows[0] if len(rows) == 1 else (torch.cat(x) for x in zip(*rows, strict=True))
+        kept, group, weight = self.state[self._weight], self.param_groups[0], self._weight.detach()
+        master = kept.get("master")
+        if master is not None and self._weight._version != self._version:  # others have written the weight
+            master.copy_(weight)
+        kept["step"] += 1
+        stored = [weight if master is None else master, kept["exp_avg"], kept["exp_avg_sq"]]
+        stored += [] if master is None else [weight]
+        target, first, second, *copy = (x.T for x in stored) if self._transposed else stored
+        localized_adam_(
+            target, grads, inputs, first, second, kept["step"], **{name: group[name] for name in self._options},
+            copy=copy[0] if copy else None, allow_tf32=self._allow_tf32, backend=self._backend,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(self._weight)  # kernels do not: a graph that needs the old one may tell
+        self._version = self._weight._version
+
+
+def localized(
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    max_norm: float | None = None,
+    seed: int | None = None,
+    accumulate: bool = False,
+    allow_tf32: bool = False,
+    backend: Backend = "auto",
+) -> LocalizedAdam:
+    """Train the weight of one linear map by Adam in the backward pass of your own loop.
+
+    A backward pass that reaches the module updates the weight once, when the last call of the module in its graph has
+    been passed: `loss.backward()` is the whole step. `weight.grad` stays None, and the weight requires no gradient any
+    more; the gradient is made of its two factors inside `localized_adam_`. A bias gets its gradient as ever.
+
+    Works under autocast, activation checkpointing (`use_reentrant=False`) and `torch.compile`, in any order. It is for
+    one process and one device, without a `GradScaler`; move and cast the model before. Uses of the weight that do not
+    call the module, such as a head tied to it, add nothing to its gradient. A copy of the model (`copy.deepcopy`) has
+    the plain module.
+
+    Args:
+        module: nn.Linear, or Conv1D of transformers; fp32, bf16 or fp16.
+        lr, betas, eps, weight_decay, decoupled, max_norm: as in `localized_adam_`; `optimizer.param_groups[0]` has
+            them, so that learning-rate schedules work.
+        seed: round a bf16 weight stochastically. Without it a weight that is not fp32 has an fp32 master, which is
+            updated and then rounded into it.
+        accumulate: collect the rows of several backward passes until `step()`, which makes one update of them.
+            `zero_grad()` forgets them.
+        allow_tf32, backend: as in `localized_adam_`.
+
+    Returns:
+        An optimizer of this weight. Its `step()` does nothing without `accumulate`; its `remove()` gives back the plain
+        module.
+
+    Raises:
+        ConfigError: an option has a value it cannot take (names all); the module is no plain linear map, or is
+            localized already; there are several processes.
+        TensorError: the weight has another dtype, or (in a forward pass) the module was moved or cast afterwards.
+    """
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
+    options |= {"max_norm": max_norm, "seed": seed}
+    return LocalizedAdam(module, options, accumulate=accumulate, allow_tf32=allow_tf32, backend=backend)
+
+
+class _Tapped(nn.Module):
+    """Stands before `nn.Linear` or `Conv1D` among the bases of a module that is trained in the backward pass."""
+
+    _tap: tuple[Tensor, int, bool, torch.dtype]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[no-any-return]
+        anchor, key, transposed, dtype = self._tap
+        if (self.weight.dtype, self.weight.device) != (dtype, anchor.device):
+            raise TensorError(
+                f"this {type(self).__name__} is {self.weight.dtype} on {self.weight.device} now, and was {dtype} on "
+                f"{anchor.device} when localized made its moments; move and cast the model first"
+            )
+        found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, anchor, key, transposed
+        )
+        return found
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copies and pickles are plain modules: a copy's rows are not those of this weight."""
+        kept = {name: value for name, value in self.__dict__.items() if name != "_tap"}
+        return copyreg.__newobj__, (type(self).__mro__[2],), kept  # type: ignore[attr-defined]
+
+
+@cache
+def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Tapped, kind), {"__module__": kind.__module__})
+
+
+class _Linear(torch.autograd.Function):
+    """The linear map; backward notes the rows in place of a gradient of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, key: int, transposed: bool
+    ) -> Tensor:
+        y = nn.functional.linear(x, weight.T if transposed else weight, bias)
+        ctx.save_for_backward(x.to(y.dtype), weight)  # as autocast has multiplied it
+        ctx.key, ctx.transposed, ctx.dtype = key, transposed, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        note = _note if torch.compiler.is_compiling() else _serve
+        noted = note(grad, x, ctx.key)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            matrix = (weight.T if ctx.transposed else weight).to(grad.dtype)
+            grad_x = (grad @ matrix).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return grad_x, None, grad_bias, noted, None, None
+
+
+def _serve(grad: Tensor, input: Tensor, key: int) -> Tensor:
+    if (owner := _OWNERS.get(key)) is not None:
+        owner.note(grad, input)
+    return torch.zeros(1, device=grad.device)
+
+
+def _serve_graph(grad: Tensor, input: Tensor, key: int) -> Tensor:
+    return _serve(grad.clone(), input.clone(), key)  # a compiled graph uses its memory again
+
+
+def _fake(grad: Tensor, input: Tensor, key: int) -> Tensor:
+    return torch.zeros(1, device=grad.device)
+
+
+_note = define("note_rows(Tensor grad, Tensor input, int key) -> Tensor", _serve_graph, _fake)
+
+
+def _check(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether the weight is stored [in, out]; raises what `localized` does."""
+    kind = type(module)
+    name = f"{kind.__module__}.{kind.__name__}"
+    conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)  # not imported: there is none
+    if isinstance(module, _Tapped):
+        raise ConfigError(f"this {name} is localized already; call remove() of the optimizer that it has")
+    plain = getattr(kind, "forward", None) in (nn.Linear.forward, conv.forward) and "forward" not in module.__dict__
+    if not plain or type(module.weight) is not nn.Parameter:
+        raise ConfigError(
+            f"{name} is no plain nn.Linear or Conv1D of transformers: its forward or its weight is its own (an "
+            "adapter, quantized, sharded, or wrapped by another library). Give the linear map inside it, before others "
+            "wrap it"
+        )
+    if module.weight.dtype not in _DTYPES:
+        raise TensorError(f"the weight of this {name} is {module.weight.dtype}, expected {_NAMES}")
+    betas, norm = options["betas"], options["max_norm"]
+    wrong = {name: "≥ 0" for name in ("lr", "eps", "weight_decay") if not 0 <= options[name] < math.inf}
+    wrong |= {} if len(betas) == 2 and all(0 <= beta < 1 for beta in betas) else {"betas": "two numbers from 0 up to 1"}
+    wrong |= {} if norm is None or norm > 0 else {"max_norm": "> 0, or None"}
+    if wrong:
+        raise ConfigError("; ".join(f"{name} is {options[name]}, expected {what}" for name, what in wrong.items()))
+    _refuse_ranks()
+    return kind.forward is not nn.Linear.forward
+
+
+def _refuse_ranks() -> None:
+    """Several processes would each follow rows of their own, as there is no gradient to average."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ConfigError(
+            f"localized trains in one process, and this is one of {distributed.get_world_size()} (DDP or FSDP): their "
+            "weights would drift apart. Run it in one process"
+        )
