@@ -51,11 +51,11 @@ class Undo:
     def keep(self, path: str, before: Tensor, after: Tensor, update: Update) -> None:
         """Note what the update of one parameter loses."""
         wanted = before.detach().contiguous()
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[wanted.itemsize]
-        found = subtracted(after.detach(), update)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wanted.itemsize]
+        found = subtracted(after.detach().to(wanted.dtype), update)
         at = (found.view(bits) != wanted.view(bits)).reshape(-1).nonzero()[:, 0]
         places = at.to(torch.int32 if wanted.numel() < 2**31 else torch.int64).cpu()
-        if places.nbytes + len(at) * wanted.itemsize < wanted.nbytes:
+        if after.dtype == wanted.dtype and places.nbytes + len(at) * wanted.itemsize < wanted.nbytes:
             self._kept |= {path + _AT: places, path + _WAS: wanted.reshape(-1)[at].cpu()}
         else:
             self._kept[path + _WAS] = wanted.cpu()
@@ -71,7 +71,7 @@ class Undo:
         """The weights of one parameter before the edit, if `weight` is what it was right after it; see `originals`."""
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
-            return was.to(weight.dtype)
+            return was
         found = subtracted(weight, update)
         found.view(-1)[self._kept[path + _AT].long()] = was.to(found.dtype)
         return found
