@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastedit.errors import FileError, ModelError
 from fastedit.models import fingerprint, plain_state, topology
 from fastedit.models.fingerprint import FP16
 from fastedit.models.topology import check_editable
-from fastedit.tensorfile import checksums, load_tensors, save_tensors
+from fastedit.tensorfile import checksums, load_tensors, save_tensors, writing
+from fastedit.undo import undo_of
 from fastedit.version import version_of
 from fastedit.weights import LowRank, Snapshot, Update, add_, put_back
 
@@ -135,6 +137,26 @@ class WeightDelta:
                 tensors[name] = update
         tag = _DENSE if tensors.keys() == self.updates.keys() else _FACTORED
         save_tensors(path, tensors, tag, self.metadata, "the delta")
+
+    def save_dense(self, path: str | Path) -> None:
+        """Write the updates for other programs: safetensors, an fp32 tensor of the parameter's shape by its name.
+
+        Raises:
+            FileError: the file cannot be written.
+        """
+        updates = {name: u.dense() if isinstance(u, LowRank) else u for name, u in self.updates.items()}
+        with writing(path, "the updates could not be saved") as temporary:
+            save_file({name: u.contiguous().cpu() for name, u in updates.items()}, temporary, {"format": "pt"})
+
+    def save_undo(self, path: str | Path) -> None:
+        """Write what `fastedit revert` needs to take the edit out of a checkpoint bit for bit.
+
+        Raises:
+            ModelError: not applied. FileError: the file cannot be written.
+        """
+        if self._model is None:
+            raise ModelError("this delta is not applied to a model, so it does not know the weights before it")
+        undo_of(self._originals, _parameters(self._model, self._originals), self.updates).save(path)
 
     @classmethod
     @plain_state

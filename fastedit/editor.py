@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from fastedit.compose import Composition, Given
 from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
@@ -217,6 +218,25 @@ class Editor:
         seconds = plan.seconds + time.perf_counter() - started
         metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
+
+    @plain_state
+    def apply_deltas(self, deltas: Sequence[Given]) -> Composition:
+        """Put several saved edits onto the model together.
+
+        Those made for this model are added up, so that their order does not matter. One that was made on top of others
+        comes right after them in the list. `evaluate` counts all of them as edits of this Editor.
+
+        Args:
+            deltas: or their files.
+
+        Returns:
+            The composition: where the deltas overlap, and a `revert` of all or one.
+
+        Raises:
+            ModelError: deltas of another model, or that a model holds already. FileError: a file that is no delta.
+                The model is as it was.
+        """
+        return Composition(deltas, self.parts.network, lambda delta: self._edits.append(_Edit(delta, {})))
 
     def _history(self, now: str) -> History:
         """The history of the model, whose fingerprint is `now`, with this Editor."""

@@ -12,7 +12,11 @@ from pathlib import Path
 
 from fastedit.errors import FileError
 
-_DELTA = ["delta.safetensors", "report.json"]  # all that `fastedit edit --delta-only` writes
+_OURS: tuple[list[str], ...] = (
+    [],
+    ["delta.safetensors", "report.json"],  # all that `fastedit edit --delta-only` writes
+    ["adapter_config.json", "adapter_model.safetensors"],
+)
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """The same for a folder; an empty one, a checkpoint, or one of a delta and its report is replaced, and no other.
+    """The same for a folder; an empty one, a checkpoint, a delta with its report or an adapter is replaced, no other.
 
     What the old folder holds is gone then. Those whose inputs may lie in it ask `check_directory` first.
 
@@ -42,7 +46,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         FileError: `path` is something else: no folder, or one without config.json and safetensors files.
     """
     path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
-    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or _names(path) in ([], _DELTA))):
+    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or _names(path) in _OURS)):
         raise FileError(path, "{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -55,7 +55,11 @@ def check_saves(model: Model, directory: Path) -> None:
     state = model.network.state_dict()
     with trying_directory(directory) as temporary:
         _separate(state, _write_all_but_weights(model, temporary))
-    needed = sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
+    check_room(directory, sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values()))
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """See before the work that a folder has room for a model of so many bytes. Raises FileError."""
     place = next(parent for parent in directory.resolve().parents if parent.is_dir())
     room = shutil.disk_usage(place)
     if room.total and room.free < needed:  # some file systems do not tell
@@ -100,17 +104,10 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     """Write the tokenizer, write all the rest elsewhere as a trial, and look at what a reader will see."""
     network: Any = model.network
     _attempt(model.tokenizer.save_pretrained, folder)
-    # numbers instead of weights: transformers has names of its own in files, and the numbers tell which is which
     own = list(network.state_dict())
-    marks = {name: torch.tensor([i]) for i, name in enumerate(own)}
     with tempfile.TemporaryDirectory(dir=folder) as trial:
-        try:
-            _attempt(network.save_pretrained, trial, state_dict=marks)
-            found = {own[int(tensor)]: saved for saved, tensor in _tensors(Path(trial))}
-        except ModelError:
-            _attempt(network.save_pretrained, trial, state_dict={})  # or it was not about the weights
-            found = None
-        architecture = _attempt(_architecture, trial)
+        found = names_in_files(network, Path(trial))
+        architecture = architecture_of(Path(trial)).state_dict(keep_vars=True)
     groups: dict[int, set[str]] = {}
     for name, parameter in architecture.items():
         groups.setdefault(id(parameter), set()).add(name)
@@ -122,13 +119,35 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     )
 
 
-def _architecture(folder: str) -> dict[str, Tensor]:
-    """The weights, on the meta device, of the model that a config.json describes; tied ones are one object."""
+def names_in_files(network: Any, trial: Path) -> dict[str, str] | None:
+    """Names of a model's weights -> those that transformers gives them in files; None if it splits or joins some.
+
+    Args:
+        trial: an empty folder, which has all of a checkpoint then but its weights.
+
+    Raises:
+        ModelError: transformers cannot write the model.
+    """
+    # numbers instead of weights: the numbers tell which is which
+    own = list(network.state_dict())
+    marks = {name: torch.tensor([i]) for i, name in enumerate(own)}
+    try:
+        _attempt(network.save_pretrained, trial, state_dict=marks)
+        return {own[int(tensor)]: saved for saved, tensor in _tensors(trial)}
+    except ModelError:
+        _attempt(network.save_pretrained, trial, state_dict={})  # or it was not about the weights
+        return None
+
+
+def architecture_of(folder: Path) -> Any:
+    """The model, on the meta device, that a config.json describes. Raises ModelError."""
+    return _attempt(_made_of_nothing, folder)
+
+
+def _made_of_nothing(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        made: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    weights: dict[str, Tensor] = made.state_dict(keep_vars=True)
-    return weights
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from fastedit.tensorfile import checksum
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,63 @@ def add_(parameter: Tensor, update: Update) -> None:
         parameter.copy_(torch.addmm(parameter.to(wide), update.left.to(wide), update.right.to(wide)))
     else:
         parameter.copy_(parameter.to(wide) + update)
+
+
+def summed(updates: Sequence[Update]) -> Update:
+    """The sum of updates of one parameter, which is the same in whatever order they are given.
+
+    Factors stay factors: they are put side by side.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    ordered = sorted(updates, key=lambda update: checksum(update.left if isinstance(update, LowRank) else update))
+    low_rank = [update.to("cpu") for update in ordered if isinstance(update, LowRank)]
+    factors = (
+        LowRank(torch.cat([u.left for u in low_rank], 1), torch.cat([u.right for u in low_rank])) if low_rank else None
+    )
+    if factors and len(low_rank) == len(ordered):
+        return factors
+    total = torch.zeros(updates[0].shape, dtype=torch.float64)
+    for update in ordered:
+        total += update.dense().cpu() if isinstance(update, LowRank) else update.cpu()
+    return total.float()
+
+
+def inner(one: Update, other: Update) -> float:
+    """The inner product of two updates of one parameter, in fp64; of factors without their products."""
+    if isinstance(other, LowRank):
+        if not isinstance(one, LowRank):
+            return float(((one.cpu().double() @ other.right.cpu().double().T) * other.left.cpu()).sum())
+        left, right = one.left.cpu().double().T @ other.left.cpu().double(), one.right.cpu().double()
+        return float((left * (right @ other.right.cpu().double().T)).sum())
+    return inner(other, one) if isinstance(one, LowRank) else float((one.cpu().double() * other.cpu().double()).sum())
+
+
+def norm(update: Update) -> float:
+    """The Frobenius norm."""
+    return math.sqrt(max(inner(update, update), 0.0))
+
+
+def truncated(update: Update, rank: int) -> tuple[LowRank, float]:
+    """The nearest update of at most this rank, and its relative error: the norm of what it lacks over that of all.
+
+    Factors [m, k] and [k, n] are cut in [k, k], never in [m, n]; of a matrix the smaller Gram matrix is taken apart.
+    """
+    if isinstance(update, LowRank):
+        (q, a), (p, b) = (torch.linalg.qr(f.cpu().double()) for f in (update.left, update.right.T))
+        u, sizes, v = torch.linalg.svd(a @ b.T, full_matrices=False)
+        left, right = q @ u[:, :rank], (sizes[:, None] * v)[:rank] @ p.T
+    else:
+        matrix = update.cpu().double()
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        squares, u = torch.linalg.eigh(wide @ wide.T)
+        sizes, left = squares.flip(0).clamp_min(0).sqrt(), u.flip(1)[:, :rank]
+        right = left.T @ wide
+        if wide is not matrix:
+            left, right = right.T, left.T
+    whole = float(sizes.square().sum())
+    error = math.sqrt(float(sizes[rank:].square().sum()) / whole) if whole else 0.0
+    return LowRank(left.float().contiguous(), right.float().contiguous()), error
 
 
 def oriented(module: nn.Module, left: Tensor, right: Tensor) -> LowRank:

@@ -16,17 +16,21 @@ import typer
 from typer.core import TyperGroup
 
 from fastedit.cli import phase
+from fastedit.cli.apply import apply
 from fastedit.cli.arguments import BareEvaluate, check_backend
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
+from fastedit.cli.diff import diff
 from fastedit.cli.edit import edit
 from fastedit.cli.env import env
 from fastedit.cli.evaluate import evaluate
+from fastedit.cli.export import export
 from fastedit.cli.flags import configured
 from fastedit.cli.locate import OWN as LOCATE_OWN
 from fastedit.cli.locate import locate
 from fastedit.cli.resume import ResumableCommand
+from fastedit.cli.revert import revert
 from fastedit.cli.tune import OWN as TUNE_OWN
 from fastedit.cli.tune import tune
 from fastedit.errors import SHOWN, FastEditError, RequestError
@@ -112,6 +116,10 @@ def make_app() -> typer.Typer:
         "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),
         "tune": configured(tune, TUNE_OWN),
         "covariance": covariance,
+        "export": export,
+        "apply": apply,
+        "revert": revert,
+        "diff": diff,
         "check-model": check_model,
         "env": env,
     }

@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from fastedit.errors import ConfigError, ModelError, RequestError
 
 if TYPE_CHECKING:
+    from fastedit.checkpoints import Checkpoint
     from fastedit.cli.bars import Bars
     from fastedit.editor import Editor
     from fastedit.evaluation.predict import Predictions
@@ -169,6 +170,14 @@ def load_network(model: str, dtype: Dtype, device: str | None) -> Any:
 
     with _loading(model):
         return load_model(model, dtype=dtype.value, device=device)[0]
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint as files, quietly."""
+    from fastedit.checkpoints import Checkpoint
+
+    with _loading(str(folder)):
+        return Checkpoint(folder)
 
 
 @contextmanager

@@ -77,6 +77,7 @@ class Outcome:
         Raises:
             FileError: it cannot be written, or not so that it is read as it is.
         """
+        from fastedit.checkpoints import UNDO
         from fastedit.saving import write_checkpoint
 
         directory = self.directory.resolve()
@@ -87,6 +88,7 @@ class Outcome:
             with replacing_directory(directory) as temporary:
                 if model is not None:
                     write_checkpoint(model, temporary)
+                    self.result.delta.save_undo(temporary / UNDO)
                 for name in (_DELTA, _REPORT):
                     _link(self._place / name, temporary / name)
         if self._place != directory:

@@ -1,1 +1,1 @@
-"""Inside other editing code: its calls, its hyperparameters, its requests and its files, served by our methods."""
+"""Other people's editing code and formats: their calls, hyperparameters, requests and files, served by our methods."""

@@ -3,7 +3,7 @@
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.continuations import Continuations
 from fastedit.models.encode import encode, trailing, without_rows
-from fastedit.models.fingerprint import fingerprint
+from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.generation import generate_by, sampling
@@ -39,6 +39,7 @@ __all__ = [
     "at_tokens",
     "encode",
     "fingerprint",
+    "fingerprint_of",
     "free_bytes",
     "generate_by",
     "hooked",

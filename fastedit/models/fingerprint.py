@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastedit.models.topology import check_editable, topology
 
@@ -26,12 +27,22 @@ def fingerprint(model: nn.Module) -> str:
     """
     parts = topology(model)
     check_editable(parts)
+    return fingerprint_of(parts.model.named_parameters())
+
+
+@torch.no_grad()
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """That of a model with these parameters, by their paths."""
     digest = hashlib.sha256()
     values = []
-    for path, p in sorted(parts.model.named_parameters()):
-        digest.update(f"{path} {tuple(p.shape)};".encode())
-        step = max(1, p.numel() // _SAMPLED)
-        values.append(p.detach().reshape(-1)[::step][:_SAMPLED].to(torch.bfloat16))
+    for path, shape, sample in sorted((path, tuple(p.shape), _sample(p)) for path, p in parameters):
+        digest.update(f"{path} {shape};".encode())
+        values.append(sample)
     flat = torch.cat(values).cpu()
     digest.update(flat.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    step = max(1, parameter.numel() // _SAMPLED)
+    return parameter.detach().reshape(-1)[::step][:_SAMPLED].to(torch.bfloat16)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from calling import call, fails, works
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -29,7 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as noise
-from typer.testing import CliRunner, Result
 
 import fastedit.demo
 from fastedit import ConfigError, EditError, Editor, FileError, ModelError, RequestError, WeightDelta, cli, methods
@@ -96,27 +96,6 @@ def facts(tmp_path: Path) -> Path:
 def write(path: Path, records: Any) -> Path:
     path.write_text(json.dumps(records))
     return path
-
-
-def call(*args: Any, **env: str) -> Result:
-    return CliRunner().invoke(cli.app, [str(arg) for arg in args], env=env)
-
-
-def works(*args: Any, **env: str) -> Result:
-    result = call(*args, **env)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def fails(code: int, *args: Any, **env: str) -> str:
-    """The last line on stderr of a call that fails as it should: no traceback, nothing on stdout."""
-    result = call(*args, **env)
-    assert result.exit_code == code
-    assert isinstance(result.exception, SystemExit)
-    assert not result.stdout
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("fastedit: ")
-    return last
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,329 @@
+"""Checkpoints as files: compared and changed a tensor at a time, without loading the model.
+
+Parameters have the paths that they have in the model; which tensors of the files they are is found out from the
+architecture that config.json describes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastedit.compose import added
+from fastedit.delta import WeightDelta
+from fastedit.errors import FileError, ModelError, listed
+from fastedit.files import replacing_directory
+from fastedit.models import fingerprint_of, plain_state
+from fastedit.progress import Progress, no_progress
+from fastedit.saving import architecture_of, check_room, names_in_files
+from fastedit.tensorfile import checksums
+from fastedit.undo import Undo, subtracted
+from fastedit.weights import add_
+
+UNDO = "delta.undo"
+"""The file of a checkpoint that takes its edit back; no *.safetensors, which some programs read as weights."""
+
+_REPORT = "report.json"  # of the edit that made the checkpoint
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".undo"}
+_SKETCH, _ENERGY = 256, 0.99
+_WHOLE = "edit the loaded model instead: fastedit export DELTA --merge DIR --model MODEL"
+
+Change = Callable[[Tensor], Tensor]
+
+
+class Checkpoint:
+    """A folder of safetensors files with its config.json.
+
+    Attributes:
+        keys: path of each parameter -> the tensors that are it in the files; more than one if it is tied and stored
+            twice.
+
+    Raises:
+        FileError: no checkpoint, or one that cannot be read. ModelError: quantized weights, or weights whose names or
+            shapes in the files are not known from the architecture.
+    """
+
+    @plain_state
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._places = _places(self.folder)
+        network = self._architecture()
+        names: dict[int, list[str]] = {}
+        for name, parameter in network.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        self.shapes = {path: parameter.shape for path, parameter in network.named_parameters()}
+        with tempfile.TemporaryDirectory() as trial:
+            saved = names_in_files(network, Path(trial)) or {}
+        prefix = f"{network.base_model_prefix}."
+        self.keys: dict[str, list[str]] = {}
+        for same in names.values():
+            known = dict.fromkeys(key for name in same for key in (name, saved.get(name, name)))
+            known |= dict.fromkeys(key.removeprefix(prefix) for key in known)
+            self.keys[same[0]] = [key for key in known if key in self._places]
+        self._check()
+
+    def read(self, path: str) -> Tensor:
+        """A parameter, as it is stored."""
+        return self._tensor(self.keys[path][0])
+
+    def fingerprint(self, change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor) -> str:
+        """That of the model; `change` gives a parameter as it will be."""
+        return fingerprint_of((path, change(path, self.read(path))) for path in self.keys)
+
+    @plain_state
+    def write(
+        self,
+        directory: Path,
+        changes: Mapping[str, Change],
+        finish: Callable[[Path], None] = lambda _: None,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Write the checkpoint with some parameters changed, a file at a time; it appears whole or not at all.
+
+        Tokenizer and settings are copied, weights in other formats and what else is in the folder are not.
+
+        Args:
+            changes: path -> what makes the new weights of the old ones.
+            finish: called with the new folder at the end, before it takes its place.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        by_key = {key: changes[path] for path in changes for key in self.keys[path]}
+        files = sorted(set(self._places.values()))
+        check_room(directory, sum((self.folder / file).stat().st_size for file in files))
+        try:
+            with replacing_directory(directory) as folder:
+                for path in self.folder.iterdir():
+                    if path.is_file() and path.suffix not in _WEIGHTS and path.name != _REPORT:
+                        shutil.copyfile(path, folder / path.name)
+                for i, name in enumerate(files):
+                    self._write_file(name, folder, by_key)
+                    progress("files", i + 1, len(files))
+                finish(folder)
+        except (OSError, SafetensorError) as error:
+            raise FileError(directory, f"could not be written: {error}; nothing was changed") from error
+
+    def _write_file(self, name: str, folder: Path, changes: Mapping[str, Change]) -> None:
+        own = [key for key, file in self._places.items() if file == name]
+        if not changes.keys() & set(own):
+            shutil.copyfile(self.folder / name, folder / name)
+            return
+        with safe_open(self.folder / name, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+            about = file.metadata() or {"format": "pt"}
+        for key in own:
+            if key in changes:
+                tensors[key] = changes[key](tensors[key].clone()).contiguous()
+        save_file(tensors, folder / name, about)
+
+    def _tensor(self, key: str) -> Tensor:
+        with safe_open(self.folder / self._places[key], "pt") as file:
+            tensor: Tensor = file.get_tensor(key)
+        return tensor
+
+    def _architecture(self) -> nn.Module:
+        try:
+            config = json.loads((self.folder / "config.json").read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise FileError(self.folder, f"has no config.json that can be read: {error}; give a checkpoint") from None
+        if "quantization_config" in config:
+            raise ModelError(f"{self.folder} is quantized; give the checkpoint in fp32, bf16 or fp16")
+        try:
+            network: nn.Module = architecture_of(self.folder)
+        except ModelError as error:
+            raise error.at(self.folder) from None
+        return network
+
+    def _check(self) -> None:
+        if missing := [path for path, keys in self.keys.items() if not keys]:
+            raise ModelError(
+                f"{self.folder}: its files name no tensor for {len(missing)} parameters of the model: "
+                f"{listed(missing)}; {_WHOLE}"
+            )
+        wrong = []
+        for name in sorted(set(self._places.values())):
+            with safe_open(self.folder / name, "pt") as file:
+                for path, keys in self.keys.items():
+                    for key in (key for key in keys if self._places[key] == name):
+                        found = file.get_slice(key)
+                        if (shape := tuple(found.get_shape())) != tuple(self.shapes[path]):
+                            wrong.append(f"{key} {list(shape)} instead of {list(self.shapes[path])}")
+                        elif found.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+                            wrong.append(f"{key} in {found.get_dtype()}")
+        if wrong:
+            raise ModelError(f"{self.folder}: {len(wrong)} tensors are not as config.json says: {listed(wrong)}")
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """Name of each tensor -> its file. Raises FileError."""
+    index = folder / _INDEX
+    try:
+        if index.is_file():
+            found: Any = json.loads(index.read_text("utf-8"))["weight_map"]
+            if missing := sorted({file for file in found.values() if not (folder / file).is_file()}):
+                raise FileError(folder, f"lacks {len(missing)} of its files: {listed(missing)}")
+            return dict(found)
+        with safe_open(folder / _SINGLE, "pt") as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise FileError(folder, f"holds no weights as *.safetensors that can be read: {error}") from error
+
+
+class Stack:
+    """Deltas to be put onto a checkpoint: the sums of `compose.stacked`, of which nothing is written yet."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.sums: list[WeightDelta] = []
+
+    def put(self, delta: WeightDelta) -> str:
+        """Add a sum; returns the fingerprint of the model then. Raises ModelError: parameters that it has not."""
+        check_fits(self.checkpoint, delta)
+        self.sums.append(delta)
+        return self.checkpoint.fingerprint(self.edited)
+
+    def edited(self, path: str, weight: Tensor) -> Tensor:
+        """A parameter with all sums."""
+        if not any(path in delta.updates for delta in self.sums):
+            return weight
+        new = weight.clone()
+        for delta in self.sums:
+            if path in delta.updates:
+                add_(new, delta.updates[path])
+        return new
+
+
+class Reverted:
+    """Deltas to be taken out of a checkpoint; nothing is written yet.
+
+    Args:
+        undos: what may make it exact; the first that belongs to these deltas is taken.
+
+    Attributes:
+        updates: path of each parameter -> the sum of its updates.
+
+    Raises:
+        ModelError: parameters that the checkpoint has not, or in other shapes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, deltas: Sequence[WeightDelta], undos: Sequence[Undo]) -> None:
+        for delta in deltas:
+            check_fits(checkpoint, delta)
+        self._checkpoint, self.updates, self._found = checkpoint, added(deltas), len(undos)
+        self._fingerprint = deltas[0].metadata.get("fingerprint")
+        self._undo = next((undo for undo in undos if undo.belongs_to(self.updates)), None)
+
+    def changes(self) -> dict[str, Change]:
+        """What makes the weights before the edits of those that are there."""
+        return {path: lambda weight, path=path: self._before(path, weight) for path in self.updates}  # type: ignore[misc]
+
+    def problem(self) -> str | None:
+        """Why what `changes` makes is not known to be the weights before, bit for bit; None if it is."""
+        folder, undo = self._checkpoint.folder, self._undo
+        if undo is None:
+            others = f"the {self._found} files found are of other edits, or of fewer or more"
+            return f"{folder}: no undo file of these deltas: {others if self._found else f'there is no {UNDO}'}"
+        if wrong := [path for path in self.updates if self._sum(path) != undo.originals[path]]:
+            return (
+                f"{folder}: without the deltas {len(wrong)} of {len(self.updates)} matrices are not what they were: "
+                f"{listed(wrong)}; they were changed after these edits"
+            )
+        if (now := self._checkpoint.fingerprint(self._before)) != self._fingerprint:
+            return (
+                f"{folder}: without the deltas the fingerprint is {now}, but they were made for {self._fingerprint}; "
+                "it holds other edits too, of which the last one has to be reverted first"
+            )
+        return None
+
+    def _sum(self, path: str) -> str:
+        return checksums({path: self._before(path, self._checkpoint.read(path))})[path]
+
+    def _before(self, path: str, weight: Tensor) -> Tensor:
+        if path not in self.updates:
+            return weight
+        update = self.updates[path]
+        return self._undo.restored(path, weight, update) if self._undo else subtracted(weight, update)
+
+
+def check_fits(checkpoint: Checkpoint, delta: WeightDelta) -> None:
+    """Raise ModelError if the delta updates parameters that the checkpoint lacks, or has in other shapes."""
+    wrong = [
+        f"{path} {list(update.shape)}"
+        for path, update in delta.updates.items()
+        if checkpoint.shapes.get(path) != update.shape
+    ]
+    if wrong:
+        raise ModelError(f"{checkpoint.folder} has {len(wrong)} parameters not, or in other shapes: {listed(wrong)}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a parameter of one checkpoint differs from that of another.
+
+    Attributes:
+        changed: share of its weights that differ.
+        relative: norm of the difference over that of the first.
+        largest: difference of a weight.
+    """
+
+    path: str
+    changed: float
+    relative: float
+    largest: float
+
+
+def rank_of(update: Tensor) -> int | None:
+    """Directions that hold 99 % of an update's square, estimated from a sketch; None above 256.
+
+    Rounding to bf16 adds to them. A vector has rank 1.
+    """
+    if update.ndim != 2:
+        return 1
+    rng = torch.Generator().manual_seed(0)
+    probe = torch.randn(update.shape[1], min(_SKETCH, *update.shape), generator=rng)
+    q = torch.linalg.qr(update @ probe).Q
+    held = torch.linalg.svdvals(q.T @ update).square().cumsum(0) / update.square().sum()
+    enough = (held >= _ENERGY).nonzero()
+    return int(enough[0]) + 1 if len(enough) else None
+
+
+@plain_state
+def differences(
+    one: Checkpoint, other: Checkpoint, progress: Progress = no_progress
+) -> Iterator[tuple[Difference, Tensor]]:
+    """The parameters that differ, in the order of the model, with the differences in fp32.
+
+    Raises:
+        ModelError: the two have not the same parameters; names them.
+    """
+    a, b = one.shapes, other.shapes
+    if wrong := [path for path in {**a, **b} if a.get(path) != b.get(path)]:
+        raise ModelError(
+            f"{one.folder} and {other.folder} are no versions of one model: {len(wrong)} parameters are in one of them "
+            f"only, or differ in shape: {listed(wrong)}"
+        )
+    return _differences(one, other, progress)
+
+
+@torch.no_grad()
+def _differences(one: Checkpoint, other: Checkpoint, progress: Progress) -> Iterator[tuple[Difference, Tensor]]:
+    for i, path in enumerate(one.shapes):
+        old, new = one.read(path).double(), other.read(path).double()
+        if not torch.equal(old, new):
+            update = new - old
+            relative = float(update.norm() / old.norm().clamp_min(1e-300))
+            share = float((update != 0).double().mean())
+            yield Difference(path, share, relative, float(update.abs().max())), update.float()
+        progress("parameters", i + 1, len(one.shapes))

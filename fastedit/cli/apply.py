@@ -1,0 +1,78 @@
+"""`fastedit apply`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.files import check_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastedit.compose import Overlap
+
+DeltasArgument = Annotated[
+    list[Path], typer.Argument(help="Deltas, as `fastedit edit` writes them.", show_default=False)
+]
+
+
+def apply(
+    deltas: DeltasArgument,
+    model: Annotated[Path, typer.Option(help="Folder of the checkpoint that the deltas were made for.")],
+    output: Annotated[Path, typer.Option(help="Folder for the edited checkpoint; replaces a checkpoint.")],
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Put saved edits onto a checkpoint, a file at a time: the model is not loaded.
+
+    Deltas of one model are added up. One that was made on top of others comes right after them.
+
+    Example: fastedit apply one.safetensors two.safetensors --model ./Llama-3-8B --output ./edited
+    """
+    check_directory(output, inputs_of(model, deltas))
+    from fastedit.checkpoints import UNDO, Stack
+    from fastedit.cli.bars import Bars
+    from fastedit.compose import added, overlaps, read, stacked
+    from fastedit.undo import Undo
+
+    given, checkpoint = read(deltas), arguments.load_checkpoint(model)
+    stack, undo, total = Stack(checkpoint), Undo(), added(given)
+    stacked(given, checkpoint.fingerprint(), stack.put)
+
+    def change(path: str) -> Callable[[Tensor], Tensor]:
+        def new(weight: Tensor) -> Tensor:
+            edited = stack.edited(path, weight)
+            undo.keep(path, weight, edited, total[path])
+            return edited
+
+        return new
+
+    work_begins()
+    with Bars() as bars:
+        changes = {path: change(path) for path in total}
+        checkpoint.write(output, changes, lambda folder: undo.save(folder / UNDO), bars.callback("checkpoint"))
+    if found := overlaps(given):
+        show(_table(found, deltas))
+    typer.echo(f"{len(total)} parameters edited by {len(given)} deltas; written to {output}")
+
+
+def inputs_of(model: Path, deltas: Sequence[Path]) -> dict[str, Path]:
+    """The inputs of a command on checkpoints, by their names in messages."""
+    named = {f"delta {i + 1}": delta for i, delta in enumerate(deltas)}
+    return arguments.inputs_of(str(model)) | named
+
+
+def _table(found: Sequence[Overlap], names: Sequence[Path]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("both change", "one", "other", "cosine", box=box.SIMPLE_HEAD)
+    for overlap in found:
+        table.add_row(overlap.path, str(names[overlap.one]), str(names[overlap.other]), f"{overlap.cosine:+.3f}")
+    return table

@@ -1,0 +1,128 @@
+"""`fastedit export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.edit import check_checkpoint, check_questions, show_last
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.errors import ConfigError
+from fastedit.files import check_directory, check_file
+
+if TYPE_CHECKING:
+    from fastedit.compat.peft import Adapter
+    from fastedit.delta import WeightDelta
+    from fastedit.editor import Editor
+
+
+def export(
+    delta: Annotated[Path, typer.Argument(help="A delta, as `fastedit edit` writes it.", show_default=False)],
+    peft: Annotated[
+        Path | None, typer.Option(help="Write a LoRA adapter to this folder, for peft, vLLM and others.")
+    ] = None,
+    merge: Annotated[
+        Path | None, typer.Option(help="Write the edited model to this folder; replaces a checkpoint.")
+    ] = None,
+    dense: Annotated[
+        Path | None, typer.Option(help="Write the updates to this safetensors file, in fp32 by parameter.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The unedited model, by folder or hub name; --dense needs none.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the adapter, at most; LocFT-BF's edits need one, such as 64.")
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="Edit requests to measure: what the adapter loses against the whole delta.")
+    ] = None,
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Write a saved edit in a form that other programs read: a LoRA adapter, a checkpoint, or plain tensors.
+
+    Example: fastedit export edited/delta.safetensors --peft ./adapter --model ./Llama-3-8B
+    """
+    ways = {"--peft": peft, "--merge": merge, "--dense": dense}
+    if len(given := [way for way, place in ways.items() if place is not None]) != 1:
+        raise ConfigError(f"expected one of --peft, --merge and --dense, got {' and '.join(given) or 'none'}")
+    if not peft and (alone := [name for name, value in (("--rank", rank), ("--requests", requests)) if value]):
+        raise ConfigError(f"{' and '.join(alone)} belong to --peft; {given[0]} writes the whole delta")
+    if model is None and not dense:
+        raise ConfigError(f"{given[0]} needs --model, the model that the delta was made for")
+    inputs = arguments.inputs_of(model or "", delta=delta, requests=requests)
+    check_file(dense, inputs) if dense else check_directory(peft or merge or Path(), inputs)
+    from fastedit.delta import WeightDelta
+
+    change = WeightDelta.load(delta)
+    if dense:
+        work_begins()
+        change.save_dense(dense)
+        typer.echo(f"{len(change.updates)} updates written to {dense}")
+        return
+    editor = arguments.load(str(model), dtype, device)
+    change.check(editor.model)
+    if merge:
+        check_checkpoint(editor, merge)
+        work_begins()
+        change.apply(editor.model)
+        editor.save_model(merge)
+        typer.echo(f"the edited model was written to {merge}")
+    elif peft:
+        _adapter(change, editor, peft, rank, requests)
+
+
+def _adapter(change: WeightDelta, editor: Editor, folder: Path, rank: int | None, requests: Path | None) -> None:
+    from fastedit.cli.bars import Bars
+    from fastedit.compat.peft import as_adapter
+    from fastedit.evaluation.report import compare
+
+    edits = arguments.read_requests(requests, skip_bad=False) if requests else []
+    check_questions(editor, edits, [])
+    adapter = as_adapter(change, editor.model, rank=rank)
+    work_begins()
+    adapter.save(folder)
+    show(_table(adapter))
+    highest = max(adapter.ranks.values())
+    typer.echo(
+        f"a LoRA adapter of rank {highest} was written to {folder} (vllm serve --max-lora-rank {_step(highest)})"
+    )
+    if not edits:
+        return
+    found: list[Any] = []
+    with Bars() as bars:
+        for delta, when in ((change, "whole"), (adapter.delta, "adapter")):
+            delta.apply(editor.model)
+            try:
+                found.append(arguments.measure(editor, edits, [], bars, when))
+            finally:
+                delta.revert()
+    whole, cut = found
+    report = compare(edits, cut, whole)
+    typer.echo("the whole delta → the adapter; locality is between these two")
+    show_last(report, folder)
+    for name in ("reliability", "generalization"):
+        if (now := report.metrics[name]["generated"]) is not None and report.before:
+            lost = 100 * (report.before[name]["generated"] - now)
+            typer.echo(f"{name} lost by the adapter: {lost:.1f} points, generated")
+
+
+def _table(adapter: Adapter) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("matrix", "rank", "relative error", box=box.SIMPLE_HEAD)
+    for path, rank in adapter.ranks.items():
+        error = adapter.errors[path]
+        table.add_row(path, str(rank), f"{error:.2e}" if error else "none, the edit's own factors")
+    return table
+
+
+def _step(rank: int) -> int:
+    """The lowest rank that vLLM has kernels for, which are few."""
+    return next((step for step in (8, 16, 32, 64, 128, 256, 320, 512) if step >= rank), rank)

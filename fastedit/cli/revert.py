@@ -1,0 +1,67 @@
+"""`fastedit revert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.apply import DeltasArgument, inputs_of
+from fastedit.cli.phase import work_begins
+from fastedit.files import check_directory
+
+if TYPE_CHECKING:
+    from fastedit.undo import Undo
+
+
+def revert(
+    deltas: DeltasArgument,
+    model: Annotated[Path, typer.Option(help="Folder of the edited checkpoint.")],
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoint without the edits; replaces a checkpoint.")],
+    undo: Annotated[
+        Path | None,
+        typer.Option(help="File with what makes it exact; by default delta.undo in --model or beside DELTAS."),
+    ] = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Also write weights that are off by a rounding.")
+    ] = False,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Take edits out of a checkpoint, bit for bit or not at all; give all that were put on together.
+
+    Subtracting an edit gives the old weights up to a rounding. `fastedit edit` and `fastedit apply` write delta.undo
+    beside the checkpoint, and `fastedit diff` beside its delta: the weights that would be off.
+
+    Example: fastedit revert edited/delta.safetensors --model ./edited --output ./as-before
+    """
+    check_directory(output, inputs_of(model, deltas) | ({"the input of --undo": undo} if undo else {}))
+    from fastedit.checkpoints import Reverted
+    from fastedit.cli.bars import Bars
+    from fastedit.compose import read
+
+    given, checkpoint = read(deltas), arguments.load_checkpoint(model)
+    found = Reverted(checkpoint, given, _undos(model, deltas, undo))
+    wrong = found.problem()
+    if wrong and not approximate:
+        from fastedit.errors import ModelError
+
+        raise ModelError(
+            f"{wrong}; --approximate subtracts the deltas all the same, which gives weights up to a rounding"
+        )
+    work_begins()
+    with Bars() as bars:
+        checkpoint.write(output, found.changes(), progress=bars.callback("checkpoint"))
+    said = f"subtracted; not checked to the bit: {wrong}" if wrong else "as before, bit for bit"
+    typer.echo(f"{len(found.updates)} parameters {said}; written to {output}")
+
+
+def _undos(model: Path, deltas: Sequence[Path], given: Path | None) -> list[Undo]:
+    from fastedit.checkpoints import UNDO
+    from fastedit.undo import Undo
+
+    beside = [delta.with_suffix(Path(UNDO).suffix) for delta in deltas]
+    places = [given] if given else [path for path in dict.fromkeys([model / UNDO, *beside]) if path.is_file()]
+    return [Undo.load(path) for path in places]

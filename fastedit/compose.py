@@ -1,0 +1,174 @@
+"""Several edits on one model: their sum, where they overlap, and which belong on top of which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from torch import nn
+
+from fastedit.delta import WeightDelta, versions
+from fastedit.errors import ConfigError, ModelError, listed
+from fastedit.models import fingerprint, plain_state, topology
+from fastedit.models.fingerprint import FP16
+from fastedit.weights import Update, inner, norm, summed
+
+Given = WeightDelta | str | Path
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A parameter that two deltas change.
+
+    Attributes:
+        one, other: their places in the list, from 0.
+        path: the parameter.
+        cosine: between the two updates; near 0 they leave one another alone, at 1 they are the same edit.
+    """
+
+    one: int
+    other: int
+    path: str
+    cosine: float
+
+    def __str__(self) -> str:
+        return f"deltas {self.one + 1} and {self.other + 1} both change {self.path}, cosine {self.cosine:+.3f}"
+
+
+def read(given: Sequence[Given]) -> list[WeightDelta]:
+    """The deltas, of which some may be files. Raises ConfigError: none. FileError: a file that is no delta."""
+    if isinstance(given, str | Path | WeightDelta) or not given:
+        raise ConfigError(f"deltas are {given!r}; give a list of deltas or of their files")
+    return [delta if isinstance(delta, WeightDelta) else WeightDelta.load(delta) for delta in given]
+
+
+def overlaps(deltas: Sequence[WeightDelta]) -> list[Overlap]:
+    """Where each two of them change the same parameters."""
+    found = []
+    for (i, one), (j, other) in combinations(enumerate(deltas), 2):
+        for path in one.updates.keys() & other.updates.keys():
+            if one.updates[path].shape == other.updates[path].shape:
+                u, v = one.updates[path], other.updates[path]
+                found.append(Overlap(i, j, path, inner(u, v) / max(norm(u) * norm(v), 1e-300)))
+    return sorted(found, key=lambda overlap: (overlap.one, overlap.other, overlap.path))
+
+
+def added(deltas: Sequence[WeightDelta]) -> dict[str, Update]:
+    """Path of each parameter -> the sum of its updates, the same in whatever order the deltas stand."""
+    paths = dict.fromkeys(path for delta in deltas for path in delta.updates)
+    return {path: summed([d.updates[path] for d in deltas if path in d.updates]) for path in paths}
+
+
+def stacked(deltas: Sequence[WeightDelta], now: str, put: Callable[[WeightDelta], str]) -> None:
+    """Put the deltas onto a model: the sum of those made for it, then of those made on top of that, and so on.
+
+    Args:
+        now: the fingerprint of the model.
+        put: applies a sum, and gives the fingerprint of the model then.
+
+    Raises:
+        ModelError: deltas of another model; those before may have been put by then.
+    """
+    known, group, strangers = [now], list[WeightDelta](), list[int]()
+
+    def put_group() -> str:
+        parts = [delta.metadata for delta in group]
+        about = {"method": "composed", "fingerprint": known[-1], "versions": versions(), "parts": parts}
+        return put(WeightDelta(added(group), about))
+
+    for i, delta in enumerate(deltas):
+        made_for = delta.metadata.get("fingerprint")
+        if made_for not in known and group and not strangers:
+            known.append(put_group())
+            group = []
+        if made_for in known:
+            group.append(delta)
+        else:
+            strangers.append(i)
+    if strangers:
+        made = [f"delta {i + 1} was made for {deltas[i].metadata.get('fingerprint')}" for i in strangers]
+        after = f", and after the deltas before {listed(known[1:])}" * (len(known) > 1)
+        raise ModelError(
+            f"{len(strangers)} of the deltas ({len(deltas)}) cannot be put on this model, whose fingerprint is {now}"
+            f"{after}: {listed(made)}. Give deltas of one model; one that was made on top of another goes right after "
+            f"it ({FP16})"
+        )
+    if group:
+        put_group()
+
+
+class Composition:
+    """Several deltas that a model holds together.
+
+    Attributes:
+        deltas: that it holds now, in the order in which they were given.
+        overlaps: where two of them change the same parameter.
+    """
+
+    def __init__(
+        self, given: Sequence[Given], model: nn.Module, note: Callable[[WeightDelta], object] = lambda _: None
+    ) -> None:
+        """Put them onto the model; `note` is told each sum that was applied."""
+        self.deltas = read(given)
+        if applied := [str(i + 1) for i, delta in enumerate(self.deltas) if delta.applied]:
+            raise ModelError(f"a model already holds delta {listed(applied)} of the list; revert it first")
+        for i, delta in enumerate(self.deltas):
+            try:
+                delta.check(model, force=True)
+            except ModelError as error:
+                raise error.at(f"delta {i + 1}") from None
+        self.overlaps = overlaps(self.deltas)
+        self._model, self._note, self._unedited = topology(model).model, note, fingerprint(model)
+        self._sums: list[WeightDelta] = []
+        self._apply(self.deltas)
+
+    @plain_state
+    def revert(self, place: int | None = None) -> None:
+        """Take all of them off, bit for bit; or one, and the model is as if it had never been in the list.
+
+        Args:
+            place: of the one in `deltas`, from 0.
+
+        Raises:
+            ModelError: reverted before; edits stand on them, the list's own or later ones. Nothing is changed then.
+            ConfigError: there is no such place.
+        """
+        if not self._sums:
+            raise ModelError("these deltas were reverted; there is nothing to revert")
+        if place is not None and not 0 <= place < len(self.deltas):
+            raise ConfigError(f"there is no delta {place}: the list has {len(self.deltas)}, counted from 0")
+        left = [] if place is None else [delta for i, delta in enumerate(self.deltas) if i != place]
+        before, reverted = self._sums, list[WeightDelta]()
+        try:
+            for delta in reversed(before):
+                delta.revert()
+                reverted.append(delta)
+            if left and fingerprint(self._model) != self._unedited:
+                raise ModelError("another edit was made after these deltas were applied; revert it first")
+            self._apply(left)
+        except BaseException:
+            self._sums = before
+            while reverted:
+                reverted.pop().apply(self._model, force=True)
+            raise
+        self.deltas, self.overlaps = left, overlaps(left)
+
+    def _apply(self, deltas: Sequence[WeightDelta]) -> None:
+        sums: list[WeightDelta] = []
+
+        def put(delta: WeightDelta) -> str:
+            delta.apply(self._model)
+            sums.append(delta)
+            return fingerprint(self._model)
+
+        try:
+            stacked(deltas, self._unedited, put)
+        except BaseException:
+            for delta in reversed(sums):
+                delta.revert()
+            raise
+        for delta in sums:
+            self._note(delta)
+        self._sums = sums

@@ -1,0 +1,126 @@
+"""`export`, `apply`, `revert` and `diff`: what they write, say and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calling import fails, works
+from helpers import tiny_model
+from safetensors.torch import load_file
+
+from fastedit import Editor, WeightDelta
+
+RECORDS = [
+    {"prompt": f"w{10 + i} w{20 + i} w{30 + i}", "target": f"w{40 + i}", "paraphrases": [f"w9 w{20 + i} w{30 + i}"]}
+    for i in range(3)
+]
+
+
+@pytest.fixture(scope="module")
+def work(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in bf16 and an edit of it, as `fastedit edit` writes it."""
+    work = tmp_path_factory.mktemp("deltas")
+    Editor(tiny_model("llama", dtype=torch.bfloat16), tokenizer).save_model(work / "model")
+    Editor(tiny_model("llama", seed=1), tokenizer).save_model(work / "other")
+    (work / "facts.json").write_text(json.dumps(RECORDS))
+    flags = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--no-evaluate")
+    works("edit", "--model", work / "model", "--requests", work / "facts.json", "--output", work / "edited", *flags)
+    return work
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_edited_checkpoint_is_reverted_bit_for_bit_or_not_at_all(work: Path, tmp_path: Path) -> None:
+    delta, undo = work / "edited" / "delta.safetensors", work / "edited" / "delta.undo"
+    assert "bit for bit" in works("revert", delta, "--model", work / "edited", "--output", tmp_path / "back").stdout
+    assert same_weights(tmp_path / "back", work / "model")
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in (work / "model").iterdir()}
+
+    assert not works("apply", delta, "--model", tmp_path / "back", "--output", tmp_path / "again").stderr
+    assert same_weights(tmp_path / "again", work / "edited")
+    works("revert", delta, "--model", tmp_path / "again", "--output", tmp_path / "back")
+    assert same_weights(tmp_path / "back", work / "model")
+
+    (tmp_path / "again" / "delta.undo").unlink()
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(delta.read_bytes())
+    common = ("revert", alone, "--model", tmp_path / "again", "--output", tmp_path / "near")
+    assert "--approximate" in fails(2, *common)
+    assert not (tmp_path / "near").exists()
+    assert "not checked to the bit" in works(*common, "--approximate").stdout
+    works(*common, "--undo", undo)
+    assert same_weights(tmp_path / "near", work / "model")
+
+
+def test_the_difference_of_two_checkpoints_is_a_delta(work: Path, tmp_path: Path) -> None:
+    model, edited, delta = work / "model", work / "edited", tmp_path / "found.safetensors"
+    told = works("diff", model, edited, "--output", delta).stdout
+    paths = WeightDelta.load(work / "edited" / "delta.safetensors").updates.keys()
+    assert f"{len(paths)} of 39 parameters differ" in told
+    assert all(path in told for path in paths)
+    works("apply", delta, "--model", model, "--output", tmp_path / "again")
+    assert "0 of 39 parameters differ" in works("diff", edited, tmp_path / "again").stdout
+    works("revert", delta, "--model", edited, "--output", tmp_path / "back")
+    assert same_weights(tmp_path / "back", model)
+
+
+def test_deltas_of_two_models_are_not_put_together(work: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs.safetensors"
+    works("diff", work / "other", work / "edited", "--output", theirs)  # of another dtype, too
+    works("revert", theirs, "--model", work / "edited", "--output", tmp_path / "back")
+    assert same_weights(tmp_path / "back", work / "other")
+    delta = work / "edited" / "delta.safetensors"
+    wrong = fails(2, "apply", delta, theirs, "--model", work / "model", "--output", tmp_path / "new")
+    first, second = (WeightDelta.load(path).metadata["fingerprint"] for path in (delta, theirs))
+    assert f"fingerprint is {first}" in wrong
+    assert f"delta 2 was made for {second}" in wrong
+    assert not (tmp_path / "new").exists()
+    told = works("apply", delta, delta, "--model", work / "model", "--output", tmp_path / "new").stdout
+    assert "+1.000" in told
+    assert "by 2 deltas" in told
+
+
+def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
+    delta, model = work / "edited" / "delta.safetensors", ("--model", work / "model")
+    works("export", delta, "--dense", tmp_path / "updates.safetensors")
+    updates = WeightDelta.load(delta).updates
+    for name, tensor in load_file(tmp_path / "updates.safetensors").items():
+        assert torch.equal(tensor, updates[name])
+    works("export", delta, "--merge", tmp_path / "merged", *model)
+    assert same_weights(tmp_path / "merged", work / "edited")
+
+    adapter = ("export", delta, "--peft", tmp_path / "adapter", *model)
+    assert "give the rank" in fails(2, *adapter)
+    told = works(*adapter, "--rank", 2, "--requests", work / "facts.json").stdout
+    assert "rank 2 was written" in told
+    assert "--max-lora-rank 8" in told
+    assert "reliability lost by the adapter:" in told
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "no way": ((), "expected one of --peft, --merge and --dense, got none"),
+    "two ways": (("--peft", "{new}", "--dense", "{new}"), "got --peft and --dense"),
+    "no model": (("--peft", "{new}"), "--peft needs --model"),
+    "a rank for nothing": (("--dense", "{new}", "--rank", "4"), "--rank belong to --peft"),
+    "another base": (("--peft", "{new}", "--rank", "4", "--model", "{other}"), "was made for a model with fingerprint"),
+    "over its input": (("--dense", "{delta}"), "is the input of --delta"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_exported_is_refused_before_the_work(case: str, work: Path, tmp_path: Path) -> None:
+    flags, message = WRONG[case]
+    delta = work / "edited" / "delta.safetensors"
+    places = {"new": tmp_path / "new", "other": work / "other", "delta": delta}
+    before = delta.read_bytes()
+    assert message in fails(2, "export", delta, *(flag.format(**places) for flag in flags))
+    assert not list(tmp_path.iterdir())
+    assert delta.read_bytes() == before
