@@ -63,7 +63,8 @@ def predict_unedited(
         _save(path, found)
         return found
     neighbours = any(some["neighbour"] for some in answers)
-    return Predictions(answers, perplexity, Head(model.topology, keep=keep_head) if neighbours else None)
+    head = Head(model.topology, keep=keep_head) if neighbours else None
+    return Predictions(answers, perplexity, head, model.chat is not None)
 
 
 def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any]) -> str:
@@ -78,7 +79,7 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
         checksums(dict(network.named_parameters())),
         checksums(dict(network.named_buffers())),
         core.to_str() if core is not None else tokenizer.get_vocab(),
-        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None)],
+        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None), model.chat],
         [asdict(request) for request in requests],
         options,
         [torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type],

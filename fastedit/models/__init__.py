@@ -1,6 +1,7 @@
 """Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
 
 from fastedit.models.block_calls import BlockCalls
+from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint
@@ -57,6 +58,7 @@ __all__ = [
     "sampling",
     "self_check",
     "spaceless",
+    "special_tokens",
     "tokenize",
     "topology",
     "trailing",
