@@ -29,12 +29,12 @@ def save_model(model: Model, directory: str | Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
 
     Raises:
-        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
+        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds what the
             model was loaded from; the model cannot be saved so that it is read as it is; the disk is full.
     """
     network: Any = model.network
     directory, source = Path(directory), str(network.config._name_or_path)
-    if os.path.isdir(source) and Path(source).resolve() != directory.resolve():
+    if os.path.exists(source) and Path(source).resolve() != directory.resolve():
         check_directory(directory, {"the model": Path(source)})
     try:
         with replacing_directory(directory) as temporary:

@@ -46,7 +46,7 @@ def _log_to_stderr(verbose: bool) -> bool:
 
 
 ModelFlag = Annotated[
-    str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
+    str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model, or a GGUF file.")
 ]
 RequestsFlag = Annotated[
     Path, typer.Option("--requests", help="File of edit requests: JSON or JSON Lines, any known format.")
@@ -159,7 +159,7 @@ def read_text(path: Path | None) -> list[str]:
 
 def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
     """The inputs of a command, by their names in messages; a hub name is not a path."""
-    found = {"the model": Path(model)} if os.path.isdir(model) else {}
+    found = {"the model": Path(model)} if os.path.exists(model) else {}
     return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
