@@ -91,8 +91,8 @@ class Editor:
     Raises:
         ConfigError: an unknown method, an unknown field, a value that a field cannot take, no tokenizer, or one
             without a chat template where that is wanted.
-        ModelError: no model; an unsupported architecture; an adapter that is not merged; quantized or offloaded
-            weights, or weights on several devices.
+        ModelError: no model; an unsupported architecture; an adapter that is not merged; offloaded weights, or
+            weights on several devices; quantized weights elsewhere than in linear maps of the blocks.
     """
 
     def __init__(

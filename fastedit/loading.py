@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastedit.errors import ConfigError, ModelError, reason
-from fastedit.models import plain_state
+from fastedit.models import has_quantized, plain_state
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,9 @@ def load_model(
             reader.remove_quantization_config(model)  # with which it would not be saved
         model.config._name_or_path = str(name)
         _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, chosen)
-    return model.to(device).eval(), tokenizer
+    if not has_quantized(model) or model.device.type != torch.device(device).type:
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> None:

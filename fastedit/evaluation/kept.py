@@ -16,7 +16,7 @@ from fastedit.errors import FileError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
-from fastedit.models import Model, fingerprint
+from fastedit.models import Model, fingerprint, stored
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 from fastedit.statistics.store import user_directory
@@ -76,7 +76,7 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
         _TAG,
         {**config.to_dict(), "_name_or_path": None},
         config._attn_implementation,
-        checksums(dict(network.named_parameters())),
+        [checksums({name: values}) for name, values in stored(network)],
         checksums(dict(network.named_buffers())),
         core.to_str() if core is not None else tokenizer.get_vocab(),
         [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None), model.chat],

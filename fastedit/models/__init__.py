@@ -14,6 +14,7 @@ from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.quantized import check_plain, has_quantized, plain, stored
 from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
 from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
@@ -38,10 +39,12 @@ __all__ = [
     "SelfCheck",
     "Topology",
     "at_tokens",
+    "check_plain",
     "encode",
     "fingerprint",
     "free_bytes",
     "generate_by",
+    "has_quantized",
     "hooked",
     "in_passes",
     "joined",
@@ -51,6 +54,7 @@ __all__ = [
     "pack",
     "pass_tokens",
     "per_sample_updates",
+    "plain",
     "plain_state",
     "prompt_samples",
     "resume",
@@ -59,6 +63,7 @@ __all__ = [
     "self_check",
     "spaceless",
     "special_tokens",
+    "stored",
     "tokenize",
     "topology",
     "trailing",

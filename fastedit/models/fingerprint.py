@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from operator import itemgetter
 
 import torch
 from torch import nn
 
-from fastedit.models.topology import check_editable, topology
+from fastedit.models.editable import check_editable
+from fastedit.models.quantized import stored
+from fastedit.models.topology import topology
 
 _SAMPLED = 256
 FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
@@ -16,7 +19,8 @@ FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter.
+    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter, and of what
+    quantized maps keep.
 
     Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16. In fp16
     it has another: what is below 6e-5 has lost digits there, and the rest was rounded twice if it came from fp32.
@@ -28,7 +32,7 @@ def fingerprint(model: nn.Module) -> str:
     check_editable(parts)
     digest = hashlib.sha256()
     values = []
-    for path, p in sorted(parts.model.named_parameters()):
+    for path, p in sorted(stored(parts.model), key=itemgetter(0)):
         digest.update(f"{path} {tuple(p.shape)};".encode())
         step = max(1, p.numel() // _SAMPLED)
         values.append(p.detach().reshape(-1)[::step][:_SAMPLED].to(torch.bfloat16))

@@ -11,10 +11,11 @@ from torch import nn
 
 from fastedit.errors import ConfigError
 from fastedit.models.chat import Chat
+from fastedit.models.editable import check_editable
 from fastedit.models.encode import Text
 from fastedit.models.self_check import checked
 from fastedit.models.tokens import Samples, last_tokens, prompt_tokens, tokenize
-from fastedit.models.topology import Topology, check_editable, topology
+from fastedit.models.topology import Topology, topology
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Model:
 
         Raises:
             ModelError: no causal language model, or one with which this package does not compute what it does itself;
-                an adapter that is not merged; quantized or offloaded weights, or weights on several devices.
+                an adapter that is not merged; offloaded weights, or weights on several devices;
+                quantized weights elsewhere than in frozen maps of the blocks.
             ConfigError: not a tokenizer, or one without a chat template.
         """
         found = topology(network)
