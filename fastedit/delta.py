@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import fingerprint, plain_state, topology
+from fastedit.models import check_plain, fingerprint, plain_state, topology
+from fastedit.models.editable import check_editable
 from fastedit.models.fingerprint import FP16
-from fastedit.models.topology import check_editable
 from fastedit.tensorfile import checksums, load_tensors, save_tensors, writing
 from fastedit.undo import undo_of
 from fastedit.version import version_of
@@ -69,6 +69,7 @@ class WeightDelta:
         check_editable(parts)
         inner = parts.model
         parameters = dict(inner.named_parameters())
+        check_plain(inner, (path.rpartition(".")[0] for path in self.updates if path in parameters))
         for path, update in self.updates.items():
             if path not in parameters:
                 raise ModelError(f"the model has no parameter {path}, which the delta updates")

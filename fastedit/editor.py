@@ -16,6 +16,7 @@ from fastedit.compose import Composition, Given
 from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
+from fastedit.evaluation.questions import prompt_notes
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import draw
 from fastedit.loading import load_model
@@ -40,17 +41,19 @@ class EditPlan:
         fingerprint: of the model that they were planned for.
         made: the method's own plan.
         seconds: that it took.
+        about: notes on the prompts.
     """
 
     requests: list[EditRequest]
     fingerprint: str
     made: Plan
     seconds: float
+    about: list[str]
 
     @property
     def notes(self) -> list[str]:
         """Automatic choices, and whatever else the user should know before the work starts."""
-        return self.made.notes
+        return self.about + self.made.notes
 
 
 class _Edit:
@@ -80,14 +83,17 @@ class Editor:
         tokenizer: its tokenizer.
         method: one of `fastedit.methods.METHODS`.
         seed: of everything random in the method.
+        chat_template: prompts are a user's turn in the tokenizer's chat template, in edits and in measures; else they
+            are plain text.
         progress: called with (stage, done, total) and, once there is one, the mean loss as a fourth argument:
             ``def progress(stage, done, total, loss=None)``.
         **config: the fields of the method's configuration (`layer`, `lr`, `batch_size`, …).
 
     Raises:
-        ConfigError: an unknown method, an unknown field, a value that a field cannot take, or no tokenizer.
-        ModelError: no model; an unsupported architecture; an adapter that is not merged; quantized or offloaded
-            weights, or weights on several devices.
+        ConfigError: an unknown method, an unknown field, a value that a field cannot take, no tokenizer, or one
+            without a chat template where that is wanted.
+        ModelError: no model; an unsupported architecture; an adapter that is not merged; offloaded weights, or
+            weights on several devices; quantized weights elsewhere than in linear maps of the blocks.
     """
 
     def __init__(
@@ -97,11 +103,12 @@ class Editor:
         method: str = "locft-bf",
         seed: int = 0,
         *,
+        chat_template: bool = False,
         progress: Progress = no_progress,
         **config: Any,
     ) -> None:
         config_type = method_of(method, config).config
-        self.parts = Model.of(model, tokenizer)
+        self.parts = Model.of(model, tokenizer, chat_template=chat_template)
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.config = config_type(seed=seed, **config)
         self.progress = progress
@@ -152,7 +159,7 @@ class Editor:
             "progress": lambda *done: self.progress(*done),  # which a caller may set between plan and run
         }
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        return EditPlan(edits, now, made, time.perf_counter() - started)
+        return EditPlan(edits, now, made, time.perf_counter() - started, prompt_notes(self.parts, edits))
 
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.
@@ -184,7 +191,11 @@ class Editor:
         found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
         metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": before}
-        metadata |= {"versions": versions(), "edits": len(edits) if found.kept_edits is None else found.kept_edits}
+        metadata |= {
+            "chat_template": self.parts.chat is not None,
+            "versions": versions(),
+            "edits": len(edits) if found.kept_edits is None else found.kept_edits,
+        }
         network = self.parts.network
         try:
             delta = WeightDelta(found.updates, metadata, applied_to=network, originals=found.originals)
@@ -192,7 +203,7 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        about = found.losses, found.notes, seconds, found.probability, found.interrupted, self.parts
+        about = found.losses, plan.about + found.notes, seconds, found.probability, found.interrupted, self.parts
         return EditResult(delta, edits, conflicts, *about)
 
     @plain_state
@@ -215,8 +226,10 @@ class Editor:
         made: Any = plan.made
         started = time.perf_counter()
         found = made.run_each()
+        found.notes[:0] = plan.about
         seconds = plan.seconds + time.perf_counter() - started
         metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
+        metadata["chat_template"] = self.parts.chat is not None
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
 
     @plain_state

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastedit.errors import ConfigError, ModelError, reason
-from fastedit.models import plain_state
+from fastedit.models import has_quantized, plain_state
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _PARTS = {
@@ -29,13 +34,16 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Load model and tokenizer from a folder or by hub name; only safetensors, and no remote code.
 
+    The path of a file that ends in ".gguf" is read by transformers' reader, and its weights are dequantized.
+
     Args:
-        dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own.
+        dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own, and of a GGUF file
+            fp32 on a CPU and bf16 elsewhere.
         device: None is the GPU if there is one.
 
     Raises:
         ModelError: not to be found or loaded, or not with the weights that its config.json says; a folder that holds
-            an adapter.
+            an adapter; a GGUF file without the packages that read it.
         ConfigError: a dtype or a device that there is not.
     """
     if not isinstance(name, str | Path):
@@ -48,11 +56,21 @@ def load_model(
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device is {device!r}, which cannot be used: {reason(error)}; give another") from error
     _refuse_adapter(Path(name))
+    source, gguf, how = name, {}, {}
+    if str(name).lower().endswith(".gguf"):
+        _check_gguf(Path(name))
+        source, gguf = Path(name).resolve().parent, {"gguf_file": Path(name).name}
+        if (packed := getattr(transformers, "GgufConfig", None)) is not None:  # else they are always dequantized
+            how = {"quantization_config": packed(dequantize=True)}
+        if chosen == "auto":
+            chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     try:
         # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            name,
+            source,
+            **gguf,
+            **how,
             dtype=chosen,
             use_safetensors=True,
             trust_remote_code=False,
@@ -62,7 +80,14 @@ def load_model(
     except Exception as error:  # whatever a wrong file makes transformers, tokenizers or safetensors raise
         raise ModelError(_why_not_loaded(name, error)) from error
     _check_weights(name, model, loading)
-    return model.to(device).eval(), tokenizer
+    if gguf:
+        if (reader := getattr(model, "hf_quantizer", None)) is not None:
+            reader.remove_quantization_config(model)  # with which it would not be saved
+        model.config._name_or_path = str(name)
+        _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, chosen)
+    if not has_quantized(model) or model.device.type != torch.device(device).type:
+        model = model.to(device)
+    return model.eval(), tokenizer
 
 
 def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> None:
@@ -79,6 +104,17 @@ def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> Non
         raise ModelError(
             f"{name} has {len(more)} weights of blocks behind the {blocks} of its config.json, {more[0]} among "
             "them; give the config.json that belongs to the weights"
+        )
+
+
+def _check_gguf(file: Path) -> None:
+    """Raises ModelError: no such file, or no packages to read it."""
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}; give the path of a GGUF file on this machine")
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise ModelError(
+            f"{file} is a GGUF file, and to read it {' and '.join(missing)} must be installed: pip install "
+            "'fastedit-llm[gguf]'"
         )
 
 
@@ -108,7 +144,8 @@ def _why_not_loaded(name: str | Path, error: Exception) -> str:
     folder = Path(name)
     if not os.path.exists(folder):
         return f"no folder {name}, and no model could be loaded from the hub: {reason(error)}"
-    why = reason(error) if folder.is_dir() else "it is no folder"
+    gguf = folder.suffix.lower() == ".gguf"
+    why = reason(error) if folder.is_dir() or gguf else "it is neither a folder nor a GGUF file"
     if folder.is_dir():
         found = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
         if missing := [part for part, paths in found.items() if not paths]:

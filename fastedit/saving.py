@@ -22,19 +22,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit.errors import FileError, ModelError, listed, reason
 from fastedit.files import check_directory, replacing_directory, trying_directory
-from fastedit.models import Model
+from fastedit.models import Model, has_quantized
 
 
 def save_model(model: Model, directory: str | Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
 
     Raises:
-        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
+        FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds what the
             model was loaded from; the model cannot be saved so that it is read as it is; the disk is full.
     """
     network: Any = model.network
     directory, source = Path(directory), str(network.config._name_or_path)
-    if os.path.isdir(source) and Path(source).resolve() != directory.resolve():
+    if os.path.exists(source) and Path(source).resolve() != directory.resolve():
         check_directory(directory, {"the model": Path(source)})
     try:
         with replacing_directory(directory) as temporary:
@@ -49,8 +49,8 @@ def check_saves(model: Model, directory: Path) -> None:
     """See before the work that `write_checkpoint` could write the model at the end; `directory` stays as it is.
 
     Raises:
-        ModelError: the configuration, the settings of generation or the tokenizer cannot be written; the weights are
-            not those of an architecture. FileError: there is no room for the weights.
+        ModelError: quantized weights; the configuration, the settings of generation or the tokenizer cannot be
+            written; the weights are not those of an architecture. FileError: there is no room for the weights.
     """
     state = model.network.state_dict()
     with trying_directory(directory) as temporary:
@@ -103,6 +103,11 @@ class _Layout:
 def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     """Write the tokenizer, write all the rest elsewhere as a trial, and look at what a reader will see."""
     network: Any = model.network
+    if has_quantized(network):
+        raise ModelError(
+            "some of its weights are quantized, and a checkpoint would keep them so; save the delta, and put it onto "
+            "the model in floating point: WeightDelta.load(FILE).apply(model, force=True)"
+        )
     _attempt(model.tokenizer.save_pretrained, folder)
     own = list(network.state_dict())
     with tempfile.TemporaryDirectory(dir=folder) as trial:

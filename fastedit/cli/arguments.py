@@ -46,7 +46,9 @@ def _log_to_stderr(verbose: bool) -> bool:
     return verbose
 
 
-ModelFlag = Annotated[str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")]
+ModelFlag = Annotated[
+    str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model, or a GGUF file.")
+]
 RequestsFlag = Annotated[
     Path, typer.Option("--requests", help="File of edit requests: JSON or JSON Lines, any known format.")
 ]
@@ -84,6 +86,12 @@ LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such a
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
+]
+ChatFlag = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Put prompts into the tokenizer's chat template, as a user's turn; for instruct models."
+    ),
 ]
 JsonFlag = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
 VerboseFlag = Annotated[
@@ -152,7 +160,7 @@ def read_text(path: Path | None) -> list[str]:
 
 def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
     """The inputs of a command, by their names in messages; a hub name is not a path."""
-    found = {"the model": Path(model)} if os.path.isdir(model) else {}
+    found = {"the model": Path(model)} if os.path.exists(model) else {}
     return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
@@ -162,6 +170,19 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
 
     with _loading(model):
         return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
+
+
+def tell(notes: Sequence[str], method: str = "note") -> None:
+    """Print notes on stderr."""
+    for note in notes:
+        typer.echo(f"{method}: {note}", err=True)
+
+
+def tell_of_prompts(editor: Editor, edits: Sequence[EditRequest]) -> None:
+    """Print the notes on the prompts of edits on stderr."""
+    from fastedit.evaluation.questions import prompt_notes
+
+    tell(prompt_notes(editor.parts, edits))
 
 
 def load_network(model: str, dtype: Dtype, device: str | None) -> Any:

@@ -85,6 +85,7 @@ def _applies(found: Topology, method: str) -> str:
     from fastedit.methods.locate_then_edit.recipes import resolve
     from fastedit.methods.locft_bf.choices import reads_facts
     from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset
+    from fastedit.models import check_plain
 
     chosen = METHODS[method]
     try:
@@ -96,6 +97,7 @@ def _applies(found: Topology, method: str) -> str:
         else:
             recipe = resolve(found, chosen.config(), chosen.recipe)
             layers, module = tuple(recipe.layers), recipe.config.module
+        check_plain(found.model, (found.resolve(layer, module)[0] for layer in layers))
         paths = [found.resolve(layer, module)[0] for layer in layers]
     except FastEditError as error:
         return f"not with its defaults: {error}"

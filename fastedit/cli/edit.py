@@ -43,6 +43,7 @@ def edit(
     delta_only: Annotated[
         bool, typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report.")
     ] = False,
+    chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
@@ -61,7 +62,7 @@ def edit(
 
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
-    method, fields = configuration(config, method, given)
+    method, chat, fields = configuration(config, method, chat, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
@@ -71,7 +72,7 @@ def edit(
     state = Path(fields.get("state") or run_folder(output))
     if hasattr(METHODS[method].config, "state"):
         fields["state"] = str(state)
-    editor = arguments.load(model, dtype, device, method=method, **fields)
+    editor = arguments.load(model, dtype, device, method=method, chat_template=chat, **fields)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw
@@ -92,8 +93,7 @@ def edit(
             after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
             report = compare(asked, after, before, of=len(edits)) if after else None
             outcome.finish(report, None if delta_only else editor.parts)
-    for note in result.notes:
-        typer.echo(f"{method}: {note}", err=True)
+    arguments.tell(result.notes, method)
     if report:
         show_last(report, output)
     typer.echo(f"{summary(result)}; written to {output}")

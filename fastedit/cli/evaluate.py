@@ -24,6 +24,7 @@ def evaluate(
         typer.Option(help="An edit to apply; measures before and after it, and with both the locality."),
     ] = None,
     evaluate: arguments.EvaluateFlag = "all",
+    chat: arguments.ChatFlag = False,
     json_file: arguments.JsonFlag = None,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
@@ -47,10 +48,14 @@ def evaluate(
 
     asked = draw(edits, sample)
     change = WeightDelta.load(delta) if delta else None
-    editor = arguments.load(model, dtype, device)
+    editor = arguments.load(model, dtype, device, chat_template=chat)
     ask(editor.parts, asked, text=documents)
     if change:
         change.check(editor.model)
+        if change.metadata.get("chat_template", chat) != chat:
+            way = "without the chat template; measure without --chat" if chat else "with --chat; measure with it"
+            arguments.tell([f"this edit was made {way} to see it as it was made"])
+    arguments.tell_of_prompts(editor, asked)
     before = None
     work_begins()
     with Bars() as bars:

@@ -66,8 +66,12 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def configuration(file: Path | None, method: str | None, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The method, and the checked fields of its configuration, from a file and from flags, which count more.
+def configuration(
+    file: Path | None, method: str | None, chat: bool, given: Mapping[str, Any]
+) -> tuple[str, bool, dict[str, Any]]:
+    """The method, whether prompts go through the chat template, and the checked fields of the method's configuration.
+
+    They are from a file and from flags, which count more.
 
     Raises:
         FileError: the file cannot be read or is not a JSON object. ConfigError: as `config_of`; the file is for
@@ -83,7 +87,10 @@ def configuration(file: Path | None, method: str | None, given: Mapping[str, Any
             raise FileError(file, f"is not JSON: {error}") from None
         if not isinstance(content, dict) or not isinstance(content.get("method", ""), str):
             raise FileError(file, 'expected an object of fields, such as {"method": "locft-bf", "lr": 0.0005}')
-        theirs = content.pop("method", None)
+        theirs, templated = content.pop("method", None), content.pop("chat_template", False)
+        if not isinstance(templated, bool):
+            raise FileError(file, f"chat_template is {templated!r}; expected true or false")
+        chat = chat or templated
         if method and theirs and method != theirs:
             raise ConfigError(f"--method {method} does not fit {file}, which is for {theirs}; leave out one of them")
         try:
@@ -92,7 +99,7 @@ def configuration(file: Path | None, method: str | None, given: Mapping[str, Any
         except ConfigError as error:
             raise error.at(file) from None
     method = method or "locft-bf"
-    return method, config_of(method, {**content, **given})
+    return method, chat, config_of(method, {**content, **given})
 
 
 def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:

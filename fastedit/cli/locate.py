@@ -28,6 +28,7 @@ def locate(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
     skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
+    chat: arguments.ChatFlag = False,
     capability: Annotated[
         Path | None, typer.Option(help="File of requests whose targets are known already and should stay so.")
     ] = None,
@@ -59,7 +60,7 @@ def locate(
     from fastedit.cli.bars import Bars
     from fastedit.evaluation import locate as locating
 
-    editor = arguments.load(model, dtype, device)
+    editor = arguments.load(model, dtype, device, chat_template=chat)
     names = [name.strip() for name in modules.split(",")]
     sweep = locating.Sweep(
         editor.parts,
@@ -73,6 +74,7 @@ def locate(
         generate=generate,
         **config,
     )
+    arguments.tell_of_prompts(editor, sweep.edits)
     work_begins()
     with Bars() as bars:
         report = sweep.run(bars.callback("", len(sweep.edits) * len(sweep.places)))

@@ -35,6 +35,7 @@ def tune(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
     skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
+    chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
@@ -53,13 +54,14 @@ def tune(
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.tune import Search
 
-    editor = arguments.load(model, dtype, device)
+    editor = arguments.load(model, dtype, device, chat_template=chat)
     options: dict[str, Any] = {"sample": sample, "minutes": minutes, "trials": trials, "seed": seed, "text": documents}
     search = Search(editor.parts, edits, method=method, journal=output / "trials.jsonl", **options, **config)
+    arguments.tell_of_prompts(editor, search.edits)
     work_begins()
     with Bars() as bars:
-        report = search.run(bars.callback("", len(search.edits)), lambda so_far: _save(so_far, output))
-    _save(report, output)
+        report = search.run(bars.callback("", len(search.edits)), lambda so_far: _save(so_far, output, chat))
+    _save(report, output, chat)
     show(report)
     try:
         report.draw(output / "front.png")
@@ -68,8 +70,9 @@ def tune(
     typer.echo(f"trial {report.trials.index(report.best)} is chosen: fastedit edit --config {output / 'config.json'} …")
 
 
-def _save(report: TuneReport, folder: Path) -> None:
+def _save(report: TuneReport, folder: Path, chat: bool) -> None:
     """Write the best configuration so far, and all figures."""
-    for name, content in (("config.json", report.best.settings), ("report.json", report.to_dict())):
+    best = report.best.settings | ({"chat_template": True} if chat else {})
+    for name, content in (("config.json", best), ("report.json", report.to_dict())):
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

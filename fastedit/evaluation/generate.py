@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model, encode, trailing
+from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
 _ALWAYS = 2**20  # more ends of sentences than any answer holds
@@ -26,9 +26,7 @@ def generated_texts(
     prompts, tokenizer = list(ends), model.tokenizer
     if not prompts:
         return {}
-    encoded = encode(tokenizer, [prompt for _, prompt in prompts])
-    for ids in encoded:
-        del ids[max(1, len(ids) - trailing(ids, tokenizer.eos_token_id)) :]
+    encoded = model.prompt_tokens([prompt for _, prompt in prompts])
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     final = _final(model)
     weights = _weights(model, final, decode).to(model.device)  # [V]
@@ -54,7 +52,8 @@ def generated_texts(
 def _final(model: Model) -> set[int]:
     """Tokens that end a text, those where a chat model ends its turn included."""
     own = cast(Any, model.network).generation_config.eos_token_id
-    return {model.tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    turn = model.chat.end if model.chat else None
+    return {model.tokenizer.eos_token_id, turn, *(own if isinstance(own, list | tuple) else [own])} - {None}
 
 
 def _weights(model: Model, final: set[int], decode: Callable[[list[list[int]]], list[str]]) -> Tensor:

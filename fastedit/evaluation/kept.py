@@ -16,7 +16,7 @@ from fastedit.errors import FileError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
-from fastedit.models import Model, fingerprint
+from fastedit.models import Model, fingerprint, stored
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
 from fastedit.statistics.store import user_directory
@@ -63,7 +63,8 @@ def predict_unedited(
         _save(path, found)
         return found
     neighbours = any(some["neighbour"] for some in answers)
-    return Predictions(answers, perplexity, Head(model.topology, keep=keep_head) if neighbours else None)
+    head = Head(model.topology, keep=keep_head) if neighbours else None
+    return Predictions(answers, perplexity, head, model.chat is not None)
 
 
 def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any]) -> str:
@@ -75,10 +76,10 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
         _TAG,
         {**config.to_dict(), "_name_or_path": None},
         config._attn_implementation,
-        checksums(dict(network.named_parameters())),
+        [checksums({name: values}) for name, values in stored(network)],
         checksums(dict(network.named_buffers())),
         core.to_str() if core is not None else tokenizer.get_vocab(),
-        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None)],
+        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None), model.chat],
         [asdict(request) for request in requests],
         options,
         [torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type],

@@ -64,11 +64,15 @@ Answers = Mapping[str, Sequence[Prediction]]  # of one request, by kind
 
 @dataclass(frozen=True)
 class Predictions:
-    """A model's answers to each request's prompts, its perplexity on text (None: no text), and its head."""
+    """A model's answers to each request's prompts, its perplexity on text (None: no text), and its head.
+
+    ``chat_template``: the prompts were a user's turn in the tokenizer's chat template.
+    """
 
     answers: Sequence[Answers]
     perplexity: float | None
     head: Head | None = field(default=None, repr=False, compare=False)
+    chat_template: bool = False
 
 
 @plain_state
@@ -134,7 +138,7 @@ def predict(
         best, hits, logp, first = scored[edit, prompt, answer]
         answers[i][kind].append(Prediction(prompt, answer, best, hits, logp, rival, generated, first))
     head = Head(topology, keep=keep_head) if any(kind == "neighbour" for kind, *_ in questions.asked) else None
-    return Predictions(answers, perplexity, head)
+    return Predictions(answers, perplexity, head, model.chat is not None)
 
 
 def _scored(

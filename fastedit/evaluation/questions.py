@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastedit.errors import RequestError
+from fastedit.errors import RequestError, listed
 from fastedit.evaluation.texts import inner_ends
-from fastedit.models import Model, PairError, Samples, encode, tokenize, without_rows
+from fastedit.models import Model, PairError, Samples, encode, special_tokens, without_rows
 from fastedit.requests import EditRequest
 
 _WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
@@ -78,13 +78,39 @@ def ask(
     context = model.topology.context_length
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]
-        samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=context, vocabulary=model.vocabulary)
+        samples = model.tokenize(pairs, append_eos=False)
     except PairError as error:
         names = list(owners.values())
         problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
         raise RequestError.of(list(reversed(problems.items())), "prompts") from None
     documents = _windows(model, [text] if isinstance(text, str) else text, context)
     return Questions(asked, owners, ends, samples, documents, len(requests))
+
+
+def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
+    """What the user should know of prompts: special tokens in them, and a chat template that is not used."""
+    notes = []
+    if model.chat is None and getattr(model.tokenizer, "chat_template", None):
+        notes.append(
+            "the tokenizer has a chat template, and prompts go to the model without it, as plain text; to edit what it "
+            "answers in a chat, use the template: chat_template=True (--chat)"
+        )
+    special = [token for token in special_tokens(model.tokenizer) if token.strip()]
+    found: dict[str, None] = {}
+    names: dict[str, None] = {}
+    for i, request in enumerate(requests):
+        for kind, questions in _QUESTIONS.items():
+            for prompt, *_ in questions(request):
+                if held := [token for token in special if token in prompt]:
+                    found |= dict.fromkeys(map(repr, held))
+                    names[f"request {request.id or i}, {kind}"] = None
+    if names:
+        notes.append(
+            f"{len(names)} prompts hold special tokens of the tokenizer ({listed([*found])}), which the model reads as "
+            "such. If they come from a chat template, give the user's words alone, with chat_template=True (--chat): "
+            f"{listed([*names])}"
+        )
+    return notes
 
 
 def _windows(model: Model, text: Sequence[str], context: int) -> Samples:

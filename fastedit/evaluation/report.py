@@ -52,6 +52,8 @@ class EvaluationReport:
     means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and of "es",
     "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
 
+    ``chat_template``: prompts were a user's turn in the tokenizer's chat template.
+
     Of a sample of ``of`` requests (None: of all), ``intervals`` holds the 95 % confidence interval of each share in
     ``metrics`` (`evaluation.sampling.interval`).
     """
@@ -61,6 +63,7 @@ class EvaluationReport:
     n: Mapping[str, int]
     rows: Sequence[Mapping[str, Any]]
     of: int | None = None
+    chat_template: bool = False
 
     @property
     def intervals(self) -> dict[str, Any] | None:
@@ -70,8 +73,8 @@ class EvaluationReport:
         return {name: found[name] for name in found if name != "kl"}
 
     def to_dict(self) -> dict[str, Any]:
-        """``metrics`` with "n" and "before" in it, and "sample" and "intervals" of a sample; ready for JSON."""
-        content = {**self.metrics, "n": self.n, "before": self.before}
+        """``metrics`` with the other attributes in it, and "sample" and "intervals" of a sample; ready for JSON."""
+        content = {**self.metrics, "n": self.n, "before": self.before, "chat_template": self.chat_template}
         if self.of is not None:
             content |= {"sample": {"measured": len(self.rows), "of": self.of}, "intervals": self.intervals}
         return content
@@ -166,11 +169,18 @@ def compare(
         n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
     unedited = [_row(request, answers, (), ()) for request, answers in zip(requests, earlier, strict=True)]
     of = of if of and of > len(requests) else None
-    return EvaluationReport(_average(rows, after), _average(unedited, before) if before else None, n, rows, of)
+    metrics, old = _average(rows, after), _average(unedited, before) if before else None
+    return EvaluationReport(metrics, old, n, rows, of, after.chat_template)
 
 
 def evaluate(
-    network: nn.Module, tokenizer: Any, requests: Requests, *, sample: int | None = None, **options: Any
+    network: nn.Module,
+    tokenizer: Any,
+    requests: Requests,
+    *,
+    sample: int | None = None,
+    chat_template: bool = False,
+    **options: Any,
 ) -> EvaluationReport:
     """Measure a model as it is, on a sample of the requests if wanted. Locality needs an earlier model: None.
 
@@ -182,7 +192,8 @@ def evaluate(
     """
     checked = as_requests(requests)
     asked = draw(checked, sample)
-    return compare(asked, predict(Model.of(network, tokenizer), asked, **options), of=len(checked))
+    model = Model.of(network, tokenizer, chat_template=chat_template)
+    return compare(asked, predict(model, asked, **options), of=len(checked))
 
 
 def _pairs(now: Answers, old: Answers) -> Pairs:

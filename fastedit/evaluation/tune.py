@@ -219,7 +219,7 @@ class Search:
         ask(model, self.edits, text=text)
         METHODS[method].plan(model, self.edits, METHODS[method].config(**self._common))
         self._journal = None if journal is None else Path(journal)
-        asked = repr((self.edits, text, method, self._common, str(model.device)))
+        asked = repr((self.edits, text, method, self._common, str(model.device), model.chat))
         self._about = {"model": fingerprint(model.network), "search": sha256(asked.encode()).hexdigest()[:32]}
         self.trials = self._read()
 

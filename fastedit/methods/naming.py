@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence, Sized
 
 from fastedit.errors import RequestError, listed
 from fastedit.methods.base import Edit
-from fastedit.models import Model, PairError, tokenize
+from fastedit.models import Model, PairError
 
 
 def edit_name(edit: Edit, place: int) -> str:
@@ -29,7 +29,7 @@ def check_rows(model: Model, edits: Sequence[Edit]) -> None:
         return
     pairs = [(edit.prompt, edit.target) for edit in edits]
     try:
-        tokenize(model.tokenizer, pairs, append_eos=False, vocabulary=model.vocabulary)
+        model.tokenize(pairs, append_eos=False)
     except PairError as error:
         raise named_error(error, edits, lambda pair: (pair, "")) from None
 

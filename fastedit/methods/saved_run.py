@@ -72,6 +72,7 @@ class SavedRun:
         device = model.topology.device
         depends = settings | {
             "model": fingerprint(model.network),
+            "chat_template": model.chat is not None,
             "dtype": str(next(model.topology.backbone.parameters()).dtype),
             "number of edits": len(edits),
             "edits": sha256(json.dumps(texts).encode()).hexdigest()[:32],

@@ -1,6 +1,7 @@
 """Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
 
 from fastedit.models.block_calls import BlockCalls
+from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
@@ -13,6 +14,7 @@ from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.quantized import check_plain, has_quantized, plain, stored
 from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
 from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
@@ -37,11 +39,13 @@ __all__ = [
     "SelfCheck",
     "Topology",
     "at_tokens",
+    "check_plain",
     "encode",
     "fingerprint",
     "fingerprint_of",
     "free_bytes",
     "generate_by",
+    "has_quantized",
     "hooked",
     "in_passes",
     "joined",
@@ -51,6 +55,7 @@ __all__ = [
     "pack",
     "pass_tokens",
     "per_sample_updates",
+    "plain",
     "plain_state",
     "prompt_samples",
     "resume",
@@ -58,6 +63,8 @@ __all__ = [
     "sampling",
     "self_check",
     "spaceless",
+    "special_tokens",
+    "stored",
     "tokenize",
     "topology",
     "trailing",

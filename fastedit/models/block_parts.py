@@ -125,8 +125,11 @@ def _takes_mask(module_type: Any) -> bool:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a module is a linear map."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module is a linear map, be its weight quantized, as in layers that are no `nn.Linear`."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return all(isinstance(size, int) for size in sizes) and not any(True for _ in module.children())
 
 
 def projections(module: nn.Module, skip: nn.Module | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -145,5 +148,7 @@ def projections(module: nn.Module, skip: nn.Module | None = None) -> Iterator[tu
 
 def widths(projection: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear map; Conv1D stores its weight transposed."""
-    rows, columns = projection.weight.shape  # type: ignore[misc]
-    return (rows, columns) if isinstance(projection, Conv1D) else (columns, rows)
+    if isinstance(projection, Conv1D):
+        rows, columns = projection.weight.shape
+        return rows, columns
+    return projection.in_features, projection.out_features  # type: ignore[return-value]

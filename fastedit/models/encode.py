@@ -15,44 +15,55 @@ Span = tuple[int, int]
 """Characters of a token, from the first one to the one behind it; (0, 0) for a special token."""
 
 
-def encode(tokenizer: Any, texts: Sequence[Text]) -> list[list[int]]:
-    """Tokens of texts, those included that the tokenizer puts around them; its settings stay as they are."""
-    found = _call(tokenizer, [text if isinstance(text, str) else joined(*text) for text in texts])
+def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) -> list[list[int]]:
+    """Tokens of texts, those included that the tokenizer puts around them; its settings stay as they are.
+
+    ``templated``: prompts are whole up to the answer (`chat.Chat`), so that no tokens are put around them, and no space
+    behind.
+    """
+    found = _call(tokenizer, _whole(texts, templated), templated=templated)
     ids: list[list[int]] = found["input_ids"]
     return ids
 
 
-def encode_with_spans(tokenizer: Any, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[Span]]]:
+def encode_with_spans(
+    tokenizer: Any, texts: Sequence[Text], *, templated: bool = False
+) -> tuple[list[list[int]], list[list[Span]]]:
     """The same of a fast tokenizer, with the characters of each token.
 
     Where no space stands between a prompt and its target, a token could reach across the border: the prompt then has
-    the tokens that it has alone, as the model meets it when it answers.
+    the tokens that it has alone, as the model meets it when it answers. A templated one always has them, because the
+    line breaks that it ends with could split in another way in front of a target.
     """
-    whole = [text if isinstance(text, str) else joined(*text) for text in texts]
-    encoded = _call(tokenizer, whole, spans=True)
+    whole = _whole(texts, templated)
+    encoded = _call(tokenizer, whole, spans=True, templated=templated)
     ids: list[list[int]] = encoded["input_ids"]
     spans: list[list[Span]] = encoded["offset_mapping"]
     for i, text in enumerate(texts):
         if isinstance(text, str) or len(whole[i]) > len(text[0]) + len(text[1]):
             continue
         edge = len(text[0])
-        if any(first < edge < end for first, end in spans[i]):
-            ids[i], spans[i] = _in_parts(tokenizer, *text, ids[i], spans[i])
+        if templated or any(first < edge < end for first, end in spans[i]):
+            ids[i], spans[i] = _in_parts(tokenizer, *text, ids[i], spans[i], templated)
     return ids, spans
 
 
+def _whole(texts: Sequence[Text], templated: bool) -> list[str]:
+    return [text if isinstance(text, str) else "".join(text) if templated else joined(*text) for text in texts]
+
+
 def _in_parts(
-    tokenizer: Any, prompt: str, target: str, ids: list[int], spans: list[Span]
+    tokenizer: Any, prompt: str, target: str, ids: list[int], spans: list[Span], templated: bool
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a pair none of which reaches across the border; those that are given if the tokenizer has none."""
     # behind a newline nothing is put in front of the target, and nothing grows together with it
-    parts = _call(tokenizer, [prompt, f"\n{target}"], spans=True)
+    parts = _call(tokenizer, [prompt, f"\n{target}"], spans=True, templated=templated)
     (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
     if any(first < 1 < end for first, end in tail_spans):
         return ids, spans
-    kept = len(head) - trailing(head, tokenizer.eos_token_id)
+    kept = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
     behind = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
-    ends = trailing(ids, tokenizer.eos_token_id)
+    ends = 0 if templated else trailing(ids, tokenizer.eos_token_id)
     shift = len(prompt) - 1
     moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in behind]
     found = [*head[:kept], *(tail[t] for t in behind), *ids[len(ids) - ends :]]
@@ -75,11 +86,25 @@ def trailing(ids: Sequence[int], token: int | None) -> int:
     return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
 
 
-def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False) -> Any:
+def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, templated: bool = False) -> Any:
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
     with _settings_kept(tokenizer):
-        return tokenizer(list(texts), return_offsets_mapping=spans, return_attention_mask=False, verbose=False)
+        found = tokenizer(
+            list(texts),
+            add_special_tokens=not templated,
+            return_offsets_mapping=spans,
+            return_attention_mask=False,
+            verbose=False,
+        )
+    if not templated and (bos := tokenizer.bos_token):
+        for i, text in enumerate(texts):  # a text that begins with BOS does not get another one
+            twice = text.startswith(bos) and not text.startswith(bos * 2)
+            if twice and found["input_ids"][i][:2] == [tokenizer.bos_token_id] * 2:
+                del found["input_ids"][i][0]
+                if spans:
+                    del found["offset_mapping"][i][0]
+    return found
 
 
 @contextmanager

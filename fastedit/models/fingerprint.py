@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from fastedit.models.topology import check_editable, topology
+from fastedit.models.editable import check_editable
+from fastedit.models.quantized import stored
+from fastedit.models.topology import topology
 
 _SAMPLED = 256
 FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
@@ -17,7 +20,8 @@ FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter.
+    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter, and of what
+    quantized maps keep.
 
     Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16. In fp16
     it has another: what is below 6e-5 has lost digits there, and the rest was rounded twice if it came from fp32.
@@ -27,7 +31,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     parts = topology(model)
     check_editable(parts)
-    return fingerprint_of(parts.model.named_parameters())
+    return fingerprint_of(stored(parts.model))
 
 
 @torch.no_grad()
@@ -35,7 +39,8 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """That of a model with these parameters, by their paths."""
     digest = hashlib.sha256()
     values = []
-    for path, shape, sample in sorted((path, tuple(p.shape), _sample(p)) for path, p in parameters):
+    found = ((path, tuple(p.shape), _sample(p)) for path, p in parameters)
+    for path, shape, sample in sorted(found, key=itemgetter(0)):
         digest.update(f"{path} {shape};".encode())
         values.append(sample)
     flat = torch.cat(values).cpu()

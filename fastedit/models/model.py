@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,36 +10,56 @@ import torch
 from torch import nn
 
 from fastedit.errors import ConfigError
+from fastedit.models.chat import Chat
+from fastedit.models.editable import check_editable
+from fastedit.models.encode import Text
 from fastedit.models.self_check import checked
-from fastedit.models.topology import Topology, check_editable, topology
+from fastedit.models.tokens import Samples, last_tokens, prompt_tokens, tokenize
+from fastedit.models.topology import Topology, topology
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model's topology and its tokenizer."""
+    """A model's topology and its tokenizer; with ``chat`` prompts are a user's turn, else plain text."""
 
     topology: Topology
     tokenizer: Any
+    chat: Chat | None = None
 
     @classmethod
-    def of(cls, network: Any, tokenizer: Any) -> Model:
+    def of(cls, network: Any, tokenizer: Any, *, chat_template: bool = False) -> Model:
         """Find the parts of a model that can be edited.
 
         Args:
             network: a causal language model, as it is or inside wrappers that keep it as a sub-module.
             tokenizer: the model's.
+            chat_template: prompts are a user's turn in the tokenizer's chat template.
 
         Raises:
             ModelError: no causal language model, or one with which this package does not compute what it does itself;
-                an adapter that is not merged; quantized or offloaded weights, or weights on several devices.
-            ConfigError: not a tokenizer.
+                an adapter that is not merged; offloaded weights, or weights on several devices;
+                quantized weights elsewhere than in frozen maps of the blocks.
+            ConfigError: not a tokenizer, or one without a chat template.
         """
         found = topology(network)
         check_editable(found)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             given = type(tokenizer).__name__
             raise ConfigError(f"tokenizer is a {given}; give the model's, as AutoTokenizer.from_pretrained loads it")
-        return cls(checked(found), tokenizer)
+        return cls(checked(found), tokenizer, Chat.of(tokenizer) if chat_template else None)
+
+    def tokenize(self, pairs: Sequence[tuple[str, str]], *, append_eos: bool) -> Samples:
+        """`tokens.tokenize` for this model: its context, its rows, and prompts as it reads them."""
+        limits: dict[str, Any] = {"max_length": self.topology.context_length, "vocabulary": self.vocabulary}
+        return tokenize(self.tokenizer, pairs, append_eos=append_eos, chat=self.chat, **limits)
+
+    def last_tokens(self, texts: Sequence[Text], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """`tokens.last_tokens` of prompts as this model reads them."""
+        return last_tokens(self.tokenizer, texts, ends, chat=self.chat)
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """`tokens.prompt_tokens` of prompts as this model reads them."""
+        return prompt_tokens(self.tokenizer, prompts, chat=self.chat)
 
     @property
     def network(self) -> nn.Module:

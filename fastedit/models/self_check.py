@@ -26,6 +26,7 @@ from fastedit.models.frozen import FrozenPart
 from fastedit.models.held_tokens import HeldTokens
 from fastedit.models.hooks import eval_mode, only_trainable, plain_state
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.quantized import check_plain, has_quantized, is_quantized
 from fastedit.models.tokens import Rows, Samples, pack
 from fastedit.models.topology import Topology
 
@@ -112,7 +113,7 @@ def checked(found: Topology) -> Topology:
     Raises:
         ModelError: this package does not compute what the model does; says what differs.
     """
-    if found.config.model_type in VERIFIED:
+    if found.config.model_type in VERIFIED and not has_quantized(found.model):
         return found
     check = self_check(found)
     if check.problem is not None:
@@ -254,7 +255,9 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
         (part,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
         gradient += part.float()
         kept.append(logits.detach())
-    own = _Own(torch.cat(kept), gradient, weight.dtype)
+    # to what quantized maps round is their own affair, and may depend on the rows beside one
+    dtype = torch.bfloat16 if has_quantized(found.model) else weight.dtype
+    own = _Own(torch.cat(kept), gradient, dtype)
     if not (own.logits.isfinite().all() and gradient.isfinite().all()):
         raise ModelError(f"{found.name} cannot be edited: its logits of random tokens are not finite")
     return own
@@ -276,10 +279,13 @@ def _place(found: Topology) -> tuple[int, str, nn.Module]:
     Raises:
         ModelError: there is none.
     """
+    paths = {module: path for path, module in found.model.named_modules()}
+    quantized: list[str] = []
     first = min(max(1, found.n_blocks // 4), found.n_blocks - 1)
     for layer in (*range(first, found.n_blocks), *range(first)):
         writers = [module for module in found.writers(layer) if not holds_experts(module)]
-        if writers:
-            paths = {module: path for path, module in found.model.named_modules()}
-            return layer, paths[writers[0]], writers[0]
+        quantized += [paths[module] for module in writers if is_quantized(module)]
+        if plain := [module for module in writers if not is_quantized(module)]:
+            return layer, paths[plain[0]], plain[0]
+    check_plain(found.model, quantized[:1])
     raise ModelError(f"{found.name} cannot be edited: no block has a projection to the model's width")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ModelError, RequestError
+from fastedit.models.chat import Chat
 from fastedit.models.encode import Text, encode, encode_with_spans, trailing, without_rows
 
 _CHUNK = 8192  # texts a tokenizer call: bounds the Python lists of offsets that are alive at once
@@ -97,6 +98,7 @@ def tokenize(
     append_eos: bool = True,
     max_length: int | None = None,
     vocabulary: int | None = None,
+    chat: Chat | None = None,
 ) -> Samples:
     """Tokenize (prompt, target) pairs, joined as `scripts.joined` says (+ EOS), and find where each target begins.
 
@@ -108,6 +110,7 @@ def tokenize(
     Args:
         max_length: the most tokens the model can read; a sample reads all its tokens but the last.
         vocabulary: the tokens that the model has rows for (`Model.vocabulary`).
+        chat: prompts are a user's turn, and what ends an answer there is appended in the place of EOS.
 
     Raises:
         PairError: empty targets, prompts without tokens (nothing could predict the target), samples longer
@@ -115,17 +118,18 @@ def tokenize(
         ModelError: ``append_eos`` and a tokenizer that has no EOS token, or one outside ``vocabulary``.
     """
     eos: int | None = tokenizer.eos_token_id
-    if append_eos and eos is None:
+    last = eos if chat is None or chat.end is None else chat.end
+    if append_eos and last is None:
         raise ModelError("the tokenizer has no EOS token: set tokenizer.eos_token, or do not append EOS")
-    if append_eos and vocabulary is not None and (missing := without_rows(tokenizer, [eos or 0], vocabulary)):
+    if append_eos and vocabulary is not None and (missing := without_rows(tokenizer, [last or 0], vocabulary)):
         raise ModelError(f"the tokenizer's EOS token cannot be trained: {missing}")
     encode = _starts_by_offsets if getattr(tokenizer, "is_fast", False) else _starts_by_prompt
     flat: list[int] = []
     offsets, starts = [0], list[int]()
     problems: list[PairProblem] = []
     for first in range(0, len(pairs), _CHUNK):
-        chunk = pairs[first : first + _CHUNK]
-        for i, (ids, start) in enumerate(zip(*encode(tokenizer, chunk), strict=True), first):
+        chunk = [(chat.turn(p) if chat else p, target) for p, target in pairs[first : first + _CHUNK]]
+        for i, (ids, start) in enumerate(zip(*encode(tokenizer, chunk, chat is not None), strict=True), first):
             end = len(ids) - trailing(ids, eos)
             n_read = end - 1 + append_eos
             if vocabulary is not None and (missing := without_rows(tokenizer, ids[:end], vocabulary)):
@@ -137,7 +141,7 @@ def tokenize(
                 continue
             flat += ids[:end]
             if append_eos:
-                flat.append(eos)  # type: ignore[arg-type]  # checked above
+                flat.append(last)  # type: ignore[arg-type]  # checked above
             offsets.append(len(flat))
             starts.append(start)
     if problems:
@@ -160,8 +164,10 @@ def _problem(
     return None
 
 
-def _starts_by_offsets(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
-    all_ids, all_spans = encode_with_spans(tokenizer, pairs)
+def _starts_by_offsets(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], templated: bool
+) -> tuple[list[list[int]], list[int]]:
+    all_ids, all_spans = encode_with_spans(tokenizer, pairs, templated=templated)
     starts = []
     for (prompt, _), spans in zip(pairs, all_spans, strict=True):
         edge = len(prompt)  # special tokens span (0, 0) and never pass it
@@ -169,8 +175,11 @@ def _starts_by_offsets(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tupl
     return all_ids, starts
 
 
-def _starts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[int]]:
-    joint, prompts = encode(tokenizer, pairs), encode(tokenizer, [prompt for prompt, _ in pairs])
+def _starts_by_prompt(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], templated: bool
+) -> tuple[list[list[int]], list[int]]:
+    alone = [prompt for prompt, _ in pairs]
+    joint, prompts = (encode(tokenizer, texts, templated=templated) for texts in (pairs, alone))
     starts = []
     for ids, prompt_ids in zip(joint, prompts, strict=True):
         both = enumerate(zip(ids, prompt_ids, strict=False))
@@ -178,25 +187,41 @@ def _starts_by_prompt(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> tuple
     return joint, starts
 
 
-def last_tokens(tokenizer: Any, texts: Sequence[Text], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str], *, chat: Chat | None = None) -> list[list[int]]:
+    """What a model reads before it answers: the tokens of each prompt, at least one, without an EOS behind them."""
+    if chat is not None:
+        return encode(tokenizer, [chat.turn(prompt) for prompt in prompts], templated=True)
+    return [ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))] for ids in encode(tokenizer, prompts)]
+
+
+def last_tokens(
+    tokenizer: Any, texts: Sequence[Text], ends: Sequence[int], *, chat: Chat | None = None
+) -> tuple[list[list[int]], list[int]]:
     """Tokens of each text, and the index of the last one that begins before character ``ends[i]``.
 
     By character offsets for fast tokenizers; otherwise it is the last token of the text cut at the end, or
-    the one where the whole text's tokens leave those of the cut text. The end of a pair's is in its prompt.
+    the one where the whole text's tokens leave those of the cut text. The end of a pair's is in its prompt, and where
+    prompts are a user's turn (``chat``) it is in what the user says.
     """
+    templated = chat is not None
+    if chat is not None:
+        said = [text if isinstance(text, str) else text[0] for text in texts]
+        ends = [chat.place(prompt, end) for prompt, end in zip(said, ends, strict=True)]
+        texts = [chat.turn(text) if isinstance(text, str) else (chat.turn(text[0]), text[1]) for text in texts]
     all_ids: list[list[int]] = []
     last: list[int] = []
     fast = getattr(tokenizer, "is_fast", False)
     for first in range(0, len(texts), _CHUNK):
         chunk, cuts = texts[first : first + _CHUNK], ends[first : first + _CHUNK]
         if fast:
-            some_ids, some_spans = encode_with_spans(tokenizer, chunk)
+            some_ids, some_spans = encode_with_spans(tokenizer, chunk, templated=templated)
             for spans, end in zip(some_spans, cuts, strict=True):
                 last.append(max(t for t, (a, b) in enumerate(spans) if a < min(b, end)))
         else:
-            some_ids = encode(tokenizer, chunk)
+            some_ids = encode(tokenizer, chunk, templated=templated)
             whole = (text if isinstance(text, str) else text[0] for text in chunk)
-            parts = encode(tokenizer, [text[:end] for text, end in zip(whole, cuts, strict=True)])
+            beginnings = [text[:end] for text, end in zip(whole, cuts, strict=True)]
+            parts = encode(tokenizer, beginnings, templated=templated)
             eos = tokenizer.eos_token_id
             last += [_last_shared(ids, part, eos) for ids, part in zip(some_ids, parts, strict=True)]
         all_ids += some_ids

@@ -31,8 +31,6 @@ from fastedit.models.block_parts import (
 )
 from fastedit.models.hooks import Stopped, eval_mode, hooked
 
-_EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WHOLE = "load the whole model on one device, without device_map"
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
 _CONTEXTS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")  # in a config, of which the first
 _CONTEXT = 2048  # tokens of a model that does not count positions
@@ -358,32 +356,6 @@ def _logit_scale(config: Any) -> float:
     """The factor of the logits in families that have one, each with its own name for it."""
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
-
-
-def check_editable(found: Topology) -> None:
-    """See that the weights are such as this package can edit: of floating point, whole, and on one device.
-
-    Raises:
-        ModelError: quantized, sharded or offloaded weights, or weights on several devices; names the parameter.
-    """
-    parameters = dict(found.model.named_parameters())
-    first, device = next((path, parameter.device) for path, parameter in parameters.items())
-    for path, parameter in parameters.items():
-        if parameter.dtype not in _EDITABLE:
-            raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; load the model in fp32, bf16 or fp16")
-        if parameter.is_meta:
-            raise ModelError(f"{path} is on the meta device: it is offloaded, or was never loaded; {_WHOLE}")
-        if parameter.is_inference():
-            raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
-        if parameter.device != device:
-            raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
-    for path, module in found.blocks.named_modules():
-        if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
-            expected = (module.out_features, module.in_features)
-            raise ModelError(
-                f"{found.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it is "
-                "quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
-            )
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Module]]:

@@ -26,11 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError, ops
 from fastedit.methods import LocFTBFConfig, contexts
 from fastedit.methods.base import MethodResult
-from fastedit.methods.locft_bf import trainer, training_set
+from fastedit.methods.locft_bf import trainer
 from fastedit.methods.locft_bf.choices import batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.presets import locft_bf_preset
-from fastedit.models import Model, Samples, pack, topology
+from fastedit.models import Model, Samples, pack, tokenize, topology
 
 MakeEdits = Callable[..., list[EditRequest]]
 Pairs = Sequence[tuple[str, str]]
@@ -647,15 +647,14 @@ def test_augment_trains_copies_behind_contexts_of_the_model(
     tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each edit as it is and behind two contexts that end a sentence; equal to the published loop on them."""
-    edits, module = make_edits(6), training_set
+    edits = make_edits(6)
     seen: list[list[tuple[str, str]]] = []
-    tokenize = module.tokenize
 
     def spy(tokenizer: Any, pairs: Pairs, **kwargs: Any) -> Any:
         seen.append(list(pairs))
         return tokenize(tokenizer, pairs, **kwargs)
 
-    monkeypatch.setattr(module, "tokenize", spy)
+    monkeypatch.setattr("fastedit.models.model.tokenize", spy)
     random_state = torch.get_rng_state()
     wanted = tiny_model("llama")
     result = run(tiny_model("llama"), tokenizer, edits, augment=2, seed=3)

@@ -14,7 +14,7 @@ from fastedit.methods.base import Edit
 from fastedit.methods.contexts import BARE
 from fastedit.methods.naming import edit_name, named_error
 from fastedit.methods.subjects import find_subjects, repeated_note
-from fastedit.models import Budget, Model, PairError, Samples, last_tokens, prompt_samples, tokenize
+from fastedit.models import Budget, Model, PairError, Samples, prompt_samples
 from fastedit.progress import Progress, no_progress
 
 
@@ -72,7 +72,7 @@ class Batch:
             RequestError: subjects that end after the model's context; names all of them.
         """
         texts, ends = self._in_templates()
-        ids, last = last_tokens(self.model.tokenizer, texts, ends)
+        ids, last = self.model.last_tokens(texts, ends)
         n, context = len(self), self.model.topology.context_length
         problems: dict[int, tuple[str, str]] = {}
         for sample, place in enumerate(last):
@@ -97,8 +97,7 @@ class Batch:
         n, model = len(self), self.model
         pairs = [(text, self.edits[i % n].target) for i, text in enumerate(texts)]
         try:
-            length, rows = model.topology.context_length, model.vocabulary
-            samples = tokenize(model.tokenizer, pairs, append_eos=False, max_length=length, vocabulary=rows)
+            samples = model.tokenize(pairs, append_eos=False)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:
@@ -106,10 +105,10 @@ class Batch:
                 return place, self.templates[template] if template else ""
 
             raise named_error(error, self.edits, source) from None
-        _, last = last_tokens(model.tokenizer, pairs, ends)
+        _, last = model.last_tokens(pairs, ends)
         # nothing behind the subject is read in these rows: they end there
         subjects = [str(edit.subject) for edit in self.edits]
-        ids, kl_last = last_tokens(model.tokenizer, [f"{s} is a" for s in subjects], [len(s) for s in subjects])
+        ids, kl_last = model.last_tokens([f"{s} is a" for s in subjects], [len(s) for s in subjects])
         return samples.join(prompt_samples(ids, kl_last)), torch.tensor(last + kl_last)
 
     def make_samples(self) -> None:

@@ -10,7 +10,7 @@ from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
 from fastedit.methods.locate_then_edit.distributions import shares
 from fastedit.methods.presets import locate_then_edit_preset
-from fastedit.models import Topology
+from fastedit.models import Topology, check_plain
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def _checked_width(topology: Topology, layers: list[int], module: str, site: str
     """The width of the keys of the last layer; raises what `resolve` raises of layers that cannot be written."""
     if site == "mlp" and len(layers) > 1:
         raise ConfigError("site mlp is one layer's MLP, but the edit is distributed over several; take site block")
+    check_plain(topology.model, (topology.resolve(layer, module)[0] for layer in layers))
     for layer in layers:
         path, projection = topology.resolve(layer, module)
         width = topology.input_width(layer, module)

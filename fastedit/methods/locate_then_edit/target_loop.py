@@ -262,10 +262,12 @@ class TargetLoop:
         saved_for_backward: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            saved_for_backward[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            if type(tensor.data) is Tensor:  # those that a quantized weight is made of tell no place
+                saved_for_backward[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # an operation that keeps its own output would keep itself alive
 
-        weights = {p.untyped_storage().data_ptr() for p in self.topology.model.parameters()}
+        parameters = self.topology.model.parameters()
+        weights = {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
         state = self._enter(edits)
         laid_out = self._lay_out(edits)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

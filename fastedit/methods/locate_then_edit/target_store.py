@@ -13,7 +13,7 @@ from fastedit.files import check_writable
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.targets import Targets
-from fastedit.models import Topology
+from fastedit.models import Topology, plain
 from fastedit.tensorfile import checksum, load_tensors, save_tensors
 
 _TAG = "fastedit-targets-2"
@@ -80,4 +80,4 @@ class TargetStore:
         return self._folder / f"{key}.safetensors"
 
     def _checksums(self, paths: Sequence[str]) -> dict[str, str]:
-        return {path: f"{self._parameters[path].dtype} {checksum(self._parameters[path])}" for path in paths}
+        return {path: f"{self._parameters[path].dtype} {checksum(plain(self._parameters[path]))}" for path in paths}

@@ -17,7 +17,7 @@ from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
 from fastedit.methods.subjects import subject_ends
-from fastedit.models import Model, Topology, fingerprint
+from fastedit.models import Model, Topology, check_plain, fingerprint
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
 
@@ -59,9 +59,10 @@ def resolve(
         module = "down_proj" if subject else preset.module
         notes.append(f"module {module} ({'MEMIT edits it' if subject else where})")
     layers = layer if isinstance(layer, tuple) else (layer,)
+    places = dict(topology.resolve(block, module) for block in layers)
+    check_plain(topology.model, places)
     for block in layers:
         topology.check_trainable(block, module)
-    places = dict(topology.resolve(block, module) for block in layers)
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:

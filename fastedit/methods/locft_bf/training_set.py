@@ -23,10 +23,8 @@ from fastedit.models import (
     Rows,
     Samples,
     joined,
-    last_tokens,
     plain_state,
     prompt_samples,
-    tokenize,
     without_rows,
 )
 from fastedit.progress import Progress, counter
@@ -65,10 +63,8 @@ class TrainingSet:
         copies = _augmented(model, edits, config) if config.augment else []
         pairs += copies
         owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
-        length = model.topology.context_length
         try:
-            rows = model.vocabulary
-            samples = tokenize(model.tokenizer, pairs, append_eos=config.eos, max_length=length, vocabulary=rows)
+            samples = model.tokenize(pairs, append_eos=config.eos)
         except PairError as error:
 
             def source(pair: int) -> tuple[int, str]:
@@ -87,12 +83,12 @@ class TrainingSet:
                     "or take preserve null-space or none"
                 )
             texts = [text for _, text, _ in found]
-            ids, last = last_tokens(model.tokenizer, texts, [len(text) for text in texts])
+            ids = model.prompt_tokens(texts)
             if missing := without_rows(model.tokenizer, [*{token for some in ids for token in some}], model.vocabulary):
                 raise ConfigError(f"anchor_subjects: {missing}")
-            samples = samples.join(prompt_samples(ids, last))
+            samples = samples.join(prompt_samples(ids, [len(tokens) - 1 for tokens in ids]))
             if trained is not None:
-                _, subject_last = last_tokens(model.tokenizer, texts, [end for *_, end in found])
+                _, subject_last = model.last_tokens(texts, [end for *_, end in found])
                 trained = torch.cat([trained, torch.tensor(subject_last)])
             for number, (place, *_) in enumerate(found):
                 anchors.of[place].append(number)
@@ -129,7 +125,7 @@ def _subject_tokens(
     texts = [pairs[sample] for sample in places]
     ends = [len(pairs[i][0]) - len(edits[owner[i]].prompt) + found[owner[i]][0] for i in places]
     trained = torch.full((len(pairs),), -1)
-    trained[places] = torch.tensor(last_tokens(model.tokenizer, texts, ends)[1], dtype=torch.int64)
+    trained[places] = torch.tensor(model.last_tokens(texts, ends)[1], dtype=torch.int64)
     return trained
 
 

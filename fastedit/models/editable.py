@@ -1,0 +1,48 @@
+"""Whether the weights of a model are such as this package can edit."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastedit.errors import ModelError
+from fastedit.models.quantized import EDITABLE, is_quantized
+from fastedit.models.topology import Topology
+
+_WHOLE = "load the whole model on one device, without device_map"
+_OUTSIDE = (
+    "load the model in fp32, bf16 or fp16, or with nothing quantized but linear maps of its blocks, by "
+    "llm_int8_skip_modules of BitsAndBytesConfig (modules_to_not_convert of TorchAoConfig and others)"
+)
+
+
+def check_editable(found: Topology) -> None:
+    """See that the weights are such as this package can edit: whole, on one device, and of floating point.
+
+    Linear maps of the blocks may be quantized; whether those that are edited are is another question
+    (`quantized.check_plain`).
+
+    Raises:
+        ModelError: other quantized weights, sharded or offloaded ones, or weights on several devices; names the
+            parameter.
+    """
+    parameters = dict(found.model.named_parameters())
+    frozen = {id(p) for module in found.blocks.modules() if is_quantized(module) for p in module.parameters()}
+    first, device = next((path, parameter.device) for path, parameter in parameters.items())
+    for path, parameter in parameters.items():
+        if parameter.dtype not in EDITABLE and id(parameter) not in frozen:
+            raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; {_OUTSIDE}")
+        if parameter.is_meta:
+            raise ModelError(f"{path} is on the meta device: it is offloaded, or was never loaded; {_WHOLE}")
+        if parameter.is_inference():
+            raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
+        if parameter.device != device:
+            raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
+    if is_quantized(found.head):
+        raise ModelError(f"the head to the vocabulary, a {type(found.head).__name__}, is quantized; {_OUTSIDE}")
+    for path, module in found.blocks.named_modules():
+        if type(module) is nn.Linear and module.weight.shape != (module.out_features, module.in_features):
+            expected = (module.out_features, module.in_features)
+            raise ModelError(
+                f"{found.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it is "
+                "quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
+            )

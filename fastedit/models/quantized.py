@@ -1,0 +1,70 @@
+"""Linear maps whose weights are quantized, by whatever package: they can stand frozen around an edited matrix.
+
+They are told by what they keep: a weight that is no plain tensor of floating point (bitsandbytes, torchao), or none of
+that name (GPTQ and its relatives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastedit.errors import ModelError, listed
+from fastedit.models.block_parts import is_projection, widths
+
+EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a linear map that computes with a quantized weight."""
+    if not is_projection(module):
+        return False
+    weight = getattr(module, "weight", None)  # no parameter of its own where it is made of others
+    if weight is None or type(weight.data) is not Tensor:
+        return True
+    if type(module) in (nn.Linear, Conv1D):  # they compute with the weight as it is
+        return False
+    return weight.dtype not in EDITABLE or tuple(weight.shape) != widths(module)[::-1]
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """Whether some weights of a model are quantized."""
+    return any(is_quantized(module) for module in model.modules())
+
+
+def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
+    """See that no linear map at, or under, these paths is quantized.
+
+    Raises:
+        ModelError: names all that are, and says how to load the model.
+    """
+    found: dict[str, nn.Module] = {}
+    for path in paths:
+        for name, module in model.get_submodule(path).named_modules():
+            if is_quantized(module):
+                found[".".join(filter(None, (path, name)))] = module
+    if found:
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
+        raise ModelError(
+            f"{len(found)} matrices to edit are quantized ({kinds}): {listed([*found])}; choose others, or load the "
+            f"model with these in floating point, by llm_int8_skip_modules={[*found, 'lm_head']} of BitsAndBytesConfig "
+            "(modules_to_not_convert of TorchAoConfig and others)"
+        )
+
+
+def plain(parameter: nn.Parameter) -> Tensor:
+    """The values of a parameter, dequantized where they are no plain tensor."""
+    values = parameter.detach()
+    return values if type(parameter.data) is Tensor else values.dequantize()
+
+
+def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all parameters, and of the buffers that quantized maps keep, as plain tensors."""
+    for path, parameter in model.named_parameters():
+        yield path, plain(parameter)
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            yield from ((f"{path}.{name}", buffer) for name, buffer in module.named_buffers())
