@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.evaluation.page import page
 from fastedit.evaluation.predict import Answers, Predictions
 from fastedit.evaluation.probes import KINDS, PREFIXES, Probes, probes_of
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import interval
-from fastedit.evaluation.thresholds import TASK, TASK_CHANGE, Bound
+from fastedit.evaluation.thresholds import TASK, TASK_CHANGE, Bound, Measured
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest
 from fastedit.statistics.own_text import write_text
@@ -59,42 +60,6 @@ SHARES = tuple(name for name, about in _MEASURES.items() if about.share)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measure of the edited model, and of the unedited one (None: not taken).
-
-    ``value`` is None if it could not be taken, which ``why`` tells. ``n`` counts the prompts. ``interval`` is the 95 %
-    confidence interval of a share of a sample.
-    """
-
-    name: str
-    says: str
-    value: float | None
-    before: float | None = None
-    n: int = 0
-    why: str = ""
-    share: bool = True
-    bound: Bound | None = None
-    interval: tuple[float, float] | None = None
-
-    @property
-    def passed(self) -> bool | None:
-        """Whether it keeps its bound, which a measure that was not taken does not; None without a bound."""
-        return None if self.bound is None else self.value is not None and self.bound.holds(self.value)
-
-    def shown(self, value: float | None) -> str:
-        """A value of this measure, for tables."""
-        if value is None:
-            return "—"
-        return f"{value:.1%}" if self.share else f"{value:.4g}"
-
-    @property
-    def wanted(self) -> str:
-        """The bound, for tables."""
-        ends = (("≥", self.bound.min), ("≤", self.bound.max)) if self.bound else ()
-        return ", ".join(f"{sign} {self.shown(end)}" for sign, end in ends if end is not None)
-
-
-@dataclass(frozen=True)
 class CheckReport:
     """All measures of an edited model; prints as a table.
 
@@ -127,12 +92,10 @@ class CheckReport:
 
     def save(self, directory: AnyPath) -> None:
         """Write check.json and check.html to a folder, each whole or not at all. Raises FileError."""
-        from fastedit.evaluation.page import page
-
         folder = Path(directory)
         contents = {
             "check.json": json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n",
-            "check.html": page(self),
+            "check.html": page(self.measures, self.rows, self.about, self.of),
         }
         for name, content in contents.items():
             with writing(folder / name, "the check was not written") as temporary:

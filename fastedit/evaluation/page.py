@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastedit.evaluation.check import CheckReport, Measured
+from fastedit.evaluation.thresholds import Measured
 
 _REQUESTS = 200  # that the page shows; check.json has all
 _STYLE = """
@@ -41,28 +40,29 @@ dl { margin: .5rem 0 .25rem 1rem; overflow-wrap: anywhere; } dd { margin: 0 0 .5
 """
 
 
-def page(report: CheckReport) -> str:
-    """The page as HTML."""
-    bounded = [m for m in report.measures if m.bound]
-    missed = ", ".join(m.name for m in report.missed)
+def page(
+    measures: Sequence[Measured], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], of: int | None
+) -> str:
+    """The page of a `CheckReport` as HTML."""
+    bounded, missed = [m for m in measures if m.bound], [m.name for m in measures if m.passed is False]
     if not bounded:
         verdict = '<p class="verdict">Measured without thresholds.</p>'
-    elif report.passed:
+    elif not missed:
         verdict = f'<p class="verdict good">All {len(bounded)} thresholds are kept.</p>'
     else:
         verdict = (
-            f'<p class="verdict bad">{len(report.missed)} of {len(bounded)} thresholds missed: {escape(missed)}</p>'
+            f'<p class="verdict bad">{len(missed)} of {len(bounded)} thresholds missed: {escape(", ".join(missed))}</p>'
         )
-    of = f", a sample of {report.of}" if report.of else ""
-    about = "; ".join(f"{name}: {value}" for name, value in report.about.items() if value)
+    sample = f", a sample of {of}" if of else ""
+    said = "; ".join(f"{name}: {value}" for name, value in about.items() if value)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>fastedit check</title><style>{_STYLE}</style></head><body><main>"
-        f'<h1>Does the edited model still work?</h1><p class="faint">{len(report.rows)} edits{of}. {escape(about)}</p>'
-        f'{verdict}<h2>Measures</h2><div class="card">{"".join(map(_measure, report.measures))}</div>'
+        f'<h1>Does the edited model still work?</h1><p class="faint">{len(rows)} edits{sample}. {escape(said)}</p>'
+        f'{verdict}<h2>Measures</h2><div class="card">{"".join(map(_measure, measures))}</div>'
         '<p class="faint">Bar: now. Dotted mark: before the edit. Solid mark: the threshold.</p>'
-        f"<h2>Edits</h2>{_requests(report.rows)}</main></body></html>\n"
+        f"<h2>Edits</h2>{_requests(rows)}</main></body></html>\n"
     )
 
 

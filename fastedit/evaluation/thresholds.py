@@ -1,4 +1,4 @@
-"""Bounds that the measures of an edited model have to keep, from a JSON or TOML file."""
+"""Measures of an edited model, and the bounds that they have to keep, from a JSON or TOML file."""
 
 from __future__ import annotations
 
@@ -27,6 +27,42 @@ class Bound:
     def holds(self, value: float) -> bool:
         """Whether a value keeps it; NaN keeps none."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measure of the edited model, and of the unedited one (None: not taken).
+
+    ``value`` is None if it could not be taken, which ``why`` tells. ``n`` counts the prompts. ``interval`` is the 95 %
+    confidence interval of a share of a sample.
+    """
+
+    name: str
+    says: str
+    value: float | None
+    before: float | None = None
+    n: int = 0
+    why: str = ""
+    share: bool = True
+    bound: Bound | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether it keeps its bound, which a measure that was not taken does not; None without a bound."""
+        return None if self.bound is None else self.value is not None and self.bound.holds(self.value)
+
+    def shown(self, value: float | None) -> str:
+        """A value of this measure, for tables."""
+        if value is None:
+            return "—"
+        return f"{value:.1%}" if self.share else f"{value:.4g}"
+
+    @property
+    def wanted(self) -> str:
+        """The bound, for tables."""
+        ends = (("≥", self.bound.min), ("≤", self.bound.max)) if self.bound else ()
+        return ", ".join(f"{sign} {self.shown(end)}" for sign, end in ends if end is not None)
 
 
 def load_thresholds(path: Path, names: Collection[str], shares: Collection[str]) -> dict[str, Bound]:
