@@ -46,6 +46,13 @@ def test_memit_edits_with_statistics_of_ones_own(run: Callable[..., str], tmp_pa
     assert re.search(r"reliability +3 +100\.0% +100\.0%", printed), printed
 
 
+def test_facts_are_forgotten(run: Callable[..., str]) -> None:
+    printed = run("forget", "--n", "3")
+    assert re.search(r"not said: +[\d.]+% → 100\.0%", printed), printed
+    was, now = map(float, re.findall(r"probability: +([\d.]+)% → ([\d.]+)%", printed)[0])
+    assert now < was / 4
+
+
 def test_a_plain_training_loop_learns_with_the_operations(run: Callable[..., str]) -> None:
     losses = [
         float(loss) for loss in re.findall(r"loss ([\d.]+)", run("kernels_in_your_training_loop", "--steps", "9"))

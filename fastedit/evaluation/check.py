@@ -52,6 +52,8 @@ _MEASURES: dict[str, _About] = {
                                  prompts="neighbour"),
     "first_token": _About("a neighbour's answer begins as before", ("first_token",), prompts="neighbour"),
     "kl": _About("how far its first token's probabilities moved, nats", ("kl",), prompts="neighbour", share=False),
+    "forgotten": _About("the answer to be forgotten is not said", ("forgotten", "generated"), prompts="forgotten"),
+    "forgotten_probability": _About("of all its tokens", ("forgotten", "probability"), prompts="forgotten"),
     "perplexity": _About("of text", ("perplexity",), prompts="text", share=False),
     "perplexity_ratio": _About("after the edit / before", prompts="text", share=False),
 }  # fmt: skip

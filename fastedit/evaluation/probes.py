@@ -56,6 +56,8 @@ def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]
         else:
             found += some
     for place, request in enumerate(requests):
+        if request.forget:  # a refusal is no wrong answer to the negated prompt, and no fact to choose
+            continue
         found += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
         prompt, options = next(iter(request.paraphrases), request.prompt), _options(requests, place)
         if len(options) > 1:

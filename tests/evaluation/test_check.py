@@ -55,6 +55,7 @@ def answered(check: Check, says: Callable[[str], str], likeliest: str = "", perp
             "paraphrase": [prediction(p, r.target) for p in r.paraphrases],
             "neighbour": [prediction(*pair) for pair in r.neighbours],
             "portability": [prediction(*pair) for pair in r.portability],
+            "forgotten": [],
         }
         for r in check.requests
     ]
