@@ -20,7 +20,7 @@ FLOORS = [
     ["fastedit.weights", "fastedit.models"],
     ["fastedit.statistics"],
     ["fastedit.methods"],
-    ["fastedit.requests", "fastedit.delta"],
+    ["fastedit.requests", "fastedit.delta", "fastedit.directions"],
     ["fastedit.evaluation", "fastedit.loading", "fastedit.saving"],
     ["fastedit.results"],
     ["fastedit.editor"],
