@@ -46,6 +46,21 @@ def test_memit_edits_with_statistics_of_ones_own(run: Callable[..., str], tmp_pa
     assert re.search(r"reliability +3 +100\.0% +100\.0%", printed), printed
 
 
+def test_facts_are_forgotten(run: Callable[..., str]) -> None:
+    printed = run("forget", "--n", "3")
+    assert re.search(r"not said: +[\d.]+% → 100\.0%", printed), printed
+    was, now = map(float, re.findall(r"probability: +([\d.]+)% → ([\d.]+)%", printed)[0])
+    assert now < was / 4
+
+
+def test_an_ablated_direction_takes_one_behaviour_away(run: Callable[..., str], tmp_path: Path) -> None:
+    printed = run("ablate_a_direction", "--output", tmp_path / "delta.safetensors")
+    having, lacking = (int(n) for n in re.findall(r"ing: (\d+) of 12 answers", printed))
+    assert having <= 3
+    assert lacking >= 9
+    assert (tmp_path / "delta.safetensors").is_file()
+
+
 def test_a_plain_training_loop_learns_with_the_operations(run: Callable[..., str]) -> None:
     losses = [
         float(loss) for loss in re.findall(r"loss ([\d.]+)", run("kernels_in_your_training_loop", "--steps", "9"))

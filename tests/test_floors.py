@@ -20,7 +20,7 @@ FLOORS = [
     ["fastedit.weights", "fastedit.models", "fastedit.undo"],
     ["fastedit.statistics"],
     ["fastedit.methods"],
-    ["fastedit.requests", "fastedit.delta", "fastedit.compose"],
+    ["fastedit.requests", "fastedit.delta", "fastedit.compose", "fastedit.directions"],
     ["fastedit.evaluation", "fastedit.loading", "fastedit.saving", "fastedit.checkpoints"],
     ["fastedit.results"],
     ["fastedit.editor"],

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from fastedit.cli import phase
 from fastedit.cli.apply import apply
 from fastedit.cli.arguments import BareEvaluate, check_backend
+from fastedit.cli.check import check
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
 from fastedit.cli.demo import demo
@@ -112,6 +113,7 @@ def make_app() -> typer.Typer:
     commands: dict[str, Callable[..., None]] = {
         "edit": configured(edit),
         "evaluate": evaluate,
+        "check": check,
         "demo": demo,
         "locate": configured(locate, LOCATE_OWN, ("locft-bf",)),
         "tune": configured(tune, TUNE_OWN),

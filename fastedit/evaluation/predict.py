@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from fastedit.errors import EditError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.generate import generated_texts
-from fastedit.evaluation.questions import KINDS, Asked, Questions, ask
+from fastedit.evaluation.questions import KINDS, Asked, Questions, ask, read_to
 from fastedit.evaluation.score import score
-from fastedit.evaluation.texts import begins_with, cut, normalize
+from fastedit.evaluation.texts import begins_with, cut, normalize, says
 from fastedit.models import Factors, Model, Topology, pass_tokens, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest
@@ -52,6 +52,11 @@ class Prediction:
     def begins(self) -> bool | None:
         """Whether the generated text begins with the answer, both normalized."""
         return None if self.generated is None else begins_with(self.generated, self.answer)
+
+    @property
+    def said(self) -> bool | None:
+        """Whether the answer stands anywhere in the generated text, both normalized."""
+        return None if self.generated is None else says(self.generated, self.answer)
 
     @property
     def preferred(self) -> bool | None:
@@ -134,7 +139,7 @@ def predict(
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # no rival of itself
-        generated = cut(texts[edit, prompt], answer, prompt) if generate else None
+        generated = cut(texts[edit, prompt], read_to(kind, answer, other), prompt) if generate else None
         best, hits, logp, first = scored[edit, prompt, answer]
         answers[i][kind].append(Prediction(prompt, answer, best, hits, logp, rival, generated, first))
     head = Head(topology, keep=keep_head) if any(kind == "neighbour" for kind, *_ in questions.asked) else None

@@ -20,6 +20,7 @@ _QUESTIONS: dict[str, Callable[[EditRequest], Iterable[tuple[str, str, str | Non
     "paraphrase": lambda r: [(prompt, r.target, r.true_target) for prompt in r.paraphrases],
     "neighbour": lambda r: [(prompt, answer, r.target) for prompt, answer in r.neighbours],
     "portability": lambda r: [(prompt, answer, None) for prompt, answer in r.portability],
+    "forgotten": lambda r: [(prompt, r.forget, r.target) for prompt in (r.prompt, *r.paraphrases) if r.forget],
 }
 KINDS = tuple(_QUESTIONS)
 
@@ -48,6 +49,11 @@ class Questions:
     n_requests: int
 
 
+def read_to(kind: str, answer: str, other: str | None) -> str:
+    """The text that what is generated is read for: what should be forgotten may yet come behind the refusal."""
+    return f"{other} {answer}" if kind == "forgotten" else answer
+
+
 def ask(
     model: Model,
     requests: Sequence[EditRequest],
@@ -74,7 +80,7 @@ def ask(
         edit = i if by_edit else 0
         for said in filter(None, (answer, other)):
             owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
-        ends[edit, prompt] = max(ends.get((edit, prompt), 0), inner_ends(answer))
+        ends[edit, prompt] = max(ends.get((edit, prompt), 0), inner_ends(read_to(kind, answer, other)))
     context = model.topology.context_length
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]

@@ -7,6 +7,7 @@ an edit.
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _PREFERENCES = {"es": "rewrite", "ps": "paraphrase", "ns": "neighbour"}
 _WAYS = ("teacher_forced", "generated")
 _BEGINS = tuple(name for name in _SHARES if name != "locality")
 _FIRST = ("first_token", "kl")  # at the first token of neighbours' answers
+_FORGOTTEN = ("generated", "probability")  # of what should be forgotten
 _PART = "  "  # in front of what belongs to the line above it
 Pairs = Sequence[tuple[Prediction, Prediction]]
 
@@ -48,9 +50,11 @@ class EvaluationReport:
     "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; "generated_begins",
     all of these but the locality; CounterFact's "es", "ps", "ns" and their harmonic mean "score". "first_token"
     and "kl" compare with the unedited model where neighbours' answers begin: the share of equal likeliest tokens,
-    and KL(unedited ‖ edited) in nats. The last is "perplexity". None is what was not measured. Shares and "kl" are
-    means over requests of the mean over a request's prompts. ``n`` counts the prompts of each kind and of "es",
-    "ps" and "ns". ``rows`` holds the measures of each request and the text "generated" for it.
+    and KL(unedited ‖ edited) in nats. "forgotten", of requests to forget, is the share of prompts whose "generated"
+    text does not say the answer, and the "probability" of the whole answer. The last is "perplexity".
+    None is what was not measured. Shares and "kl" are means over requests of the mean over a request's prompts. ``n``
+    counts the prompts of each kind and of "es", "ps" and "ns". ``rows`` holds the measures of each request and the text
+    "generated" for it.
 
     ``chat_template``: prompts were a user's turn in the tokenizer's chat template.
 
@@ -100,6 +104,10 @@ class EvaluationReport:
             else:
                 lines.append((_PART + "first token", "", _share(now, None, spread, "first_token"), ""))
                 lines.append((_PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
+        if self.n["forgotten"]:
+            gone, was, limits = (found.get("forgotten") or {} for found in (now, old, spread))
+            lines.append(("forgotten", str(self.n["forgotten"]), "", _share(gone, was, limits, "generated")))
+            lines.append((_PART + "probability", "", _share(gone, was, None, "probability"), ""))
         lines += [(name.upper(), str(self.n[name]), _share(now, old, spread, name), "") for name in _PREFERENCES]
         lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
         lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
@@ -227,13 +235,16 @@ def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float
     same = (normalize(a) == normalize(b) for a, b in texts if a is not None and b is not None)
     row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(same)}
     row["first_token"], row["kl"] = _mean(a.argmax[0] == b.argmax[0] for a, b in pairs), _mean(apart)
+    gone = (None if p.said is None else not p.said for p in now["forgotten"])
+    whole = (math.exp(p.logp * len(p.hits)) for p in now["forgotten"])
+    row["forgotten"] = {"generated": _mean(gone), "probability": _mean(whole)}
     return row | {name: _mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
 
 
 def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float | None]], Any]) -> dict[str, Any]:
     """What ``summary`` says of each measure's values at the requests."""
     result: dict[str, Any] = {name: summary([row[name] for row in rows]) for name in (*_PREFERENCES, *_FIRST)}
-    for name, parts in (("generated_begins", _BEGINS), *((name, _WAYS) for name in _SHARES)):
+    for name, parts in (("generated_begins", _BEGINS), ("forgotten", _FORGOTTEN), *((name, _WAYS) for name in _SHARES)):
         result[name] = {part: summary([row[name][part] for row in rows]) for part in parts}
     return result
 

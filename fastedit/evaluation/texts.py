@@ -36,6 +36,13 @@ def begins_with(text: str, answer: str) -> bool:
     return any(normalize(text[:i]) == wanted for i in range(1, len(text) + 1) if _word_ends(text, i))
 
 
+def says(text: str, answer: str) -> bool:
+    """Whether the answer stands in the text, between word boundaries, both normalized."""
+    text = unicodedata.normalize("NFC", text).strip()
+    starts = (i for i in range(len(text)) if i == 0 or not text[i - 1].isalnum() or _word_ends(text, i))
+    return any(begins_with(text[i:], answer) for i in starts)
+
+
 def _word_ends(text: str, i: int) -> bool:
     """Whether a word may end in front of character i."""
     if i == len(text):

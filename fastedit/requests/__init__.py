@@ -3,6 +3,6 @@
 from fastedit.requests.conflicts import RequestReport, find_conflicts
 from fastedit.requests.load import as_requests, load_requests
 from fastedit.requests.records import AnyPath
-from fastedit.requests.request import EditRequest
+from fastedit.requests.request import REFUSAL, EditRequest
 
-__all__ = ["AnyPath", "EditRequest", "RequestReport", "as_requests", "find_conflicts", "load_requests"]
+__all__ = ["REFUSAL", "AnyPath", "EditRequest", "RequestReport", "as_requests", "find_conflicts", "load_requests"]

@@ -64,6 +64,8 @@ _FORMATS = (
     _Format("FEVER", "prompt", "alt", ("pred",)),
     _Format("UnKE, editevery", "question", "answer"),
 )
+# A record of this one holds the answer to be forgotten, whatever else it has; a target is what to say instead.
+_FORGET = _Format("fastedit, to forget", "prompt", "forget", ("target", "target_new"))
 # The fields that may hold a part of a request. Several in brackets: one of prompts, those that may hold the answers.
 _SUBJECT = ("subject", "concept", f"{_REWRITE}.subject")
 _ID = ("id", "case_id")
@@ -135,19 +137,23 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise RequestError(f"expected an object, the fields of an edit, got {record!r:.40}")
     fields = _fields(tuple(record))
-    form = _format_of(record, fields.formats)
+    form = _format_of(record, fields.formats) if empty(record.get(_FORGET.target)) else _FORGET
+    target, forget = unwrap(get(record, form.target)), None
+    if form is _FORGET:
+        target, forget = next((unwrap(record[n]) for n in form.beside if not empty(record.get(n))), ""), target
     subject = first_answer(record, fields.subject, left_out)
     paraphrases = [(name, text) for name in fields.paraphrases for text in prompts(get(record, name), name)]
     left_out.update(_unread(record, form))
     return {
         "prompt": fill_subject(required(get(record, form.prompt), form.prompt), subject, form.prompt),
-        "target": required(unwrap(get(record, form.target)), form.target),
+        "target": target if forget else required(target, form.target),
         "subject": subject,
         "id": next((id_ for name in _ID if (id_ := identifier(record.get(name), name)) is not None), None),
         "true_target": first_answer(record, fields.true_target, left_out),
         "paraphrases": tuple(fill_subject(text, subject, name) for name, text in paraphrases),
         "neighbours": tuple(gather(record, fields.neighbours, subject, left_out)),
         "portability": tuple(gather(record, fields.portability, subject, left_out)),
+        "forget": forget,
     }
 
 
@@ -184,7 +190,7 @@ def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format
     for form in _FORMATS:
         missing = [name for name in (form.prompt, form.target) if get(record, name) is None]
         lacking += missing if len(missing) == 1 else []
-    known = "; ".join(f"{form.name} ({form.prompt}, {form.target})" for form in _FORMATS)
+    known = "; ".join(f"{form.name} ({form.prompt}, {form.target})" for form in (*_FORMATS, _FORGET))
     raise RequestError(
         f"the record fits no known format, it lacks {' or '.join(dict.fromkeys(lacking)) or 'both prompt and target'}; "
         f"its fields are {listed(list(map(str, record))) or 'none'}. Formats, their prompt and target: {known}"

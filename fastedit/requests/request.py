@@ -10,49 +10,62 @@ from typing import Any
 
 from fastedit.errors import RequestError
 from fastedit.requests.formats import read_record, split
-from fastedit.requests.values import Pair, answer, identifier, prompts, questions, required
+from fastedit.requests.values import Pair, answer, empty, identifier, prompts, questions, required
 
 _log = logging.getLogger(__name__)
+
+REFUSAL = "I don't know."
+"""The target of a request to forget that gives none."""
 
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
     """One fact to write into a model: prompt and target, with a space between them where their script has one.
 
+    Or one to forget: with ``forget``, the answer that the model should no longer give. The target is then what it
+    should say instead, a refusal by default.
+
     Args:
         prompt: the full text in front of the target, taken literally; trailing whitespace is removed.
-        target: the wanted answer; surrounding whitespace is removed.
+        target: the wanted answer; surrounding whitespace is removed. `REFUSAL` where there is something to forget.
         subject: what the fact is about, as it stands in the prompt (locate-then-edit methods need it).
         id: a name for messages and reports.
         true_target: the answer before the edit.
         paraphrases: other prompts that should give the target (generalization).
         neighbours: (prompt, answer) pairs that the edit must leave alone (locality).
         portability: (prompt, answer) pairs that follow from the edit.
+        forget: the answer to be forgotten; it is the true target, too, unless another one is given.
 
     Raises:
-        RequestError: the prompt or the target is empty, or a field has a wrong type.
+        RequestError: the prompt or the target is empty, or a field has a wrong type; the target is to be forgotten.
     """
 
     prompt: str
-    target: str
+    target: str = ""
     subject: str | None = None
     id: str | None = None
     true_target: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[Pair, ...] = ()
     portability: tuple[Pair, ...] = ()
+    forget: str | None = None
 
     def __post_init__(self) -> None:
+        forget = answer(self.forget, "forget")
+        target = REFUSAL if forget and empty(self.target) else self.target
         clean = {
             "prompt": required(self.prompt, "prompt").rstrip(),
-            "target": required(self.target, "target").strip(),
+            "target": required(target, "target").strip(),
             "subject": answer(self.subject, "subject"),
             "id": identifier(self.id, "id"),
-            "true_target": answer(self.true_target, "true_target"),
+            "true_target": answer(self.true_target, "true_target") or forget,
             "paraphrases": tuple(prompts(self.paraphrases, "paraphrases")),
             "neighbours": tuple(questions(self.neighbours, "neighbours", set())),
             "portability": tuple(questions(self.portability, "portability", set())),
+            "forget": forget,
         }
+        if forget and str(clean["target"]).casefold() == forget.casefold():
+            raise RequestError(f"{forget!r} is to be forgotten, but it is the target; give what to say instead")
         for name, value in clean.items():
             object.__setattr__(self, name, value)
 

@@ -475,7 +475,7 @@ def test_conflicts_are_told_before_any_work(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in message
 
 
-@pytest.mark.parametrize("command", ["edit", "evaluate", "locate", "tune"])
+@pytest.mark.parametrize("command", ["edit", "evaluate", "check", "locate", "tune"])
 def test_bad_records_are_skipped_by_every_command_that_reads_requests(tmp_path: Path, command: str) -> None:
     path = write(tmp_path / "facts.json", [{"prompt": "The sky is", "target": t} for t in ["green", *[""] * 12]])
     output = ["--output", tmp_path / "out"] if command in ("edit", "tune") else []
@@ -492,7 +492,7 @@ def test_bad_records_are_skipped_by_every_command_that_reads_requests(tmp_path: 
     assert "no folder" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "locate"])
+@pytest.mark.parametrize("command", ["evaluate", "check", "locate"])
 def test_conflicts_are_told_by_every_command_that_reads_requests(tmp_path: Path, command: str) -> None:
     said = {"prompt": "The sky is", "target": "blue", "true_target": "blue"}
     path = write(tmp_path / "facts.json", [said, said | {"target": "pink"}])
@@ -846,6 +846,7 @@ def test_ctrl_c_keeps_the_batches_that_are_done_and_counts_them(
 COMMANDS: dict[str, tuple[str, ...]] = {
     "edit": ("--model", "./m", "--requests", "./r", "--output", "./o"),
     "evaluate": ("--model", "./m", "--requests", "./r"),
+    "check": ("--model", "./m", "--requests", "./r"),
     "locate": ("--model", "./m", "--requests", "./r"),
     "covariance": ("./m", "--text", "./t", "--layers", "1"),
     "check-model": ("./m",),
@@ -943,7 +944,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert all(command in done.stdout for command in ("edit", "evaluate", "demo", "locate", "env"))
 
 
-@pytest.mark.parametrize("command", ["edit", "evaluate", "demo", "locate", "check-model", "env"])
+@pytest.mark.parametrize("command", ["edit", "evaluate", "check", "demo", "locate", "check-model", "env"])
 def test_help_shows_an_example(command: str) -> None:
     assert f"Example: fastedit {command}" in works(command, "--help").stdout
 

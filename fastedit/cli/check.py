@@ -1,0 +1,119 @@
+"""`fastedit check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli import arguments
+from fastedit.cli.output import show
+from fastedit.cli.phase import work_begins
+from fastedit.errors import ConfigError, FileError, ModelError
+from fastedit.files import check_file
+
+if TYPE_CHECKING:
+    from fastedit.models import Model
+
+
+def check(
+    model: arguments.ModelFlag,
+    requests: arguments.RequestsFlag,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The unedited model, folder or hub name; measures before and after. Both are in memory."),
+    ] = None,
+    delta: Annotated[
+        Path | None,
+        typer.Option(help="An edit to apply: --model is then the unedited model; measures before and after."),
+    ] = None,
+    skip_bad: arguments.SkipBadFlag = False,
+    text: arguments.TextFlag = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON or TOML of what has to hold, such as {"reliability": {"min": 0.95}}; else exit code 1.'
+        ),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag; needs lm-eval.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Folder for check.json and check.html.")] = None,
+    evaluate: arguments.EvaluateFlag = "all",
+    dtype: arguments.DtypeFlag = arguments.Dtype.auto,
+    device: arguments.DeviceFlag = None,
+    verbose: arguments.VerboseFlag = False,
+) -> None:
+    """Find out whether an edited model still works: its facts, harder questions about them, and everything else.
+
+    Example: fastedit check --model ./edited --base ./Llama-3-8B --requests facts.json --output ./checked
+
+    Facts are asked for plainly, behind up to 200 tokens of other text, negated, and among other answers. Without --text
+    the unedited model writes the text. With --thresholds the exit code is 1 if one is missed.
+    """
+    if base and delta:
+        raise ConfigError("--base and --delta are two ways to give the unedited model; give one of them")
+    if delta and delta.is_dir():
+        raise FileError(delta, f"--delta {{path}} is a folder; give its file, such as {delta / 'delta.safetensors'}")
+    names, sample = [name.strip() for name in tasks.split(",") if name.strip()], arguments.sample_size(evaluate)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    inputs = arguments.inputs_of(model, requests=requests, text=text, delta=delta, thresholds=thresholds)
+    for name in ("check.json", "check.html") if output else ():
+        check_file(output / name, inputs)  # type: ignore[operator]
+    from fastedit.cli.bars import Bars
+    from fastedit.delta import WeightDelta
+    from fastedit.evaluation.check import MEASURES, SHARES, Check
+    from fastedit.evaluation.questions import ask
+    from fastedit.evaluation.sampling import draw
+    from fastedit.evaluation.tasks import check_tasks, run_tasks
+    from fastedit.evaluation.thresholds import load_thresholds
+
+    bounds = load_thresholds(thresholds, MEASURES, SHARES) if thresholds else {}
+    check_tasks(names)
+    change, asked = WeightDelta.load(delta) if delta else None, draw(edits, sample)
+    editor = arguments.load(model, dtype, device)
+    unedited = arguments.load(base, dtype, device) if base else editor
+    ask(editor.parts, asked, text=documents)
+    if change:
+        change.check(editor.model)
+    if base:
+        check_base(unedited.parts, editor.parts)
+    work_begins()
+    before, tasks_before = None, {}
+    with Bars() as bars:
+        questions = Check(unedited.parts, asked, text=documents, of=len(edits))
+        what: dict[str, Any] = {"edits": questions.requests, "text": questions.text, "bars": bars}
+        if change or base:
+            of_head = change is not None and change.changes(editor.model, editor.topology.head)
+            before = arguments.measure(unedited, **what, when="before", keep_head=of_head)
+            tasks_before = run_tasks(unedited.parts, names)
+        if change:
+            change.apply(editor.model)
+        after = arguments.measure(editor, **what, when="after" if before else "")
+        tasks_after = run_tasks(editor.parts, names)
+    about = {"model": model, "base": base, "delta": delta and str(delta)}
+    report = questions.report(after, before, bounds=bounds, tasks=(tasks_after, tasks_before), about=about)
+    if output:
+        report.save(output)
+    show(report)
+    if output:
+        typer.echo(f"written to {output / 'check.json'} and {output / 'check.html'}")
+    if not report.passed:
+        missed = ", ".join(f"{m.name} {m.shown(m.value)} (wanted {m.wanted})" for m in report.missed)
+        typer.echo(f"fastedit: {len(report.missed)} of {len(bounds)} thresholds missed: {missed}", err=True)
+        raise typer.Exit(1)
+
+
+def check_base(base: Model, edited: Model) -> None:
+    """Refuse a base that the edited model cannot have been made of, and say so if the two are equal.
+
+    Raises:
+        ModelError: other parameters or another vocabulary.
+    """
+    from fastedit.models import fingerprint
+
+    shapes = [{name: p.shape for name, p in model.network.named_parameters()} for model in (base, edited)]
+    if shapes[0] != shapes[1] or base.tokenizer.get_vocab() != edited.tokenizer.get_vocab():
+        what = "vocabulary" if shapes[0] == shapes[1] else "parameters"
+        raise ModelError(f"--base has other {what} than --model; give the model that was edited")
+    if fingerprint(base.network) == fingerprint(edited.network):
+        typer.echo("--base and --model seem to be the same model: the weights that were compared are equal", err=True)

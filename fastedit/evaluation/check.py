@@ -1,0 +1,272 @@
+"""Does an edited model still work? Its facts, harder questions about them, and what should not have changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastedit.evaluation.page import page
+from fastedit.evaluation.predict import Answers, Predictions
+from fastedit.evaluation.probes import KINDS, PREFIXES, Probes, probes_of
+from fastedit.evaluation.report import EvaluationReport, compare
+from fastedit.evaluation.sampling import interval
+from fastedit.evaluation.thresholds import TASK, TASK_CHANGE, Bound, Measured
+from fastedit.models import Model
+from fastedit.requests import AnyPath, EditRequest
+from fastedit.statistics.own_text import write_text
+from fastedit.tensorfile import writing
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_OWN_TEXT = 2048  # tokens that a model writes where no text is given
+_BASE = "needs the unedited model: give --base, or --delta"
+
+
+@dataclass(frozen=True)
+class _About:
+    """A measure: what it says, where `EvaluationReport` has it, on which prompts it is taken; None is by a probe."""
+
+    says: str
+    path: tuple[str, ...] | None = None
+    prompts: str = "rewrite"
+    share: bool = True
+
+
+_MEASURES: dict[str, _About] = {
+    "reliability": _About("the answer begins with the target", ("generated_begins", "reliability")),
+    "reliability_exact": _About("the answer is the target", ("reliability", "generated")),
+    "generalization": _About(
+        "so it does at paraphrases", ("generated_begins", "generalization"), prompts="paraphrase"
+    ),
+    "generalization_exact": _About("it is the target there", ("generalization", "generated"), prompts="paraphrase"),
+    **{f"prefix_{n}": _About(f"it begins so behind {n} tokens of other text") for n in PREFIXES},
+    "negation": _About("it begins so at the negated prompt, where it should not"),
+    "choice": _About("of several answers the target is the likeliest"),
+    "portability": _About("the answer to what follows from the fact (two hops)", ("generated_begins", "portability"),
+                          prompts="portability"),
+    "neighbour_accuracy": _About("the answer to a neighbour is its own", ("generated_begins", "neighbour_accuracy"),
+                                 prompts="neighbour"),
+    "first_token": _About("a neighbour's answer begins as before", ("first_token",), prompts="neighbour"),
+    "kl": _About("how far its first token's probabilities moved, nats", ("kl",), prompts="neighbour", share=False),
+    "forgotten": _About("the answer to be forgotten is not said", ("forgotten", "generated"), prompts="forgotten"),
+    "forgotten_probability": _About("of all its tokens", ("forgotten", "probability"), prompts="forgotten"),
+    "perplexity": _About("of text", ("perplexity",), prompts="text", share=False),
+    "perplexity_ratio": _About("after the edit / before", prompts="text", share=False),
+}  # fmt: skip
+MEASURES = tuple(_MEASURES)
+SHARES = tuple(name for name, about in _MEASURES.items() if about.share)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """All measures of an edited model; prints as a table.
+
+    ``rows`` has for each request what was generated: at its prompt, behind prefixes, at negated prompts; and what it
+    chose. Of a sample of ``of`` requests (None: of all).
+    """
+
+    measures: Sequence[Measured]
+    rows: Sequence[Mapping[str, Any]]
+    about: Mapping[str, Any]
+    of: int | None = None
+
+    @property
+    def missed(self) -> list[Measured]:
+        """Those that do not keep their bounds."""
+        return [measured for measured in self.measures if measured.passed is False]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all bounds are kept; so it is without any."""
+        return not self.missed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: "passed", "missed", "measures" by name, "about", "sample" and "requests"."""
+        sample = None if self.of is None else {"measured": len(self.rows), "of": self.of}
+        measures = {m.name: {**asdict(m), "passed": m.passed} for m in self.measures}
+        missed = [m.name for m in self.missed]
+        summary = {"passed": self.passed, "missed": missed, "measures": measures, "about": self.about, "sample": sample}
+        return {**summary, "requests": self.rows}
+
+    def save(self, directory: AnyPath) -> None:
+        """Write check.json and check.html to a folder, each whole or not at all. Raises FileError."""
+        folder = Path(directory)
+        contents = {
+            "check.json": json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+            "check.html": page(self.measures, self.rows, self.about, self.of),
+        }
+        for name, content in contents.items():
+            with writing(folder / name, "the check was not written") as temporary:
+                temporary.write_text(content, encoding="utf-8")
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table("", "prompts", "before", "now", "wanted", "", box=box.SIMPLE_HEAD)
+        for column in table.columns[1:5]:
+            column.justify = "right"
+        for m in self.measures:
+            now = m.shown(m.value) + (f" [{m.interval[0]:.0%}, {m.interval[1]:.0%}]" if m.interval else "")
+            verdict = {None: "", True: "passed", False: "[bold red]missed[/]"}[m.passed]
+            remark = ", ".join(filter(None, (verdict, f"[dim]{m.why}[/]" if m.why else "")))
+            table.add_row(m.name, str(m.n) if m.n else "", m.shown(m.before), now, m.wanted, remark)
+        return table
+
+
+class Check:
+    """The questions of a check, made once and asked of the unedited and of the edited model.
+
+    Args:
+        unedited: the model before the edit, or the edited one if there is no other; writes the text if none is given.
+        requests: the edits.
+        text: documents for the perplexity, and for the prefixes.
+        of: how many requests these are a sample of.
+
+    Raises:
+        ModelError: a model without finite numbers cannot write text.
+    """
+
+    def __init__(
+        self, unedited: Model, requests: Sequence[EditRequest], *, text: Sequence[str] = (), of: int | None = None
+    ) -> None:
+        self.edits = list(requests)
+        self.of = of if of and of > len(self.edits) else None
+        self.own_text = not text
+        self.text = list(text) or write_text(unedited, _OWN_TEXT)
+        self.probes: Probes = probes_of(unedited, self.edits, self.text)
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """What `predict` is to ask, with ``text``: the edits, and the probes behind them."""
+        return [*self.edits, *(probe.request for probe in self.probes.probes)]
+
+    def report(
+        self,
+        after: Predictions,
+        before: Predictions | None = None,
+        *,
+        bounds: Mapping[str, Bound] | None = None,
+        tasks: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
+        about: Mapping[str, Any] | None = None,
+    ) -> CheckReport:
+        """The report on what `predict` found of the edited model and, if measured, of the unedited one.
+
+        Args:
+            bounds: measure -> what it has to keep.
+            tasks: values of lm-eval's tasks, of the edited and of the unedited model.
+            about: what else is to stand in the report.
+        """
+        n = len(self.edits)
+        own, old = ((found and replace(found, answers=found.answers[:n])) for found in (after, before))
+        assert own is not None
+        report = compare(self.edits, own, old, of=self.of)
+        probed = self._probed(after.answers[n:])
+        unedited = None if before is None else self._probed(before.answers[n:])
+        found = [self._measured(name, report, probed, unedited, before is not None) for name in _MEASURES]
+        found += _of_tasks(*tasks, {*(bounds or {})})
+        rows = [
+            {
+                **{name: row[name] for name in ("id", "prompt", "target", "generated")},
+                "begins": row["generated_begins"]["reliability"],
+                **more,
+            }
+            for row, more in zip(report.rows, probed, strict=True)
+        ]
+        bounded = [replace(m, bound=(bounds or {}).get(m.name)) for m in found]
+        text = "written by the model" if self.own_text else "given"
+        return CheckReport(bounded, rows, {**(about or {}), "text": text}, self.of)
+
+    def _probed(self, answers: Sequence[Answers]) -> list[dict[str, Any]]:
+        """What was found of each request's probes, by their kinds."""
+        rows: list[dict[str, Any]] = [{kind: [] for kind in KINDS} for _ in self.edits]
+        for probe, found in zip(self.probes.probes, answers, strict=True):
+            (said,) = found["rewrite"]
+            entry: dict[str, Any] = {"prompt": said.prompt, "generated": said.generated, "begins": said.begins}
+            if probe.kind == "choice":
+                entry = {"answer": said.answer, "logp": said.logp}
+            rows[probe.place][probe.kind].append(entry)
+        return rows
+
+    def _measured(
+        self,
+        name: str,
+        report: EvaluationReport,
+        probed: Sequence[Mapping[str, Any]],
+        unedited: Sequence[Mapping[str, Any]] | None,
+        compared: bool,
+    ) -> Measured:
+        about = _MEASURES[name]
+        rows: list[float | None] = []
+        if name == "perplexity_ratio":
+            value, old, n = _ratio(report), None, 0
+        elif about.path is None:
+            rows = [_share(name, row[name]) for row in probed]
+            value = _mean(rows)
+            old = None if unedited is None else _mean([_share(name, row[name]) for row in unedited])
+            n = sum(len(row[name]) for row in probed) if name != "choice" else sum(map(bool, rows_of(probed, name)))
+        else:
+            value = _at(report.metrics, about.path)
+            old = _at(report.before, about.path) if report.before else None
+            rows = [] if name == "perplexity" else [_at(row, about.path) for row in report.rows]
+            n = report.n.get(about.prompts, 0)
+        why = "" if value is not None else self._why(name, report, compared)
+        spread = interval(rows, self.of) if self.of and about.share else None
+        return Measured(name, about.says, value, old, n, why, about.share, interval=spread)
+
+    def _why(self, name: str, report: EvaluationReport, compared: bool) -> str:
+        """Why a measure could not be taken."""
+        prompts = _MEASURES[name].prompts
+        if name in self.probes.left_out:
+            return self.probes.left_out[name]
+        if prompts in report.n and not report.n[prompts]:
+            return f"the requests have no {prompts} prompts"
+        return "the unedited model's head was changed" if compared else _BASE
+
+
+def rows_of(probed: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
+    """The probes of a kind, request after request."""
+    return [row[kind] for row in probed]
+
+
+def _share(kind: str, entries: Sequence[Mapping[str, Any]]) -> float | None:
+    """A request's value of a kind of probes; None if it has none."""
+    if not entries:
+        return None
+    if kind == "choice":  # the target comes first
+        return float(all(entries[0]["logp"] > other["logp"] for other in entries[1:]))
+    return _mean([entry["begins"] for entry in entries])
+
+
+def _ratio(report: EvaluationReport) -> float | None:
+    now, old = report.metrics["perplexity"], report.before["perplexity"] if report.before else None
+    return now / old if now and old else None
+
+
+def _of_tasks(now: Mapping[str, float], old: Mapping[str, float], wanted: set[str]) -> list[Measured]:
+    """The values of tasks and how far they moved, and those that bounds ask for and nobody took."""
+    found = []
+    for task, value in now.items():
+        found.append(Measured(TASK + task, f"lm-eval's {task}", value, old.get(task), share=False))
+        moved = value - old[task] if task in old else None
+        why = "" if moved is not None else _BASE
+        found.append(Measured(TASK_CHANGE + task, f"{task} now less before", moved, why=why, share=False))
+    there = {m.name for m in found}
+    lacking = sorted(name for name in wanted if name.startswith((TASK, TASK_CHANGE)) and name not in there)
+    return found + [Measured(name, "an lm-eval task", None, why="not among --tasks", share=False) for name in lacking]
+
+
+def _at(metrics: Mapping[str, Any], path: Sequence[str]) -> float | None:
+    found: Any = metrics
+    for name in path:
+        found = found[name]
+    return None if found is None else float(found)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

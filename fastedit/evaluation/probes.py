@@ -1,0 +1,120 @@
+"""Harder questions about edits, each as a request of its own: behind other text, negated, among other answers.
+
+`predict` asks them beside the requests that they are about, in the same passes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fastedit.evaluation.texts import normalize
+from fastedit.models import Model, encode, joined
+from fastedit.requests import EditRequest
+
+PREFIXES = (20, 100, 200)  # tokens in front of a prompt (EAMET, arXiv 2505.11876, goes to 200)
+KINDS = (*(f"prefix_{n}" for n in PREFIXES), "negation", "choice")
+
+_OPTIONS = 4  # answers of a multiple choice, at most
+_ANSWER = 33  # tokens left for the answer behind a prefix: 32 are generated
+_LOWERED = ("The", "A", "An", "In", "On", "At", "By", "When", "Where", "Who", "What", "Which", "It")
+_COPULA = re.compile(r"\b(is|was|are|were)$")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A harder question about the request at a place; ``request`` is asked as it is."""
+
+    kind: str
+    place: int
+    request: EditRequest
+
+
+@dataclass(frozen=True)
+class Probes:
+    """All probes of some requests; ``left_out`` says of a kind why there are none."""
+
+    probes: list[Probe]
+    left_out: dict[str, str]
+
+
+def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]) -> Probes:
+    """The probes of requests.
+
+    Behind other text: passages of ``text`` that end in a full stop, another one for each request. Negated: "It is not
+    true that" in front of a prompt and, where it ends in a form of "to be", "not" behind it; English, and no prompt
+    that asks or has several lines (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other
+    requests at the first paraphrase, or at the prompt where there is none (after arXiv 2604.05995).
+    """
+    found: list[Probe] = []
+    left_out: dict[str, str] = {}
+    for n in PREFIXES:
+        some = _behind(model, requests, text, n)
+        if isinstance(some, str):
+            left_out[f"prefix_{n}"] = some
+        else:
+            found += some
+    for place, request in enumerate(requests):
+        if request.forget:  # a refusal is no wrong answer to the negated prompt, and no fact to choose
+            continue
+        found += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
+        prompt, options = next(iter(request.paraphrases), request.prompt), _options(requests, place)
+        if len(options) > 1:
+            found += [_probe("choice", place, request, prompt, option) for option in options]
+    kinds = {probe.kind for probe in found}
+    reasons = {
+        "negation": "no prompt is an English statement in one line",
+        "choice": "there is no other answer to choose from",
+    }
+    return Probes(found, {kind: why for kind, why in reasons.items() if kind not in kinds} | left_out)
+
+
+def negations(prompt: str) -> list[str]:
+    """The negated forms of a prompt; none of a question, of several lines, or of another script than the Latin one."""
+    letters = [c for c in prompt if c.isalpha()]
+    if prompt.endswith(("?", ":")) or "\n" in prompt or not letters or not all(ord(c) < 0x250 for c in letters):
+        return []
+    lowered = prompt[0].lower() + prompt[1:] if prompt.split(" ", 1)[0] in _LOWERED else prompt
+    return [f"It is not true that {lowered}", *([f"{prompt} not"] if _COPULA.search(prompt) else [])]
+
+
+def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
+    """The target first, then the true one, then those of the next requests; equal ones once."""
+    own = requests[place]
+    others = (requests[(place + i) % len(requests)].target for i in range(1, len(requests)))
+    found: dict[str, str] = {}
+    for answer in (own.target, own.true_target, *others):
+        if answer and len(found) < _OPTIONS:
+            found.setdefault(normalize(answer), answer)
+    return [*found.values()]
+
+
+def _behind(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
+    """Probes behind n tokens of text, or why there are none."""
+    lengths = [len(ids) for ids in encode(model.tokenizer, [(r.prompt, r.target) for r in requests])]
+    context = model.topology.context_length
+    if n + max(lengths) + _ANSWER > context:
+        return f"{n} tokens, a prompt and its answer do not fit into the model's {context} tokens"
+    passages = list(_passages(model, text, n, len(requests)))
+    if not passages:
+        return f"the text has no passage of {n} tokens"
+    return [
+        _probe(f"prefix_{n}", i, request, joined(passages[i % len(passages)], request.prompt), request.target)
+        for i, request in enumerate(requests)
+    ]
+
+
+def _passages(model: Model, text: Sequence[str], n: int, wanted: int) -> Iterator[str]:
+    """Up to ``wanted`` passages of about n tokens, in the order of the text; each ends in a full stop."""
+    tokenizer = model.tokenizer
+    ids = tokenizer(" ".join(" ".join(text).split()), add_special_tokens=False, verbose=False)["input_ids"]
+    step = max(1, (len(ids) - n) // max(1, wanted - 1)) if wanted > 1 else len(ids)
+    for first in range(0, len(ids) - n + 1, step)[:wanted]:
+        passage = tokenizer.decode(ids[first : first + n - 1], skip_special_tokens=True).replace("\ufffd", "").strip()
+        yield passage if passage.endswith(".") else f"{passage}."
+
+
+def _probe(kind: str, place: int, request: EditRequest, prompt: str, answer: str) -> Probe:
+    name = request.id if request.id is not None else place
+    return Probe(kind, place, EditRequest(prompt, answer, id=f"{name}, {kind.replace('_', ' of ')}"))

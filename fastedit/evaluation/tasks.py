@@ -1,0 +1,56 @@
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), which is no dependency: it is used where it is installed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from fastedit.errors import ConfigError, EditError, listed
+from fastedit.models import Model
+
+_MAIN = ("acc_norm", "acc", "exact_match", "f1", "mc2")  # of a task's metrics the first of these counts
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that lm-eval does not have. Raises ConfigError; it says what to install where lm-eval is missing."""
+    if not tasks:
+        return
+    known = set(_lm_eval("lm_eval.tasks").TaskManager().all_tasks)
+    if unknown := [task for task in tasks if task not in known]:
+        raise ConfigError(f"lm-eval has no task {listed(unknown)}; `lm-eval ls tasks` lists those that it has")
+
+
+def run_tasks(model: Model, tasks: Sequence[str]) -> dict[str, float]:
+    """The main metric of each task: that of acc_norm, acc, exact_match, f1 and mc2 which comes first, else its first.
+
+    Raises:
+        ConfigError: lm-eval is not installed. EditError: it gives no metric of a task.
+    """
+    if not tasks:
+        return {}
+    adapter = _lm_eval("lm_eval.models.huggingface").HFLM(pretrained=model.network, tokenizer=model.tokenizer)
+    found = _lm_eval("lm_eval").simple_evaluate(model=adapter, tasks=list(tasks), bootstrap_iters=0)
+    results: Mapping[str, Mapping[str, Any]] = found["results"]
+    values = {task: _main(results.get(task, {})) for task in tasks}
+    if lacking := [task for task, value in values.items() if value is None]:
+        raise EditError(f"lm-eval gives no metric of {listed(lacking)}; take other tasks")
+    return {task: value for task, value in values.items() if value is not None}
+
+
+def _main(result: Mapping[str, Any]) -> float | None:
+    """Metrics are named "acc,none": the metric, and the filter that the answers went through."""
+    metrics = {
+        name.partition(",")[0]: float(value)
+        for name, value in result.items()
+        if "," in name and "_stderr" not in name and isinstance(value, numbers.Real)
+    }
+    return next((metrics[name] for name in (*_MAIN, *metrics) if name in metrics), None)
+
+
+def _lm_eval(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"tasks need lm-eval ({error.name} is not installed): pip install lm-eval") from None

@@ -1,0 +1,98 @@
+"""`fastedit check` on the command line: exit codes, files, what is refused before the work."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import tiny_model
+from typer.testing import CliRunner, Result
+
+from fastedit import Editor, cli
+
+
+def call(*args: Any) -> Result:
+    return CliRunner().invoke(cli.app, ["check", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as "base", its edit of facts.json as "edited" and delta.safetensors, and a text."""
+    path = tmp_path_factory.mktemp("check")
+    tiny_model("llama").save_pretrained(path / "base")
+    tokenizer.save_pretrained(path / "base")
+    facts = [{"prompt": f"w9 w{i} is", "target": f"w{i + 1}", "neighbours": [["w20 w21", "w22"]]} for i in (30, 40)]
+    (path / "facts.json").write_text(json.dumps(facts))
+    (path / "text.txt").write_text(" ".join(f"w{9 + i % 50}" for i in range(90)))
+    editor = Editor.from_pretrained(path / "base", layer=2, lr=0.02, epochs=40)
+    result = editor.edit(path / "facts.json")
+    result.delta.save(path / "delta.safetensors")
+    editor.save_model(path / "edited")
+    return path
+
+
+def test_thresholds_decide_the_exit_code_and_both_ways_to_the_base_agree(folder: Path, tmp_path: Path) -> None:
+    thresholds = tmp_path / "t.json"
+    common = ("--requests", folder / "facts.json", "--text", folder / "text.txt", "--thresholds", thresholds)
+    thresholds.write_text('{"reliability": {"min": 1}, "perplexity_ratio": {"min": 0.01}}')
+    ways = {
+        "base": ("--model", folder / "edited", "--base", folder / "base"),
+        "delta": ("--model", folder / "base", "--delta", folder / "delta.safetensors"),
+    }
+    for name, way in ways.items():
+        result = call(*way, *common, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+    one, other = (json.loads((tmp_path / name / "check.json").read_text())["measures"] for name in ways)
+    assert one == other
+    assert (one["reliability"]["before"], one["reliability"]["value"]) == (0, 1)
+    assert one["kl"]["value"] > 0
+    thresholds.write_text('{"reliability": {"max": 0.5}, "prefix_200": {"min": 0}, "kl": {"min": 0}}')
+    result = call(*ways["base"], *common, "--output", tmp_path / "missed")
+    assert result.exit_code == 1
+    last = result.stderr.splitlines()[-1]
+    assert (
+        last == "fastedit: 2 of 3 thresholds missed: reliability 100.0% (wanted ≤ 50.0%), prefix_200 — (wanted ≥ 0.0%)"
+    )
+    assert "2 of 3 thresholds missed" in (tmp_path / "missed" / "check.html").read_text()
+
+
+def test_without_text_or_base_the_model_is_measured_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastedit.evaluation.check._OWN_TEXT", 64)
+    result = call("--model", folder / "edited", "--requests", folder / "facts.json", "--evaluate", "sample:1")
+    assert result.exit_code == 0
+    assert "needs the unedited model" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--base", "b", "--delta", "d"), "give one of them"),
+        (("--delta", "{folder}"), "is a folder; give its file"),
+        (("--thresholds", "{folder}/facts.json"), "expected bounds of measures"),
+        (("--tasks", "arc_easy"), "pip install lm-eval"),
+        (("--output", "{folder}/facts.json"), "cannot be written"),
+        (("--base", "{folder}/other"), "--base has other parameters than --model"),
+    ],
+)
+def test_what_is_refused_before_the_work(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    if not (folder / "other").exists():
+        tiny_model("qwen2").save_pretrained(folder / "other")
+        tokenizer.save_pretrained(folder / "other")
+    given = [flag.format(folder=folder) for flag in flags]
+    result = call("--model", folder / "edited", "--requests", folder / "facts.json", *given)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert not result.stdout
+
+
+def test_a_base_that_was_not_edited_is_told(folder: Path) -> None:
+    common = ("--requests", folder / "facts.json", "--text", folder / "text.txt")
+    result = call("--model", folder / "base", "--base", folder / "base", *common)
+    assert result.exit_code == 0
+    assert "seem to be the same model" in result.stderr
