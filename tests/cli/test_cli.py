@@ -1107,3 +1107,27 @@ def test_a_configuration_file_may_give_layers_that_flags_change(model: Path, fac
         )  # fmt: skip
         assert done.exit_code == 0, done.stderr
         assert json.loads((output / "report.json").read_text())["edit"]["config"]["layer"] == layer
+
+
+def test_the_chat_template_is_asked_for_and_said(model: Path, facts: Path, tmp_path: Path) -> None:
+    """By the flag or by a file, as tune writes it; what was made in it says so where it is measured without it."""
+    chatting, output, file = tmp_path / "chat", tmp_path / "o", tmp_path / "config.json"
+    shutil.copytree(model, chatting)
+    (chatting / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'Tell: ' + m.content + '\n' }}{% endfor %}"
+    )
+    common = ("edit", "--requests", facts, "--output", output, "--no-evaluate", "--epochs", 1, "--delta-only")
+    assert "no chat template" in fails(2, *common, "--model", model, "--chat")
+    assert "the tokenizer has a chat template" in works(*common, "--model", chatting).stderr
+    for content, flags in (({}, ["--chat"]), ({"chat_template": True}, [])):
+        file.write_text(json.dumps({"method": "locft-bf"} | content))
+        assert "chat template" not in works(*common, "--model", chatting, "--config", file, *flags).stderr
+        assert json.loads((output / "report.json").read_text())["edit"]["chat_template"] is True
+    measure = ("evaluate", "--model", chatting, "--requests", facts, "--delta", output / "delta.safetensors")
+    saved = tmp_path / "measured.json"
+    assert "made with --chat" in works(*measure, "--json", saved).stderr
+    assert json.loads(saved.read_text())["chat_template"] is False
+    assert "made with" not in works(*measure, "--chat", "--json", saved).stderr
+    assert json.loads(saved.read_text())["chat_template"] is True
+    file.write_text('{"chat_template": "yes"}')
+    assert "chat_template is 'yes'; expected true or false" in fails(2, *common, "--model", chatting, "--config", file)
