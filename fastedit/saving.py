@@ -7,6 +7,7 @@ their own config.json describes, and with the model's weights, bit for bit.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fastedit.errors import FileError, ModelError, listed, reason
 from fastedit.files import check_directory, replacing_directory, trying_directory
@@ -78,6 +80,18 @@ def write_checkpoint(model: Model, folder: Path) -> None:
     state = _separate(network.state_dict(), layout)
     _attempt(network.save_pretrained, folder, state_dict=dict(state))
     _check_files(folder, state, layout)
+    _write_index(folder)
+
+
+def _write_index(folder: Path) -> None:
+    """Name the one file of weights in an index: without one some servers read all safetensors files, a delta too."""
+    file, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.exists() or not file.exists():
+        return
+    with safe_open(file, "pt") as weights:
+        places = {name: file.name for name in weights.keys()}  # noqa: SIM118  # not a mapping
+    about = {"metadata": {"total_size": file.stat().st_size}, "weight_map": places}
+    index.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

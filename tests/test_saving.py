@@ -112,6 +112,15 @@ def test_what_is_read_is_what_was_saved(kind: str, tokenizer: Any, tmp_path: Pat
         assert torch.equal(found[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
+def test_a_delta_beside_the_weights_is_not_taken_for_weights(tokenizer: Any, tmp_path: Path) -> None:
+    """Servers read all safetensors files of a folder, or those that its index names if it has one (vLLM, SGLang)."""
+    save_model(Model.of(tiny_model("llama"), tokenizer), tmp_path / "model")
+    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "delta.safetensors")
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    assert set(index["weight_map"]) == set(load_file(tmp_path / "model" / "model.safetensors"))
+
+
 def test_shards_are_saved_and_read_again(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     plain = type(model).save_pretrained
