@@ -4,9 +4,9 @@
     easyedit.install()  # before an editor is made, which looks its method up then
 
 Ours are ROME, MEMIT, EMMET, AlphaEdit and FT, and the new LocFT-BF. All others, R-ROME among them, stay EasyEdit's own;
-so does FT with objective_optimization prompt_last, for targets of more than one token. Results are as EasyEdit's but
-that AlphaEdit does not preserve edits that were taken back, and that EMMET returns its old weights, so that edits that
-are not sequential are.
+so does FT with objective_optimization prompt_last, for targets of more than one token. Two things differ from
+EasyEdit's: AlphaEdit preserves only edits that the model still holds, and EMMET returns the old weights, so that its
+edits are taken back where they are not sequential.
 """
 
 from __future__ import annotations

@@ -199,7 +199,10 @@ def apply_ft_to_model(
     Args:
         kwargs: nothing is read, as in the published code.
 
-    Returns, raises:
+    Returns:
+        As `apply_rome_to_model`.
+
+    Raises:
         As `apply_rome_to_model`; RequestError also for prompt_last and longer targets.
     """
     call = Call("FT", model, tok, requests, hparams)
