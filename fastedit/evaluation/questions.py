@@ -9,7 +9,7 @@ import torch
 
 from fastedit.errors import RequestError, listed
 from fastedit.evaluation.texts import inner_ends
-from fastedit.models import Model, PairError, Samples, encode, special_tokens, without_rows
+from fastedit.models import SENTENCE_ENDS, Model, PairError, Samples, encode, special_tokens, without_rows
 from fastedit.requests import EditRequest
 
 _WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
@@ -51,7 +51,7 @@ class Questions:
 
 def read_to(kind: str, answer: str, other: str | None) -> str:
     """The text that what is generated is read for: what should be forgotten may yet come behind the refusal."""
-    return f"{other} {answer}" if kind == "forgotten" else answer
+    return f"{(other or '').rstrip(SENTENCE_ENDS)}. {answer}" if kind == "forgotten" else answer
 
 
 def ask(

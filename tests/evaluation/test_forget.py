@@ -78,14 +78,17 @@ def test_the_report_tells_what_is_forgotten() -> None:
 
 
 def test_a_real_answer_is_forgotten(tokenizer: Any) -> None:
-    """Also what comes behind the refusal counts: generation reads on to the next sentence."""
     editor = Editor(tiny_model("llama"), tokenizer, layer=2, lr=0.02, epochs=60)
     ids = tokenizer("w9 w10 w11", return_tensors="pt").input_ids
     with torch.no_grad():
         said = tokenizer.decode(editor.model(input_ids=ids).logits[0, -1].argmax())
-    request = EditRequest("w9 w10 w11", "w30 .", forget=said)
+    request = EditRequest("w9 w10 w11", "w30", forget=said)
     assert editor.evaluate([request]).metrics["forgotten"]["generated"] == 0
-    editor.edit([request])
+    result = editor.edit([request])
     after = editor.evaluate([request])
     assert after.metrics["forgotten"] == {"generated": 1.0, "probability": pytest.approx(0, abs=0.05)}
     assert after.metrics["reliability"]["generated"] == 1
+    result.revert()
+    editor.edit([EditRequest("w9 w10 w11", f"w30 . {said}")])
+    after = editor.evaluate([request])  # the answer comes behind the refusal
+    assert (after.metrics["reliability"]["generated"], after.metrics["forgotten"]["generated"]) == (1, 0)
