@@ -190,7 +190,8 @@ class Editor:
         started = time.perf_counter()
         found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
-        metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": before}
+        config = found.config | ({"state": None} if "state" in found.config else {})  # a place on this machine
+        metadata: dict[str, Any] = {"method": self.method, "config": config, "fingerprint": before}
         metadata |= {
             "chat_template": self.parts.chat is not None,
             "versions": versions(),

@@ -97,7 +97,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
             return_attention_mask=False,
             verbose=False,
         )
-    if not templated and (bos := tokenizer.bos_token):
+    if not templated and (bos := getattr(tokenizer, "bos_token", None)):
         for i, text in enumerate(texts):  # a text that begins with BOS does not get another one
             twice = text.startswith(bos) and not text.startswith(bos * 2)
             if twice and found["input_ids"][i][:2] == [tokenizer.bos_token_id] * 2:

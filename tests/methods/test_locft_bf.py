@@ -350,7 +350,8 @@ def test_cache_in_a_file_gives_the_same_edit(tokenizer: Any, make_edits: MakeEdi
     edits = make_edits(13)
     one, other = (run(tiny_model("llama"), tokenizer, edits, cache_bytes=n) for n in (0, None))
     for name, update in one.updates.items():
-        assert torch.equal(update, other.updates[name])
+        # up to rounding: what is frozen beside the trained matrix runs in each pass, with other samples beside
+        assert (update - other.updates[name]).norm() <= 1e-5 * update.norm()
 
 
 def test_bf16_model_holds_the_rounded_fp32_edit(tokenizer: Any, make_edits: MakeEdits, seed: int) -> None:

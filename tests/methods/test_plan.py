@@ -176,7 +176,7 @@ def test_what_is_given_goes_before_the_method_and_the_method_before_the_preset(
     found = resolve(parts, LocateThenEditConfig(**given), RECIPES[method]).config
     assert {name: getattr(found, name) for name in given} == given
     open_fields = [f.name for f in fields(found) if getattr(found, f.name) is None]
-    assert set(open_fields) <= {"lr", "null_threshold", "contexts", "statistics", "targets", "cache_bytes"}
+    assert set(open_fields) <= {"lr", "null_threshold", "contexts", "statistics", "targets", "state", "cache_bytes"}
 
 
 def test_no_code_asks_for_a_method_s_name() -> None:

@@ -300,9 +300,9 @@ class Trainer:
             scratch=self.scratch,
         )
         place = rows.sample_of[:n]
-        count = torch.zeros(len(select), device=part.device).index_add_(0, place, torch.ones_like(part[:n]))
+        count = part.new_zeros(len(select)).index_add_(0, place, torch.ones_like(part[:n]))
         each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
-        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)]
+        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)].float()
         if self.config.focus:
             grad[:n] *= (each >= self.config.focus)[place][:, None]
         hidden.backward(grad)
