@@ -32,6 +32,7 @@ def test_its_examples_run(tokenizer: Any, seed: int, tmp_path: Path, monkeypatch
     scope: dict[str, Any] = {
         "prompts": [e.prompt for e in edits], "target_new": [e.target for e in edits],
         "subject": [e.subject for e in edits], "model": model, "tok": tokenizer, "requests": requests,
+        "torch": torch, "samples": [(torch.tensor([[4, 9, 30, 31]]), torch.tensor([[-100, -100, 30, 31]]))],
         "batches": [requests], "P": torch.eye(56).expand(2, 56, 56), "cache_c": torch.zeros(2, 56, 56),
     }  # fmt: skip
     changed = []
@@ -53,5 +54,5 @@ def test_its_examples_run(tokenizer: Any, seed: int, tmp_path: Path, monkeypatch
                 changed.append(not same(model, before))
         finally:
             easyedit.uninstall()
-    # EasyEdit before and after (which takes its edit back), the block, LocFT-BF; memit's and AlphaEdit's pairs
-    assert changed == [False, False, False, True, False, True, False, True]
+    # EasyEdit before and after (which takes its edit back), the block, LocFT-BF; the pairs of memit, AlphaEdit, loops
+    assert changed == [False, False, False, True, False, True, False, True, True, True]
