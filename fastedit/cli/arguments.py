@@ -50,7 +50,8 @@ ModelFlag = Annotated[
     str, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model, or a GGUF file.")
 ]
 RequestsFlag = Annotated[
-    Path, typer.Option("--requests", help="File of edit requests: JSON or JSON Lines, any known format.")
+    Path,
+    typer.Option("--requests", help="File of edit requests: JSON, JSON Lines, CSV or Parquet, in any known format."),
 ]
 SkipBadFlag = Annotated[
     bool,

@@ -17,7 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 def load_requests(path: AnyPath, *, skip_bad: bool = False) -> list[EditRequest]:
-    """Read a UTF-8 file of edit requests: a JSON array of records, JSON Lines or one record, formats mixed at will.
+    """Read a file of edit requests: a JSON array of records, JSON Lines, one record, or a table; formats mixed at will.
+
+    Tables are CSV or TSV with a line of column names, or Parquet (takes pyarrow). Text is UTF-8, and may be compressed
+    by gzip, bzip2, xz or zstd (takes zstandard).
 
     What no reader takes is logged as one warning, with the count of its records: unknown fields, prompts without an
     answer. The id of a record without one is its position in the list, counted from 0. A record of several edits gives
@@ -27,7 +30,7 @@ def load_requests(path: AnyPath, *, skip_bad: bool = False) -> list[EditRequest]
         skip_bad: leave out records that cannot be used, with a warning that counts and lists them.
 
     Raises:
-        RequestError: the file is missing, empty, truncated, compressed, a table, not UTF-8 or not JSON, or records
+        RequestError: the file is missing, empty, truncated, not UTF-8 or of another kind, takes a package, or records
             cannot be used (see `EditRequest.from_dict`), with `skip_bad` all of them. The message names the file and
             the records: the position in an array, counted from 0, or the line of JSON Lines, counted from 1;
             its `sentences` has all of them.

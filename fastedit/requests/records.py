@@ -2,66 +2,138 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fastedit.errors import RequestError
 
 AnyPath = str | os.PathLike[str]
-# The first bytes of files that are not text, what such a file is, and what makes JSON of it.
-_PANDAS = "read it with pandas and write it with to_json(…, orient='records', lines=True)"
-_BINARY = (
-    (b"\x1f\x8b", "is compressed (gzip)", "unpack it first, with gunzip --keep"),
-    (b"BZh", "is compressed (bzip2)", "unpack it first, with bunzip2 --keep"),
-    (b"\xfd7zXZ", "is compressed (xz)", "unpack it first, with unxz --keep"),
-    (b"\x28\xb5\x2f\xfd", "is compressed (zstd)", "unpack it first, with unzstd --keep"),
-    (b"PK\x03\x04", "is compressed (zip)", "unpack it first, with unzip"),
-    (b"PAR1", "is a Parquet file", _PANDAS),
+# The first bytes of a compressed file, how it is compressed, and what unpacks it.
+_COMPRESSED: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
+    (b"\x1f\x8b", "gzip", gzip.decompress),
+    (b"BZh", "bzip2", bz2.decompress),
+    (b"\xfd7zXZ", "xz", lzma.decompress),
+    (
+        b"\x28\xb5\x2f\xfd",
+        "zstd",
+        lambda content: _module("zstandard").ZstdDecompressor().decompressobj().decompress(content),
+    ),
 )
+_SEPARATORS = ",;\t"
 # A name of a column that a table of edits has; a first line with one and a separator is a head of columns.
 _HEAD = re.compile(r'(?:^|.*[,;\t])\s*"?(prompt|subject|question|target|target_new|src|text|update)"?\s*(?:[,;\t]|$)')
 
 
 def read_records(path: AnyPath) -> Iterator[tuple[str, Any]]:
-    """(place, record) for each record of a file; in JSON Lines the record is an error where a line is not JSON.
+    """(place, record) for each record of a file; the record is an error where a line cannot be read.
+
+    The file is a JSON array, JSON Lines, a table with a line of column names (CSV, TSV), or Parquet; all but Parquet
+    may be compressed by gzip, bzip2, xz or zstd. Empty cells of a table are absent, and cells that hold a JSON array or
+    object are that.
 
     Raises:
-        RequestError: the file is missing, empty, not UTF-8, a table, compressed, or an array that is not JSON.
+        RequestError: the file is missing, empty, damaged, of another kind, not UTF-8, or an array that is not JSON; it
+            takes a package that is not installed.
     """
-    text = _text_of(path)
+    content = _unpacked(path)
+    if content.startswith(b"PAR1"):
+        return _parquet(content, path)
+    text = _text_of(content, path)
     start = text.lstrip()[:1]
-    if start not in ("[", "{"):
-        found = f"it starts with {start!r}" if start else "it is empty"
-        raise RequestError(f"{path}: expected a JSON array of records, or JSON Lines, but {found}")
-    return _array(text, path) if start == "[" else _lines(text, path)
+    if start in ("[", "{"):
+        return _array(text, path) if start == "[" else _lines(text, path)
+    head = text.lstrip()[:2000].split("\n", 1)[0].rstrip()
+    if _HEAD.match(head) and (re.search(f"[{_SEPARATORS}]", head) or "csv" in "".join(Path(path).suffixes).lower()):
+        return _table(text, head, path)
+    found = f"it starts with {start!r}" if start else "it is empty"
+    raise RequestError(
+        f"{path}: expected a JSON array of records, JSON Lines, or a table whose first line names its columns (prompt, "
+        f"target, subject, …), but {found}"
+    )
 
 
-def _text_of(path: AnyPath) -> str:
-    """What a file says; files of other kinds are named as what they are."""
+def _unpacked(path: AnyPath) -> bytes:
+    """What a file holds, compressed or not."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
-    for head, kind, remedy in _BINARY:
+    if content.startswith(b"PK\x03\x04"):
+        raise RequestError(f"{path} is compressed (zip), and may hold several files; unpack it first, with unzip")
+    for head, kind, unpack in _COMPRESSED:
         if content.startswith(head):
-            raise RequestError(f"{path} {kind}; requests are JSON or JSON Lines: {remedy}")
+            try:
+                return unpack(content)
+            except ModuleNotFoundError as error:
+                raise RequestError(
+                    f"{path} is compressed ({kind}): pip install {error.name}, or unpack it first"
+                ) from None
+            except Exception as error:  # each package has its own
+                raise RequestError(f"{path}: the {kind} file is damaged or truncated: {error}") from error
+    return content
+
+
+def _module(name: str) -> Any:
+    return import_module(name)
+
+
+def _text_of(content: bytes, path: AnyPath) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RequestError(f"{path}, line {line}: byte {error.start} is not UTF-8; save as UTF-8") from None
-    head_line = text.lstrip()[:2000].split("\n", 1)[0].rstrip()
-    separated = re.search(r"[,;\t]", head_line) and _HEAD.match(head_line)
-    if head_line[:1] not in ("[", "{") and (separated or Path(path).suffix.lower() in (".csv", ".tsv")):
-        raise RequestError(
-            f"{path} is a CSV file; requests are JSON or JSON Lines: {_PANDAS}, with columns named as the fields of a "
-            "request (prompt, target, subject, …)"
-        )
+
+
+def _table(text: str, head: str, path: AnyPath) -> Iterator[tuple[str, Any]]:
+    """The rows below the line of column names, which is separated by whatever it has most of."""
+    separator = max(_SEPARATORS, key=head.count)
+    rows = csv.reader(io.StringIO(text.lstrip(), newline=""), delimiter=separator, strict=True)
+    columns = [name.strip() for name in next(rows)]
+    skipped = text[: len(text) - len(text.lstrip())].count("\n")
+    try:
+        for cells in rows:
+            where = f"{path}, line {skipped + rows.line_num}"
+            if len(cells) > len(columns):
+                found = f"{where}: {len(cells)} cells for {len(columns)} columns"
+                yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes")
+            elif any(map(str.strip, cells)):
+                yield where, {name: _cell(cell) for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+    except csv.Error as error:
+        where = f"{path}, line {skipped + rows.line_num}"
+        yield where, RequestError(f"{where}: {error}; is a quote missing?")
+
+
+def _cell(text: str) -> Any:
+    if text.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text)
     return text
+
+
+def _parquet(content: bytes, path: AnyPath) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = _module("pyarrow.parquet").read_table(io.BytesIO(content)).to_pylist()
+    except ModuleNotFoundError:
+        raise RequestError(f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
+    except Exception as error:  # pyarrow has its own
+        raise RequestError(f"{path}: the Parquet file is damaged or truncated: {error}") from error
+    for index, row in enumerate(rows):
+        yield (
+            f"{path}, record {index} (counted from 0)",
+            {name: value for name, value in row.items() if value is not None},
+        )
 
 
 def _array(text: str, path: AnyPath) -> Iterator[tuple[str, Any]]:

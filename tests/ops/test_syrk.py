@@ -177,7 +177,8 @@ def test_threads_race_nowhere(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     here, program = Path(__file__), tmp_path / "syrk_threads"
-    sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize-recover=all"]
+    # the check of vptr (there are none here) asks a pipe whether memory can be read, and that races itself at times
+    sanitizers = ["-fsanitize=thread,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
     sources = [here.with_name("syrk_threads.cpp"), *(here.parents[2] / "csrc").glob("syrk_cpu*.cpp")]
     command = [compiler, "-std=c++20", "-O2", "-g", "-pthread", *sanitizers, *sources, "-o", program]
     built = subprocess.run(command, capture_output=True, text=True)

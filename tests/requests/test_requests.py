@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import dataclasses
 import gzip
+import io
 import json
 import lzma
 import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -749,25 +753,85 @@ def test_ids_as_pandas_writes_them(fields: dict[str, Any], expected: str, tmp_pa
     assert load_requests(write(tmp_path / "facts.json", [{**OWN, **fields}]))[0].id == expected  # NaN in JSON
 
 
-OTHER_FILES = {
-    "csv": ("facts.csv", b"prompt,target\nThe sky is,green\n", "is a CSV file; .*pandas"),
-    "csv by its columns": ("facts.json", b"subject,relation,object,question\r\nSky,colour,blue,q\r\n", "is a CSV file"),
-    "quoted columns": ("facts.txt", b'\xef\xbb\xbf"id";"prompt";"target"\n', "is a CSV file"),
-    "tabs": ("facts", b"id\tprompt\ttarget\n", "is a CSV file"),
-    "gzip": ("facts.json.gz", gzip.compress(b"[]"), r"is compressed \(gzip\); .*gunzip"),
-    "gzip by another name": ("facts.json", gzip.compress(b"[]"), "is compressed"),
-    "bzip2": ("facts.json.bz2", bz2.compress(b"[]"), "is compressed .*bunzip2"),
-    "xz": ("facts.json.xz", lzma.compress(b"[]"), "is compressed .*unxz"),
-    "zip": ("facts.zip", b"PK\x03\x04...", "is compressed .*unzip"),
-    "parquet": ("facts.parquet", b"PAR1...", "is a Parquet file; .*pandas"),
+TABLE = [
+    {
+        "prompt": "The sky, at noon, is",
+        "target": 'a "light" blue',
+        "subject": "The sky",
+        "paraphrases": ["Noon's sky is"],
+    },
+    {"prompt": "Grass is\nalways", "target": "green"},
+]
+
+
+def table(separator: str, **how: Any) -> str:
+    """`TABLE` with a line of column names; missing cells are empty, and lists are JSON."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["prompt", "subject", "target", "paraphrases"], delimiter=separator, **how)
+    writer.writeheader()
+    for record in TABLE:
+        writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in record.items()})
+    return file.getvalue()
+
+
+OTHER_FILES: dict[str, tuple[str, bytes]] = {
+    "csv": ("facts.csv", table(",").encode()),
+    "csv with semicolons, quotes and BOM": ("facts", b"\xef\xbb\xbf" + table(";", quoting=csv.QUOTE_ALL).encode()),
+    "csv behind empty lines": ("facts.csv", ("\n\n" + table(",", lineterminator="\n") + "\n").encode()),
+    "tabs": ("facts.tsv", table("\t").encode()),
+    "gzip": ("facts.json.gz", gzip.compress(json.dumps(TABLE).encode())),
+    "gzip by another name": ("facts.json", gzip.compress("\n".join(map(json.dumps, TABLE)).encode())),
+    "csv in bzip2": ("facts.csv.bz2", bz2.compress(table(",").encode())),
+    "xz": ("facts.json.xz", lzma.compress(json.dumps(TABLE).encode())),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_FILES)
-def test_tables_and_compressed_files_are_named_as_such(name: str, tmp_path: Path) -> None:
-    file, content, message = OTHER_FILES[name]
+def test_tables_and_compressed_files_are_read_as_json_is(name: str, tmp_path: Path) -> None:
+    file, content = OTHER_FILES[name]
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(RequestError, match=rf"{re.escape(file)} {message}"):
+    assert load_requests(tmp_path / file) == as_requests(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("package", "content", "unpacked"),
+    [("zstandard", b"\x28\xb5\x2f\xfd...", "is compressed (zstd)"), ("pyarrow", b"PAR1...", "is a Parquet file")],
+)
+def test_a_package_that_a_file_takes_is_named(
+    package: str, content: bytes, unpacked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "facts").write_bytes(content)
+    with pytest.raises(RequestError, match=rf"facts {re.escape(unpacked)}: pip install {package}, or"):
+        load_requests(tmp_path / "facts")
+
+
+def test_what_packages_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins for both: Parquet's rows have None where a column is empty."""
+    rows = [{"prompt": "p", "target": "t", "subject": None}, {"prompt": "q", "target": "u", "subject": "q"}]
+    read = SimpleNamespace(read_table=lambda file: SimpleNamespace(to_pylist=lambda: rows if file.read() else []))
+    unpack = SimpleNamespace(decompressobj=lambda: SimpleNamespace(decompress=lambda content: b"PAR1..."))
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=read))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", read)
+    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(ZstdDecompressor=lambda: unpack))
+    (tmp_path / "facts.parquet.zst").write_bytes(b"\x28\xb5\x2f\xfd...")
+    assert load_requests(tmp_path / "facts.parquet.zst") == as_requests([{"prompt": "p", "target": "t"}, rows[1]])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("facts.zip", b"PK\x03\x04...", r"facts.zip is compressed \(zip\).*unpack it first"),
+        ("facts.json.gz", gzip.compress(b"[" * 999)[:-9], "the gzip file is damaged or truncated"),
+        ("facts.csv", b"prompt,target\np,t\np,t,u,v\n", "line 3: 4 cells for 2 columns; put cells that hold a ','"),
+        ("facts.csv", b'prompt,target\np,t\n"p,t\n', "line 3: .*is a quote missing"),
+        ("facts.csv", b"prompt,target\np,\n", "line 2: the record fits no known format, it lacks target"),
+        ("facts.csv", b"name,value\np,t\n", "a table whose first line names its columns"),
+    ],
+)
+def test_what_is_wrong_with_such_a_file_is_told(file: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(RequestError, match=message):
         load_requests(tmp_path / file)
 
 
