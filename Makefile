@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 FASTEDIT_TEST_SEED ?= 20261128
 
-.PHONY: demo test test-fresh test-real lint docs bench micro gpu-install gpu-test gpu-bench clean
+.PHONY: demo test test-fresh test-real lint docs bench chaos micro gpu-install gpu-test gpu-bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastedit demo
@@ -31,6 +31,10 @@ docs: $(VENV)/.docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --device cpu
+
+# edits that are killed and whose state is damaged; ARGS=--method memit
+chaos: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # keeps the run in .benchmarks/; ARGS=--benchmark-compare shows the one before beside it
 micro: $(VENV)/.installed
