@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastedit import EditRequest
@@ -266,3 +268,30 @@ def moments(
             torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
         )
         found.save(statistics_path(parts, folder, layer))
+
+
+class Double(TorchFunctionMode):
+    """fp64 wherever somebody asks for fp32: models do so in their norms, rotations and softmaxes."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [torch.float64 if x is torch.float32 else x for x in args]
+        if kwargs:
+            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        return (Tensor.double if function is Tensor.float else function)(*args, **kwargs or {})
+
+
+@contextmanager
+def in_fp64() -> Iterator[None]:
+    """Everything inside is computed in fp64, the edited weights too.
+
+    Adam moves a weight by ±lr however small its gradient is, as long as that is beyond its epsilon of 1e-8. Where
+    the true gradient is 0, fp32's rounding alone is as large, and two exact programs go different ways: at the
+    key bias of models that do not rotate it (gpt2, opt, a part of gpt_neox), since a softmax does not feel what
+    is added to all its scores. In fp64 rounding is far below epsilon, and all weights can be compared.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)

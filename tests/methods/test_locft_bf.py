@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 from families import DENSE, SHARED
-from helpers import FAMILIES, tiny_model
+from helpers import FAMILIES, in_fp64, tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError, ops
@@ -36,33 +34,6 @@ MakeEdits = Callable[..., list[EditRequest]]
 Pairs = Sequence[tuple[str, str]]
 DOWN_PROJ = "model.layers.2.mlp.down_proj"  # of llama
 PLAIN: dict[str, Any] = {"lr": 3e-3, "batch_size": 4, "epochs": 4, "skip_loss": 0.0, "stop_loss": 0.0}
-
-
-class Double(TorchFunctionMode):
-    """fp64 wherever somebody asks for fp32: models do so in their norms, rotations and softmaxes."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = [torch.float64 if x is torch.float32 else x for x in args]
-        if kwargs:
-            kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
-        return (Tensor.double if function is Tensor.float else function)(*args, **kwargs or {})
-
-
-@contextmanager
-def in_fp64() -> Iterator[None]:
-    """Everything inside is computed in fp64, the edited weights too.
-
-    Adam moves a weight by ±lr however small its gradient is, as long as that is beyond its epsilon of 1e-8. Where
-    the true gradient is 0, fp32's rounding alone is as large, and two exact programs go different ways: at the
-    key bias of models that do not rotate it (gpt2, opt, a part of gpt_neox), since a softmax does not feel what
-    is added to all its scores. In fp64 rounding is far below epsilon, and all weights can be compared.
-    """
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Double():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_a_state_is_saved_and_loaded(rng: torch.Generator, seed: int, tmp_path: 
     assert type(copy.up) is nn.Linear  # which would otherwise add its rows to those of the first
     run(net, first, 1)
     second = ops.localized(copy.up, lr=1.0)
-    second.load_state_dict(torch.load(tmp_path / "state.pt"))
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.param_groups[0]["lr"] == 0.005
     run(copy, second, 1)
     for name, x in first.state[net.up.weight].items():
