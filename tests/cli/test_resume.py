@@ -91,6 +91,18 @@ def test_ctrl_c_says_how_to_go_on(
     assert not Path(elsewhere[-1] if elsewhere else "out.run").exists()
 
 
+def test_a_short_edit_leaves_no_state(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    stopped = call(*command, "--output", "out", "--save-every", "300")
+    assert (stopped.exit_code, stopped.stderr.strip()) == (1, "fastedit: interrupted; nothing was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+
+
 def test_what_cannot_be_resumed_is_refused(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for args, message in (

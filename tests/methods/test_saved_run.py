@@ -26,7 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "whole MLPs, skipped batches": {**LOCFT, "family": "gpt2", "module": "mlp", "skip_loss": 4.4},
     "depth-first": {**LOCFT, "schedule": "depth-first"},
     "masters of bf16": {**LOCFT, "dtype": torch.bfloat16},
-    "subject, focus, null space": {**SUBJECT, "focus": 4.0},
+    "subject, focus, null space": {**SUBJECT, "focus": 3.0, "lr": 1e-2},
     "anchors": {**SUBJECT, "tokens": "all", "preserve": "both", "anchors": 2},
     "memit": {**SOLVER, "method": "memit"},
     "memit in batches": {**SOLVER, "method": "memit", "batch_size": 3},
@@ -42,7 +42,7 @@ class Crash(BaseException):
 
 @pytest.fixture
 def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Tensor]]:
-    """Makes the edits of a row of `RUNS`; returns the updates."""
+    """Makes the edits of a row of `RUNS`; returns the updates, the losses and the targets' probabilities."""
 
     def edited(edits: list[EditRequest], **options: Any) -> dict[str, Tensor]:
         options = {**options}
@@ -53,9 +53,10 @@ def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Te
             moments(model, folder, 3)
             options["statistics"] = folder
         result = Editor(model, tokenizer, **options).edit(edits)
-        edited.notes = result.notes  # type: ignore[attr-defined]
+        edited.notes, edited.lr = result.notes, result.delta.metadata["config"]["lr"]  # type: ignore[attr-defined]
         updates = result.delta.updates.items()
-        return {path: update.dense() if isinstance(update, LowRank) else update for path, update in updates}
+        found = {path: update.dense() if isinstance(update, LowRank) else update for path, update in updates}
+        return found | {"losses": torch.tensor(result.losses), "probability": result.probability}
 
     return edited
 
@@ -86,10 +87,16 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(
 ) -> None:
     monkeypatch.setattr("fastedit.methods.locate_then_edit.method._SAVED_TARGETS", 4)
     edits = random_edits(10, seed)
-    wanted = run(edits, **options, state=tmp_path / "whole", save_every=0)
+    states: list[int] = []
+    with monkeypatch.context() as patch:
+        write = SavedRun._write
+        patch.setattr(SavedRun, "_write", lambda self, *args: states.append(1) or write(self, *args))
+        wanted = run(edits, **options, state=tmp_path / "whole", save_every=0)
+    lr, plain = run.lr, run(edits, **options)
+    assert run.lr == pytest.approx(lr, rel=1e-5)  # that of all edits, not of those that are sought together
     if "method" not in options:
-        assert_same(run(edits, **options), wanted)
-    for crash in (1, 3):
+        assert_same(plain, wanted)
+    for crash in {1, len(states) // 2, len(states) - 1}:
         folder = {"state": tmp_path / f"crash {crash}", "save_every": 0}
         with monkeypatch.context() as patch:
             crashing(crash, patch)
