@@ -90,7 +90,9 @@ def _write_index(folder: Path) -> None:
         return
     with safe_open(file, "pt") as weights:
         places = {name: file.name for name in weights.keys()}  # noqa: SIM118  # not a mapping
-    about = {"metadata": {"total_size": file.stat().st_size}, "weight_map": places}
+    with file.open("rb") as content:  # which begins with the length of its header
+        header = 8 + int.from_bytes(content.read(8), "little")
+    about = {"metadata": {"total_size": file.stat().st_size - header}, "weight_map": places}
     index.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

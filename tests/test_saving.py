@@ -119,7 +119,9 @@ def test_a_delta_beside_the_weights_is_not_taken_for_weights(tokenizer: Any, tmp
     save_model(Model.of(tiny_model("llama"), tokenizer), tmp_path / "model")
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {"model.safetensors"}
-    assert set(index["weight_map"]) == set(load_file(tmp_path / "model" / "model.safetensors"))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(index["weight_map"]) == set(weights)
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
 
 
 def test_shards_are_saved_and_read_again(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,13 +74,14 @@ def _remembered(rest: list[str]) -> list[str]:
     path = next(filter(Path.exists, places), places[0])
     try:
         command = json.loads(path.read_text(encoding="utf-8"))
-        arguments, folder = [str(word) for word in command["arguments"]], command["folder"]
-        os.chdir(folder)
+        arguments = [str(word) for word in command["arguments"]]
+        os.chdir(command["folder"])
     except FileNotFoundError as error:
-        missing = error.filename
-        raise FileError(
-            path, f"--resume {rest[0]}: there is no {missing}; the edit is done, or it never began"
-        ) from None
+        if error.filename == str(path):
+            why = f"there is no {path}; the edit is done, or it never began"
+        else:
+            why = f"the folder {error.filename} where it began is gone; run the whole command again, it goes on"
+        raise FileError(path, f"--resume {rest[0]}: {why}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(path, f"{{path}} cannot be used ({error}); run the whole command again, it goes on") from error
     return arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fastedit.errors import FileError
 from fastedit.files import check_writable
-from fastedit.methods.base import Edit
+from fastedit.methods.base import Edit, History
 from fastedit.models import Model, fingerprint
-from fastedit.tensorfile import load_tensors, save_tensors, writing
+from fastedit.tensorfile import checksum, load_tensors, save_tensors, writing
 from fastedit.version import version_of
 
 _TAG = "fastedit-run-1"
@@ -59,8 +59,18 @@ class SavedRun:
         self._appended: deque[State] | None = None
 
     @classmethod
-    def of(cls, model: Model, edits: Sequence[Edit], config: Any) -> SavedRun | None:
+    def of(
+        cls,
+        model: Model,
+        edits: Sequence[Edit],
+        config: Any,
+        history: History,
+        statistics: Callable[[], Mapping[str, str]] = dict,
+    ) -> SavedRun | None:
         """The saved run of these edits as a configuration has it; None if it has no folder for one.
+
+        Args:
+            statistics: gives the digests of the second moments that the run reads.
 
         Raises:
             FileError: as the class.
@@ -72,6 +82,9 @@ class SavedRun:
         device = model.topology.device
         depends = settings | {
             "model": fingerprint(model.network),
+            "unedited model": history.fingerprint,
+            "earlier keys": {path: str(checksum(keys)) for path, keys in history.keys.items()},
+            "second moments": dict(statistics()),
             "chat_template": model.chat is not None,
             "dtype": str(next(model.topology.backbone.parameters()).dtype),
             "number of edits": len(edits),

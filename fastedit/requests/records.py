@@ -19,16 +19,20 @@ from typing import Any
 from fastedit.errors import RequestError
 
 AnyPath = str | os.PathLike[str]
+
+
+def _unzstd(content: bytes) -> bytes:
+    unpacker = import_module("zstandard").ZstdDecompressor()
+    unpacked: bytes = unpacker.stream_reader(io.BytesIO(content), read_across_frames=True).read()
+    return unpacked
+
+
 # The first bytes of a compressed file, how it is compressed, and what unpacks it.
 _COMPRESSED: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
     (b"\x1f\x8b", "gzip", gzip.decompress),
     (b"BZh", "bzip2", bz2.decompress),
     (b"\xfd7zXZ", "xz", lzma.decompress),
-    (
-        b"\x28\xb5\x2f\xfd",
-        "zstd",
-        lambda content: _module("zstandard").ZstdDecompressor().decompressobj().decompress(content),
-    ),
+    (b"\x28\xb5\x2f\xfd", "zstd", _unzstd),
 )
 _SEPARATORS = ",;\t"
 # A name of a column that a table of edits has; a first line with one and a separator is a head of columns.
@@ -84,10 +88,6 @@ def _unpacked(path: AnyPath) -> bytes:
     return content
 
 
-def _module(name: str) -> Any:
-    return import_module(name)
-
-
 def _text_of(content: bytes, path: AnyPath) -> str:
     try:
         return content.decode("utf-8-sig")
@@ -124,7 +124,7 @@ def _cell(text: str) -> Any:
 
 def _parquet(content: bytes, path: AnyPath) -> Iterator[tuple[str, Any]]:
     try:
-        rows = _module("pyarrow.parquet").read_table(io.BytesIO(content)).to_pylist()
+        rows = import_module("pyarrow.parquet").read_table(io.BytesIO(content)).to_pylist()
     except ModuleNotFoundError:
         raise RequestError(f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
     except Exception as error:  # pyarrow has its own

@@ -28,7 +28,7 @@ from fastedit.models.fingerprint import FP16
 from fastedit.ops import factor_covariance
 from fastedit.ops.cholesky import FewTokensError
 from fastedit.statistics.moment import LOWER, TAG, WHAT, StreamingCovariance, pack_lower, unpack_lower
-from fastedit.tensorfile import load_metadata, load_tensors, save_tensors
+from fastedit.tensorfile import checksum, load_metadata, load_tensors, save_tensors
 
 _CHOLESKY_TAG = "fastedit-factor-2"  # the first had its checksum elsewhere, where nobody looks now
 # {layer}_float32_mom2_100000.npz, or with the module's path: transformer.h.{layer}.mlp.fc_out_float32_mom2_100000.npz
@@ -136,6 +136,11 @@ class StatisticsStore:
         if C is not None and C.shape != (width, width):
             raise ModelError(f"the second moment of {path} is {list(C.shape)}, expected [{width}, {width}]")
         return C
+
+    def digests(self, layers: Sequence[int]) -> dict[str, str]:
+        """What tells the statistics of layers from others, by the layer's number; raises what `require` raises."""
+        given = {layer: self.in_memory(layer) for layer in layers}
+        return {str(layer): self._required(layer)[1] if C is None else str(checksum(C)) for layer, C in given.items()}
 
     def _required(self, layer: int) -> tuple[Path, str]:
         found = self._find(layer)

@@ -121,3 +121,5 @@ def test_what_cannot_be_resumed_is_refused(command: list[str], tmp_path: Path, m
     result = call("edit", "--resume", "out")
     assert result.exit_code == 2
     assert "run the whole command again, it goes on" in result.stderr
+    Path("out.run/command.json").write_text(json.dumps({"arguments": command, "folder": str(tmp_path / "gone")}))
+    assert f"the folder {tmp_path / 'gone'} where it began is gone" in call("edit", "--resume", "out").stderr

@@ -47,10 +47,11 @@ def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Te
     def edited(edits: list[EditRequest], **options: Any) -> dict[str, Tensor]:
         options = {**options}
         family, dtype = options.pop("family", "llama"), options.pop("dtype", torch.float32)
+        statistics_seed = options.pop("statistics_seed", 3)
         model = tiny_model(family, dtype=dtype, seed=1)
         folder = tmp_path / "statistics"
         if options.get("method") or options.get("preserve"):
-            moments(model, folder, 3)
+            moments(model, folder, statistics_seed)
             options["statistics"] = folder
         result = Editor(model, tokenizer, **options).edit(edits)
         edited.notes, edited.lr = result.notes, result.delta.metadata["config"]["lr"]  # type: ignore[attr-defined]
@@ -129,6 +130,10 @@ def test_the_state_of_another_run_is_refused_before_the_work(run: Any, seed: int
     ):
         with pytest.raises(FileError, match=f"state of another run.*{named}"):
             run(others, **options | change)
+    memit = {**RUNS["memit in batches"], "state": tmp_path / "solver", "save_every": 0}
+    run(edits, **memit)
+    with pytest.raises(FileError, match="second moments was"):
+        run(edits, **memit, statistics_seed=4)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:

@@ -810,7 +810,7 @@ def test_what_packages_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """By stand-ins for both: Parquet's rows have None where a column is empty."""
     rows = [{"prompt": "p", "target": "t", "subject": None}, {"prompt": "q", "target": "u", "subject": "q"}]
     read = SimpleNamespace(read_table=lambda file: SimpleNamespace(to_pylist=lambda: rows if file.read() else []))
-    unpack = SimpleNamespace(decompressobj=lambda: SimpleNamespace(decompress=lambda content: b"PAR1..."))
+    unpack = SimpleNamespace(stream_reader=lambda file, read_across_frames: io.BytesIO(b"PAR1..."))
     monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=read))
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", read)
     monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(ZstdDecompressor=lambda: unpack))

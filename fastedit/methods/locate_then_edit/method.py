@@ -75,8 +75,8 @@ def plan(
     else:
         batch = given
     batch.make_samples()
-    SavedRun.of(model, edits, config)  # refuses the state of another run
-    return LocateThenEditPlan(batch, recipe, statistics, history)
+    saved = SavedRun.of(model, edits, config, history, partial(statistics.digests, recipe.layers))
+    return LocateThenEditPlan(batch, recipe, statistics, history, saved)
 
 
 def _find(batch: Batch, recipe: Recipe) -> Targets:
@@ -85,12 +85,16 @@ def _find(batch: Batch, recipe: Recipe) -> Targets:
 
 @dataclass(frozen=True)
 class LocateThenEditPlan:
-    """A locate-then-edit run that is ready: its edits, its recipe, its statistics, and how targets are found."""
+    """A locate-then-edit run that is ready.
+
+    `saved` is where the state of the run is kept, None if it is not; `find` how targets are found.
+    """
 
     batch: Batch
     recipe: Recipe
     statistics: StatisticsStore
     history: History
+    saved: SavedRun | None = None
     find: Find = _find
 
     @property
@@ -109,7 +113,7 @@ class LocateThenEditPlan:
         layers = written_layers(self.statistics, recipe.layers, config, self.history)
         find = partial(_find_or_load, store=self._target_store(layers), find=self.find)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
-        saved = SavedRun.of(batch.model, batch.edits, config)
+        saved = self.saved
         if config.lr is None and (size < len(batch) or saved):  # or the first batch would decide for all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,7 +34,8 @@ from fastedit.statistics.store import StatisticsStore
 class LocFTBFPlan:
     """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open.
 
-    `statistics` are those of what training avoids, None without a null space.
+    `statistics` are those of what training avoids, None without a null space; `saved` is where the state of the run is
+    kept, None if it is not.
     """
 
     config: LocFTBFConfig
@@ -41,6 +43,7 @@ class LocFTBFPlan:
     data: TrainingSet
     given: LocFTBFConfig
     statistics: StatisticsStore | OwnText | None
+    saved: SavedRun | None = None
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress."""
@@ -76,7 +79,6 @@ class LocFTBFPlan:
         """
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
-        saved = SavedRun.of(data.model, data.edits, config)
         topology, lowest = data.model.topology, config.layers[0]
         found, second_moment = self.statistics, None
         if isinstance(found, OwnText):
@@ -86,7 +88,7 @@ class LocFTBFPlan:
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
-            trainer = Trainer(data, modules, config, second_moment, saved)
+            trainer = Trainer(data, modules, config, second_moment, self.saved)
             interrupted = None
             with trainer.originals:
                 shared = own or cache
@@ -100,7 +102,7 @@ class LocFTBFPlan:
                         raise
                     interrupted = f"kept the weights {trainer.go_back()}"
                     notes.append(f"interrupted; {interrupted}")
-                notes += saved.notes if saved else []
+                notes += self.saved.notes if self.saved else []
                 updates = trainer.updates()
                 if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
                     raise EditError(
@@ -133,14 +135,16 @@ def plan(
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     check_rows(model, edits)
-    unedited = history.fingerprint if history else fingerprint(model.network)
+    history = history or History(fingerprint(model.network))
+    unedited = history.fingerprint
     resolved, notes = resolve(model, config, edits, unedited)
     _check_maps(model.topology, resolved)
     statistics, found = find_statistics(model, resolved, unedited)
     notes += found
     data = TrainingSet.of(model, edits, resolved, progress)
-    SavedRun.of(model, edits, resolved)  # refuses the state of another run
-    return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
+    digests = partial(statistics.digests, resolved.layers) if isinstance(statistics, StatisticsStore) else dict
+    saved = SavedRun.of(model, edits, resolved, history, digests)
+    return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, saved)
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
