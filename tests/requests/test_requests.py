@@ -779,8 +779,8 @@ OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "csv with semicolons, quotes and BOM": ("facts", b"\xef\xbb\xbf" + table(";", quoting=csv.QUOTE_ALL).encode()),
     "csv behind empty lines": ("facts.csv", ("\n\n" + table(",", lineterminator="\n") + "\n").encode()),
     "tabs": ("facts.tsv", table("\t").encode()),
-    "gzip": ("facts.json.gz", gzip.compress(json.dumps(TABLE).encode())),
-    "gzip by another name": ("facts.json", gzip.compress("\n".join(map(json.dumps, TABLE)).encode())),
+    "gzip": ("facts.json.gz", gzip.compress(json.dumps(TABLE).encode(), mtime=0)),
+    "gzip by another name": ("facts.json", gzip.compress("\n".join(map(json.dumps, TABLE)).encode(), mtime=0)),
     "csv in bzip2": ("facts.csv.bz2", bz2.compress(table(",").encode())),
     "xz": ("facts.json.xz", lzma.compress(json.dumps(TABLE).encode())),
 }
@@ -822,7 +822,7 @@ def test_what_packages_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("file", "content", "message"),
     [
         ("facts.zip", b"PK\x03\x04...", r"facts.zip is compressed \(zip\).*unpack it first"),
-        ("facts.json.gz", gzip.compress(b"[" * 999)[:-9], "the gzip file is damaged or truncated"),
+        ("facts.json.gz", gzip.compress(b"[" * 999, mtime=0)[:-9], "the gzip file is damaged or truncated"),
         ("facts.csv", b"prompt,target\np,t\np,t,u,v\n", "line 3: 4 cells for 2 columns; put cells that hold a ','"),
         ("facts.csv", b'prompt,target\np,t\n"p,t\n', "line 3: .*is a quote missing"),
         ("facts.csv", b"prompt,target\np,\n", "line 2: the record fits no known format, it lacks target"),
