@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from fastedit.errors import RequestError, listed
-from fastedit.requests.records import AnyPath, read_records
+from fastedit.requests.records import read_records
 from fastedit.requests.request import EditRequest, edits_of, warn_of_unread
+from fastedit.requests.source import AnyPath
 
 _log = logging.getLogger(__name__)
 

@@ -13,10 +13,12 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from fastedit.errors import RequestError
 from fastedit.requests import EditRequest, as_requests, find_conflicts, load_requests
@@ -774,6 +776,12 @@ def table(separator: str, **how: Any) -> str:
     return file.getvalue()
 
 
+def parquet() -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TABLE), file)
+    return file.getvalue()
+
+
 OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "csv": ("facts.csv", table(",").encode()),
     "csv with semicolons, quotes and BOM": ("facts", b"\xef\xbb\xbf" + table(";", quoting=csv.QUOTE_ALL).encode()),
@@ -783,6 +791,10 @@ OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "gzip by another name": ("facts.json", gzip.compress("\n".join(map(json.dumps, TABLE)).encode(), mtime=0)),
     "csv in bzip2": ("facts.csv.bz2", bz2.compress(table(",").encode())),
     "xz": ("facts.json.xz", lzma.compress(json.dumps(TABLE).encode())),
+    "zstd": ("facts.json.zst", zstandard.compress(json.dumps(TABLE).encode())),
+    "frames of zstd": ("facts.jsonl", b"".join(zstandard.compress(json.dumps(row).encode() + b"\n") for row in TABLE)),
+    "parquet": ("facts.parquet", parquet()),
+    "parquet in zstd": ("facts.parquet.zst", zstandard.compress(parquet())),
 }
 
 
@@ -794,28 +806,19 @@ def test_tables_and_compressed_files_are_read_as_json_is(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("package", "content", "unpacked"),
-    [("zstandard", b"\x28\xb5\x2f\xfd...", "is compressed (zstd)"), ("pyarrow", b"PAR1...", "is a Parquet file")],
+    ("package", "module", "content", "unpacked"),
+    [
+        ("zstandard", "zstandard", b"\x28\xb5\x2f\xfd...", "is compressed (zstd)"),
+        ("pyarrow", "pyarrow.parquet", b"PAR1...", "is a Parquet file"),
+    ],
 )
 def test_a_package_that_a_file_takes_is_named(
-    package: str, content: bytes, unpacked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, module: str, content: bytes, unpacked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "facts").write_bytes(content)
     with pytest.raises(RequestError, match=rf"facts {re.escape(unpacked)}: pip install {package}, or"):
         load_requests(tmp_path / "facts")
-
-
-def test_what_packages_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By stand-ins for both: Parquet's rows have None where a column is empty."""
-    rows = [{"prompt": "p", "target": "t", "subject": None}, {"prompt": "q", "target": "u", "subject": "q"}]
-    read = SimpleNamespace(read_table=lambda file: SimpleNamespace(to_pylist=lambda: rows if file.read() else []))
-    unpack = SimpleNamespace(stream_reader=lambda file, read_across_frames: io.BytesIO(b"PAR1..."))
-    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=read))
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", read)
-    monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(ZstdDecompressor=lambda: unpack))
-    (tmp_path / "facts.parquet.zst").write_bytes(b"\x28\xb5\x2f\xfd...")
-    assert load_requests(tmp_path / "facts.parquet.zst") == as_requests([{"prompt": "p", "target": "t"}, rows[1]])
 
 
 @pytest.mark.parametrize(
@@ -823,11 +826,16 @@ def test_what_packages_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("facts.zip", b"PK\x03\x04...", r"facts.zip is compressed \(zip\).*unpack it first"),
         ("facts.json.gz", gzip.compress(b"[" * 999, mtime=0)[:-9], "the gzip file is damaged or truncated"),
+        ("facts.json.zst", zstandard.compress(b"[" * 999)[:-1], "the zstd file is damaged or truncated"),
+        ("facts.csv.xz", lzma.compress(b"prompt,target\np,t")[:-9], "the xz file is damaged or truncated"),
+        ("facts.csv.bz2", bz2.compress(b"prompt,target\np,t")[:-9], "the bzip2 file is damaged or truncated"),
+        ("facts.parquet", parquet()[:-9], "the Parquet file is damaged or truncated"),
         ("facts.csv", b"prompt,target\np,t\np,t,u,v\n", "line 3: 4 cells for 2 columns; put cells that hold a ','"),
         ("facts.csv", b'prompt,target\np,t\n"p,t\n', "line 3: .*is a quote missing"),
         ("facts.csv", b"prompt,target\np,\n", "line 2: the record fits no known format, it lacks target"),
         ("facts.csv", b"name,value\np,t\n", "a table whose first line names its columns"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value[:30],
 )
 def test_what_is_wrong_with_such_a_file_is_told(file: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / file).write_bytes(content)

@@ -1,0 +1,88 @@
+"""Files are read a piece at a time, and what is found does not depend on where the pieces end."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import threading
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastedit import RequestError
+from fastedit.requests import records
+from fastedit.requests.records import read_records
+
+ARRAYS = [
+    '[{"a": "b, ]["}, {"c": [1, {"d": "\\"]"}]}]',
+    ' \n[ 12 ,\n345, -1e3 , null,"é\\u2028\u2028"\n]\n ',
+    "[[],{},[[{}]]]",
+    "[]",
+    "[\n]",
+    "[NaN, true]",
+]
+BROKEN = ["[", "[1", "[1,", "[1,]", "[,]", "[1 2]", '[{"a": 1}, {"b', "[1] 2", "[1]]", '["a\nb"]', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", ARRAYS + BROKEN, ids=lambda text: text[:20])
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 18])
+def test_an_array_is_what_json_reads(piece: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_PIECE", piece)
+    path = tmp_path / "facts.json"
+    path.write_text(text, encoding="utf-8")
+    if text in ARRAYS:
+        found = list(read_records(path))
+        assert json.dumps([record for _, record in found]) == json.dumps(json.loads(text))
+        assert [where for where, _ in found] == [f"{path}, record {i} (counted from 0)" for i in range(len(found))]
+    else:
+        with pytest.raises(RequestError, match=r"facts\.json, record \d \(counted from 0\): not valid JSON"):
+            list(read_records(path))
+
+
+@pytest.mark.parametrize("kind", ["array", "lines", "table"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_a_large_file_is_not_held(kind: str, packed: bool, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"{i} " + "x" * 200, "target": "y"}) for i in range(20_000)]
+    text = {"array": "[" + ",".join(rows) + "]", "lines": "\n".join(rows)}.get(kind) or "prompt,target\n" + "\n".join(
+        f"{i} {'x' * 200},y" for i in range(20_000)
+    )
+    path = tmp_path / "facts"
+    path.write_bytes(gzip.compress(text.encode(), 1) if packed else text.encode())
+    tracemalloc.start()
+    try:
+        count = sum(record["target"] == "y" for _, record in read_records(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 20_000
+    assert peak < len(text) / 2  # two pieces and the line that is read; the text has 4 MB
+
+
+@pytest.mark.parametrize("content", [b'[{"prompt": "p", "target": "t"}]', b'{"prompt": "p", "target": "t"}'])
+def test_a_pipe_is_read(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    assert [record for _, record in read_records(path)] == [{"prompt": "p", "target": "t"}]
+    writer.join()
+
+
+@pytest.mark.parametrize("place", [0, 1, 3000])
+@pytest.mark.parametrize("kind", ["array", "lines", "table"])
+def test_the_first_byte_that_is_not_utf8_is_named(kind: str, place: int, tmp_path: Path) -> None:
+    def row(i: int) -> Any:
+        return f"p{i},t" if kind == "table" else f'{{"prompt": "p{i}", "target": "t"}}'
+
+    rows = [row(i).encode() for i in range(3001)]
+    rows[place] = rows[place].replace(b"p", b"\xe9", 1) if kind == "table" else rows[place].replace(b"t", b"\xe9", 1)
+    head, end = {"array": (b"[\n", b"\n]"), "lines": (b"", b""), "table": (b"prompt,target\n", b"")}[kind]
+    content = head + (b",\n" if kind == "array" else b"\n").join(rows) + end
+    path = tmp_path / "facts"
+    path.write_bytes(content)
+    line = place + 1 + (kind != "lines")
+    with pytest.raises(RequestError, match=rf"facts, line {line}: byte {content.index(0xE9)} is not UTF-8"):
+        list(read_records(path))
