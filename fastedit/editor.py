@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastedit.evaluation.predict import predict
 from fastedit.evaluation.questions import prompt_notes
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import draw
+from fastedit.files import locked
 from fastedit.loading import load_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
@@ -182,13 +184,16 @@ class Editor:
         Raises:
             ModelError: the model was changed after the plan was made.
             EditError: the edit failed while it ran; the model is as it was.
+            FileError: another process is at work on the state of this run.
         """
         edits, before = plan.requests, plan.fingerprint
         if fingerprint(self.model) != before:
             raise ModelError("the model was changed after this plan was made; make a new plan")
         conflicts = find_conflicts(edits)
         started = time.perf_counter()
-        found = plan.made.run()
+        state = getattr(self.config, "state", None)
+        with locked(Path(state)) if state else nullcontext():
+            found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
         config = found.config | ({"state": None} if "state" in found.config else {})  # a place on this machine
         metadata: dict[str, Any] = {"method": self.method, "config": config, "fingerprint": before}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from fastedit.errors import FileError
 
+_LOCK = "lock"
 _OURS: tuple[list[str], ...] = (
     [],
     ["delta.safetensors", "report.json"],  # all that `fastedit edit --delta-only` writes
@@ -121,6 +123,52 @@ def check_writable(folder: Path) -> None:
     """
     with _trial(folder / "trial", replacing, folder):
         pass
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder until the block ends, or this process does; inside it may be locked again.
+
+    The folder is made, and is gone afterwards if nothing is in it. Where the system has no locks, nothing is kept out.
+
+    Raises:
+        FileError: another process is at work there, and which.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    mine = f"{os.getpid()} on {platform.node()}"
+    path = folder / _LOCK
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read()
+            file.close()
+            if holder != mine:
+                why = f"is in use by process {holder}" if holder else "is in use by another process"
+                raise FileError(folder, f"{{path}} {why}; wait for its end, or give another folder") from None
+            yield
+            return
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the one who had it took the file away between our two calls
+    try:
+        file.truncate(0)
+        file.write(mine)
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastedit import ModelError
-from fastedit.files import check_directory, check_file, check_writable, replacing_directory
+from fastedit import FileError, ModelError
+from fastedit.files import check_directory, check_file, check_writable, locked, replacing_directory
 
 
 def checkpoint(path: Path, text: str) -> None:
@@ -139,3 +141,31 @@ def test_what_cannot_be_written_is_told_and_a_trial_leaves_nothing(tmp_path: Pat
     with pytest.raises(ModelError, match="no ordinary file"):
         check_file(Path(os.devnull))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+_HOLD = """
+import sys
+from pathlib import Path
+from fastedit.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_locked_until_its_process_ends_however_that_is(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", _HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(FileError, match=rf"run is in use by process {other.pid} on .*; wait"), locked(folder):
+            pass
+        other.kill()
+    with locked(folder), locked(folder):  # the lock of a process that was killed is free; one's own is no obstacle
+        (folder / "state").touch()
+    assert [path.name for path in folder.iterdir()] == ["state"]
+    (folder / "state").unlink()
+    with locked(folder):
+        pass
+    assert not folder.exists()

@@ -14,13 +14,14 @@ from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.cli.resume import resumable, run_folder
-from fastedit.errors import EditError, FileError, ModelError, reason
+from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
 from fastedit.files import check_directory, check_writable
 from fastedit.methods import METHODS
 
 if TYPE_CHECKING:
-    from fastedit.editor import Editor
+    from fastedit.editor import Editor, EditPlan
     from fastedit.evaluation.report import EvaluationReport
+    from fastedit.requests import EditRequest
 
 
 def edit(
@@ -77,13 +78,14 @@ def edit(
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw
 
-    asked = draw(edits, sample)
     with ExitStack() as stack, Bars() as bars:
-        if measured:
-            check_questions(editor, asked, documents)
         if not delta_only:
             check_checkpoint(editor, output)
-        plan = editor.plan(edits)
+        plan = plan_of(editor, edits, skip_bad)
+        edits = plan.requests
+        asked = draw(edits, sample)
+        if measured:
+            check_questions(editor, asked, documents)
         work_begins()
         stack.enter_context(resumable(output, state))
         before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
@@ -99,6 +101,21 @@ def edit(
     typer.echo(f"{summary(result)}; written to {output}")
     if result.interrupted:
         raise typer.Exit(1)
+
+
+def plan_of(editor: Editor, edits: list[EditRequest], skip_bad: bool) -> EditPlan:
+    """The plan of some edits; with `skip_bad`, without those that this model cannot take, which are told."""
+    from fastedit.methods.naming import edit_name
+
+    try:
+        return editor.plan(edits)
+    except RequestError as error:
+        kept = [edit for place, edit in enumerate(edits) if edit_name(edit, place) not in error.edits]
+        if not skip_bad or not kept or len(kept) == len(edits):
+            raise
+        left_out = f"{len(edits) - len(kept)} of {len(edits)} edits are left out"
+        arguments.tell([f"{left_out}: {listed(error.sentences, ' | ')}"])
+    return plan_of(editor, kept, skip_bad)
 
 
 def check_questions(editor: Editor, edits: list[Any], documents: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastedit.cli.arguments import BareEvaluate
 from fastedit.errors import ConfigError, EditError, FastEditError, FileError
-from fastedit.files import replacing
+from fastedit.files import locked, replacing
 
 _COMMAND = "command.json"
 
@@ -42,8 +42,16 @@ def resumable(output: Path, folder: Path) -> Iterator[None]:
     """Keep the command in a folder while the block runs; it stays with the state if the block fails.
 
     Raises:
-        EditError: Ctrl-C; says how to go on.
+        EditError: Ctrl-C; says how to go on. FileError: another process is at work there.
     """
+    with locked(folder):
+        with _remembering(output, folder):
+            yield
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _remembering(output: Path, folder: Path) -> Iterator[None]:
     with suppress(OSError):  # then the whole command goes on, but no --resume
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _COMMAND) as temporary:
@@ -60,7 +68,6 @@ def resumable(output: Path, folder: Path) -> Iterator[None]:
         if isinstance(error, FastEditError):
             error.text += f"; {how}"
         raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remembered(rest: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import FileError
-from fastedit.files import check_writable
+from fastedit.files import check_writable, locked
 from fastedit.methods.base import Edit, History
 from fastedit.models import Model, fingerprint
 from fastedit.tensorfile import checksum, load_tensors, save_tensors, writing
@@ -41,7 +41,8 @@ class SavedRun:
         notes: states that were damaged, for the user.
 
     Raises:
-        FileError: the folder holds another run, and which of its parts differs; it cannot be written.
+        FileError: the folder holds another run, and which of its parts differs; another process is at work there; it
+            cannot be written.
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any], every: float) -> None:
@@ -49,6 +50,8 @@ class SavedRun:
         self._depends = json.loads(json.dumps(depends))
         self.notes: list[str] = []
         check_writable(self._folder)
+        with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
+            pass
         files = self._files()
         if files:
             _check_same(self._folder / _ABOUT, self._depends)

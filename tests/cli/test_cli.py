@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from calling import call, fails, works
+from helpers import moments
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -373,7 +374,8 @@ def test_bad_requests(model: Path, tmp_path: Path, command: str, content: bytes 
     where = ["--output", tmp_path / "out"] if command == "edit" else ["--json", tmp_path / "out"]
     said = fails(2, command, "--model", model, "--requests", path, *where)
     assert message in said
-    assert ("request long" if b"long" in (content or b"") else str(path)) in said
+    named = {"edit": "edit long", "evaluate": "request long"}[command]
+    assert (named if b"long" in (content or b"") else str(path)) in said
     assert not (tmp_path / "out").exists()
 
 
@@ -490,6 +492,29 @@ def test_bad_records_are_skipped_by_every_command_that_reads_requests(tmp_path: 
     result = call(*common, "--skip-bad")
     assert result.exit_code == 2  # for want of a model, so that the requests were read
     assert "no folder" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", ["locft-bf", "rome"])
+def test_edits_that_this_model_cannot_take_are_skipped_when_asked(model: Path, tmp_path: Path, method: str) -> None:
+    fits = {"prompt": "the capital of France is", "target": "Rome", "subject": "France"}
+    long = {"prompt": "far away " * 99 + "France", "target": "x", "subject": "France", "id": "long"}
+    path, output = write(tmp_path / "facts.json", [long, fits, long | {"id": "too"}]), tmp_path / "out"
+    flags = {
+        "locft-bf": ["--published", "--layer", "1", "--epochs", "1"],
+        "rome": ["--layers", "1", "--module", "down_proj", "--n-contexts", "0", "--steps", "1"],
+    }[method]
+    common = ("edit", "--model", model, "--requests", path, "--output", output, "--delta-only", "--no-evaluate")
+    common += ("--method", method)
+    if method == "rome":
+        moments(AutoModelForCausalLM.from_pretrained(model), tmp_path / "moments", 0, layers=(1,))
+        flags += ["--statistics", str(tmp_path / "moments"), "--unchecked-statistics"]
+    assert "2 edits cannot be used: edit long: " in fails(2, *common, *flags)
+    result = call(*common, *flags, "--skip-bad")
+    assert result.exit_code == 0, result.stderr
+    assert "2 of 3 edits are left out: edit long: " in result.stderr
+    assert json.loads((output / "report.json").read_text())["edit"]["edits"] == 1
+    path = write(tmp_path / "facts.json", [long])
+    assert "edit long: " in fails(2, *common, *flags, "--skip-bad")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "check", "locate"])
