@@ -84,6 +84,11 @@ class PrefixCache:
         """The cached state of the rows' tokens [B, R, h] on the model's device; pads hold some token's."""
         return self._states.read(rows)
 
+    def ahead(self, select: Tensor) -> None:
+        """Let the system begin to read the state of these samples [N], if it is in a file."""
+        begin = self.samples.offsets[select]
+        self._states.ahead(begin, begin + self.samples.lengths[select])
+
     def advance(
         self,
         layer: int,
@@ -113,7 +118,7 @@ class PrefixCache:
         self.layer = layer
 
     def close(self) -> None:
-        """Free the state, and with it the file of a memory-mapped one."""
+        """Free the state, and with it its file."""
         self._kept = None
 
     def __enter__(self) -> PrefixCache:

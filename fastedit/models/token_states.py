@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastedit.errors import ModelError
+from fastedit.models.rows_file import RowsFile
 from fastedit.models.tokens import Rows
 
 
@@ -20,7 +19,7 @@ from fastedit.models.tokens import Rows
 class Budget:
     """Bytes that cached states may take on the GPU and in host memory; None is half of what is free now.
 
-    What fits neither is a memory-mapped file in ``directory`` (None: the system's temporary one).
+    What fits neither is a file in ``directory`` (None: the system's temporary one).
     For a model on the CPU only ``host_bytes`` counts.
     """
 
@@ -33,10 +32,10 @@ class TokenStates:
     """States [T, width] of T tokens, zeros before they are written.
 
     Their ``tier`` is ``"device"`` (GPU memory), ``"pinned"`` (host memory, sent to the GPU through pinned staging),
-    ``"host"`` (a model on the CPU) or ``"mmap"`` (a file, whose space is free when they are).
+    ``"host"`` (a model on the CPU) or ``"file"`` (whose space is free when they are).
     """
 
-    def __init__(self, tier: str, buffer: Tensor, device: torch.device) -> None:
+    def __init__(self, tier: str, buffer: Tensor | RowsFile, device: torch.device) -> None:
         self.tier, self._buffer, self._device = tier, buffer, device
 
     @classmethod
@@ -63,7 +62,7 @@ class TokenStates:
             return cls("pinned" if gpu else "host", torch.zeros(size, dtype=dtype), device)
         if near:
             return None
-        return cls("mmap", _map_file(size, dtype, needed, budget.directory or Path(tempfile.gettempdir())), device)
+        return cls("file", RowsFile(size, dtype, budget.directory or Path(tempfile.gettempdir())), device)
 
     @property
     def nbytes(self) -> int:
@@ -74,13 +73,17 @@ class TokenStates:
         device, host = budget.device_bytes, budget.host_bytes
         if self.tier == "device":
             return replace(budget, device_bytes=device and max(0, device - self.nbytes))
-        taken = 0 if self.tier == "mmap" else self.nbytes
+        taken = 0 if self.tier == "file" else self.nbytes
         return replace(budget, host_bytes=host and max(0, host - taken))
 
     def read(self, rows: Rows) -> Tensor:
         """The states of the rows' tokens [B, R, width] on the model's device; pads hold some token's."""
         state, device = self._buffer, self._device
-        if self.tier == "device":
+        if isinstance(state, RowsFile):
+            places, index = rows.host_index.view(-1).unique(return_inverse=True)
+            held = state.read(places, pinned=device.type == "cuda").to(device, non_blocking=True)
+            flat = held.index_select(0, index.to(device, non_blocking=True))
+        elif self.tier == "device":
             flat = state.index_select(0, rows.index.to(device, non_blocking=True).view(-1))
         elif device.type == "cuda":
             index = rows.host_index.view(-1)
@@ -91,39 +94,21 @@ class TokenStates:
             flat = state.index_select(0, rows.host_index.view(-1)).to(device)
         return flat.view(*rows.index.shape, -1)
 
+    def ahead(self, begin: Tensor, end: Tensor) -> None:
+        """Let the system begin to read the states of tokens ``begin`` to ``end`` [N] each, if they are in a file."""
+        if isinstance(self._buffer, RowsFile):
+            self._buffer.ahead(begin, end)
+
     def write(self, rows: Rows, states: Tensor) -> None:
         """Keep the states [..., width] of the rows' tokens; ``states`` has B·R of them."""
         flat = states.reshape(-1, states.shape[-1])
-        tokens = rows.host_index.view(-1)[rows.token_rows].to(self._buffer.device, non_blocking=True)
+        tokens = rows.host_index.view(-1)[rows.token_rows]
+        if isinstance(self._buffer, RowsFile):
+            tokens, order = tokens.sort()
+            self._buffer.write(tokens, flat.index_select(0, rows.token_rows[order].to(flat.device)).cpu())
+            return
         taken = flat.index_select(0, rows.token_rows.to(flat.device, non_blocking=True))
-        self._buffer.index_copy_(0, tokens, taken.to(self._buffer.device))
-
-
-def _map_file(size: tuple[int, int], dtype: torch.dtype, needed: int, directory: Path) -> Tensor:
-    """A buffer in a new file with its space reserved: a full disk is an error here, not a crash later.
-
-    The name is dropped at once: however the process ends, the space is free when the mapping is gone.
-    """
-    path = None
-    try:
-        descriptor, path = tempfile.mkstemp(prefix="fastedit-prefix-", dir=directory)
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, needed)
-            elif shutil.disk_usage(directory).free < needed:
-                raise OSError("no space left on the disk")
-        finally:
-            os.close(descriptor)
-        return torch.from_file(path, shared=True, size=size[0] * size[1], dtype=dtype).view(size)
-    except OSError as error:
-        raise ModelError(
-            f"the prefix cache needs {needed} bytes in {directory}: {error.strerror or error}; free the "
-            "space, or give the budget another directory or more host memory"
-        ) from error
-    finally:
-        if path is not None:
-            with suppress(OSError):
-                os.unlink(path)
+        self._buffer.index_copy_(0, tokens.to(self._buffer.device, non_blocking=True), taken.to(self._buffer.device))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -225,7 +225,7 @@ def test_a_rebuilt_last_block_runs_whole() -> None:
 def test_tiers_of_a_cuda_model_hold_the_same_state_and_gather_without_a_sync() -> None:
     parts = topology(tiny_model("llama").to("cuda"))
     rows = rows_for(parts.model).to("cuda", non_blocking=True)
-    budgets = {"device": Budget(), "pinned": Budget(0), "mmap": Budget(0, 0)}
+    budgets = {"device": Budget(), "pinned": Budget(0), "file": Budget(0, 0)}
     states = []
     for tier, budget in budgets.items():
         with PrefixCache(parts, SAMPLES, 2, budget=budget) as cache:
@@ -249,7 +249,7 @@ def test_tiers_hold_the_same_state(tmp_path: Path) -> None:
         PrefixCache(parts, SAMPLES, 1, budget=Budget(host_bytes=needed - 1, directory=tmp_path)) as mapped,
     ):
         mapped.advance(2)
-        assert (host.tier, mapped.tier) == ("host", "mmap")
+        assert (host.tier, mapped.tier) == ("host", "file")
         assert host.nbytes == mapped.nbytes == needed
         assert torch.equal(host.hidden(rows), mapped.hidden(rows))
     assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ class LocFTBFConfig:
     cache_bytes: int | None = option(
         None,
         "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in host "
-        "memory; a cache that fits in neither goes to a memory-mapped file. None is half of what is free.",
+        "memory; a cache that fits in neither goes to a file. None is half of what is free.",
     )
     state: str | None = option(
         None,

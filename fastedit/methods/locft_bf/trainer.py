@@ -226,6 +226,8 @@ class Trainer:
             found = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
             found[:done] = losses[:done]
             for i in range(done, len(batches)):
+                if i + 1 < len(batches):
+                    self.cache.ahead(batches[i + 1])
                 self._step(batches[i], optimizer, found[i])
                 if saved is not None:
                     tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}

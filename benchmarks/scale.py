@@ -1,0 +1,169 @@
+"""Cost and memory from a thousand edits to a hundred thousand: read, plan, edit, measure a sample, save.
+
+    python -m benchmarks.scale [--edits 1000 10000 100000] [--epochs 2] [--requests FILE --model DIR]
+
+Each size has a process of its own. Without arguments the model is the fact world's and the facts are about new people,
+one each, so that none contradicts another. The prefix cache is a file whatever its size. Memory is what the process
+holds of its own (anonymous pages) beyond what it held with the model loaded; pages of the file, which the system takes
+back when it needs them, are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not __package__:  # run as a file; imports are from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.rows import append, make_row
+from fastedit import Editor, load_requests
+from fastedit.demo import checkpoint_path, lexicon
+from fastedit.demo.lexicon import RELATIONS
+
+MOST = 1.15
+"""Cost of an edit of the largest size over that of the smallest."""
+
+
+def facts(n: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    """One fact about each of `n` people whom the fact world does not know."""
+    rng = random.Random(seed)
+    relations = [relation for relation in RELATIONS.values() if relation.subjects is None]
+    places = [f"{a} and {b}" for a, b in product(lexicon.VILLAGES, repeat=2) if a != b]
+    people = [*product(lexicon.GIVEN, lexicon.FAMILY, places)]
+    for given, family, place in rng.sample(people, n):
+        subject, relation = f"{given} {family} of {place}", rng.choice(relations)
+        prompt = rng.choice(relation.trained).format(s=subject)
+        yield {"prompt": prompt, "target": rng.choice(relation.objects), "subject": subject}
+
+
+class Memory:
+    """The most anonymous memory of this process since `start`, looked at twenty times a second."""
+
+    def __init__(self) -> None:
+        self.base = self.peak = _anonymous()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def start(self) -> None:
+        self.base = self.peak = _anonymous()
+
+    def _look(self) -> None:
+        while True:
+            self.peak = max(self.peak, _anonymous())
+            time.sleep(0.05)
+
+
+def _anonymous() -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) * 1024
+
+
+class Stages(dict[str, float]):
+    """Seconds by stage."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self[name] = self.get(name, 0.0) + time.perf_counter() - started
+
+    def progress(self) -> Any:
+        last = [time.perf_counter()]
+
+        def report(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            now = time.perf_counter()
+            self[stage] = self.get(stage, 0.0) + now - last[0]
+            last[0] = now
+
+        return report
+
+
+def one(args: argparse.Namespace, requests: Path) -> None:
+    """Make the edits of a file in this process and append their rows."""
+    torch.set_num_threads(args.threads)
+    memory, stages = Memory(), Stages()
+    options: dict[str, Any] = {"epochs": args.epochs, "batch_size": 100, "stop_loss": 0.0, "skip_loss": 0.0}
+    options |= {"layer": tuple(args.layers)} if args.layers else {}
+    options |= {"module": args.module} if args.module else {}
+    editor = Editor.from_pretrained(args.model, dtype="float32", device="cpu", published=True, cache_bytes=0, **options)
+    memory.start()
+    started = time.perf_counter()
+    with stages.stage("read"):
+        edits = load_requests(requests)
+    with stages.stage("plan"):
+        plan = editor.plan(edits)
+    editor.progress = stages.progress()
+    result = editor.run(plan)
+    editor.progress = lambda *_: None
+    with stages.stage("evaluate"):
+        report = editor.evaluate(edits, sample=args.sample).to_dict()
+    with stages.stage("save"):
+        result.delta.save(requests.with_suffix(".safetensors"))
+    whole, peak, n = time.perf_counter() - started, memory.peak - memory.base, len(edits)
+    learned = 1 - len(result.unlearned) / n
+    parts = ", ".join(f"{name} {taken:.1f}" for name, taken in stages.items())
+    print(f"{n} edits: {whole:.1f} s, {whole / n * 1e3:.3g} ms an edit; {peak / 2**20:.0f} MiB; {parts}")
+    print(f"  loss {result.losses[-1]:.3g}, learned {learned:.2%}, generated {report['reliability']['generated']:.2%}")
+    texts = args.requests.stem if args.requests else "fact world"
+    about = {"mode": "LocFT-BF", "shape": f"{n} edits ({texts}), {args.epochs} epochs", "dtype": "float32"}
+    append(make_row("scale", "ours", [whole], peak_memory=peak, **about))
+    shares = {"prefix": stages["prefix"], "train": stages["train"], "evaluate": stages["evaluate"]}
+    shares["read, plan, save"] = stages["read"] + stages["plan"] + stages["save"]
+    for unit, value in shares.items():
+        append(make_row("scale", "ours", [value / whole], unit=unit, **about))
+    for unit, value in (("learned", learned), ("generated", report["reliability"]["generated"])):
+        append(make_row("scale", "ours", [value], unit=unit, **about))
+    with (requests.parent / "costs").open("a", encoding="ascii") as file:
+        file.write(f"{whole / n}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, nargs="+", default=[1000, 10_000, 100_000])
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--model", default=checkpoint_path())
+    parser.add_argument("--requests", type=Path, help="file of edits; the first ones are taken")
+    parser.add_argument("--layers", type=int, nargs="+")
+    parser.add_argument("--module")
+    parser.add_argument("--sample", type=int, default=200, help="edits that are measured")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        one(args, args.one)
+        return
+    with tempfile.TemporaryDirectory(prefix="fastedit-scale-") as name:
+        for n in args.edits:
+            path = Path(name) / f"{n}.jsonl"
+            records = facts(n) if args.requests is None else _first(args.requests, n)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            command = [sys.executable, "-m", "benchmarks.scale", *sys.argv[1:], "--one", str(path)]
+            subprocess.run(command, check=True)
+        costs = [float(line) for line in (Path(name) / "costs").read_text("ascii").split()]
+    rise = costs[-1] / costs[0]
+    print(f"cost of an edit, largest size over smallest: {rise:.2f}")
+    if rise > MOST:
+        sys.exit(f"an edit costs {rise:.2f} times as much at {args.edits[-1]} edits, more than {MOST}")
+
+
+def _first(path: Path, n: int) -> Iterator[dict[str, Any]]:
+    for request in load_requests(path, skip_bad=True)[:n]:
+        yield {"prompt": request.prompt, "target": request.target, "subject": request.subject}
+
+
+if __name__ == "__main__":
+    main()
