@@ -50,7 +50,18 @@ def facts(n: int) -> list[dict[str, Any]]:
 
 def edit(folder: Path, output: str, method: str) -> subprocess.Popen[bytes]:
     command = ["edit", "--model", checkpoint_path(), "--requests", "facts.jsonl", "--output", output, "--delta-only"]
-    command += ["--no-evaluate", "--method", method, "--save-every", "0.2", "--device", "cpu", *FLAGS[method]]
+    command += [
+        "--no-evaluate",
+        "--method",
+        method,
+        "--save-every",
+        "0.2",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        *FLAGS[method],
+    ]
     return start(folder, command)
 
 

@@ -13,7 +13,7 @@ from fastedit.cli.flags import configuration
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
-from fastedit.cli.resume import resumable, run_folder
+from fastedit.cli.resume import check_apart, resumable, run_folder
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
 from fastedit.files import check_directory, check_writable
 from fastedit.methods import METHODS
@@ -71,6 +71,7 @@ def edit(
     if folders["targets"]:
         check_writable(Path(folders["targets"]))
     state = Path(fields.get("state") or run_folder(output))
+    check_apart(state, output)
     if hasattr(METHODS[method].config, "state"):
         fields["state"] = str(state)
     editor = arguments.load(model, dtype, device, method=method, chat_template=chat, **fields)
@@ -86,8 +87,8 @@ def edit(
         asked = draw(edits, sample)
         if measured:
             check_questions(editor, asked, documents)
-        work_begins()
         stack.enter_context(resumable(output, state))
+        work_begins()
         before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)

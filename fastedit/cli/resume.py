@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,6 +36,13 @@ def run_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.run")
 
 
+def check_apart(state: Path, output: Path) -> None:
+    """Refuse a state that lies in the output, which is replaced as a whole, or around it. Raises FileError."""
+    state, output = state.resolve(), output.resolve()
+    if state == output or state in output.parents or output in state.parents:
+        raise FileError(state, f"--state {{path}} and --output {output} lie in one another; give two folders")
+
+
 @contextmanager
 def resumable(output: Path, folder: Path) -> Iterator[None]:
     """Keep the command in a folder while the block runs; it stays with the state if the block fails.
@@ -44,10 +50,10 @@ def resumable(output: Path, folder: Path) -> Iterator[None]:
     Raises:
         EditError: Ctrl-C; says how to go on. FileError: another process is at work there.
     """
-    with locked(folder):
+    with locked(run_folder(output)), locked(folder):  # for two edits may have one output and two states
         with _remembering(output, folder):
             yield
-        shutil.rmtree(folder, ignore_errors=True)
+        _forget(folder)
 
 
 @contextmanager
@@ -60,7 +66,7 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if not any(folder.glob("*.safetensors")):
-            shutil.rmtree(folder, ignore_errors=True)
+            _forget(folder)
             raise
         how = f"to go on: fastedit edit --resume {output if folder == run_folder(output) else folder}"
         if isinstance(error, KeyboardInterrupt):
@@ -68,6 +74,12 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
         if isinstance(error, FastEditError):
             error.text += f"; {how}"
         raise
+
+
+def _forget(folder: Path) -> None:
+    from fastedit.methods.saved_run import remove_state  # which imports torch
+
+    remove_state(folder)
 
 
 def _remembered(rest: list[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.errors import FileError
+from fastedit.errors import FileError, listed
 from fastedit.files import check_writable, locked
 from fastedit.methods.base import Edit, History
 from fastedit.models import Model, fingerprint
@@ -24,6 +25,8 @@ from fastedit.version import version_of
 
 _TAG = "fastedit-run-1"
 _ABOUT = "run.json"
+# what may lie in the folder: of a run and of the command that began it; written in part, if the process was killed
+_OURS = re.compile(r"\.?(command\.json|run\.json|status\.json|lock|\d+\.safetensors)(\.[0-9a-f]+)?")
 _WHAT = "the state of the run"
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and what else there is to know, JSON-able."""
@@ -41,20 +44,22 @@ class SavedRun:
         notes: states that were damaged, for the user.
 
     Raises:
-        FileError: the folder holds another run, and which of its parts differs; another process is at work there; it
-            cannot be written.
+        FileError: the folder holds another run that is not finished, and which of its parts differs, or files that are
+            no part of a run; another process is at work there; it cannot be written.
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any], every: float) -> None:
         self._folder, self._every = Path(folder), every
         self._depends = json.loads(json.dumps(depends))
+        self._run = sha256(json.dumps(self._depends, sort_keys=True).encode()).hexdigest()[:32]
         self.notes: list[str] = []
+        check_alone(self._folder)
         check_writable(self._folder)
         with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
             pass
+        if self._files() and not _same(self._folder / _ABOUT, self._depends):
+            remove_state(self._folder)
         files = self._files()
-        if files:
-            _check_same(self._folder / _ABOUT, self._depends)
         self._next = 1 + max((int(file.stem) for file in files), default=0)
         self._saved = time.monotonic()
         self._pending: list[State] = []
@@ -139,6 +144,12 @@ class SavedRun:
         if self._pending and self._write(tensors, {"appended": [about for _, about in self._pending]}):
             self._pending = []
 
+    def finish(self) -> None:
+        """Note that the run is done: its state stays, for the same run, until another one needs the folder."""
+        if self._files():
+            with suppress(FileError):
+                self._describe(done=True)
+
     def _all_appended(self) -> deque[State]:
         found: deque[State] = deque()
         files = self._files()
@@ -160,8 +171,8 @@ class SavedRun:
         self._saved = time.monotonic()
         try:
             if not self._files():
-                with writing(self._folder / _ABOUT, f"{_WHAT} could not be saved") as temporary:
-                    temporary.write_text(json.dumps(self._depends, indent=1) + "\n", encoding="utf-8")
+                self._describe(done=False)
+            about = {"run": self._run, **about}
             save_tensors(self._folder / f"{self._next:08}.safetensors", tensors, _TAG, about, _WHAT)
         except FileError as error:
             if not self._failed:
@@ -171,27 +182,55 @@ class SavedRun:
         self._next += 1
         return True
 
+    def _describe(self, *, done: bool) -> None:
+        with writing(self._folder / _ABOUT, f"{_WHAT} could not be saved") as temporary:
+            temporary.write_text(json.dumps({"done": done, **self._depends}, indent=1) + "\n", encoding="utf-8")
+
     def _files(self) -> list[Path]:
         return sorted(file for file in self._folder.glob("*.safetensors") if file.stem.isdecimal())
 
     def _load(self, file: Path) -> State | None:
         try:
-            return load_tensors(file, (_TAG,), _WHAT)[:2]
+            tensors, about, _ = load_tensors(file, (_TAG,), _WHAT)
         except FileError as error:
             self.notes.append(f"a state of the run is damaged, the one before it is used: {error}")
             return None
+        if about.pop("run") != self._run:  # begun after this one was planned
+            raise FileError(file.parent, "{path} by now holds the state of another run; give a folder of its own")
+        return tensors, about
 
 
-def _check_same(path: Path, wanted: Mapping[str, Any]) -> None:
+def check_alone(folder: Path) -> None:
+    """Refuse a folder with files that are no part of a run. Raises FileError."""
+    others = sorted(file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)) if folder.is_dir() else []
+    if others:
+        raise FileError(
+            folder, f"{{path}} is to hold the state of a run alone, but has {listed(others)}; give a folder of its own"
+        )
+
+
+def remove_state(folder: Path) -> None:
+    """Remove the state of a run, and the folder if nothing else is in it."""
+    with suppress(OSError):
+        for file in folder.iterdir():
+            if _OURS.fullmatch(file.name):
+                file.unlink()
+        folder.rmdir()
+
+
+def _same(path: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether the run that a folder holds is this one; if not, it is finished. Raises FileError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        done = found.pop("done")
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     except (OSError, ValueError, TypeError) as error:
         raise FileError(path, f"{{path}} is damaged ({error}); delete {path.parent} to begin anew") from error
-    if differing:
+    if differing and not done:
         parts = "; ".join(f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}" for name in differing)
         raise FileError(
             path.parent,
             f"{{path}} holds the state of another run, which cannot go on as this one: {parts}. Make these the same "
             "again, or delete the folder to begin anew",
         )
+    return not differing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,3 +128,44 @@ def test_what_cannot_be_resumed_is_refused(command: list[str], tmp_path: Path, m
     assert "run the whole command again, it goes on" in result.stderr
     Path("out.run/command.json").write_text(json.dumps({"arguments": command, "folder": str(tmp_path / "gone")}))
     assert f"the folder {tmp_path / 'gone'} where it began is gone" in call("edit", "--resume", "out").stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("mine", "mine is to hold the state of a run alone, but has thesis.txt"),
+        ("model", "model is to hold the state of a run alone, but has README.md, "),
+        ("out", "lie in one another"),
+        ("out/state", "lie in one another"),
+        (".", "lie in one another"),
+        (None, "out.run is to hold the state of a run alone, but has thesis.txt"),
+    ],
+)
+def test_a_state_takes_no_folder_of_the_users(
+    state: str | None, message: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "out.run"):
+        Path(name).mkdir()
+        (Path(name) / "thesis.txt").touch()
+    shutil.copytree(checkpoint_path(), "model")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    words = ["model" if word == str(checkpoint_path()) else word for word in command]
+    result = call(*words, "--output", "out", *(["--state", state] if state else []))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_two_edits_have_two_outputs(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their states are: the one that ends first would give the other its delta."""
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from pathlib import Path; from fastedit.cli.resume import resumable\n"
+    code += "with resumable(Path('out'), Path('elsewhere')): print('begun', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        result = call(*command, "--output", "out", "--state", "here")
+        other.kill()
+    assert result.exit_code == 2
+    assert f"out.run is in use by process {other.pid}" in result.stderr

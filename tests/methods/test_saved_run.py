@@ -119,9 +119,14 @@ def test_a_damaged_state_is_left_for_the_one_before(name: str, run: Any, seed: i
     assert any("damaged, the one before it is used" in note for note in run.notes)
 
 
-def test_the_state_of_another_run_is_refused_before_the_work(run: Any, seed: int, tmp_path: Path) -> None:
+def test_the_state_of_another_run_is_refused_before_the_work(
+    run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edits, options = random_edits(6, seed), {**LOCFT, "state": tmp_path / "run", "save_every": 0}
-    run(edits, **options)
+    with monkeypatch.context() as patch:
+        crashing(2, patch)
+        with pytest.raises(Crash):
+            run(edits, **options)
     for others, change, named in (
         (edits, {"lr": 1e-3}, "lr was 0.003 and is 0.001"),
         (edits[:-1], {}, "number of edits was 6 and is 5"),
@@ -131,7 +136,10 @@ def test_the_state_of_another_run_is_refused_before_the_work(run: Any, seed: int
         with pytest.raises(FileError, match=f"state of another run.*{named}"):
             run(others, **options | change)
     memit = {**RUNS["memit in batches"], "state": tmp_path / "solver", "save_every": 0}
-    run(edits, **memit)
+    with monkeypatch.context() as patch:
+        crashing(2, patch)
+        with pytest.raises(Crash):
+            run(edits, **memit)
     with pytest.raises(FileError, match="second moments was"):
         run(edits, **memit, statistics_seed=4)
     threads = torch.get_num_threads()
@@ -160,3 +168,30 @@ def test_a_full_disk_costs_the_state_but_not_the_edit(
         == [note for note in run.notes if note.startswith("after a crash this run could not go on")]
         != []
     )
+
+
+@pytest.mark.parametrize("name", ["published", "memit in batches"])
+def test_the_state_of_a_run_that_is_done_gives_way_to_the_next_edit(
+    name: str, run: Any, seed: int, tmp_path: Path
+) -> None:
+    options = {**RUNS[name], "save_every": 0}
+    first, second = random_edits(6, seed), random_edits(8, seed + 1)
+    wanted = run(second, **options)
+    run(first, **options, state=tmp_path / "run")
+    assert_same(run(second, **options, state=tmp_path / "run"), wanted)
+    assert not run.notes or not any("damaged" in note for note in run.notes)
+
+
+def test_a_run_does_not_go_on_from_the_state_of_one_that_was_begun_after_its_plan(tmp_path: Path) -> None:
+    mine, other = SavedRun(tmp_path / "run", {"lr": 1}, 0), SavedRun(tmp_path / "run", {"lr": 2}, 0)
+    other.replace({"w": torch.ones(1)}, {})
+    with pytest.raises(FileError, match="by now holds the state of another run"):
+        mine.newest()
+
+
+def test_what_else_a_user_keeps_in_the_folder_is_left_alone(run: Any, seed: int, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(FileError, match=r"mine is to hold the state of a run alone, but has deep, thesis\.txt; give"):
+        run(random_edits(4, seed), **LOCFT, state=tmp_path / "mine")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["deep", "thesis.txt"]

@@ -143,6 +143,8 @@ class LocateThenEditPlan:
                     raise
                 interrupted = f"kept the first {writer.edits} edits"
             updates, keys = writer.finish()
+        if saved is not None and interrupted is None:
+            saved.finish()
         notes = [*recipe.notes, *batch.notes, *(saved.notes if saved else [])]
         notes += [f"interrupted; {interrupted}"] if interrupted else []
         notes += [f"dropped, because the loss is not finite: {batch.names(dropped)}"] if dropped else []

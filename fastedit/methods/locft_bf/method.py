@@ -112,6 +112,8 @@ class LocFTBFPlan:
         finally:
             if own is not None:
                 own.close()
+        if self.saved is not None and interrupted is None:
+            self.saved.finish()
         originals = trainer.originals.values
         probability = (-trainer.loss_of[: len(data.edits)]).exp().cpu()
         about = probability, trainer.losses, notes
