@@ -14,6 +14,13 @@ from torch import Tensor
 from fastedit.models.rows_file import RowsFile
 from fastedit.models.tokens import Rows
 
+_GROUPS = Path("/sys/fs/cgroup")
+# by version: where the limit is, what is used, and how much of that is file cache
+_CONTROL_GROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -127,11 +134,11 @@ def _free_host_bytes() -> int:
     with suppress(OSError, StopIteration):
         line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
         free.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # without a limit, memory.max reads "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free.append(max(limit - used + int(counts["inactive_file"]), 0))  # file cache is given up on demand
+    for folder, *names, given_up in _CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # without a limit, memory.max reads "max"
+            limit, used = (int((_GROUPS / folder / name).read_text()) for name in names)
+            counts = dict(line.split() for line in (_GROUPS / folder / "memory.stat").read_text().splitlines())
+            free.append(max(limit - used + int(counts[given_up]), 0))  # file cache is given up on demand
     if not free:
         with suppress(OSError, ValueError, AttributeError):
             free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)

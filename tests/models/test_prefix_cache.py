@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
-from fastedit.models import Budget, PrefixCache, Rows, forward, pack, resume, run_from_tokens, topology
+from fastedit.models import Budget, PrefixCache, Rows, forward, pack, resume, run_from_tokens, token_states, topology
+from fastedit.models.rows_file import RowsFile
 
 LENGTHS = [2, 18, 7, 3, 12, 9, 18, 5, 2, 4]  # 1 … 17 inputs
 SAMPLES = ragged_samples(LENGTHS)
@@ -302,3 +303,53 @@ def test_varlen_attention_gets_a_single_row(monkeypatch: pytest.MonkeyPatch) -> 
     with PrefixCache(parts, SAMPLES, 2) as cache, torch.no_grad():
         assert_equal_to_1e5(parts.logits(resume(parts, cache.hidden(rows), rows, 2)), wanted)
     assert shapes[-1] == (1, rows.input_ids.numel(), 32)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": 10**9, "memory.current": 7 * 10**8, "memory.stat": "anon 1\ninactive_file 50000000\n"},
+        {
+            "memory/memory.limit_in_bytes": 10**9,
+            "memory/memory.usage_in_bytes": 7 * 10**8,
+            "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 50000000\n",
+        },
+    ],
+    ids=["cgroup 2", "cgroup 1"],
+)
+def test_a_containers_limit_is_what_is_free(
+    files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine may have a hundred times as much."""
+    monkeypatch.setattr(token_states, "_GROUPS", tmp_path)
+    assert token_states.free_bytes(torch.device("cpu")) > 4 * 10**8
+    for name, value in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(str(value))
+    assert token_states.free_bytes(torch.device("cpu")) == 35 * 10**7
+
+
+def test_a_file_gives_rows_in_any_order_and_number(tmp_path: Path, rng: torch.Generator) -> None:
+    held = RowsFile((50, 6), torch.bfloat16, tmp_path)
+    wanted = torch.zeros(50, 6, dtype=torch.bfloat16)
+    for n in (50, 1, 13, 0, 30):
+        rows = torch.randperm(50, generator=rng)[:n].sort().values
+        values = torch.randn(n, 6, generator=rng).bfloat16()
+        wanted[rows] = values
+        held.write(rows, values)
+        taken = torch.randperm(50, generator=rng)[:20].sort().values
+        held.ahead(taken, taken + 1)
+        assert torch.equal(held.read(taken), wanted[taken])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rows_of_the_next_batch_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, first, n, advice: asked.append((first, n)))
+    parts, width = topology(tiny_model("llama")), 32 * 4
+    with PrefixCache(parts, SAMPLES, 1, budget=Budget(host_bytes=0, directory=tmp_path)) as cache:
+        cache.ahead(torch.tensor([1, 4]))
+    assert asked == [(2 * width, 18 * width), (30 * width, 12 * width)]
+    with PrefixCache(parts, SAMPLES, 1) as cache:  # in memory, there is nothing to be read
+        cache.ahead(torch.tensor([1, 4]))
+    assert len(asked) == 2
