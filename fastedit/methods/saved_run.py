@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastedit import parallel
 from fastedit.errors import FileError
 from fastedit.files import check_writable, locked
 from fastedit.methods.base import Edit, History
@@ -31,6 +32,9 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 class SavedRun:
     """A folder of numbered states of one run; a state appears whole or not at all.
+
+    Of several processes the first one reads and writes. A run may go on in another number of processes: sums are then
+    made in another order, and a note says so.
 
     Args:
         folder: of this run alone; it is made with the first state.
@@ -49,12 +53,14 @@ class SavedRun:
         self._folder, self._every = Path(folder), every
         self._depends = json.loads(json.dumps(depends))
         self.notes: list[str] = []
-        check_writable(self._folder)
-        with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
-            pass
-        files = self._files()
+        files = []
+        if parallel.first():
+            check_writable(self._folder)
+            with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
+                pass
+            files = self._files()
         if files:
-            _check_same(self._folder / _ABOUT, self._depends)
+            self.notes += _check_same(self._folder / _ABOUT, self._depends)
         self._next = 1 + max((int(file.stem) for file in files), default=0)
         self._saved = time.monotonic()
         self._pending: list[State] = []
@@ -95,6 +101,7 @@ class SavedRun:
             "versions": {name: version_of(name) for name in ("fastedit", "torch", "transformers")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
+            "processes": parallel.world(),
         }
         return cls(config.state, depends, config.save_every)
 
@@ -115,6 +122,9 @@ class SavedRun:
 
     def newest(self) -> State | None:
         """The newest state that is whole, or None."""
+        return parallel.of_first(self._newest)
+
+    def _newest(self) -> State | None:
         states = (self._load(file) for file in reversed(self._files()))
         return next((state for state in states if state is not None), None)
 
@@ -123,6 +133,9 @@ class SavedRun:
 
         A damaged one ends them: it and those behind it are removed.
         """
+        return parallel.of_first(self._next_appended)
+
+    def _next_appended(self) -> State | None:
         if self._appended is None:
             self._appended = self._all_appended()
         return self._appended.popleft() if self._appended else None
@@ -158,6 +171,8 @@ class SavedRun:
     def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
         """Whether the state was written."""
         self._saved = time.monotonic()
+        if not parallel.first():
+            return True
         try:
             if not self._files():
                 with writing(self._folder / _ABOUT, f"{_WHAT} could not be saved") as temporary:
@@ -182,9 +197,16 @@ class SavedRun:
             return None
 
 
-def _check_same(path: Path, wanted: Mapping[str, Any]) -> None:
+def _check_same(path: Path, wanted: Mapping[str, Any]) -> list[str]:
+    """Refuse the state of another run; returns a note if its processes were others."""
+    notes = []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        before, now = found.pop("processes", 1), wanted.get("processes", 1)
+        wanted = {name: value for name, value in wanted.items() if name != "processes"}
+        if before != now:  # which have fewer threads each
+            notes = [f"the run was begun by {before} processes and goes on in {now}: the same edit, but not to the bit"]
+            found["threads"] = wanted.get("threads")
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     except (OSError, ValueError, TypeError) as error:
         raise FileError(path, f"{{path}} is damaged ({error}); delete {path.parent} to begin anew") from error
@@ -195,3 +217,4 @@ def _check_same(path: Path, wanted: Mapping[str, Any]) -> None:
             f"{{path}} holds the state of another run, which cannot go on as this one: {parts}. Make these the same "
             "again, or delete the folder to begin anew",
         )
+    return notes
