@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONTEXTS, moments, random_edits, tiny_model
+from helpers import CONTEXTS, moments, random_edits, same, tiny_model, values
 from torch import Tensor
 
-from fastedit import Editor, parallel
+from fastedit import EditError, Editor, EditRequest, parallel
+from fastedit.methods.saved_run import SavedRun
 from fastedit.weights import LowRank
 
 LOCFT: dict[str, Any] = {
@@ -121,3 +123,114 @@ def test_several_processes_find_what_one_does(world: int, name: str, by_world: A
         assert_close(found[name], wanted)
         for path, x in found[name].items():  # no process goes its own way
             assert not isinstance(x, Tensor) or torch.equal(x, by_world[world][0][name][path])
+
+
+class Crash(BaseException):
+    """What no code handles."""
+
+
+def _crash_after(n: int) -> None:
+    """Let the run of this process crash right after it has written so many states."""
+    write, left = SavedRun._write, [n]
+
+    def counted(self: SavedRun, *args: Any) -> bool:
+        written = write(self, *args)
+        left[0] -= parallel.first()
+        if left[0] == 0:
+            SavedRun._write = write  # type: ignore[method-assign]
+            raise Crash
+        return written
+
+    SavedRun._write = counted  # type: ignore[method-assign]
+
+
+def cut_off(names: Sequence[str], tokenizer: Any, folder: Path, seed: int) -> list[str]:
+    for name in names:
+        _crash_after(3)
+        editor = editor_of(tokenizer, folder, {**RUNS[name], "state": str(folder / name), "save_every": 0.0})
+        with pytest.raises(Crash):
+            editor.edit(random_edits(9, seed))
+    return []
+
+
+def gone_on(names: Sequence[str], tokenizer: Any, folder: Path, seed: int) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        editor = editor_of(tokenizer, folder, {**RUNS[name], "state": str(folder / name), "save_every": 1e6})
+        found[name] = outcome(editor, random_edits(9, seed))
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_run_goes_on_in_another_number_of_processes(
+    before: int, after: int, tokenizer: Any, by_world: Any, tmp_path: Path
+) -> None:
+    names = ["published", "alphaedit in batches"]
+    found = []
+    for world, work in ((before, cut_off), (after, gone_on)):
+        given = (names, tokenizer, tmp_path, 5)
+        found = [work(*given)] if world == 1 else in_processes(world, tmp_path, work, *given)
+    for name in names:
+        for each in found:
+            assert_close(each[name], by_world[1][0][name])
+        note = f"the run was begun by {before} processes and goes on in {after}: the same edit, but not to the bit"
+        assert note in found[0][name]["notes"]
+
+
+def failing(tokenizer: Any, folder: Path, seed: int) -> dict[str, Any]:
+    """How each of several edits failed, if this is the process that fails or another one; and the model then."""
+    edits, found, last = random_edits(9, seed), {}, parallel.rank() == 1
+    broken = [EditRequest("w1", "w2", "w3", id="bad"), *edits]
+    for name, (options, where, of) in FAILURES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            editor = editor_of(tokenizer, folder, options)
+            before = values(editor.model)
+            if where and last:
+                patch.setattr(where, raising(RuntimeError("no memory")))
+            with pytest.raises(Exception) as caught:  # which one is compared
+                editor.edit(broken if of == "bad" else edits)
+            found[name] = f"{type(caught.value).__name__}: {caught.value}", same(editor.model, before)
+    torch.distributed.barrier()
+    if last:  # a process that ends
+        torch.save(found, folder / "of-1-2")
+        os._exit(0)
+    with pytest.raises(EditError) as lost:
+        parallel.gathered(0)
+    return found | {"lost": str(lost.value)}
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
+
+
+# options, what fails in the second process alone, the edits
+FAILURES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "training": (LOCFT, "fastedit.methods.locft_bf.trainer.Trainer._pass", ""),
+    "what comes after it": (LOCFT, "fastedit.editor.WeightDelta", ""),
+    "targets": (RUNS["memit"], "fastedit.methods.locate_then_edit.method.find_targets", ""),
+    "writing": (RUNS["memit"], "fastedit.methods.locate_then_edit.write.Writer._write", ""),
+    "a plan": (RUNS["memit"], "fastedit.editor.prompt_notes", ""),
+    "a loss that diverges": ({**LOCFT, "lr": 1e30}, "", ""),
+    "edits that are refused": (RUNS["memit"], "", "bad"),
+}
+
+
+@pytest.fixture(scope="module")
+def failures(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("failing")
+    return in_processes(2, folder, failing, tokenizer, folder, 5)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_in_one_process_is_the_same_in_all_and_leaves_the_models_alone(name: str, failures: Any) -> None:
+    wanted = "RuntimeError: no memory" if FAILURES[name][1] else failures[0][name][0]
+    assert wanted.split(":")[0] in ("RuntimeError", "EditError", "RequestError")
+    for found in failures:
+        assert found[name] == (wanted, True)
+
+
+def test_a_process_that_ends_is_an_error_of_the_others(failures: Any) -> None:
+    assert failures[0]["lost"].startswith("process 0 of 2 lost the others: one of them ended")
