@@ -78,12 +78,11 @@ class Trainer:
         self.losses: list[float] = []
         self.whole: tuple[str, dict[str, Tensor], list[float]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
-        if data.trained is None:
+        self.maps = linear_maps(topology.model, parameters)  # of few rows: to form their gradient costs little
+        if data.trained is None and parallel.world() > 1:
+            self.maps = _smaller_in_parts(self.maps, int(tokens))
+        elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
-        else:
-            self.maps = linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
-        if parallel.world() > 1:  # what a gradient is made of, where less goes between processes so
-            self.maps |= _smaller_in_parts(linear_maps(topology.model, parameters), int(tokens))
         self.trained_rows: Tensor | None = None  # of the pass that runs
         # mean over the target tokens of each sample when it was last looked at
         self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
