@@ -18,6 +18,7 @@ from fastedit.errors import ConfigError, ModelError, RequestError
 if TYPE_CHECKING:
     from fastedit.checkpoints import Checkpoint
     from fastedit.cli.bars import Bars
+    from fastedit.delta import WeightDelta
     from fastedit.editor import Editor
     from fastedit.evaluation.predict import Predictions
     from fastedit.requests import EditRequest
@@ -184,6 +185,13 @@ def tell_of_prompts(editor: Editor, edits: Sequence[EditRequest]) -> None:
     from fastedit.evaluation.questions import prompt_notes
 
     tell(prompt_notes(editor.parts, edits))
+
+
+def tell_of_chat(change: WeightDelta, chat: bool) -> None:
+    """Say on stderr if an edit was made with the chat template and is measured without it, or the other way round."""
+    if change.metadata.get("chat_template", chat) != chat:
+        way = "without the chat template; measure without --chat" if chat else "with --chat; measure with it"
+        tell([f"this edit was made {way} to see it as it was made"])
 
 
 def load_network(model: str, dtype: Dtype, device: str | None) -> Any:

@@ -39,6 +39,7 @@ def check(
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag; needs lm-eval.")] = "",
     output: Annotated[Path | None, typer.Option(help="Folder for check.json and check.html.")] = None,
     evaluate: arguments.EvaluateFlag = "all",
+    chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
@@ -70,11 +71,13 @@ def check(
     bounds = load_thresholds(thresholds, MEASURES, SHARES) if thresholds else {}
     check_tasks(names)
     change, asked = WeightDelta.load(delta) if delta else None, draw(edits, sample)
-    editor = arguments.load(model, dtype, device)
-    unedited = arguments.load(base, dtype, device) if base else editor
+    editor = arguments.load(model, dtype, device, chat_template=chat)
+    unedited = arguments.load(base, dtype, device, chat_template=chat) if base else editor
     ask(editor.parts, asked, text=documents)
     if change:
         change.check(editor.model)
+        arguments.tell_of_chat(change, chat)
+    arguments.tell_of_prompts(editor, asked)
     if base:
         check_base(unedited.parts, editor.parts)
     work_begins()
@@ -90,7 +93,7 @@ def check(
             change.apply(editor.model)
         after = arguments.measure(editor, **what, when="after" if before else "")
         tasks_after = run_tasks(editor.parts, names)
-    about = {"model": model, "base": base, "delta": delta and str(delta)}
+    about = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
     report = questions.report(after, before, bounds=bounds, tasks=(tasks_after, tasks_before), about=about)
     if output:
         report.save(output)

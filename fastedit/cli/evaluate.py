@@ -53,9 +53,7 @@ def evaluate(
     ask(editor.parts, asked, text=documents)
     if change:
         change.check(editor.model)
-        if change.metadata.get("chat_template", chat) != chat:
-            way = "without the chat template; measure without --chat" if chat else "with --chat; measure with it"
-            arguments.tell([f"this edit was made {way} to see it as it was made"])
+        arguments.tell_of_chat(change, chat)
     arguments.tell_of_prompts(editor, asked)
     before = None
     work_begins()

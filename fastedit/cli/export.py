@@ -40,6 +40,7 @@ def export(
     requests: Annotated[
         Path | None, typer.Option(help="Edit requests to measure: what the adapter loses against the whole delta.")
     ] = None,
+    chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
@@ -51,8 +52,11 @@ def export(
     ways = {"--peft": peft, "--merge": merge, "--dense": dense}
     if len(given := [way for way, place in ways.items() if place is not None]) != 1:
         raise ConfigError(f"expected one of --peft, --merge and --dense, got {' and '.join(given) or 'none'}")
-    if not peft and (alone := [name for name, value in (("--rank", rank), ("--requests", requests)) if value]):
+    of_peft = {"--rank": rank, "--requests": requests, "--chat": chat}
+    if not peft and (alone := [name for name, value in of_peft.items() if value]):
         raise ConfigError(f"{' and '.join(alone)} belong to --peft; {given[0]} writes the whole delta")
+    if chat and not requests:
+        raise ConfigError("--chat is for the prompts of --requests, and there are none")
     if model is None and not dense:
         raise ConfigError(f"{given[0]} needs --model, the model that the delta was made for")
     inputs = arguments.inputs_of(model or "", delta=delta, requests=requests)
@@ -65,7 +69,7 @@ def export(
         change.save_dense(dense)
         typer.echo(f"{len(change.updates)} updates written to {dense}")
         return
-    editor = arguments.load(str(model), dtype, device)
+    editor = arguments.load(str(model), dtype, device, chat_template=chat)
     change.check(editor.model)
     if merge:
         check_checkpoint(editor, merge)
@@ -84,6 +88,9 @@ def _adapter(change: WeightDelta, editor: Editor, folder: Path, rank: int | None
 
     edits = arguments.read_requests(requests, skip_bad=False) if requests else []
     check_questions(editor, edits, [])
+    if edits:
+        arguments.tell_of_chat(change, editor.parts.chat is not None)
+        arguments.tell_of_prompts(editor, edits)
     adapter = as_adapter(change, editor.model, rank=rank)
     work_begins()
     adapter.save(folder)

@@ -56,7 +56,7 @@ class SavedRun:
         self._folder, self._every = Path(folder), every
         self._depends = json.loads(json.dumps(depends))
         lasting = {name: value for name, value in self._depends.items() if name not in ("processes", "threads")}
-        self._run = sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:32]
+        self._run = _digest(json.dumps(lasting, sort_keys=True))
         self.notes: list[str] = []
         files = []
         if parallel.first():
@@ -102,10 +102,11 @@ class SavedRun:
             "unedited model": history.fingerprint,
             "earlier keys": {path: str(checksum(keys)) for path, keys in history.keys.items()},
             "second moments": dict(statistics()),
-            "chat_template": model.chat is not None,
+            "chat_template": None if model.chat is None else _digest(repr(model.chat)),
+            "tokenizer": _tokenizer_digest(model.tokenizer),
             "dtype": str(next(model.topology.backbone.parameters()).dtype),
             "number of edits": len(edits),
-            "edits": sha256(json.dumps(texts).encode()).hexdigest()[:32],
+            "edits": _digest(json.dumps(texts)),
             "versions": {name: version_of(name) for name in ("fastedit", "torch", "transformers")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
@@ -234,6 +235,16 @@ def remove_state(folder: Path) -> None:
             if _OURS.fullmatch(file.name):
                 file.unlink()
         folder.rmdir()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """That of a tokenizer's rules; of one that is not by the tokenizers package, of its class and its size."""
+    rules: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return _digest(rules.to_str() if rules is not None else f"{type(tokenizer).__name__} {len(tokenizer)}")
+
+
+def _digest(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:32]
 
 
 def _same(path: Path, wanted: Mapping[str, Any]) -> tuple[bool, list[str]]:

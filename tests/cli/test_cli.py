@@ -1154,5 +1154,15 @@ def test_the_chat_template_is_asked_for_and_said(model: Path, facts: Path, tmp_p
     assert json.loads(saved.read_text())["chat_template"] is False
     assert "made with" not in works(*measure, "--chat", "--json", saved).stderr
     assert json.loads(saved.read_text())["chat_template"] is True
+    text = facts.with_name("text.txt")
+    text.write_text("w10 w11 w12 w13 w14 " * 8)
+    delta = output / "delta.safetensors"
+    others = (
+        ("check", *measure[1:], "--text", text),
+        ("export", delta, "--model", chatting, "--requests", facts, "--peft", tmp_path / "adapter", "--rank", 2),
+    )
+    for command in others:
+        assert "made with --chat" in works(*command).stderr
+        assert "chat" not in works(*command, "--chat").stderr
     file.write_text('{"chat_template": "yes"}')
     assert "chat_template is 'yes'; expected true or false" in fails(2, *common, "--model", chatting, "--config", file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Te
         if options.get("method") or options.get("preserve"):
             moments(model, folder, statistics_seed)
             options["statistics"] = folder
-        result = Editor(model, tokenizer, **options).edit(edits)
+        result = Editor(model, options.pop("tokenizer", tokenizer), **options).edit(edits)
         edited.notes, edited.lr = result.notes, result.delta.metadata["config"]["lr"]  # type: ignore[attr-defined]
         updates = result.delta.updates.items()
         found = {path: update.dense() if isinstance(update, LowRank) else update for path, update in updates}
@@ -120,7 +121,7 @@ def test_a_damaged_state_is_left_for_the_one_before(name: str, run: Any, seed: i
 
 
 def test_the_state_of_another_run_is_refused_before_the_work(
-    run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tokenizer: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     edits, options = random_edits(6, seed), {**LOCFT, "state": tmp_path / "run", "save_every": 0}
     with monkeypatch.context() as patch:
@@ -135,6 +136,19 @@ def test_the_state_of_another_run_is_refused_before_the_work(
     ):
         with pytest.raises(FileError, match=f"state of another run.*{named}"):
             run(others, **options | change)
+    in_chat = {**options, "state": tmp_path / "chat", "chat_template": True}
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
+    with monkeypatch.context() as patch:
+        crashing(2, patch)
+        with pytest.raises(Crash):
+            run(edits, **in_chat)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ 'w9 ' + m.content + ' ' }}{% endfor %}")
+    with pytest.raises(FileError, match=r"state of another run.*: chat_template was '[0-9a-f]+' and is '"):
+        run(edits, **in_chat)
+    other = deepcopy(tokenizer)
+    other.add_tokens(["w1w1"])
+    with pytest.raises(FileError, match=r"tokenizer was '[0-9a-f]+' and is"):
+        run(edits, **options, tokenizer=other)
     memit = {**RUNS["memit in batches"], "state": tmp_path / "solver", "save_every": 0}
     with monkeypatch.context() as patch:
         crashing(2, patch)
