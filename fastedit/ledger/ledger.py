@@ -15,8 +15,8 @@ from fastedit.delta import WeightDelta, versions
 from fastedit.editor import Editor, Requests
 from fastedit.errors import ConfigError, FileError, ModelError
 from fastedit.ledger.blame import Likeness, likenesses
-from fastedit.ledger.making import sorted_out, write
-from fastedit.ledger.records import NAME, Entry, Fact, Records, named, refuse_taken, state_of
+from fastedit.ledger.making import named, refuse_taken, sorted_out, write
+from fastedit.ledger.records import NAME, Entry, Fact, Records, state_of
 from fastedit.methods import METHODS
 from fastedit.models import fingerprint, plain_state
 from fastedit.requests import EditRequest, as_requests

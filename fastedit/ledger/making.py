@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastedit.editor import Editor
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed
-from fastedit.ledger.records import Fact, Records, told
+from fastedit.ledger.records import Fact, Records
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
 from fastedit.methods.locate_then_edit.recipes import Recipe
@@ -166,3 +166,33 @@ def sorted_out(
         target = newest[fact.request.prompt].target
         notes.append(f"fact {fact.id}, {fact.request.prompt!r:.80} {fact.request.target!r}, is replaced by {target!r}")
     return new, replaced, notes
+
+
+def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
+    """The requests with an id each: "f1", "f2", … for those without one, by the serials of their facts."""
+    used, found = {*taken, *(str(request.id) for request in requests)}, []
+    for number, request in enumerate(requests, serial):
+        id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
+        used.add(id_)
+        found.append(replace(request, id=id_))
+    return found
+
+
+def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
+    """Raise RequestError for ids that name two facts; all of them are named."""
+    owner: dict[str, str] = {fact.id: fact.request.prompt for fact in standing}
+    problems = []
+    for request in requests:
+        if request.id is None:
+            continue
+        if owner.setdefault(request.id, request.prompt) != request.prompt:
+            problems.append((request.id, f"id {request.id} names the fact {owner[request.id]!r:.80} already"))
+    if problems:
+        error = RequestError.of(problems, "ids")
+        error.text += "; give other ids, or forget the old facts first"
+        raise error
+
+
+def told(facts: Sequence[Fact]) -> str:
+    """Ids for a message."""
+    return listed([fact.id for fact in facts])

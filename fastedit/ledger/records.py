@@ -7,10 +7,11 @@ cut off belong to nothing, and the next process removes them. Files are written 
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from hashlib import sha256
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.delta import WeightDelta
-from fastedit.errors import FileError, RequestError, listed
-from fastedit.ledger.lock import locked
+from fastedit.errors import FileError, RequestError
+from fastedit.files import check_writable, locked
 from fastedit.requests import EditRequest
 
 NAME = "ledger.sqlite"
+_FILE = re.compile(r"\.?\d+\.(delta|targets)\.safetensors(\.[0-9a-f]+)?")  # or one that has no name yet
+_OPEN: set[Path] = set()  # by this process, to write: a lock keeps only others out
 _VERSION = 1
 _SCHEMA = (
     "CREATE TABLE header (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT NOT NULL)",
@@ -125,19 +128,32 @@ class Records:
         path = self.folder / NAME
         if not write and not path.is_file():
             raise FileError(self.folder, f"{{path}} is no ledger: it holds no {NAME}; `fastedit ledger add` makes one")
-        self._lock = locked(self.folder) if write else None
         self._db: sqlite3.Connection | None = None
+        self._kept = ExitStack()  # what `close` lets go of, the last one first
         try:
+            if write:
+                self._lock()
             with self._readable():
                 self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
+                self._kept.callback(self._db.close)
                 self._check_version(path, write)
                 self._db.execute("PRAGMA foreign_keys = ON")
                 self._db.execute("PRAGMA synchronous = FULL")
-                if write:
-                    self._sweep()
+            if write:
+                self._sweep()
+                self._kept.callback(self._tidy)
         except BaseException:
             self.close()
             raise
+
+    def _lock(self) -> None:
+        place = self.folder.resolve()
+        if place in _OPEN:
+            raise FileError(self.folder, "{path} is open in this process already; use that ledger, or close it first")
+        check_writable(self.folder)
+        self._kept.enter_context(locked(self.folder))
+        _OPEN.add(place)
+        self._kept.callback(_OPEN.discard, place)
 
     def _check_version(self, path: Path, write: bool) -> None:
         ((version,),) = self._all("PRAGMA user_version")
@@ -155,13 +171,9 @@ class Records:
                 self._all(statement)
 
     def close(self) -> None:
-        """Let other processes write."""
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let other processes write. What failed leaves no file behind, and a ledger without entries no folder."""
+        self._kept.close()
+        self._db = None
 
     @property
     def header(self) -> dict[str, Any] | None:
@@ -313,12 +325,20 @@ class Records:
         rows = self._all("SELECT delta FROM entries UNION SELECT targets FROM facts")
         used = {name for (name,) in rows}
         for file in self.tensors("").glob("*"):
-            if file.name not in used:
+            if _FILE.fullmatch(file.name) and file.name not in used:
                 with suppress(OSError):
                     file.unlink()
 
+    def _tidy(self) -> None:
+        with suppress(FileError, OSError):
+            self._sweep()
+            if not self.last:
+                (self.folder / NAME).unlink()
+                self.tensors("").rmdir()
+
     def _all(self, statement: str, *values: Any) -> list[Any]:
-        assert self._db is not None, "the ledger is closed"
+        if self._db is None:
+            raise FileError(self.folder, "{path} is closed; open the ledger again")
         with self._readable():
             return self._db.execute(statement, values).fetchall()
 
@@ -347,36 +367,6 @@ def _fact(row: Sequence[Any]) -> Fact:
     return Fact(serial, EditRequest(**json.loads(request)), *others)
 
 
-def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
-    """The requests with an id each: "f1", "f2", … for those without one, by the serials of their facts."""
-    used, found = {*taken, *(str(request.id) for request in requests)}, []
-    for number, request in enumerate(requests, serial):
-        id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
-        used.add(id_)
-        found.append(replace(request, id=id_))
-    return found
-
-
 def state_of(rounds: Sequence[Sequence[Fact]]) -> str:
     """A digest of facts and of the rounds in which they are written."""
     return sha256(json.dumps([[fact.serial for fact in some] for some in rounds]).encode()).hexdigest()[:32]
-
-
-def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
-    """Raise RequestError for ids that name two facts; all of them are named."""
-    owner: dict[str, str] = {fact.id: fact.request.prompt for fact in standing}
-    problems = []
-    for request in requests:
-        if request.id is None:
-            continue
-        if owner.setdefault(request.id, request.prompt) != request.prompt:
-            problems.append((request.id, f"id {request.id} names the fact {owner[request.id]!r:.80} already"))
-    if problems:
-        error = RequestError.of(problems, "ids")
-        error.text += "; give other ids, or forget the old facts first"
-        raise error
-
-
-def told(facts: Sequence[Fact]) -> str:
-    """Ids for a message."""
-    return listed([fact.id for fact in facts])
