@@ -1,9 +1,13 @@
 """An edit that is killed at random moments, with its state damaged now and then, against one that is left alone.
 
     python -m benchmarks.chaos [--edits 20000] [--kills 20] [--damages 5] [--method locft-bf] [--seed 0]
+    python -m benchmarks.chaos --ledger [--kills 20] [--method locft-bf] [--seed 0]
 
 Kills are SIGKILL, at a random moment after the process has started to work. Damage is one flipped bit, or a cut, in the
 newest state. Every resumed edit has to end with the same bits as the undisturbed one; the exit code says so.
+
+With --ledger the operations of a ledger are killed, at any moment. After each kill the ledger has to open to a whole
+entry, the one before the operation or its own, with the bits of the undisturbed ledger.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +31,7 @@ if not __package__:  # run as a file; imports are from the root
 from fastedit import WeightDelta
 from fastedit.demo import World, checkpoint_path
 from fastedit.demo.lexicon import RELATIONS
+from fastedit.ledger import Records
 from fastedit.weights import LowRank
 
 FLAGS: dict[str, list[str]] = {
@@ -74,7 +80,7 @@ def start(folder: Path, command: list[Any]) -> subprocess.Popen[bytes]:
 def finish(process: subprocess.Popen[bytes]) -> None:
     _, errors = process.communicate()
     if process.returncode:
-        sys.exit(f"the edit failed: {errors.decode()[-500:]}")
+        sys.exit(f"it failed: {errors.decode()[-500:]}")
 
 
 def damage(folder: Path, rng: random.Random) -> str:
@@ -89,9 +95,122 @@ def damage(folder: Path, rng: random.Random) -> str:
     return f"a bit of {newest.name} flipped"
 
 
-def bits(path: Path) -> dict[str, torch.Tensor]:
-    found = WeightDelta.load(path / "delta.safetensors").updates
+def bits(delta: WeightDelta | None) -> dict[str, torch.Tensor]:
+    found = delta.updates if delta else {}
     return {name: torch.cat([u.left.T, u.right], 1) if isinstance(u, LowRank) else u for name, u in found.items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[path], other[path]) for path in one)
+
+
+def operations(folder: Path, method: str) -> list[list[Any]]:
+    """What is done to a ledger, one entry each, without its folder."""
+    model, everything = ["--model", checkpoint_path(), "--device", "cpu"], facts(120)
+    for part, name in enumerate("abc"):
+        some = everything[40 * part : 40 * part + 40]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in some))
+    other = next(fact["target"] for fact in everything if fact["target"] != everything[4]["target"])
+    first = ["--method", method, "--dtype", "float32", *FLAGS[method]]
+    return [
+        ["add", *model, "--requests", "a.jsonl", *first],
+        ["add", *model, "--requests", "b.jsonl"],
+        ["forget", "f3", *model],
+        ["replace", "f5", other, *model],
+        ["add", *model, "--requests", "c.jsonl"],
+        ["rollback", "2"],
+        ["forget", "f41", "f42", *model],
+    ]
+
+
+def newest(ledger: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """The number of the newest entry of a ledger, and its bits."""
+    if not (ledger / "ledger.sqlite").exists():
+        return 0, {}
+    records = Records(ledger, write=True)
+    found = records.last, bits(records.delta(records.last))
+    records.close()
+    return found
+
+
+def disturb_ledger(folder: Path, args: argparse.Namespace, rng: random.Random) -> None:
+    planned, wanted, took = operations(folder, args.method), [bits(None)], [0.0]
+
+    def do(number: int, ledger: str) -> subprocess.Popen[bytes]:
+        name, *rest = planned[number - 1]
+        before = [rest.pop(0)] if name in ("forget", "replace", "rollback") else []
+        return start(folder, ["ledger", name, ledger, *before, *rest])
+
+    for number in range(1, len(planned) + 1):
+        began = time.perf_counter()
+        finish(do(number, "whole"))
+        took.append(time.perf_counter() - began)
+        wanted.append(newest(folder / "whole")[1])
+    print(f"undisturbed: {len(planned)} operations, {sum(took):.1f} s", flush=True)
+    kills = rounds = committed = 0
+    while kills < args.kills:
+        rounds += 1
+        entry = 0
+        while entry < len(planned):
+            process = do(entry + 1, "out")
+            killed = False
+            try:
+                process.wait(rng.uniform(0.1, 1.1) * took[entry + 1] if kills < args.kills else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills, killed = kills + 1, True
+            else:
+                finish(process)
+            found, theirs = newest(folder / "out")
+            if found not in ((entry, entry + 1) if killed else (entry + 1,)) or not same(theirs, wanted[found]):
+                sys.exit(f"after kill {kills}, in operation {entry + 1}: entry {found}, OTHER BITS or another entry")
+            committed += killed and found > entry
+            if killed:
+                print(f"kill {kills}, in operation {entry + 1}: entry {found}, the same bits", flush=True)
+            entry = found
+        shutil.rmtree(folder / "out")
+    print(f"{kills} kills ({committed} after the commit), {rounds} rounds: every ledger opened to a whole entry")
+
+
+def disturb_edit(folder: Path, args: argparse.Namespace, rng: random.Random) -> None:
+    def delta_of(output: str) -> dict[str, torch.Tensor]:
+        return bits(WeightDelta.load(folder / output / "delta.safetensors"))
+
+    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts(args.edits)))
+    began = time.perf_counter()
+    finish(edit(folder, "whole", args.method))
+    whole = time.perf_counter() - began
+    print(f"undisturbed: {whole:.1f} s", flush=True)
+    wanted, kills, damages, rounds = delta_of("whole"), 0, 0, 0
+    while kills < args.kills or damages < args.damages:
+        rounds += 1
+        process = edit(folder, "out", args.method)
+        while not (folder / "out").exists():
+            try:
+                process.wait(rng.uniform(0.3, 1.0) * whole)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills += 1
+                done = ""
+                if damages < args.damages and rng.random() < 0.5 and list((folder / "out.run").glob("*.safetensors")):
+                    done, damages = damage(folder, rng), damages + 1
+                print(f"kill {kills} {done}", flush=True)
+                if (folder / "out.run" / "command.json").exists():
+                    process = start(folder, ["edit", "--resume", "out"])
+                else:
+                    process = edit(folder, "out", args.method)
+            else:
+                finish(process)
+        alike = same(delta_of("out"), wanted)
+        print(f"round {rounds}: {'the same bits' if alike else 'OTHER BITS'}", flush=True)
+        if not alike:
+            sys.exit(1)
+        for file in (folder / "out").iterdir():
+            file.unlink()
+        (folder / "out").rmdir()
+    print(f"{kills} kills, {damages} damaged states, {rounds} edits: all ended with the same bits")
 
 
 def main() -> None:
@@ -100,50 +219,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--damages", type=int, default=5)
     parser.add_argument("--method", choices=FLAGS, default="locft-bf")
+    parser.add_argument("--ledger", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="fastedit-chaos-") as name:
-        folder = Path(name)
-        (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts(args.edits)))
-        began = time.perf_counter()
-        finish(edit(folder, "whole", args.method))
-        whole = time.perf_counter() - began
-        print(f"undisturbed: {whole:.1f} s", flush=True)
-        wanted, kills, damages, rounds = bits(folder / "whole"), 0, 0, 0
-        while kills < args.kills or damages < args.damages:
-            rounds += 1
-            process = edit(folder, "out", args.method)
-            while not (folder / "out").exists():
-                try:
-                    process.wait(rng.uniform(0.3, 1.0) * whole)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.communicate()
-                    kills += 1
-                    done = ""
-                    if (
-                        damages < args.damages
-                        and rng.random() < 0.5
-                        and list((folder / "out.run").glob("*.safetensors"))
-                    ):
-                        done, damages = damage(folder, rng), damages + 1
-                    print(f"kill {kills} {done}", flush=True)
-                    if (folder / "out.run" / "command.json").exists():
-                        process = start(folder, ["edit", "--resume", "out"])
-                    else:
-                        process = edit(folder, "out", args.method)
-                else:
-                    finish(process)
-            found = bits(folder / "out")
-            same = found.keys() == wanted.keys() and all(torch.equal(found[path], wanted[path]) for path in wanted)
-            print(f"round {rounds}: {'the same bits' if same else 'OTHER BITS'}", flush=True)
-            if not same:
-                sys.exit(1)
-            for file in (folder / "out").iterdir():
-                file.unlink()
-            (folder / "out").rmdir()
-    print(f"{kills} kills, {damages} damaged states, {rounds} edits: all ended with the same bits")
+        disturb = disturb_ledger if args.ledger else disturb_edit
+        disturb(Path(name), args, random.Random(args.seed))
 
 
 if __name__ == "__main__":

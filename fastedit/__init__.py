@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastedit.editor import Editor
     from fastedit.errors import ConfigError, EditError, FastEditError, FileError, ModelError, RequestError, TensorError
     from fastedit.evaluation.report import EvaluationReport
+    from fastedit.ledger import Ledger
     from fastedit.requests import EditRequest, load_requests
     from fastedit.results import EachEditResult, EditResult
     from fastedit.statistics.moment import StreamingCovariance
@@ -28,6 +29,7 @@ __all__ = [
     "EvaluationReport",
     "FastEditError",
     "FileError",
+    "Ledger",
     "ModelError",
     "RequestError",
     "StreamingCovariance",
@@ -43,6 +45,7 @@ _HOMES = {
     "Editor": "editor",
     "EditResult": "results",
     "EvaluationReport": "evaluation.report",
+    "Ledger": "ledger",
     "EditRequest": "requests",
     "load_requests": "requests",
 }

@@ -264,6 +264,11 @@ class Editor:
         """
         return Composition(deltas, self.parts.network, lambda delta: self._edits.append(_Edit(delta, {})))
 
+    @property
+    def deltas(self) -> list[WeightDelta]:
+        """Those of the edits that the model holds now, the first one first."""
+        return [delta for delta, _ in self._standing()]
+
     def _history(self, now: str) -> History:
         """The history of the model, whose fingerprint is `now`, with this Editor."""
         standing = self._standing()
@@ -320,7 +325,7 @@ class Editor:
             )
 
         after = measure()
-        standing = [delta for delta, _ in self._standing()]
+        standing = self.deltas
         if not standing:
             return compare(asked, after, None, of=len(everything))
         reverted: list[WeightDelta] = []

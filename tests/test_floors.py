@@ -24,7 +24,7 @@ FLOORS = [
     ["fastedit.evaluation", "fastedit.loading", "fastedit.saving", "fastedit.checkpoints"],
     ["fastedit.results"],
     ["fastedit.editor"],
-    ["fastedit.compat"],
+    ["fastedit.compat", "fastedit.ledger"],
     ["fastedit.demo"],
     ["fastedit.cli"],
 ]

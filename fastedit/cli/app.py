@@ -28,6 +28,7 @@ from fastedit.cli.env import env
 from fastedit.cli.evaluate import evaluate
 from fastedit.cli.export import export
 from fastedit.cli.flags import configured
+from fastedit.cli.ledger import LEDGER
 from fastedit.cli.locate import OWN as LOCATE_OWN
 from fastedit.cli.locate import locate
 from fastedit.cli.resume import ResumableCommand
@@ -132,6 +133,10 @@ def make_app() -> typer.Typer:
     for name, command in commands.items():
         kind = ResumableCommand if command is commands["edit"] else BareEvaluate
         app.command(name, cls=kind)(_checked(processes.in_all(name, command)))
+    ledger = typer.Typer(cls=_Group, help="Keep the facts of a model, and change any of them.")
+    for name, command in LEDGER.items():
+        ledger.command(name)(_checked(processes.in_all(f"ledger {name}", command)))
+    app.add_typer(ledger, name="ledger")
     return app
 
 

@@ -170,7 +170,7 @@ def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
     """`Editor.from_pretrained`, quietly; a model that is too large is a ModelError."""
     from fastedit.editor import Editor
 
-    with _loading(model):
+    with loading(model):
         return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
 
 
@@ -198,7 +198,7 @@ def load_network(model: str, dtype: Dtype, device: str | None) -> Any:
     """The model by itself, quietly, with weights that can be edited; raises ModelError as `load` does."""
     from fastedit.loading import load_model
 
-    with _loading(model):
+    with loading(model):
         return load_model(model, dtype=dtype.value, device=device)[0]
 
 
@@ -206,12 +206,12 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint as files, quietly."""
     from fastedit.checkpoints import Checkpoint
 
-    with _loading(str(folder)):
+    with loading(str(folder)):
         return Checkpoint(folder)
 
 
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
     from transformers.utils import logging as transformers_logging
 
     if not logging.getLogger("fastedit").isEnabledFor(logging.INFO):

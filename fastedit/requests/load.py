@@ -17,7 +17,7 @@ from fastedit.requests.source import AnyPath
 _log = logging.getLogger(__name__)
 
 
-def load_requests(path: AnyPath, *, skip_bad: bool = False) -> list[EditRequest]:
+def load_requests(path: AnyPath, *, skip_bad: bool = False, numbered: bool = True) -> list[EditRequest]:
     """Read a file of edit requests: a JSON array of records, JSON Lines, one record, or a table; formats mixed at will.
 
     Tables are CSV or TSV with a line of column names, or Parquet (takes pyarrow). Text is UTF-8, and may be compressed
@@ -29,6 +29,7 @@ def load_requests(path: AnyPath, *, skip_bad: bool = False) -> list[EditRequest]
 
     Args:
         skip_bad: leave out records that cannot be used, with a warning that counts and lists them.
+        numbered: a request without an id gets its position; else it has none.
 
     Raises:
         RequestError: the file is missing, empty, truncated, not UTF-8 or of another kind, takes a package, or records
@@ -36,27 +37,30 @@ def load_requests(path: AnyPath, *, skip_bad: bool = False) -> list[EditRequest]
             the records: the position in an array, counted from 0, or the line of JSON Lines, counted from 1;
             its `sentences` has all of them.
     """
-    requests = _read_all(read_records(path), str(path), skip_bad)
+    requests = _read_all(read_records(path), str(path), skip_bad, numbered)
     if not requests:
         raise RequestError(f"{path}: expected edit requests, but the array is empty")
     return requests
 
 
-def _read_all(records: Iterable[tuple[str, Any]], name: str, skip_bad: bool = False) -> list[EditRequest]:
+def _read_all(
+    records: Iterable[tuple[str, Any]], name: str, skip_bad: bool = False, numbered: bool = True
+) -> list[EditRequest]:
     """The requests of (place, record, request or error) pairs; the error names all records that cannot be used."""
     requests: list[EditRequest] = []
     problems: list[tuple[str, str]] = []
     unread = Counter[str]()
     index = -1
     for index, (where, record) in enumerate(records):
+        position = str(index) if numbered else None
         if isinstance(record, EditRequest):
-            requests.append(record if record.id is not None else replace(record, id=str(index)))
+            requests.append(record if record.id is not None else replace(record, id=position))
             continue
         try:
             if isinstance(record, RequestError):
                 raise record
             left_out = set[str]()
-            requests += edits_of(record, left_out, where=where, default_id=str(index))
+            requests += edits_of(record, left_out, where=where, default_id=position)
         except RequestError as error:
             problems.append((where, str(error)))
         else:
@@ -72,19 +76,23 @@ def _read_all(records: Iterable[tuple[str, Any]], name: str, skip_bad: bool = Fa
     return requests
 
 
-def as_requests(requests: AnyPath | Sequence[EditRequest | Mapping[str, Any]]) -> list[EditRequest]:
+def as_requests(
+    requests: AnyPath | Sequence[EditRequest | Mapping[str, Any]], *, numbered: bool = True
+) -> list[EditRequest]:
     """The requests of a file, or of a list of `EditRequest` and records of any known format.
 
-    A request without an id gets its position in the list, counted from 0.
+    A request without an id gets its position in the list, counted from 0, if they are `numbered`.
 
     Raises:
         RequestError: there are none, or some cannot be used (see `load_requests`).
     """
     if isinstance(requests, (str, os.PathLike)):
-        return load_requests(requests)
+        return load_requests(requests, numbered=numbered)
     if isinstance(requests, (EditRequest, Mapping)) or not isinstance(requests, Iterable):
         raise RequestError(f"expected a path or a list of edit requests, got {type(requests).__name__}")
-    result = _read_all(((f"requests[{index}]", item) for index, item in enumerate(requests)), "requests")
+    result = _read_all(
+        ((f"requests[{index}]", item) for index, item in enumerate(requests)), "requests", numbered=numbered
+    )
     if not result:
         raise RequestError("the list of edit requests is empty; give at least one")
     return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,13 @@ class Targets:
             first += len(part.z)
         notes = dict.fromkeys(note for part in parts for note in part.notes)
         return cls(**tensors, dropped=tuple(dropped), lr=parts[0].lr, notes=tuple(notes))
+
+    def select(self, places: Sequence[int]) -> Targets:
+        """The targets of the edits at these places."""
+        index = torch.tensor([*places], dtype=torch.int64, device=self.z.device)
+        tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _TENSORS}
+        dropped = tuple(new for new, old in enumerate(places) if old in self.dropped)
+        return replace(self, **tensors, dropped=dropped)
 
 
 _TENSORS = [f.name for f in fields(Targets) if f.type == "Tensor"]

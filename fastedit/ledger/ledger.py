@@ -1,0 +1,340 @@
+"""The Ledger: facts that are added, forgotten and replaced, and a model that holds those that stand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastedit.compose import Composition, added
+from fastedit.delta import WeightDelta, versions
+from fastedit.editor import Editor, Requests
+from fastedit.errors import ConfigError, FileError, ModelError
+from fastedit.ledger.blame import Likeness, likenesses
+from fastedit.ledger.making import named, refuse_taken, sorted_out, write
+from fastedit.ledger.records import NAME, Entry, Fact, Records, state_of
+from fastedit.methods import METHODS
+from fastedit.models import fingerprint, plain_state
+from fastedit.requests import EditRequest, as_requests
+
+# fields of a configuration that say where a machine keeps things, not what an edit is
+PLACES = ("statistics", "targets", "state", "save_every", "cache_bytes", "keep_partial")
+
+
+class Ledger:
+    """All facts that were ever edited into a model, in a folder; the Editor's model holds those that stand.
+
+    An entry's total delta to the unedited model depends on that model, the facts that stand and the configuration, and
+    on nothing else. So a fact that is forgotten leaves nothing behind. The solvers (rome, memit, emmet, alphaedit) keep
+    the target z of each fact, which is sought once, and solve again over all facts that stand. LocFT-BF trains all
+    facts that stand anew, from the unedited model; or, ``buffered``, only the new ones, from the weights before, and
+    trains the later ones again when one is forgotten.
+
+    The folder is locked until `close`, or the end of a ``with`` block. An entry that was cut off leaves nothing.
+
+    Args:
+        folder: of the ledger; it is made if it is missing.
+        editor: of the unedited model, with the method and the configuration of the ledger.
+        buffered: of a new ledger with locft-bf: train new facts alone. None is what the ledger does, else no.
+        at: go back to this entry first, as `rollback` does; for a ledger whose newest delta is damaged.
+
+    Raises:
+        ModelError: the model is edited, or is not the ledger's. ConfigError: another method or configuration.
+        FileError: in use by another process, which is named; of a newer format; a damaged file.
+    """
+
+    def __init__(
+        self, folder: str | Path, editor: Editor, *, buffered: bool | None = None, at: int | None = None
+    ) -> None:
+        if editor.deltas:
+            raise ModelError("the model holds edits that are not the ledger's; revert them first")
+        self.editor, self._held = editor, list[Composition]()
+        self._records = Records(folder, write=True)
+        try:
+            self._header = self._checked_header(buffered)
+            if at is not None:
+                self._records.roll_back(at)
+            self._hold(self.delta())
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        model: str | Path,
+        method: str | None = None,
+        *,
+        buffered: bool | None = None,
+        at: int | None = None,
+        **options: Any,
+    ) -> Ledger:
+        """Load the model and open the ledger, with its own method and configuration unless others are given.
+
+        Args:
+            model: folder or hub name of the unedited model.
+            options: those of `Editor.from_pretrained`, and fields of the configuration.
+
+        Raises:
+            As the class, and as `Editor.from_pretrained`.
+        """
+        kept = None
+        if (Path(folder) / NAME).is_file():  # in use, damaged or too new is said before the model is loaded
+            records = Records(folder, write=True)
+            kept = records.header
+            records.close()
+        if kept:
+            method = method or kept["method"]
+            own = {"dtype": kept["dtype"], "chat_template": kept["chat_template"]}
+            options = own | (kept["config"] if method == kept["method"] else {}) | options
+        return cls(folder, Editor.from_pretrained(model, method or "locft-bf", **options), buffered=buffered, at=at)
+
+    def close(self) -> None:
+        """Unlock the folder. The model keeps what it holds."""
+        self._records.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def facts(self) -> list[Fact]:
+        """Those that stand, in the order in which they were added."""
+        return self._records.standing()
+
+    def log(self) -> list[Entry]:
+        """All entries, the first one first."""
+        return self._records.entries()
+
+    def delta(self, entry: int | None = None) -> WeightDelta | None:
+        """The total delta after an entry, by default the newest; None if no fact stands.
+
+        Raises:
+            RequestError: there is no such entry. FileError: its file is damaged.
+        """
+        return self._records.delta(self._records.last if entry is None else entry)
+
+    def add(self, requests: Requests, *, source: str | None = None, evaluate: bool = False) -> Entry:
+        """Add facts. One whose prompt has another target already replaces that fact, and the entry's notes say so.
+
+        Args:
+            requests: as for `Editor.edit`. The ledger gives an id ("f1", "f2", …) to those without one.
+            source: where they are from; of a file its path.
+            evaluate: measure the edited model on these facts; the entry's checks then have it.
+
+        Raises:
+            RequestError: unusable requests; ids of other facts; nothing that does not stand already.
+            ConfigError, ModelError, EditError, FileError: as `Editor.edit`; the model and the ledger are as they were.
+        """
+        if isinstance(requests, str | Path):
+            source = source or str(requests)
+        standing = self.facts
+        new, replaced, notes = sorted_out(as_requests(requests, numbered=False), standing)
+        return self._enter("add", new, replaced, source, evaluate, notes)
+
+    def forget(self, facts: str | Sequence[str], *, evaluate: bool = False) -> Entry:
+        """Take facts away: the model becomes the one in which they were never added.
+
+        Args:
+            facts: ids or prompts.
+
+        Raises:
+            RequestError: some do not stand; the nearest are named. Others as `add`.
+        """
+        gone = self._records.find([facts] if isinstance(facts, str) else facts)
+        return self._enter("forget", [], gone, None, evaluate, [])
+
+    def replace(self, fact: str, target: str, *, source: str | None = None, evaluate: bool = False) -> Entry:
+        """Give a fact another target: it is forgotten, and added anew under its id.
+
+        Args:
+            fact: its id or its prompt.
+
+        Raises:
+            RequestError: it does not stand, or has this target. Others as `add`.
+        """
+        (old,) = self._records.find([fact])
+        new, replaced, _ = sorted_out([replace(old.request, target=target)], self.facts)
+        return self._enter("replace", new, replaced, source or old.source, evaluate, [])
+
+    def rollback(self, entry: int) -> Entry:
+        """Go back to the delta of an earlier entry, bit for bit; 0 is the unedited model.
+
+        Raises:
+            RequestError: there is no such entry. FileError: its file is damaged.
+        """
+        then = self.delta(entry)
+        with self._as_it_was():
+            self._hold(then)
+            return self._records.roll_back(entry)
+
+    @plain_state
+    def blame(self, prompt: str, *, subject: str | None = None) -> list[Likeness]:
+        """How near the key of a prompt is to those of the facts that stand, the nearest first.
+
+        Args:
+            subject: where in the prompt; by default its last token, or the subject of a fact that stands in it.
+
+        Raises:
+            RequestError: the subject is not in the prompt.
+        """
+        facts = self.facts
+        if not facts:
+            return []
+        config = self.log()[-1].about["config"]
+        return likenesses(self.editor.parts, config, facts, prompt, subject)
+
+    def _enter(
+        self,
+        kind: str,
+        new: Sequence[EditRequest],
+        gone: Sequence[Fact],
+        source: str | None,
+        evaluate: bool,
+        notes: list[str],
+    ) -> Entry:
+        """Make the entry that takes some facts away and adds others."""
+        records, started = self._records, time.perf_counter()
+        left = {fact.serial for fact in gone}
+        stay = [fact for fact in self.facts if fact.serial not in left]
+        refuse_taken(new, stay)
+        of_prompt = {fact.request.prompt: fact.id for fact in gone}
+        new = [r if r.id else replace(r, id=of_prompt.get(r.prompt)) for r in new]
+        serial, number = records.last_serial + 1, records.last + 1
+        requests = named(new, [fact.id for fact in stay], serial)
+        fresh = [Fact(serial + i, request, source, number) for i, request in enumerate(requests)]
+        with self._as_it_was():
+            state, file, about, sought = self._make([*stay, *fresh], number)
+            about["notes"] = notes + about["notes"]
+            if evaluate and (asked := requests or [fact.request for fact in stay]):
+                about["checks"]["measures"] = self.editor.evaluate(asked).to_dict()
+            about["seconds"] = time.perf_counter() - started
+            placed = {fact.serial: fact for fact in sought}
+            new_facts = [placed.pop(fact.serial, fact) for fact in fresh]
+            changes: dict[str, Any] = {"new": new_facts, "gone": gone, "sought": placed.values()}
+            return records.commit(kind, state, file, about, **changes, header=self._header)
+
+    def _make(self, facts: list[Fact], number: int) -> tuple[str, str | None, dict[str, Any], list[Fact]]:
+        """Let the model hold these facts.
+
+        Returns:
+            Their state, the file of the total delta, what an entry has about it, and the facts whose targets were
+            sought.
+        """
+        records, rounds = self._records, self._rounds(facts)
+        about: dict[str, Any] = {"config": asdict(self.editor.config), "notes": [], "checks": {}}
+        state, done, total, file = state_of(rounds), 0, None, None
+        for n in range(len(rounds), 0, -1):
+            entry = records.with_state(state_of(rounds[:n]))
+            if entry is None:
+                continue
+            try:
+                total, file, done = records.delta(entry.number), entry.delta, n
+            except FileError:  # it is made again
+                continue
+            about["config"], about["checks"] = entry.about["config"], dict(entry.about["checks"])
+            break
+        self._hold(total)
+        if done == len(rounds):
+            return state, file, about, []
+        unlearned: list[dict[str, Any]] = []
+        sought: list[Fact] = []
+        for some in rounds[done:]:
+            written = write(self.editor, some, records, self._header, f"{number:08}.targets.safetensors")
+            result = written.result
+            total = result.delta if total is None else self._on_top(total, result.delta)
+            self._hold(total)
+            self._header |= {"lr": written.lr, "statistics": self._header["statistics"] | written.statistics}
+            sought += written.sought
+            unlearned += [{"id": some[place].id, "why": why} for place, why in result.unlearned.items()]
+            about["notes"] += result.notes
+            about["config"] = result.delta.metadata["config"]
+        assert total is not None
+        about["checks"] = {"edits": sum(map(len, rounds[done:])), "unlearned": unlearned, "measures": None}
+        file = f"{number:08}.delta.safetensors"
+        total.save(records.tensors(file))
+        return state, file, about, sought
+
+    def _rounds(self, facts: list[Fact]) -> list[list[Fact]]:
+        """The facts that are written together."""
+        if not self._header["buffered"]:
+            return [facts] if facts else []
+        rounds: dict[int, list[Fact]] = {}
+        for fact in facts:
+            rounds.setdefault(fact.entry, []).append(fact)
+        return list(rounds.values())
+
+    def _on_top(self, below: WeightDelta, delta: WeightDelta) -> WeightDelta:
+        """The total of two deltas, of which the second was made on top of the first."""
+        metadata = delta.metadata | {"fingerprint": self._header["fingerprint"]}
+        return WeightDelta(added([below, delta]), metadata)
+
+    def _hold(self, total: WeightDelta | None) -> None:
+        """Let the model hold a total delta and no other. Raises ModelError: it was changed by something else."""
+        while self._held:
+            self._held[-1].revert()
+            self._held.pop()
+        if total is not None and total.updates:
+            self._held.append(self.editor.apply_deltas([total]))
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """On an exception the model holds what the newest entry has."""
+        before, number = self._held[-1].deltas[0] if self._held else None, self._records.last
+        header = dict(self._header)
+        self._hold(before)  # a model that something else has changed is refused now
+        try:
+            yield
+        except BaseException:
+            self._header = header
+            self._hold(before if self._records.last == number else self.delta())
+            raise
+
+    def _checked_header(self, buffered: bool | None) -> dict[str, Any]:
+        """What all entries share, as the ledger has it or as a new one will; differences are refused."""
+        editor, kept = self.editor, self._records.header
+        config = {name: value for name, value in asdict(editor.config).items() if name not in PLACES}
+        if kept is None and buffered and METHODS[editor.method].solves_each:
+            raise ConfigError(f"buffered is for locft-bf; {editor.method} solves all facts again, from their targets")
+        now: dict[str, Any] = {
+            "fingerprint": fingerprint(editor.model),
+            "method": editor.method,
+            "config": {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()},
+            "chat_template": editor.parts.chat is not None,
+            "dtype": str(next(editor.topology.backbone.parameters()).dtype).removeprefix("torch."),
+            "buffered": bool(buffered),
+            "lr": None,
+            "statistics": {},
+            "versions": versions(),
+        }
+        if kept is None:
+            return now
+        if kept["fingerprint"] != now["fingerprint"]:
+            raise ModelError(
+                f"the ledger {self._records.folder} is of a model with fingerprint {kept['fingerprint']}, this one has "
+                f"{now['fingerprint']}; load the unedited model that it was begun with"
+            )
+        if buffered is None:
+            now["buffered"] = kept["buffered"]
+        differing = [name for name in ("method", "chat_template", "dtype", "buffered") if kept[name] != now[name]]
+        texts = [f"{name} was {kept[name]!r} and is {now[name]!r}" for name in differing]
+        if not differing:
+            old, new = kept["config"], now["config"]
+            texts = [
+                f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in new if old.get(name) != new[name]
+            ]
+        if texts:
+            raise ConfigError(
+                f"the ledger {self._records.folder} was begun otherwise: {'; '.join(texts)}. All its facts are written "
+                "in one way; leave these as they were, or begin another ledger"
+            )
+        return kept

@@ -1,0 +1,198 @@
+"""Deltas from facts: solved again from their targets, or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fastedit.editor import Editor
+from fastedit.errors import EditError, FileError, ModelError, RequestError, listed
+from fastedit.ledger.records import Fact, Records
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
+from fastedit.methods.locate_then_edit.recipes import Recipe
+from fastedit.methods.locate_then_edit.targets import Targets
+from fastedit.requests import EditRequest
+from fastedit.results import EditResult
+from fastedit.statistics.store import StatisticsStore
+from fastedit.tensorfile import load_tensors, save_tensors
+
+_TAG, _WHAT = "fastedit-ledger-targets-1", "the targets"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Facts that were written.
+
+    Attributes:
+        result: of the edit, which the model does not hold any more.
+        sought: the facts whose targets were sought for it, with the places of these.
+        statistics: digests of the second moments that were read, by the layer's number.
+        lr: the rate at which targets are sought, None if the method has none.
+    """
+
+    result: EditResult
+    sought: list[Fact]
+    statistics: dict[str, str]
+    lr: float | None = None
+
+
+def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mapping[str, Any], file: str) -> Written:
+    """Write facts into the model as it is, and take them off again.
+
+    Args:
+        header: of the ledger: the rate at which targets were sought ("lr") and digests of the "statistics" so far.
+        file: where new targets are kept.
+
+    Raises:
+        RequestError, ConfigError, ModelError, EditError: as `Editor.edit`; EditError for facts without a target, too.
+        ModelError: other statistics than those of the facts before.
+    """
+    plan, lr = editor.plan([fact.request for fact in facts]), header["lr"]
+    statistics = _statistics(plan.made)
+    changed = [layer for layer, digest in statistics.items() if header["statistics"].get(layer, digest) != digest]
+    if changed:
+        raise ModelError(
+            f"the statistics of {len(changed)} layers ({listed(changed)}) are not those that the ledger has used; "
+            "put these back, or begin another ledger"
+        )
+    sought: list[Fact] = []
+    notes: list[str] = []
+    if isinstance(plan.made, LocateThenEditPlan):
+        made = plan.made
+        if made.recipe.config.lr is None and lr is not None:
+            made = replace(made, recipe=made.recipe.with_lr(lr))
+        targets, sought, notes = _targets(made, facts, records, file)
+        lr = targets.lr
+        if made.recipe.config.lr is None:
+            made = replace(made, recipe=made.recipe.with_lr(lr))
+        places = {fact.request.prompt: place for place, fact in enumerate(facts)}
+
+        def find(batch: Batch, _: Recipe) -> Targets:
+            return targets.select([places[edit.prompt] for edit in batch.edits])
+
+        plan = replace(plan, made=replace(made, find=find))
+    result = editor.run(plan)
+    result.revert()
+    if result.interrupted:
+        raise EditError(f"interrupted ({result.interrupted}); the ledger takes whole changes only, nothing was written")
+    result.notes += notes
+    return Written(result, sought, statistics, lr)
+
+
+def _statistics(made: Any) -> dict[str, str]:
+    """Digests of the second moments that a plan reads from files."""
+    if not isinstance(made.statistics, StatisticsStore):
+        return {}
+    layers = made.recipe.layers if isinstance(made, LocateThenEditPlan) else made.config.layers
+    return made.statistics.digests(layers)
+
+
+def _targets(
+    made: LocateThenEditPlan, facts: Sequence[Fact], records: Records, file: str
+) -> tuple[Targets, list[Fact], list[str]]:
+    """The targets of the facts, in their order; those that are in no file are sought and kept in a new one.
+
+    They are sought in the unedited model, whatever stands.
+    """
+    device, notes = made.batch.model.device, list[str]()
+    files: dict[str, list[int]] = {}
+    new = [place for place, fact in enumerate(facts) if fact.targets is None]
+    for place, fact in enumerate(facts):
+        if fact.targets is not None:
+            files.setdefault(fact.targets, []).append(place)
+    parts, order = [], list[int]()
+    for name, places in files.items():
+        try:
+            kept, about, _ = load_tensors(records.tensors(name), (_TAG,), _WHAT)
+            stored = Targets.of_state(kept, about, device)
+        except (FileError, KeyError, TypeError) as error:
+            notes.append(f"the targets of {len(places)} facts are sought again, since their file is damaged: {error}")
+            new += places
+            continue
+        parts.append(stored.select([facts[place].place or 0 for place in places]))
+        order += places
+    sought: list[Fact] = []
+    if new:
+        new.sort()
+        fresh = made.find(made.batch.select(new), made.recipe)
+        if fresh.dropped:
+            bad = [facts[new[i]] for i in fresh.dropped]
+            text = f"{len(bad)} facts have no target, because their loss is not finite: {told(bad)}; leave them out"
+            raise EditError(text, edits=[fact.id for fact in bad])
+        save_tensors(records.tensors(file), *_tagged(fresh))
+        sought = [replace(facts[place], targets=file, place=row) for row, place in enumerate(new)]
+        parts.append(fresh)
+        order += new
+    rows = {place: row for row, place in enumerate(order)}
+    return Targets.joined(parts).select([rows[place] for place in range(len(facts))]), sought, notes
+
+
+def _tagged(targets: Targets) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
+    tensors, about = targets.state()
+    return tensors, _TAG, about, _WHAT
+
+
+def sorted_out(
+    requests: Sequence[EditRequest], standing: Sequence[Fact]
+) -> tuple[list[EditRequest], list[Fact], list[str]]:
+    """What there is to add: of requests with one prompt the last, and none that stands already.
+
+    Returns:
+        The requests to add, the standing facts that they replace, and notes that say so.
+
+    Raises:
+        RequestError: nothing is left.
+    """
+    newest = {request.prompt: request for request in requests}  # the last one is the newest
+    by_prompt = {fact.request.prompt: fact for fact in standing}
+    same = [
+        by_prompt[prompt]
+        for prompt, request in newest.items()
+        if prompt in by_prompt and by_prompt[prompt].request.target == request.target
+    ]
+    standing_already = {fact.request.prompt for fact in same}
+    new = [request for prompt, request in newest.items() if prompt not in standing_already]
+    if not new:
+        raise RequestError(f"all {len(newest)} facts stand already ({told(same)}); there is nothing to add")
+    replaced = [by_prompt[request.prompt] for request in new if request.prompt in by_prompt]
+    notes = [f"{len(same)} facts stand already: {told(same)}"] if same else []
+    if older := [request for request in requests if newest[request.prompt] is not request]:
+        notes.append(f"of requests with one prompt the last one counts; {len(older)} were left out")
+    for fact in replaced:
+        target = newest[fact.request.prompt].target
+        notes.append(f"fact {fact.id}, {fact.request.prompt!r:.80} {fact.request.target!r}, is replaced by {target!r}")
+    return new, replaced, notes
+
+
+def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
+    """The requests with an id each: "f1", "f2", … for those without one, by the serials of their facts."""
+    used, found = {*taken, *(str(request.id) for request in requests)}, []
+    for number, request in enumerate(requests, serial):
+        id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
+        used.add(id_)
+        found.append(replace(request, id=id_))
+    return found
+
+
+def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
+    """Raise RequestError for ids that name two facts; all of them are named."""
+    owner: dict[str, str] = {fact.id: fact.request.prompt for fact in standing}
+    problems = []
+    for request in requests:
+        if request.id is None:
+            continue
+        if owner.setdefault(request.id, request.prompt) != request.prompt:
+            problems.append((request.id, f"id {request.id} names the fact {owner[request.id]!r:.80} already"))
+    if problems:
+        error = RequestError.of(problems, "ids")
+        error.text += "; give other ids, or forget the old facts first"
+        raise error
+
+
+def told(facts: Sequence[Fact]) -> str:
+    """Ids for a message."""
+    return listed([fact.id for fact in facts])
