@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,6 +15,29 @@ class Progress(Protocol):
 
 def no_progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
     """Report nothing."""
+
+
+class StageClock:
+    """Take the seconds of each stage: what passes until a stage reports is its own.
+
+    Attributes:
+        seconds: stage -> seconds, since the last `start`.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.start()
+
+    def start(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def report(self, stage: str, done: int, total: int, *loss: float | None) -> None:
+        """Be a `Progress`, and hand on."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+        self._progress(stage, done, total, *loss)
 
 
 def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

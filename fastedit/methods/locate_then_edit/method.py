@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastedit.errors import EditError
 from fastedit.files import check_writable
-from fastedit.methods.base import EachResult, Edit, History, MethodResult
+from fastedit.methods.base import LEARNED, EachResult, Edit, History, MethodResult
 from fastedit.methods.contexts import context_templates
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
@@ -117,6 +117,7 @@ class LocateThenEditPlan:
         if config.lr is None and (size < len(batch) or saved):  # or the first batch would decide for all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
+        learned: list[int] = []
         dropped: list[int] = []
         probability = torch.full((len(batch),), torch.nan)
         interrupted: str | None = None
@@ -128,10 +129,11 @@ class LocateThenEditPlan:
                     if recipe.config.lr is None:
                         recipe = recipe.with_lr(targets.lr)
                     _write(part, targets, recipe, writer, saved)
-                    if len(targets.dropped) < len(part):
-                        losses.append(float(targets.loss.nanmean()))
                     dropped += [first + i for i in targets.dropped]
                     probability[first : first + len(part)] = targets.probability.cpu()
+                    if len(targets.dropped) < len(part):
+                        losses.append(float(targets.loss.nanmean()))
+                        learned.append(int((probability >= LEARNED).sum()))
                     writer.commit(first + len(part))
                     batch.progress("edits", first + len(part), len(batch), losses[-1] if losses else None)
                 if len(dropped) == len(batch):
@@ -159,6 +161,8 @@ class LocateThenEditPlan:
             tuple(dropped),
             interrupted=interrupted,
             kept_edits=writer.edits if interrupted else None,
+            learned=learned,
+            cached=batch.budget.tally.most,
         )
 
     @plain_state
