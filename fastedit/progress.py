@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+LEARNED = "learned"
+"""No stage: of how many edits the targets became likely so far."""
 
 
 class Progress(Protocol):
@@ -35,9 +39,19 @@ class StageClock:
     def report(self, stage: str, done: int, total: int, *loss: float | None) -> None:
         """Be a `Progress`, and hand on."""
         now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
+        if stage != LEARNED:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+            self._last = now
         self._progress(stage, done, total, *loss)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take the seconds of a block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

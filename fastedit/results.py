@@ -15,7 +15,7 @@ from fastedit.delta import WeightDelta
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
-from fastedit.methods.base import LEARNED, EachResult
+from fastedit.methods.base import LIKELY, EachResult
 from fastedit.models import Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, RequestReport
@@ -54,7 +54,7 @@ class EditResult:
         conflicting = {place for group in self.conflicts.conflicts for place in group}
         found = {}
         for place, likely in enumerate(self.probability.tolist()):
-            if likely >= LEARNED:
+            if likely >= LIKELY:
                 continue
             if place in conflicting:
                 found[place] = "another request has its prompt and another target"

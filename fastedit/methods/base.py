@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastedit.weights import Update
 
-LEARNED = 0.5
+LIKELY = 0.5
 """The least probability of a target that counts as learned."""
 
 

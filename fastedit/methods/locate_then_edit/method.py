@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastedit.errors import EditError
 from fastedit.files import check_writable
-from fastedit.methods.base import LEARNED, EachResult, Edit, History, MethodResult
+from fastedit.methods.base import LIKELY, EachResult, Edit, History, MethodResult
 from fastedit.methods.contexts import context_templates
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
@@ -30,7 +30,7 @@ from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer,
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun
 from fastedit.models import Budget, Factors, Model, fingerprint, plain_state
-from fastedit.progress import Progress, no_progress
+from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
 Find = Callable[[Batch, Recipe], Targets]
@@ -133,9 +133,10 @@ class LocateThenEditPlan:
                     probability[first : first + len(part)] = targets.probability.cpu()
                     if len(targets.dropped) < len(part):
                         losses.append(float(targets.loss.nanmean()))
-                        learned.append(int((probability >= LEARNED).sum()))
+                        learned.append(int((probability >= LIKELY).sum()))
                     writer.commit(first + len(part))
                     batch.progress("edits", first + len(part), len(batch), losses[-1] if losses else None)
+                    batch.progress(LEARNED, learned[-1] if learned else 0, len(batch))
                 if len(dropped) == len(batch):
                     raise EditError("no edit has a target: their losses are not finite. Are the model's weights?")
             except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.errors import EditError
-from fastedit.methods.base import LEARNED
+from fastedit.methods.base import LIKELY
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
@@ -34,6 +34,7 @@ from fastedit.models import (
     resume,
     run_from_tokens,
 )
+from fastedit.progress import LEARNED
 from fastedit.weights import Snapshot
 
 _MASTER = "master "  # before the path of a weight, in a saved state
@@ -150,6 +151,7 @@ class Trainer:
                 self.learned.append(self._n_learned())
                 self._keep(f"of epoch {len(self.losses)}")
                 progress("train", len(self.losses), self.config.epochs, loss)
+                progress(LEARNED, self.learned[-1], len(self.data.edits))
             return
         tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
         order = tensors["order"] if tensors else self._order(everything)
@@ -162,6 +164,7 @@ class Trainer:
             self.losses, self.learned = [total / done], [self._n_learned()]
             self._keep(f"after {place}")
             progress("train", done, len(order), loss)
+            progress(LEARNED, self.learned[-1], len(self.data.edits))
             self._save({"order": order}, {"batches": i, "done": done, "total": total})
 
     def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -200,7 +203,7 @@ class Trainer:
 
     def _n_learned(self) -> int:
         """The edits that were learned when they were last looked at."""
-        return int((self.loss_of[: len(self.data.edits)] <= -math.log(LEARNED)).sum())
+        return int((self.loss_of[: len(self.data.edits)] <= -math.log(LIKELY)).sum())
 
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
