@@ -33,7 +33,7 @@ from fastedit.weights import add_
 UNDO = "delta.undo"
 """The file of a checkpoint that takes its edit back; no *.safetensors, which some programs read as weights."""
 
-_REPORT = "report.json"  # of the edit that made the checkpoint
+_REPORTS = ("report.json", "report.html")  # of the edit that made the checkpoint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".undo"}
 _SKETCH, _ENERGY = 256, 0.99
@@ -106,7 +106,7 @@ class Checkpoint:
         try:
             with replacing_directory(directory) as folder:
                 for path in self.folder.iterdir():
-                    if path.is_file() and path.suffix not in _WEIGHTS and path.name != _REPORT:
+                    if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _REPORTS:
                         shutil.copyfile(path, folder / path.name)
                 for i, name in enumerate(files):
                     self._write_file(name, folder, by_key)

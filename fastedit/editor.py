@@ -26,7 +26,7 @@ from fastedit.loading import load_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
 from fastedit.models import Model, Topology, fingerprint, plain_state
-from fastedit.progress import Progress, no_progress
+from fastedit.progress import Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
 from fastedit.results import EachEditResult, EditResult
 from fastedit.saving import save_model
@@ -45,6 +45,7 @@ class EditPlan:
         made: the method's own plan.
         seconds: that it took.
         about: notes on the prompts.
+        clock: takes the seconds of the stages.
     """
 
     requests: list[EditRequest]
@@ -52,6 +53,7 @@ class EditPlan:
     made: Plan
     seconds: float
     about: list[str]
+    clock: StageClock
 
     @property
     def notes(self) -> list[str]:
@@ -158,12 +160,10 @@ class Editor:
         edits, now = as_requests(requests), fingerprint(self.model)
 
         started = time.perf_counter()
-        options: dict[str, Any] = {
-            "history": self._history(now),
-            "progress": lambda *done: self.progress(*done),  # which a caller may set between plan and run
-        }
+        clock = StageClock(lambda *done: self.progress(*done))  # which a caller may set between plan and run
+        options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        return EditPlan(edits, now, made, time.perf_counter() - started, prompt_notes(self.parts, edits))
+        return EditPlan(edits, now, made, time.perf_counter() - started, prompt_notes(self.parts, edits), clock)
 
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.
@@ -198,8 +198,11 @@ class Editor:
         started = time.perf_counter()
         state = getattr(self.config, "state", None)
         with locked(Path(state)) if state and parallel.first() else nullcontext():
+            plan.clock.start()
             found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
+        stages = {"plan": plan.seconds, **plan.clock.seconds}
+        stages["rest"] = seconds - sum(stages.values())
         config = found.config | ({"state": None} if "state" in found.config else {})  # a place on this machine
         metadata: dict[str, Any] = {"method": self.method, "config": config, "fingerprint": before}
         metadata |= {
@@ -215,8 +218,8 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        about = found.losses, plan.about + found.notes, seconds, found.probability, found.interrupted, self.parts
-        return EditResult(delta, edits, conflicts, *about)
+        about = found.losses, plan.about + found.notes, seconds, found.probability, found.interrupted
+        return EditResult(delta, edits, conflicts, *about, found.learned, stages, found.cached, self.parts)
 
     @plain_state
     @parallel.together()

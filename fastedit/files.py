@@ -16,7 +16,8 @@ from fastedit.errors import FileError
 _LOCK = "lock"
 _OURS: tuple[list[str], ...] = (
     [],
-    ["delta.safetensors", "report.json"],  # all that `fastedit edit --delta-only` writes
+    ["delta.safetensors", "report.json"],
+    ["delta.safetensors", "report.html", "report.json"],  # all that `fastedit edit --delta-only` writes
     ["adapter_config.json", "adapter_model.safetensors"],
 )
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+LEARNED = "learned"
+"""No stage: of how many edits the targets became likely so far."""
 
 
 class Progress(Protocol):
@@ -14,6 +19,39 @@ class Progress(Protocol):
 
 def no_progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
     """Report nothing."""
+
+
+class StageClock:
+    """Take the seconds of each stage: what passes until a stage reports is its own.
+
+    Attributes:
+        seconds: stage -> seconds, since the last `start`.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.start()
+
+    def start(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def report(self, stage: str, done: int, total: int, *loss: float | None) -> None:
+        """Be a `Progress`, and hand on."""
+        now = time.perf_counter()
+        if stage != LEARNED:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+            self._last = now
+        self._progress(stage, done, total, *loss)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take the seconds of a block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:

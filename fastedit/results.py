@@ -15,14 +15,12 @@ from fastedit.delta import WeightDelta
 from fastedit.errors import ConfigError, ModelError
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import EvaluationReport, compare
-from fastedit.methods.base import EachResult
+from fastedit.methods.base import LIKELY, EachResult
 from fastedit.models import Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import EditRequest, RequestReport
 from fastedit.saving import save_model
 from fastedit.weights import oriented
-
-_LEARNED = 0.5  # probability of a target
 
 
 @dataclass
@@ -32,7 +30,9 @@ class EditResult:
     `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
     conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;
     `interrupted` what was kept after Ctrl-C (`keep_partial`), else None; `probability` [N] that of each target when the
-    method last looked at it (exp of its tokens' mean log P), NaN where it did not.
+    method last looked at it (exp of its tokens' mean log P), NaN where it did not. `learned` holds, beside each of the
+    losses, how many edits had been learned by then; `stages` the seconds of each stage of the work, with "plan" and
+    "rest"; `cached` the most bytes of cached states by tier ("device", "pinned", "host", "file").
     """
 
     delta: WeightDelta
@@ -43,6 +43,9 @@ class EditResult:
     seconds: float
     probability: Tensor
     interrupted: str | None = None
+    learned: list[int] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    cached: Mapping[str, int] = field(default_factory=dict)
     _model: Model | None = field(default=None, repr=False)
 
     @property
@@ -51,7 +54,7 @@ class EditResult:
         conflicting = {place for group in self.conflicts.conflicts for place in group}
         found = {}
         for place, likely in enumerate(self.probability.tolist()):
-            if likely >= _LEARNED:
+            if likely >= LIKELY:
                 continue
             if place in conflicting:
                 found[place] = "another request has its prompt and another target"

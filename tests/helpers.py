@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,33 @@ def in_fp64() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class _Tags(HTMLParser):
+    """Checks that tags are closed in their order, and keeps those that there are and what they point to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.addresses: list[str | None] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def tags_of(html: str) -> list[str]:
+    """The tags of a page, which are closed in their order, run nothing and need nothing else."""
+    tags = _Tags()
+    tags.feed(html)
+    assert not tags.open
+    assert not {"script", "link", "img"} & {*tags.seen}
+    assert not tags.addresses
+    assert "url(" not in html
+    return tags.seen

@@ -52,3 +52,28 @@ def test_of_a_solver_it_is_the_probability_that_the_search_reached(tokenizer: An
     assert result.unlearned.get(0) == "it was left out"
     assert result.probability[0].isnan()
     assert (result.probability[1:] > 0).all()
+
+
+@pytest.mark.parametrize("method", ["locft-bf", "memit"])
+def test_it_says_when_edits_were_learned_where_the_time_went_and_what_was_cached(
+    method: str, tokenizer: Any, seed: int, tmp_path: Path
+) -> None:
+    model, edits = tiny_model("llama", seed=1), random_edits(6, seed)
+    given: dict[str, Any] = PUBLISHED | {"lr": 1e-2, "epochs": 40, "module": "mlp", "cache_bytes": 0}
+    stages = {"plan", "prefix", "train", "rest"}
+    if method == "memit":
+        moments(model, tmp_path, 3)
+        given = {"statistics": tmp_path, "contexts": (), "layers": (1,), "steps": 60, "lr": 0.5, "clamp": 30.0}
+        given |= {"batch_size": 2, "cache_bytes": 0}
+        stages = {"plan", "targets", "keys", "edits", "rest"}
+    result = Editor(model, tokenizer, method, **given).edit(edits)
+    assert len(result.learned) == len(result.losses)
+    assert result.learned[-1] == len(edits) - len(result.unlearned)
+    assert result.stages.keys() == stages
+    assert sum(result.stages.values()) == pytest.approx(result.seconds)
+    assert min(result.stages.values()) >= 0
+    assert result.cached.keys() == {"file"}
+    if method == "locft-bf":
+        assert result.learned[0] < result.learned[-1]
+        words = sum(len(tokenizer(f"{edit.prompt} {edit.target}").input_ids) for edit in edits)
+        assert result.cached["file"] == (words + len(edits)) * 32 * 4

@@ -35,6 +35,7 @@ from fastedit.cli.resume import ResumableCommand
 from fastedit.cli.revert import revert
 from fastedit.cli.tune import OWN as TUNE_OWN
 from fastedit.cli.tune import tune
+from fastedit.cli.watch import watch
 from fastedit.errors import SHOWN, FastEditError, RequestError
 
 _log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def make_app() -> typer.Typer:
     )
     commands: dict[str, Callable[..., None]] = {
         "edit": configured(edit),
+        "watch": watch,
         "evaluate": evaluate,
         "check": check,
         "demo": demo,

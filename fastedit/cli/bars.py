@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from fastedit.cli.status import Status, clock
+from fastedit.progress import LEARNED
 from fastedit.progress import Progress as Report
 
+_LINES = 60.0  # seconds between two lines where bars cannot be drawn
 # stage -> (what it says, what its speed counts); a training's total is in epochs, its speed in edits
 _STAGES = {
     "prefix": ("frozen blocks", "edits"),
     "train": ("training", "edits"),
+    "epoch": ("this epoch", "edits"),
+    "targets": ("targets", "edits"),
+    "keys": ("keys", "prompts"),
+    "edits": ("solving", "edits"),
     "locate": ("locating", "edits"),
     "tune": ("tuning", "trials"),
     "answers": ("answers", "prompts"),
@@ -23,15 +32,20 @@ _STAGES = {
 
 
 class Bars:
-    """Bars on stderr, one for each stage, with speed, loss and time left; none if stderr is not a terminal."""
+    """Bars on stderr, one for each stage, with speed, loss and time left; a line a minute if it is not a terminal.
+
+    Attributes:
+        status: is told the same, if there is one.
+    """
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
+        self.status: Status | None = None
+        console = self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn())
         fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("speed", "loss", "left"))
         self._bars = Progress(*columns, *fields, console=console, disable=not console.is_terminal)
         self._running: dict[str, tuple[TaskID, float, int]] = {}  # description -> (bar, start, done)
-        self._last = time.perf_counter()
+        self._last = self._said = time.perf_counter()
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -50,6 +64,10 @@ class Bars:
         self._last = time.perf_counter()
 
         def report(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            if stage == LEARNED:
+                if self.status is not None:
+                    self.status.update(learned=done)
+                return
             name, unit = _STAGES.get(stage, (stage, "steps"))
             description = ": ".join(filter(None, (title, name)))
             now = time.perf_counter()
@@ -62,13 +80,25 @@ class Bars:
             seconds = max(now - start, 1e-9)
             through = n_edits * done / total if n_edits and stage in ("train", "locate") else done
             left = round(seconds * (total - done) / max(done, 1))
-            self._bars.update(
-                bar,
-                completed=done,
-                total=total,
-                speed=f"{through / seconds:.3g} {unit}/s",
-                loss="" if loss is None else f"loss {loss:.3g}",
-                left=f"{left // 60}:{left % 60:02} left" if left else "",
-            )
+            shown: dict[str, Any] = {
+                "speed": f"{through / seconds:.3g} {unit}/s",
+                "loss": "" if loss is None else f"loss {loss:.3g}",
+                "left": f"{clock(left)} left" if left else "",
+            }
+            self._bars.update(bar, completed=done, total=total, **shown)
+            self._tell(description, done, total, loss, shown, now)
 
         return report
+
+    def _tell(
+        self, stage: str, done: int, total: int, loss: float | None, shown: Mapping[str, str], now: float
+    ) -> None:
+        """Tell those who do not see the bars."""
+        if self.status is not None:
+            known = {} if loss is None else {"loss": loss}
+            speed, left = shown["speed"], shown["left"]
+            self.status.update(stage=stage, done=done, total=total, speed=speed, left=left, **known)
+        if not self._console.is_terminal and now - self._said >= _LINES:
+            self._said = now
+            words = ", ".join(filter(None, shown.values()))
+            self._console.print(f"{stage}: {done} of {total}, {words}", highlight=False, soft_wrap=True)

@@ -15,9 +15,11 @@ from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
 from fastedit.cli.processes import speaks
 from fastedit.cli.resume import check_apart, resumable, run_folder
+from fastedit.cli.status import Status
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
 from fastedit.files import check_directory, check_writable
 from fastedit.methods import METHODS
+from fastedit.progress import StageClock, no_progress
 
 if TYPE_CHECKING:
     from fastedit.editor import Editor, EditPlan
@@ -30,7 +32,9 @@ def edit(
     requests: arguments.RequestsFlag,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for checkpoint, delta.safetensors, report.json; replaces a checkpoint."),
+        typer.Option(
+            help="Folder for checkpoint, delta.safetensors, report.json and report.html; replaces a checkpoint."
+        ),
     ],
     method: Annotated[
         str | None, typer.Option(help="The editing method; by default that of --config, else locft-bf.")
@@ -83,6 +87,7 @@ def edit(
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw
 
+    clock = StageClock(no_progress)
     with ExitStack() as stack, Bars() as bars:
         if not delta_only and speaks():
             check_checkpoint(editor, output)
@@ -92,12 +97,18 @@ def edit(
         if measured:
             check_questions(editor, asked, documents)
         stack.enter_context(resumable(output, state))
+        about = {"model": model, "requests": str(requests)}
+        told = {**about, "method": method, "edits": len(edits), "output": str(output.resolve())}
+        if speaks():
+            bars.status = stack.enter_context(Status(state, **told))
         work_begins()
-        before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
+        with clock.stage("evaluation"):
+            before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)
-        with keeping(output, result) as outcome:
-            after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
+        with keeping(output, result, about, clock) as outcome:
+            with clock.stage("evaluation"):
+                after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
             report = compare(asked, after, before, of=len(edits)) if after else None
             outcome.finish(report, None if delta_only else editor.parts)
     arguments.tell(result.notes, method)

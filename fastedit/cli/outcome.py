@@ -9,36 +9,48 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastedit.cli.processes import speaks
+from fastedit.cli.status import memory
 from fastedit.errors import EditError, FastEditError, FileError, ModelError, reason
 from fastedit.files import replacing, replacing_directory
+from fastedit.progress import StageClock, no_progress
 
 if TYPE_CHECKING:
     from fastedit.evaluation.report import EvaluationReport
     from fastedit.models import Model
+    from fastedit.requests import EditRequest
     from fastedit.results import EditResult
 
 log = logging.getLogger(__name__)
 
-_DELTA, _REPORT = "delta.safetensors", "report.json"
+_DELTA, _REPORT, _PAGE = "delta.safetensors", "report.json", "report.html"
+# a progress's stages -> what the report calls them
+_STAGES = {"plan": "planning", "train": "training", "epoch": "training", "keys": "solving", "edits": "solving"}
+_STAGES |= {"covariance": "statistics", "rest": "other"}
 
 
 @contextmanager
-def keeping(directory: Path, result: EditResult) -> Iterator[Outcome]:
+def keeping(
+    directory: Path, result: EditResult, about: Mapping[str, Any] | None = None, clock: StageClock | None = None
+) -> Iterator[Outcome]:
     """Write delta and report of an edit at once; the block then finishes the outcome.
 
     If it fails, or is interrupted, they stay in the folder that the message names.
+
+    Args:
+        about: what else the report is to say of the edit.
+        clock: has the seconds of stages that are no part of the edit itself.
 
     Raises:
         FileError: not even the delta could be written, or the outcome not be finished.
         EditError: Ctrl-C, or what else failed in the block.
     """
-    outcome = Outcome(directory, result)
+    outcome = Outcome(directory, result, about or {}, clock or StageClock(no_progress))
     try:
         outcome.keep()
         yield outcome
@@ -59,10 +71,11 @@ class Outcome:
         directory: where checkpoint, delta and report go. What stands there is replaced when all of them are written;
             until then delta and report are beside it.
         result: the edit.
+        about, clock: as for `keeping`.
     """
 
-    def __init__(self, directory: Path, result: EditResult) -> None:
-        self.directory, self.result = directory, result
+    def __init__(self, directory: Path, result: EditResult, about: Mapping[str, Any], clock: StageClock) -> None:
+        self.directory, self.result, self._about, self._clock = directory, result, about, clock
         self._place = _free(directory.resolve())
 
     def keep(self) -> None:
@@ -70,7 +83,7 @@ class Outcome:
         if not speaks():
             return
         with self._saving():
-            with replacing_directory(self._place) as temporary:
+            with self._clock.stage("saving"), replacing_directory(self._place) as temporary:
                 self.result.delta.save(temporary / _DELTA)
             self._report(None)
 
@@ -92,9 +105,11 @@ class Outcome:
                 return
             with replacing_directory(directory) as temporary:
                 if model is not None:
-                    write_checkpoint(model, temporary)
-                    self.result.delta.save_undo(temporary / UNDO)
-                for name in (_DELTA, _REPORT):
+                    with self._clock.stage("saving"):
+                        write_checkpoint(model, temporary)
+                        self.result.delta.save_undo(temporary / UNDO)
+                    self._report(report)  # once more, for now it is known how long that took
+                for name in (_DELTA, _REPORT, _PAGE):
                     _link(self._place / name, temporary / name)
         if self._place != directory:
             shutil.rmtree(self._place, ignore_errors=True)
@@ -115,22 +130,44 @@ class Outcome:
             raise FileError(self.directory, f"could not be saved: {why or error}") from error
 
     def _report(self, report: EvaluationReport | None) -> None:
-        result = self.result
-        did: dict[str, Any] = dict(result.delta.metadata)
-        did |= {"seconds": result.seconds, "losses": result.losses, "notes": result.notes}
+        from fastedit.evaluation.edit_page import edit_page
+
+        did = self._did()
+        content = {"edit": did} | ({**report.to_dict(), "requests": report.rows} if report else {})
+        with replacing(self._place / _REPORT) as temporary:
+            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        with replacing(self._place / _PAGE) as temporary:
+            temporary.write_text(edit_page(did, report), encoding="utf-8")
+
+    def _did(self) -> dict[str, Any]:
+        """What the report says of the edit."""
+        result, requests, found = self.result, self.result.requests, self.result.conflicts
+        did: dict[str, Any] = {**result.delta.metadata, **self._about, "requested": len(requests)}
+        did |= {"seconds": result.seconds, "losses": result.losses, "learned": result.learned, "notes": result.notes}
         did["interrupted"] = result.interrupted
         did["unlearned"] = [
-            {"id": result.requests[place].id, "prompt": result.requests[place].prompt, "why": why}
+            {"id": requests[place].id, "prompt": requests[place].prompt, "why": why}
             for place, why in result.unlearned.items()
         ]
         did["conflicts"], did["duplicates"] = (
-            [[result.requests[i].id for i in group] for group in groups]
-            for groups in (result.conflicts.conflicts, result.conflicts.duplicates)
+            [[requests[i].id for i in group] for group in groups] for groups in (found.conflicts, found.duplicates)
         )
-        content = {"edit": did} | ({**report.to_dict(), "requests": report.rows} if report else {})
-        path = self._place / _REPORT
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        did["conflicting"] = [_conflict([requests[i] for i in group]) for group in found.conflicts]
+        stages: dict[str, float] = {}
+        for name, seconds in {**result.stages, **self._clock.seconds}.items():
+            name = _STAGES.get(name, name)
+            stages[name] = stages.get(name, 0.0) + seconds
+        did |= {"stages": stages, "slowest": max(stages, key=stages.__getitem__, default=None)}
+        did["memory"] = {**memory(), "file": result.cached.get("file", 0), "cached states": dict(result.cached)}
+        return did
+
+
+def _conflict(requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """The targets that one prompt has, each with the ids of its requests."""
+    ids: dict[str, list[str | None]] = {}
+    for request in requests:
+        ids.setdefault(request.target, []).append(request.id)
+    return {"prompt": requests[0].prompt, "targets": [{"target": t, "ids": some} for t, some in ids.items()]}
 
 
 def _free(directory: Path) -> Path:

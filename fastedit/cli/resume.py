@@ -44,6 +44,12 @@ def check_apart(state: Path, output: Path) -> None:
         raise FileError(state, f"--state {{path}} and --output {output} lie in one another; give two folders")
 
 
+def place_of(folder: Path, name: str) -> Path:
+    """A file of the state of an edit, whose output or state is `folder`."""
+    places = [run_folder(folder) / name, folder / name]
+    return next(filter(Path.exists, places), places[0])
+
+
 @contextmanager
 def resumable(output: Path, folder: Path) -> Iterator[None]:
     """Keep the command in a folder while the block runs, once for all processes; if it fails, it stays with the state.
@@ -93,8 +99,7 @@ def _remembered(rest: list[str]) -> list[str]:
             "--resume takes the folder of --output or of --state and no other flag, got "
             f"{' '.join(rest) or 'nothing'}; all flags are those that the edit began with"
         )
-    places = [run_folder(Path(rest[0])) / _COMMAND, Path(rest[0]) / _COMMAND]
-    path = next(filter(Path.exists, places), places[0])
+    path = place_of(Path(rest[0]), _COMMAND)
     try:
         command = json.loads(path.read_text(encoding="utf-8"))
         arguments = [str(word) for word in command["arguments"]]

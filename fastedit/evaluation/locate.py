@@ -233,7 +233,8 @@ def _counting_epochs(progress: Progress, before: int, epochs: int, of_all: int) 
     """The progress of one place as a part of the progress of all."""
 
     def count(stage: str, done: int, total: int, loss: float | None = None) -> None:
-        progress("locate", before + epochs * done // total, of_all, loss)  # depth-first counts edits
+        if stage == "train":
+            progress("locate", before + epochs * done // total, of_all, loss)  # depth-first counts edits
 
     return count
 

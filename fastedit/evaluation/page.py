@@ -1,14 +1,18 @@
-"""The page of `fastedit check`: one HTML file that needs nothing else, in light and dark, on a phone too."""
+"""Pages: one HTML file that needs nothing else, in light and dark, on a phone too; and that of `fastedit check`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import islice
 from typing import Any
 
 from fastedit.evaluation.thresholds import Measured
 
-_REQUESTS = 200  # that the page shows; check.json has all
+PART = "  "
+"""In front of a title that belongs to the line above it."""
+_SHOWN = 200  # items of a list
+_TEXT = 300  # characters of a text
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --faint: #5d6673; --line: #dde1e7;
   --bar: #3b6fd4; --good: #1a7f4b; --bad: #c2303a; }
@@ -16,7 +20,7 @@ _STYLE = """
   --line: #343a42; --bar: #6f9bf0; --good: #4cc38a; --bad: #ff7b82; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .75rem; }
 .faint, dt { color: var(--faint); font-size: .875rem; }
 .good { color: var(--good); } .bad { color: var(--bad); }
@@ -40,6 +44,31 @@ dl { margin: .5rem 0 .25rem 1rem; overflow-wrap: anywhere; } dd { margin: 0 0 .5
 """
 
 
+def frame(title: str, body: str, style: str = "") -> str:
+    """A whole page."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}{style}</style></head><body><main>{body}</main></body></html>\n"
+    )
+
+
+def cut(text: str, length: int = _TEXT) -> str:
+    """A text of a page, which has no room for all of a long one."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def size(n: float) -> str:
+    """Bytes, for people."""
+    return "0" if not n else f"{n / 2**30:.3g} GiB" if n >= 2**30 else f"{n / 2**20:.3g} MiB"
+
+
+def more_in(items: Iterable[str], n: int, file: str) -> tuple[list[str], str]:
+    """The items of a list of n that a page has room for, and where the others are."""
+    more = f'<p class="faint">{n - _SHOWN} more in {file}.</p>' if n > _SHOWN else ""
+    return list(islice(items, _SHOWN)), more
+
+
 def page(
     measures: Sequence[Measured], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], of: int | None
 ) -> str:
@@ -55,15 +84,13 @@ def page(
         )
     sample = f", a sample of {of}" if of else ""
     said = "; ".join(f"{name}: {value}" for name, value in about.items() if value)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>fastedit check</title><style>{_STYLE}</style></head><body><main>"
+    body = (
         f'<h1>Does the edited model still work?</h1><p class="faint">{len(rows)} edits{sample}. {escape(said)}</p>'
         f'{verdict}<h2>Measures</h2><div class="card">{"".join(map(_measure, measures))}</div>'
         '<p class="faint">Bar: now. Dotted mark: before the edit. Solid mark: the threshold.</p>'
-        f"<h2>Edits</h2>{_requests(rows)}</main></body></html>\n"
+        f"<h2>Edits</h2>{_requests(rows)}"
     )
+    return frame("fastedit check", body)
 
 
 def _measure(m: Measured) -> str:
@@ -89,9 +116,9 @@ def _bar(m: Measured, value: float) -> str:
 
 def _requests(rows: Sequence[Mapping[str, Any]]) -> str:
     """The edits, those first that are not written."""
-    shown = "".join(map(_request, sorted(rows, key=lambda row: bool(row["begins"]))[:_REQUESTS]))
-    more = f'<p class="faint">{len(rows) - _REQUESTS} more in check.json.</p>' if len(rows) > _REQUESTS else ""
-    return f'<div class="card">{shown}</div>{more}'
+    ordered = sorted(rows, key=lambda row: bool(row["begins"]))
+    shown, more = more_in(map(_request, ordered), len(rows), "check.json")
+    return f'<div class="card">{"".join(shown)}</div>{more}'
 
 
 def _request(row: Mapping[str, Any]) -> str:

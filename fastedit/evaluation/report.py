@@ -12,11 +12,13 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastedit.evaluation.first_token import divergences
+from fastedit.evaluation.page import PART
 from fastedit.evaluation.predict import Answers, Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
 from fastedit.evaluation.sampling import draw, interval
@@ -38,7 +40,6 @@ _WAYS = ("teacher_forced", "generated")
 _BEGINS = tuple(name for name in _SHARES if name != "locality")
 _FIRST = ("first_token", "kl")  # at the first token of neighbours' answers
 _FORGOTTEN = ("generated", "probability")  # of what should be forgotten
-_PART = "  "  # in front of what belongs to the line above it
 Pairs = Sequence[tuple[Prediction, Prediction]]
 
 
@@ -53,8 +54,9 @@ class EvaluationReport:
     and KL(unedited ‖ edited) in nats. "forgotten", of requests to forget, is the share of prompts whose "generated"
     text does not say the answer, and the "probability" of the whole answer. The last is "perplexity".
     None is what was not measured. Shares and "kl" are means over requests of the mean over a request's prompts. ``n``
-    counts the prompts of each kind and of "es", "ps" and "ns". ``rows`` holds the measures of each request and the text
-    "generated" for it.
+    counts the prompts of each kind and of "es", "ps" and "ns". ``rows`` holds the measures of each request, the text
+    "generated" for it, the mean log-probability "logp" of a token of its target, and the "changed_neighbours", each
+    with its "prompt" and the texts "before" and "after" the edit.
 
     ``chat_template``: prompts were a user's turn in the tokenizer's chat template.
 
@@ -89,8 +91,8 @@ class EvaluationReport:
         with writing(path, "the report was not written") as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
-    def _table(self) -> list[tuple[str, str, str, str]]:
-        """Lines of cells, the titles first."""
+    def lines(self) -> list[tuple[str, str, str, str]]:
+        """The table as lines of cells, the titles first."""
         now, old, spread = self.metrics, self.before or {}, self.intervals or {}
         lines = [("", "prompts", "teacher-forced", "generated")]
         for name, kind in _SHARES.items():
@@ -100,14 +102,14 @@ class EvaluationReport:
                 begins = _share(
                     now["generated_begins"], old.get("generated_begins"), spread.get("generated_begins"), name
                 )
-                lines.append((_PART + "begins with it", "", "", begins))
+                lines.append((PART + "begins with it", "", "", begins))
             else:
-                lines.append((_PART + "first token", "", _share(now, None, spread, "first_token"), ""))
-                lines.append((_PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
+                lines.append((PART + "first token", "", _share(now, None, spread, "first_token"), ""))
+                lines.append((PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
         if self.n["forgotten"]:
             gone, was, limits = (found.get("forgotten") or {} for found in (now, old, spread))
             lines.append(("forgotten", str(self.n["forgotten"]), "", _share(gone, was, limits, "generated")))
-            lines.append((_PART + "probability", "", _share(gone, was, None, "probability"), ""))
+            lines.append((PART + "probability", "", _share(gone, was, None, "probability"), ""))
         lines += [(name.upper(), str(self.n[name]), _share(now, old, spread, name), "") for name in _PREFERENCES]
         lines.append(("score", "", _cell(now["score"], old.get("score")), ""))
         lines.append(("perplexity", "", _cell(now["perplexity"], old.get("perplexity"), "{:.4g}"), ""))
@@ -117,8 +119,8 @@ class EvaluationReport:
         from rich import box
         from rich.table import Table
 
-        titles, *lines = self._table()
-        table = Table(*titles, box=box.SIMPLE_HEAD, caption=self._about(), caption_justify="left")
+        titles, *lines = self.lines()
+        table = Table(*titles, box=box.SIMPLE_HEAD, caption=self.about, caption_justify="left")
         for column in table.columns[1:]:
             column.justify = "right"
         for cells in lines:
@@ -126,12 +128,13 @@ class EvaluationReport:
         return table
 
     def __str__(self) -> str:
-        table = self._table()
+        table = self.lines()
         first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
         lines = ["  ".join([f"{x:{first}}", *map(str.rjust, rest, others)]).rstrip() for x, *rest in table]
-        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:], *filter(None, [self._about()])])
+        return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:], *filter(None, [self.about])])
 
-    def _about(self) -> str | None:
+    @property
+    def about(self) -> str | None:
         """The line below the table."""
         if self.of is None:
             return None
@@ -226,14 +229,17 @@ def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float
     """All measures of one request."""
     row: dict[str, Any] = {"id": request.id, "prompt": request.prompt, "target": request.target}
     row["generated"] = next((p.generated for p in now["rewrite"]), None)
+    row["logp"] = _mean(p.logp for p in now["rewrite"])
     for name, kind in _SHARES.items():
         shares = (_mean(_mean(p.hits) for p in now[kind]), _mean(p.matches for p in now[kind]))
         row[name] = dict(zip(_WAYS, shares, strict=True))
     row["generated_begins"] = {name: _mean(p.begins for p in now[_SHARES[name]]) for name in _BEGINS}
     tokens = (_mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
-    texts = ((a.generated, b.generated) for a, b in pairs)
-    same = (normalize(a) == normalize(b) for a, b in texts if a is not None and b is not None)
-    row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(same)}
+    texts = [(a.prompt, b.generated, a.generated) for a, b in pairs if None not in (a.generated, b.generated)]
+    changed = [normalize(str(before)) != normalize(str(after)) for _, before, after in texts]
+    row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(not moved for moved in changed)}
+    names = ("prompt", "before", "after")
+    row["changed_neighbours"] = [dict(zip(names, text, strict=True)) for text in compress(texts, changed)]
     row["first_token"], row["kl"] = _mean(a.argmax[0] == b.argmax[0] for a, b in pairs), _mean(apart)
     gone = (None if p.said is None else not p.said for p in now["forgotten"])
     whole = (math.exp(p.logp * len(p.hits)) for p in now["forgotten"])

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastedit.weights import Update
 
+LIKELY = 0.5
+"""The least probability of a target that counts as learned."""
+
 
 class Edit(Protocol):
     """An edit, as far as methods need to know it; `fastedit.EditRequest` is one."""
@@ -57,6 +60,8 @@ class MethodResult:
         probability: [N] fp32 on the CPU, of each edit's target when it was last looked at (exp of its tokens' mean
             log P); NaN for an edit that was left out or not looked at. The solvers look at it before they write.
         kept_edits: after Ctrl-C, how many edits were kept, unless all of them took part.
+        learned: beside each of the losses, how many edits had been learned by then, as far as they were looked at.
+        cached: tier -> the most bytes that cached states took there at one time.
     """
 
     updates: Mapping[str, Update]
@@ -69,6 +74,8 @@ class MethodResult:
     dropped: tuple[int, ...] = ()
     interrupted: str | None = None
     kept_edits: int | None = None
+    learned: list[int] = field(default_factory=list)
+    cached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -22,17 +24,38 @@ _CONTROL_GROUPS = (
 )
 
 
+class Tally:
+    """Bytes that cached states take.
+
+    Attributes:
+        most: tier -> the most that was taken at one time.
+    """
+
+    def __init__(self) -> None:
+        self.most: dict[str, int] = {}
+        self._now: Counter[str] = Counter()
+
+    def count(self, states: TokenStates) -> TokenStates:
+        """Count some states until they are gone."""
+        tier, taken = states.tier, states.nbytes
+        self._now[tier] += taken
+        self.most[tier] = max(self.most.get(tier, 0), self._now[tier])
+        finalize(states, self._now.subtract, {tier: taken})
+        return states
+
+
 @dataclass(frozen=True)
 class Budget:
     """Bytes that cached states may take on the GPU and in host memory; None is half of what is free now.
 
     What fits neither is a file in ``directory`` (None: the system's temporary one).
-    For a model on the CPU only ``host_bytes`` counts.
+    For a model on the CPU only ``host_bytes`` counts. ``tally`` counts what is taken.
     """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     directory: Path | None = None
+    tally: Tally = field(default_factory=Tally, compare=False, repr=False)
 
 
 class TokenStates:
@@ -61,15 +84,16 @@ class TokenStates:
         if gpu:
             allowed = _free_device_bytes(device) // 2 if budget.device_bytes is None else budget.device_bytes
             if needed <= allowed:
-                return cls("device", torch.zeros(size, dtype=dtype, device=device), device)
+                return budget.tally.count(cls("device", torch.zeros(size, dtype=dtype, device=device), device))
             if near:
                 return None
         allowed = _free_host_bytes() // 2 if budget.host_bytes is None else budget.host_bytes
         if needed <= allowed:
-            return cls("pinned" if gpu else "host", torch.zeros(size, dtype=dtype), device)
+            return budget.tally.count(cls("pinned" if gpu else "host", torch.zeros(size, dtype=dtype), device))
         if near:
             return None
-        return cls("file", RowsFile(size, dtype, budget.directory or Path(tempfile.gettempdir())), device)
+        file = RowsFile(size, dtype, budget.directory or Path(tempfile.gettempdir()))
+        return budget.tally.count(cls("file", file, device))
 
     @property
     def nbytes(self) -> int:

@@ -142,7 +142,7 @@ def test_edit_says_what_it_chose_and_can_leave_out_evaluation_and_checkpoint(
     assert "layer 2" in result.stderr
     assert "batch_size 1 (auto" in result.stderr
     assert "reliability" not in result.stdout
-    assert {p.name for p in output.iterdir()} == {"delta.safetensors", "report.json"}
+    assert {p.name for p in output.iterdir()} == {"delta.safetensors", "report.html", "report.json"}
     assert set(json.loads((output / "report.json").read_text())) == {"edit"}
 
 
@@ -740,7 +740,7 @@ def test_what_fails_after_the_edit_does_not_lose_it(
     assert f"the edit is not lost: {place} holds delta.safetensors and report.json, but no checkpoint" in said
     assert {path.name: path.read_bytes() for path in spoiled.iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"facts.json", "spoiled", place.name}
-    assert sorted(path.name for path in place.iterdir()) == ["delta.safetensors", "report.json"]
+    assert sorted(path.name for path in place.iterdir()) == ["delta.safetensors", "report.html", "report.json"]
     report = json.loads((place / "report.json").read_text())
     assert report["edit"]["edits"] == 4
     assert ("reliability" in report) is (where == "weights")

@@ -614,6 +614,15 @@ def test_progress_counts_epochs_and_tells_their_loss(tokenizer: Any, make_edits:
     assert [call for call in calls if call[0] == "prefix"][-1][1:3] == (13, 13)
 
 
+def test_an_epoch_that_takes_long_is_reported_on(
+    tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_NEWS", -1.0)
+    calls: list[tuple[Any, ...]] = []
+    run(tiny_model("llama"), tokenizer, make_edits(13), lambda *args: calls.append(args), epochs=1, batch_size=5)
+    assert [call for call in calls if call[0] == "epoch"] == [("epoch", done, 13) for done in (5, 10, 13)]
+
+
 @pytest.mark.usefixtures("double")
 def test_augment_trains_copies_behind_contexts_of_the_model(
     tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch

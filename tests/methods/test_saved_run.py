@@ -58,7 +58,8 @@ def run(tokenizer: Any, seed: int, tmp_path: Path) -> Callable[..., dict[str, Te
         edited.notes, edited.lr = result.notes, result.delta.metadata["config"]["lr"]  # type: ignore[attr-defined]
         updates = result.delta.updates.items()
         found = {path: update.dense() if isinstance(update, LowRank) else update for path, update in updates}
-        return found | {"losses": torch.tensor(result.losses), "probability": result.probability}
+        curves = {"losses": torch.tensor(result.losses), "learned": torch.tensor(result.learned)}
+        return found | curves | {"probability": result.probability}
 
     return edited
 

@@ -353,3 +353,14 @@ def test_the_rows_of_the_next_batch_are_read_ahead(tmp_path: Path, monkeypatch: 
     with PrefixCache(parts, SAMPLES, 1) as cache:  # in memory, there is nothing to be read
         cache.ahead(torch.tensor([1, 4]))
     assert len(asked) == 2
+
+
+def test_a_tally_counts_what_there_is_at_one_time() -> None:
+    model, budget = tiny_model("llama"), Budget()
+    for _ in range(2):
+        with PrefixCache(topology(model), SAMPLES, 1, budget=budget) as cache:
+            one, tier = cache.nbytes, cache.tier
+    assert budget.tally.most == {tier: one}
+    caches = [PrefixCache(topology(model), SAMPLES, layer, budget=budget) for layer in (1, 2)]
+    assert budget.tally.most == {tier: 2 * one}
+    assert len(caches) == 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastedit import parallel
 from fastedit.errors import EditError
 from fastedit.files import check_writable
-from fastedit.methods.base import EachResult, Edit, History, MethodResult
+from fastedit.methods.base import LIKELY, EachResult, Edit, History, MethodResult
 from fastedit.methods.contexts import context_templates
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
@@ -31,7 +31,7 @@ from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer,
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import Budget, Factors, Model, fingerprint, plain_state
-from fastedit.progress import Progress, no_progress
+from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
 Find = Callable[[Batch, Recipe], Targets]
@@ -132,6 +132,7 @@ class LocateThenEditPlan:
         if config.lr is None and in_parts:  # or the first part would decide for all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
+        learned: list[int] = []
         dropped: list[int] = []
         probability = torch.full((len(batch),), torch.nan)
         interrupted: str | None = None
@@ -143,12 +144,14 @@ class LocateThenEditPlan:
                     if recipe.config.lr is None:
                         recipe = recipe.with_lr(targets.lr)
                     _write(part, targets, recipe, writer, saved)
-                    if len(targets.dropped) < len(part):
-                        losses.append(float(targets.loss.nanmean()))
                     dropped += [first + i for i in targets.dropped]
                     probability[first : first + len(part)] = targets.probability.cpu()
+                    if len(targets.dropped) < len(part):
+                        losses.append(float(targets.loss.nanmean()))
+                        learned.append(int((probability >= LIKELY).sum()))
                     writer.commit(first + len(part))
                     batch.progress("edits", first + len(part), len(batch), losses[-1] if losses else None)
+                    batch.progress(LEARNED, learned[-1] if learned else 0, len(batch))
                 if len(dropped) == len(batch):
                     raise EditError("no edit has a target: their losses are not finite. Are the model's weights?")
             except KeyboardInterrupt:
@@ -174,6 +177,8 @@ class LocateThenEditPlan:
             tuple(dropped),
             interrupted=interrupted,
             kept_edits=writer.edits if interrupted else None,
+            learned=learned,
+            cached=batch.budget.tally.most,
         )
 
     @plain_state

@@ -118,7 +118,15 @@ class LocFTBFPlan:
         originals = trainer.originals.values
         probability = (-trainer.loss_of[: len(data.edits)]).exp().cpu()
         about = probability, trainer.losses, notes
-        return MethodResult(updates, originals, asdict(config), *about, interrupted=interrupted)
+        return MethodResult(
+            updates,
+            originals,
+            asdict(config),
+            *about,
+            interrupted=interrupted,
+            learned=trainer.learned,
+            cached=data.budget.tally.most,
+        )
 
 
 @plain_state

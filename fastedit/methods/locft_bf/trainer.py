@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops, parallel
 from fastedit.errors import EditError
+from fastedit.methods.base import LIKELY
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
@@ -31,10 +34,12 @@ from fastedit.models import (
     resume,
     run_from_tokens,
 )
+from fastedit.progress import LEARNED
 from fastedit.weights import Snapshot
 
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
+_NEWS = 2.0  # seconds between two reports on an epoch that takes longer
 _REST = 2  # epochs that an edit sits out, once its loss is below `focus`
 
 
@@ -46,7 +51,7 @@ class Trainer:
 
     `saved` is where the state of the run is kept on disk, if it is.
 
-    `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights and the losses.
+    `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights, losses and `learned`.
     """
 
     def __init__(
@@ -76,7 +81,8 @@ class Trainer:
         fp16 = next(iter(parameters.values())).dtype == torch.float16
         self.scale = 2.0 ** int(config.batch_size).bit_length() if fp16 else 1.0
         self.losses: list[float] = []
-        self.whole: tuple[str, dict[str, Tensor], list[float]] | None = None
+        self.learned: list[int] = []  # edits, beside each of the losses
+        self.whole: tuple[str, dict[str, Tensor], list[float], list[int]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
         self.maps = linear_maps(topology.model, parameters)  # of few rows: to form their gradient costs little
         if data.trained is None and parallel.world() > 1:
@@ -142,8 +148,10 @@ class Trainer:
         if self.config.schedule == "breadth-first":
             for loss in self._epochs(everything, saved=self.saved):
                 self.losses.append(loss)
+                self.learned.append(self._n_learned())
                 self._keep(f"of epoch {len(self.losses)}")
                 progress("train", len(self.losses), self.config.epochs, loss)
+                progress(LEARNED, self.learned[-1], len(self.data.edits))
             return
         tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
         order = tensors["order"] if tensors else self._order(everything)
@@ -153,9 +161,10 @@ class Trainer:
             place = f"batch {i} of {len(batches)}"
             *_, loss = self._epochs(batch, place)
             done, total = done + len(batch), total + loss * len(batch)
-            self.losses = [total / done]
+            self.losses, self.learned = [total / done], [self._n_learned()]
             self._keep(f"after {place}")
             progress("train", done, len(order), loss)
+            progress(LEARNED, self.learned[-1], len(self.data.edits))
             self._save({"order": order}, {"batches": i, "done": done, "total": total})
 
     def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -164,7 +173,7 @@ class Trainer:
             return
         state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
         state |= {"generator": self.generator.get_state(), "loss of each": self.loss_of, **tensors}
-        self.saved.replace(state, {"losses": self.losses, **about})
+        self.saved.replace(state, {"losses": self.losses, "learned": self.learned, **about})
 
     @torch.no_grad()
     def _resumed(self) -> State | None:
@@ -178,18 +187,23 @@ class Trainer:
             self.parameters[path].copy_(master)
         self.generator.set_state(tensors["generator"])
         self.loss_of.copy_(tensors["loss of each"])
-        self.losses = about["losses"]
+        self.losses, self.learned = about["losses"], about["learned"]
         return tensors, about
 
     def _keep(self, what: str) -> None:
         if self.config.keep_partial:
-            self.whole = (what, {path: m.clone() for path, m in self.masters.items()}, [*self.losses])
+            masters = {path: m.clone() for path, m in self.masters.items()}
+            self.whole = (what, masters, [*self.losses], [*self.learned])
 
     def go_back(self) -> str:
         """Make the kept state the one that counts, and say what it is."""
         assert self.whole is not None
-        what, self.masters, self.losses = self.whole
+        what, self.masters, self.losses, self.learned = self.whole
         return what
+
+    def _n_learned(self) -> int:
+        """The edits that were learned when they were last looked at."""
+        return int((self.loss_of[: len(self.data.edits)] <= -math.log(LIKELY)).sum())
 
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
@@ -225,10 +239,14 @@ class Trainer:
             batches = order.split(int(config.batch_size))
             found = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
             found[:done] = losses[:done]
+            told = time.monotonic()
             for i in range(done, len(batches)):
                 if i + 1 < len(batches):
                     self.cache.ahead(batches[i + 1])
                 self._step(batches[i], optimizer, found[i])
+                if not place and time.monotonic() - told > _NEWS:
+                    told = time.monotonic()
+                    self.data.progress("epoch", sum(map(len, batches[: i + 1])), len(order))
                 if saved is not None:
                     tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
                     self._save(tensors, {"epoch": epoch, "done": i + 1})

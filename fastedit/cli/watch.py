@@ -1,0 +1,165 @@
+"""`fastedit watch`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastedit.cli.resume import place_of
+from fastedit.cli.status import STATUS, clock
+from fastedit.errors import ConfigError, FileError
+from fastedit.evaluation.page import size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_CODES = {"ended": 0, "failed": 1, "silent": 1, "running": 3}
+_EVERY = 0.5  # seconds between two looks
+
+
+@dataclass
+class _Job:
+    """A running edit as its status shows it.
+
+    Attributes:
+        seen: the status as it was read last; None before that.
+        news: when it was seen to change, by our clock.
+        kind: one of `_CODES`.
+        says: the same in words.
+    """
+
+    folder: Path
+    silent: float
+    seen: dict[str, Any] | None = None
+    news: float = 0.0
+    kind: str = "running"
+    says: str = ""
+
+    def look(self) -> None:
+        """Read the status and judge it. Raises FileError: there is none, and no edit that has ended."""
+        path = place_of(self.folder, STATUS)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self._judge_gone(path)
+            return
+        except (OSError, ValueError) as error:  # a part of it, perhaps, of a folder that is being synced
+            if self.seen is None:
+                raise FileError(path, f"{{path}} cannot be read: {error}; try again") from error
+            found = self.seen
+        if found != self.seen:
+            # how old it was when we first saw it, by the clock of the machine that wrote it
+            age = max(0.0, time.time() - found["updated"]) if self.seen is None else 0.0
+            self.seen, self.news = found, time.monotonic() - age
+        self._judge(found)
+
+    def _judge(self, found: dict[str, Any]) -> None:
+        quiet, still = time.monotonic() - self.news, found["updated"] - found["moved"]
+        self.kind = found["state"]
+        if self.kind == "ended":
+            self.says = f"ended; written to {found['output']}"
+        elif self.kind == "failed":
+            self.says = f"failed: {found['error']}; {self._how_to_go_on(found)}"
+        elif quiet > self.silent:
+            self.kind = "silent"
+            self.says = f"no news for {clock(quiet)}; was it killed? {self._how_to_go_on(found)}"
+        else:
+            self.says = f"running for {clock(found['updated'] - found['began'])}"
+            self.says += f", without progress for {clock(still)}" if still > self.silent else ""
+
+    def _how_to_go_on(self, found: dict[str, Any]) -> str:
+        return f"fastedit edit --resume {self.folder} {'goes on' if found['saved'] else 'begins anew'}"
+
+    def _judge_gone(self, path: Path) -> None:
+        """The status goes with the state, when all is written or when nothing is left to go on from."""
+        output = self.folder if self.seen is None else Path(self.seen["output"])
+        report = output / "report.json"
+        if report.is_file() and (self.seen is None or report.stat().st_mtime >= self.seen["began"]):
+            self.kind, self.says = "ended", f"ended; written to {output}"
+        elif self.seen is None:
+            raise FileError(
+                self.folder,
+                f"{{path}}: no edit is running: there is no {path}, and no {report}; give the folder of "
+                "--output, or that of --state if the edit has one",
+            )
+        else:
+            self.kind, self.says = "failed", f"gone: its state is no longer there, and nothing new is in {output}"
+
+    def lines(self) -> dict[str, str]:
+        """What the status says, for people."""
+        found = self.seen or {}
+        shown = {"state": self.says}
+        if "stage" in found:
+            shown["stage"] = f"{found['stage']}, {found['done']} of {found['total']}"
+            shown["speed"] = ", ".join(filter(None, (found["speed"], found["left"])))
+        if found.get("loss") is not None:
+            shown["loss"] = f"{found['loss']:.3g}"
+        if "learned" in found:
+            shown["learned"] = f"{found['learned']} of {found['edits']} edits"
+        if found.get("saved"):
+            shown["state saved"] = f"{clock(found['updated'] - found['saved'])} before the last news"
+        if found:
+            took = ((name, taken) for name, taken in found["memory"].items() if taken is not None)
+            shown["memory"] = ", ".join(f"{name} {size(taken)}" for name, taken in took)
+        return shown
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(help="The --output or the --state of a running edit.")],
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Print one line and exit: 3 it runs, 0 it has ended, 1 it failed or is silent."),
+    ] = False,
+    silent: Annotated[float, typer.Option(help="Seconds without news after which an edit counts as silent.")] = 30.0,
+) -> None:
+    """Show a running edit: its stage, speed, time left, loss, learned edits, last saved state and memory.
+
+    Example: fastedit watch ./edited
+
+    It reads one small file that the edit rewrites, so the edit may be another process, or run on another machine that
+    shares or syncs the folder OUTPUT.run. The exit code says how the edit ended: 0 well, 1 not.
+    """
+    if not silent > 0:
+        raise ConfigError(f"--silent {silent:g}: expected more than 0 seconds")
+    job = _Job(folder, silent)
+    job.look()
+    if not once:
+        _follow(job)
+    about, *rest = job.lines().items()
+    typer.echo("; ".join([about[1], *(f"{name} {text}" for name, text in rest if text)]))
+    raise typer.Exit(_CODES[job.kind])
+
+
+def _follow(job: _Job) -> None:
+    """Show the edit until it has ended or failed, or until Ctrl-C; a silent one may come back."""
+    from rich.console import Console
+    from rich.live import Live
+
+    try:
+        with Live(_table(job), console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+            while job.kind in ("running", "silent"):
+                time.sleep(_EVERY)
+                job.look()
+                live.update(_table(job), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def _table(job: _Job) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    found = job.seen or {}
+    table = Table.grid(padding=(0, 2))
+    if found:
+        table.add_row(
+            "edit", Text(f"{found['edits']} by {found['method']}, {found['model']}, process {found['process']}")
+        )
+    for name, text in job.lines().items():
+        table.add_row(name, Text(text))
+    return table
