@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastedit.errors import EditError, FastEditError, FileError, ModelError, reason
-from fastedit.files import replacing, replacing_directory
+from fastedit.files import BY_CHECKPOINT, BY_DELTA, replacing, replacing_directory
 
 if TYPE_CHECKING:
     from fastedit.evaluation.report import EvaluationReport
@@ -85,7 +85,8 @@ class Outcome:
             self._report(report)
             if model is None and self._place == directory:
                 return
-            with replacing_directory(directory) as temporary:
+            over = BY_DELTA if model is None else BY_CHECKPOINT
+            with replacing_directory(directory, over) as temporary:
                 if model is not None:
                     write_checkpoint(model, temporary)
                     self.result.delta.save_undo(temporary / UNDO)

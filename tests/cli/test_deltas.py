@@ -105,6 +105,20 @@ def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+@pytest.mark.parametrize("command", ["export", "edit"])
+def test_a_checkpoint_is_not_replaced_by_less(command: str, work: Path) -> None:
+    """Refused before the model is loaded."""
+    output, model = work / "other", ("--model", work / "no such model")
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    given: dict[str, tuple[Any, ...]] = {
+        "export": (work / "edited" / "delta.safetensors", "--peft", output, "--rank", 2),
+        "edit": ("--requests", work / "facts.json", "--output", output, "--delta-only"),
+    }
+    wrong = fails(2, command, *given[command], *model)
+    assert f"{output} is a checkpoint, which is not replaced by this; give a new folder" in wrong
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no way": ((), "expected one of --peft, --merge and --dense, got none"),
     "two ways": (("--peft", "{new}", "--dense", "{new}"), "got --peft and --dense"),
