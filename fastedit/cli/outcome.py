@@ -77,8 +77,8 @@ class Outcome:
         Raises:
             FileError: it cannot be written, or not so that it is read as it is.
         """
-        from fastedit.checkpoints import UNDO
         from fastedit.saving import write_checkpoint
+        from fastedit.undo import UNDO, copy_undo_files
 
         directory = self.directory.resolve()
         with self._saving():
@@ -89,6 +89,7 @@ class Outcome:
             with replacing_directory(directory, over) as temporary:
                 if model is not None:
                     write_checkpoint(model, temporary)
+                    copy_undo_files(_earlier(model), temporary, below=True)
                     self.result.delta.save_undo(temporary / UNDO)
                 for name in (_DELTA, _REPORT):
                     _link(self._place / name, temporary / name)
@@ -127,6 +128,15 @@ class Outcome:
         path = self._place / _REPORT
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _earlier(model: Model) -> list[Path]:
+    """The undo files of the checkpoint that the model was loaded from."""
+    from fastedit.undo import undo_files
+
+    network: Any = model.network
+    source = str(network.config._name_or_path)  # empty if it was not loaded
+    return undo_files(Path(source)) if source else []
 
 
 def _free(directory: Path) -> Path:
