@@ -26,12 +26,8 @@ from fastedit.files import replacing_directory
 from fastedit.models import fingerprint_of, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.saving import architecture_of, check_room, names_in_files
-from fastedit.tensorfile import checksums
-from fastedit.undo import Undo, subtracted
+from fastedit.undo import UNDO, Undo, subtracted
 from fastedit.weights import add_
-
-UNDO = "delta.undo"
-"""The file of a checkpoint that takes its edit back; no *.safetensors, which some programs read as weights."""
 
 _REPORTS = ("report.json", "report.html")  # of the edit that made the checkpoint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -91,7 +87,7 @@ class Checkpoint:
     ) -> None:
         """Write the checkpoint with some parameters changed, a file at a time; it appears whole or not at all.
 
-        Tokenizer and settings are copied, weights in other formats and what else is in the folder are not.
+        Tokenizer and settings are copied; weights in other formats, undo files and subfolders are not.
 
         Args:
             changes: path -> what makes the new weights of the old ones.
@@ -222,11 +218,11 @@ class Reverted:
         for delta in deltas:
             check_fits(checkpoint, delta)
         self._checkpoint, self.updates, self._found = checkpoint, added(deltas), len(undos)
-        self._fingerprint = deltas[0].metadata.get("fingerprint")
+        self._made_for = list(dict.fromkeys(str(delta.metadata.get("fingerprint")) for delta in deltas))
         self._undo = next((undo for undo in undos if undo.belongs_to(self.updates)), None)
 
     def changes(self) -> dict[str, Change]:
-        """What makes the weights before the edits of those that are there."""
+        """What makes the weights before the edits of those that are there; subtracts where they were changed since."""
         return {path: lambda weight, path=path: self._before(path, weight) for path in self.updates}  # type: ignore[misc]
 
     def problem(self) -> str | None:
@@ -235,26 +231,25 @@ class Reverted:
         if undo is None:
             others = f"the {self._found} files found are of other edits, or of fewer or more"
             return f"{folder}: no undo file of these deltas: {others if self._found else f'there is no {UNDO}'}"
-        if wrong := [path for path in self.updates if self._sum(path) != undo.originals[path]]:
+        read, updates = self._checkpoint.read, self.updates.items()
+        if wrong := [path for path, update in updates if undo.restored(path, read(path), update) is None]:
             return (
                 f"{folder}: without the deltas {len(wrong)} of {len(self.updates)} matrices are not what they were: "
                 f"{listed(wrong)}; they were changed after these edits"
             )
-        if (now := self._checkpoint.fingerprint(self._before)) != self._fingerprint:
+        if (now := self._checkpoint.fingerprint(self._before)) not in self._made_for:
             return (
-                f"{folder}: without the deltas the fingerprint is {now}, but they were made for {self._fingerprint}; "
-                "it holds other edits too, of which the last one has to be reverted first"
+                f"{folder}: without the deltas the fingerprint is {now}, but they were made for "
+                f"{listed(self._made_for)}; it holds other edits too, of which the last one has to be reverted first"
             )
         return None
-
-    def _sum(self, path: str) -> str:
-        return checksums({path: self._before(path, self._checkpoint.read(path))})[path]
 
     def _before(self, path: str, weight: Tensor) -> Tensor:
         if path not in self.updates:
             return weight
         update = self.updates[path]
-        return self._undo.restored(path, weight, update) if self._undo else subtracted(weight, update)
+        exact = self._undo.restored(path, weight, update) if self._undo else None
+        return subtracted(weight, update) if exact is None else exact
 
 
 def check_fits(checkpoint: Checkpoint, delta: WeightDelta) -> None:

@@ -13,6 +13,7 @@ from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError, listed
 from fastedit.models import fingerprint, plain_state, topology
 from fastedit.models.fingerprint import FP16
+from fastedit.undo import identity
 from fastedit.weights import Update, inner, norm, summed
 
 Given = WeightDelta | str | Path
@@ -38,10 +39,30 @@ class Overlap:
 
 
 def read(given: Sequence[Given]) -> list[WeightDelta]:
-    """The deltas, of which some may be files. Raises ConfigError: none. FileError: a file that is no delta."""
+    """The deltas, of which some may be files.
+
+    Raises:
+        ConfigError: none, or one that is given twice. FileError: a file that is no delta.
+    """
     if isinstance(given, str | Path | WeightDelta) or not given:
         raise ConfigError(f"deltas are {given!r}; give a list of deltas or of their files")
-    return [delta if isinstance(delta, WeightDelta) else WeightDelta.load(delta) for delta in given]
+    deltas = [delta if isinstance(delta, WeightDelta) else WeightDelta.load(delta) for delta in given]
+    names = [
+        f"delta {i + 1}" + ("" if isinstance(delta, WeightDelta) else f" ({delta})") for i, delta in enumerate(given)
+    ]
+    first: dict[str, int] = {}
+    same = [(first.setdefault(_identity(delta), i), i) for i, delta in enumerate(deltas)]
+    if twice := [f"{names[i]} is {names[one]}" for one, i in same if one != i]:
+        raise ConfigError(
+            f"{len(twice)} of the {len(given)} deltas repeat others: {listed(twice)}; give each of them once"
+        )
+    return deltas
+
+
+def _identity(delta: WeightDelta) -> str:
+    """A text for the edit: its updates, and the model that they were made for."""
+    updates = {path: identity(update) for path, update in sorted(delta.updates.items())}
+    return f"{delta.metadata.get('fingerprint')} {updates}"
 
 
 def overlaps(deltas: Sequence[WeightDelta]) -> list[Overlap]:

@@ -7,19 +7,22 @@ import platform
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from fastedit.errors import FileError
 
 _LOCK = "lock"
-_OURS: tuple[list[str], ...] = (
-    [],
-    ["delta.safetensors", "report.json"],
-    ["delta.safetensors", "report.html", "report.json"],  # all that `fastedit edit --delta-only` writes
-    ["adapter_config.json", "adapter_model.safetensors"],
-)
+CHECKPOINT, DELTA, ADAPTER = "a checkpoint", "a delta with its report", "an adapter"
+"""What a folder may be that another one replaces."""
+_NAMES = {
+    DELTA: (["delta.safetensors", "report.json"], ["delta.safetensors", "report.html", "report.json"]),
+    ADAPTER: (["adapter_config.json", "adapter_model.safetensors"],),
+}
+BY_CHECKPOINT, BY_DELTA, BY_ADAPTER = (CHECKPOINT, DELTA), (DELTA,), (ADAPTER,)
+"""What each may take the place of: nothing without weights replaces some."""
 
 
 @contextmanager
@@ -40,17 +43,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_directory(path: Path) -> Iterator[Path]:
-    """The same for a folder; an empty one, a checkpoint, a delta with its report or an adapter is replaced, no other.
+def replacing_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iterator[Path]:
+    """The same for a folder; an empty one is replaced, or one of a kind that the caller names, and no other.
 
     What the old folder holds is gone then. Those whose inputs may lie in it ask `check_directory` first.
 
+    Args:
+        over: the kinds that may be replaced; by default what a checkpoint may take the place of.
+
     Raises:
-        FileError: `path` is something else: no folder, or one without config.json and safetensors files.
+        FileError: `path` is something else: no folder, or one of another kind.
     """
     path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
-    if path.exists() and not (path.is_dir() and (_is_checkpoint(path) or _names(path) in _OURS)):
-        raise FileError(path, "{path} exists and is no checkpoint; give a new folder, nothing was overwritten")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())) and (kind := _kind(path)) not in over:
+        what = f"is {kind}, which is not replaced by this" if kind else "exists and is no checkpoint, delta or adapter"
+        raise FileError(path, f"{{path}} {what}; give a new folder, nothing was overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     new, old = temporary / "new", temporary / "old"
@@ -91,28 +98,29 @@ def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
         pass
 
 
-def check_directory(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
+def check_directory(path: Path, inputs: Mapping[str, Path] | None = None, over: Sequence[str] = BY_CHECKPOINT) -> None:
     """Refuse now a folder that `replacing_directory` could not write at the end, or would delete an input with.
 
     Args:
         inputs: as for `check_file`.
+        over: as for `replacing_directory`.
 
     Raises:
         FileError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
     """
     _refuse_inputs(path, inputs or {})
-    with trying_directory(path):
+    with trying_directory(path, over):
         pass
 
 
 @contextmanager
-def trying_directory(path: Path) -> Iterator[Path]:
+def trying_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iterator[Path]:
     """The folder that `replacing_directory` would give; it vanishes, whatever was written to it, and `path` stays.
 
     Raises:
         FileError: as `replacing_directory`; it cannot be written.
     """
-    with _trial(path, replacing_directory, path) as temporary:
+    with _trial(path, partial(replacing_directory, over=over), path) as temporary:
         yield temporary
 
 
@@ -212,9 +220,11 @@ def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], name
                 parent.rmdir()
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return (path / "config.json").exists() and any(path.glob("*.safetensors"))
-
-
-def _names(path: Path) -> list[str]:
-    return sorted(entry.name for entry in path.iterdir())
+def _kind(path: Path) -> str | None:
+    """What a folder is, of the kinds above."""
+    if not path.is_dir():
+        return None
+    if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        return CHECKPOINT
+    names = sorted(entry.name for entry in path.iterdir())
+    return next((kind for kind, own in _NAMES.items() if names in own), None)

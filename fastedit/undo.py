@@ -6,7 +6,9 @@ is smaller. The update is subtracted in fp64, so that every machine finds the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor
 
 from fastedit.tensorfile import checksums, load_tensors, save_tensors
 from fastedit.weights import LowRank, Update
+
+UNDO = "delta.undo"
+"""The file of a checkpoint that takes its last edit back; no *.safetensors, which some programs read as weights."""
+_EARLIER = re.compile(r"delta-(\d+)\.undo")  # of the edits below the last one; 1 is the first
 
 _TAG, _WHAT = "fastedit-undo-1", "what takes an edit back"
 _AT, _WAS = "..at", "..was"  # no parameter's path has two dots in a row
@@ -40,11 +46,13 @@ class Undo:
     Attributes:
         originals: path of each parameter -> checksum of its weights before the edit.
         edit: path of each parameter -> checksums of its update.
+        edited: path of each parameter that is kept whole -> checksum of its weights right after the edit.
     """
 
     def __init__(self) -> None:
         self.originals: dict[str, str] = {}
         self.edit: dict[str, list[str]] = {}
+        self.edited: dict[str, str] = {}
         self._kept: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -59,39 +67,63 @@ class Undo:
             self._kept |= {path + _AT: places, path + _WAS: wanted.reshape(-1)[at].cpu()}
         else:
             self._kept[path + _WAS] = wanted.cpu()
+            self.edited |= checksums({path: after})
         self.originals |= checksums({path: wanted})
-        self.edit[path] = _identity(update)
+        self.edit[path] = identity(update)
 
     def belongs_to(self, updates: Mapping[str, Update]) -> bool:
         """Whether it is that of exactly these updates."""
-        return self.edit == {path: _identity(update) for path, update in updates.items()}
+        return self.edit == {path: identity(update) for path, update in updates.items()}
 
     @torch.no_grad()
-    def restored(self, path: str, weight: Tensor, update: Update) -> Tensor:
-        """The weights of one parameter before the edit, if `weight` is what it was right after it; see `originals`."""
+    def restored(self, path: str, weight: Tensor, update: Update) -> Tensor | None:
+        """The weights of one parameter before the edit; None if `weight` is not what it was right after it."""
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
-            return was
+            return was if checksums({path: weight})[path] == self.edited.get(path) else None
         found = subtracted(weight, update)
         found.view(-1)[self._kept[path + _AT].long()] = was.to(found.dtype)
-        return found
+        return found if checksums({path: found})[path] == self.originals[path] else None
 
     def save(self, path: str | Path) -> None:
         """Write it to a file. Raises FileError."""
-        save_tensors(path, self._kept, _TAG, {"originals": self.originals, "edit": self.edit}, _WHAT)
+        about = {"originals": self.originals, "edit": self.edit, "edited": self.edited}
+        save_tensors(path, self._kept, _TAG, about, _WHAT)
 
     @classmethod
     def load(cls, path: str | Path) -> Undo:
         """Read it from a file. Raises FileError."""
         undo = cls()
         undo._kept, metadata, _ = load_tensors(path, [_TAG], _WHAT)
-        undo.originals, undo.edit = dict(metadata.get("originals", {})), dict(metadata.get("edit", {}))
+        undo.originals, undo.edit, undo.edited = (
+            dict(metadata.get(name, {})) for name in ("originals", "edit", "edited")
+        )
         return undo
 
 
-def _identity(update: Update) -> list[str]:
+def identity(update: Update) -> list[str]:
+    """Checksums of an update."""
     parts = {"left": update.left, "right": update.right} if isinstance(update, LowRank) else {"": update}
     return list(checksums(parts).values())
+
+
+def undo_files(folder: Path) -> list[Path]:
+    """The undo files of a checkpoint, that of its last edit first."""
+    earlier = {int(found[1]): path for path in folder.glob("*.undo") if (found := _EARLIER.fullmatch(path.name))}
+    files = [folder / UNDO, *(earlier[n] for n in sorted(earlier, reverse=True))]
+    return [path for path in files if path.is_file()]
+
+
+def copy_undo_files(files: Sequence[Path], folder: Path, *, below: bool) -> None:
+    """Copy those of the edits that a new checkpoint still holds.
+
+    Args:
+        files: in the order of `undo_files`.
+        below: whether another edit stands on them, whose file is `UNDO`.
+    """
+    names = [f"delta-{n}.undo" for n in range(len(files) - (not below), 0, -1)]
+    for path, name in zip(files, names if below else [UNDO, *names], strict=False):
+        shutil.copyfile(path, folder / name)
 
 
 def undo_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor], updates: Mapping[str, Update]) -> Undo:

@@ -142,6 +142,16 @@ def test_what_is_not_known_to_be_exact_is_told(rng: torch.Generator, tmp_path: P
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3], ids=["kept in places", "kept whole"])
+def test_an_undo_restores_no_weights_that_were_changed_later(size: float, rng: torch.Generator) -> None:
+    weight = torch.randn(16, 8, generator=rng)
+    update = size * torch.randn(16, 8, generator=rng)
+    undo = Undo()
+    undo.keep("w", weight, weight + update, update)
+    assert torch.equal(undo.restored("w", weight + update, update), weight)
+    assert undo.restored("w", weight + update + 1, update) is None
+
+
 def test_differences_are_named_and_measured(rng: torch.Generator, tmp_path: Path) -> None:
     source = saved(tmp_path / "model", "llama")
     model = loaded(source)

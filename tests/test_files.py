@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 
 from fastedit import FileError, ModelError
-from fastedit.files import check_directory, check_file, check_writable, locked, replacing_directory
+from fastedit.files import (
+    ADAPTER,
+    BY_ADAPTER,
+    BY_CHECKPOINT,
+    BY_DELTA,
+    CHECKPOINT,
+    DELTA,
+    check_directory,
+    check_file,
+    check_writable,
+    locked,
+    replacing_directory,
+)
 
 
 def checkpoint(path: Path, text: str) -> None:
@@ -108,6 +120,32 @@ def test_a_folder_of_a_delta_and_its_report_is_replaced_and_no_other(tmp_path: P
     (path / "notes").touch()
     with pytest.raises(ModelError, match="no checkpoint"):
         check_directory(path)
+
+
+HELD = {
+    CHECKPOINT: ["config.json", "model.safetensors"],
+    DELTA: ["delta.safetensors", "report.json"],
+    ADAPTER: ["adapter_config.json", "adapter_model.safetensors"],
+}
+
+
+@pytest.mark.parametrize(
+    ("over", "lost"),
+    [(BY_CHECKPOINT, [ADAPTER]), (BY_DELTA, [CHECKPOINT, ADAPTER]), (BY_ADAPTER, [CHECKPOINT, DELTA])],
+    ids=["by a checkpoint", "by a delta", "by an adapter"],
+)
+def test_weights_are_not_replaced_by_what_has_none(over: tuple[str, ...], lost: list[str], tmp_path: Path) -> None:
+    for kind, names in HELD.items():
+        path = tmp_path / kind
+        path.mkdir()
+        for name in names:
+            (path / name).touch()
+        if kind in lost:
+            with pytest.raises(FileError, match=f"is {kind}, which is not replaced by this; give a new folder"):
+                check_directory(path, over=over)
+        else:
+            check_directory(path, over=over)
+        assert sorted(file.name for file in path.iterdir()) == names
 
 
 def test_an_output_may_stand_beside_an_input_but_not_around_it(tmp_path: Path) -> None:

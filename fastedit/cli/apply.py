@@ -36,10 +36,10 @@ def apply(
     Example: fastedit apply one.safetensors two.safetensors --model ./Llama-3-8B --output ./edited
     """
     check_directory(output, inputs_of(model, deltas))
-    from fastedit.checkpoints import UNDO, Stack
+    from fastedit.checkpoints import Stack
     from fastedit.cli.bars import Bars
     from fastedit.compose import added, overlaps, read, stacked
-    from fastedit.undo import Undo
+    from fastedit.undo import UNDO, Undo, copy_undo_files, undo_files
 
     given, checkpoint = read(deltas), arguments.load_checkpoint(model)
     stack, undo, total = Stack(checkpoint), Undo(), added(given)
@@ -53,10 +53,14 @@ def apply(
 
         return new
 
+    def keep_undo(folder: Path) -> None:
+        copy_undo_files(undo_files(model), folder, below=True)
+        undo.save(folder / UNDO)
+
     work_begins()
     with Bars() as bars:
         changes = {path: change(path) for path in total}
-        checkpoint.write(output, changes, lambda folder: undo.save(folder / UNDO), bars.callback("checkpoint"))
+        checkpoint.write(output, changes, keep_undo, bars.callback("checkpoint"))
     if found := overlaps(given):
         show(_table(found, deltas))
     typer.echo(f"{len(total)} parameters edited by {len(given)} deltas; written to {output}")

@@ -30,7 +30,8 @@ def diff(
 
     Example: fastedit diff ./Llama-3-8B ./edited --output edit.safetensors
     """
-    from fastedit.checkpoints import UNDO, differences, rank_of
+    from fastedit.checkpoints import differences, rank_of
+    from fastedit.undo import UNDO
 
     if output:
         undone = output.with_suffix(Path(UNDO).suffix)

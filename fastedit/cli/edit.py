@@ -17,7 +17,7 @@ from fastedit.cli.processes import speaks
 from fastedit.cli.resume import check_apart, resumable, run_folder
 from fastedit.cli.status import Status
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
-from fastedit.files import check_directory, check_writable
+from fastedit.files import BY_CHECKPOINT, BY_DELTA, check_directory, check_writable
 from fastedit.methods import METHODS
 from fastedit.progress import StageClock, no_progress
 
@@ -47,7 +47,8 @@ def edit(
         bool, typer.Option("--no-evaluate", help="Do not measure the model before and after the edit.")
     ] = False,
     delta_only: Annotated[
-        bool, typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report.")
+        bool,
+        typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report; replaces such."),
     ] = False,
     chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
@@ -74,8 +75,9 @@ def edit(
     sample, measured = arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
+    inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
     if speaks():  # each process would take away the folders that another one tries
-        check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
+        check_directory(output, inputs, BY_DELTA if delta_only else BY_CHECKPOINT)
         if folders["targets"]:
             check_writable(Path(folders["targets"]))
     state = Path(fields.get("state") or run_folder(output))

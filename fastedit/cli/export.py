@@ -12,7 +12,7 @@ from fastedit.cli.edit import check_checkpoint, check_questions, show_last
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins
 from fastedit.errors import ConfigError
-from fastedit.files import check_directory, check_file
+from fastedit.files import BY_ADAPTER, BY_CHECKPOINT, check_directory, check_file
 
 if TYPE_CHECKING:
     from fastedit.compat.peft import Adapter
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def export(
     delta: Annotated[Path, typer.Argument(help="A delta, as `fastedit edit` writes it.", show_default=False)],
     peft: Annotated[
-        Path | None, typer.Option(help="Write a LoRA adapter to this folder, for peft, vLLM and others.")
+        Path | None,
+        typer.Option(help="Write a LoRA adapter to this folder, for peft, vLLM and others; replaces an adapter."),
     ] = None,
     merge: Annotated[
         Path | None, typer.Option(help="Write the edited model to this folder; replaces a checkpoint.")
@@ -60,7 +61,8 @@ def export(
     if model is None and not dense:
         raise ConfigError(f"{given[0]} needs --model, the model that the delta was made for")
     inputs = arguments.inputs_of(model or "", delta=delta, requests=requests)
-    check_file(dense, inputs) if dense else check_directory(peft or merge or Path(), inputs)
+    over = BY_ADAPTER if peft else BY_CHECKPOINT
+    check_file(dense, inputs) if dense else check_directory(peft or merge or Path(), inputs, over)
     from fastedit.delta import WeightDelta
 
     change = WeightDelta.load(delta)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastedit.cli.processes import speaks
 from fastedit.cli.status import memory
 from fastedit.errors import EditError, FastEditError, FileError, ModelError, reason
-from fastedit.files import replacing, replacing_directory
+from fastedit.files import BY_CHECKPOINT, BY_DELTA, replacing, replacing_directory
 from fastedit.progress import StageClock, no_progress
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ class Outcome:
         Raises:
             FileError: it cannot be written, or not so that it is read as it is.
         """
-        from fastedit.checkpoints import UNDO
         from fastedit.saving import write_checkpoint
+        from fastedit.undo import UNDO, copy_undo_files
 
         if not speaks():
             return
@@ -103,10 +103,12 @@ class Outcome:
             self._report(report)
             if model is None and self._place == directory:
                 return
-            with replacing_directory(directory) as temporary:
+            over = BY_DELTA if model is None else BY_CHECKPOINT
+            with replacing_directory(directory, over) as temporary:
                 if model is not None:
                     with self._clock.stage("saving"):
                         write_checkpoint(model, temporary)
+                        copy_undo_files(_earlier(model), temporary, below=True)
                         self.result.delta.save_undo(temporary / UNDO)
                     self._report(report)  # once more, for now it is known how long that took
                 for name in (_DELTA, _REPORT, _PAGE):
@@ -168,6 +170,15 @@ def _conflict(requests: Sequence[EditRequest]) -> dict[str, Any]:
     for request in requests:
         ids.setdefault(request.target, []).append(request.id)
     return {"prompt": requests[0].prompt, "targets": [{"target": t, "ids": some} for t, some in ids.items()]}
+
+
+def _earlier(model: Model) -> list[Path]:
+    """The undo files of the checkpoint that the model was loaded from."""
+    from fastedit.undo import undo_files
+
+    network: Any = model.network
+    source = str(network.config._name_or_path)  # empty if it was not loaded
+    return undo_files(Path(source)) if source else []
 
 
 def _free(directory: Path) -> Path:

@@ -11,6 +11,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.apply import DeltasArgument, inputs_of
 from fastedit.cli.phase import work_begins
+from fastedit.errors import FileError, ModelError
 from fastedit.files import check_directory
 
 if TYPE_CHECKING:
@@ -41,27 +42,40 @@ def revert(
     from fastedit.checkpoints import Reverted
     from fastedit.cli.bars import Bars
     from fastedit.compose import read
+    from fastedit.undo import copy_undo_files, undo_files
 
     given, checkpoint = read(deltas), arguments.load_checkpoint(model)
-    found = Reverted(checkpoint, given, _undos(model, deltas, undo))
+    undos = _undos(model, deltas, undo, approximate)
+    found = Reverted(checkpoint, given, list(undos.values()))
     wrong = found.problem()
     if wrong and not approximate:
-        from fastedit.errors import ModelError
-
         raise ModelError(
             f"{wrong}; --approximate subtracts the deltas all the same, which gives weights up to a rounding"
         )
+    gone = [found.updates, *(delta.updates for delta in given)]
+    held = [path for path in undo_files(model) if path in undos and not any(map(undos[path].belongs_to, gone))]
+
+    def keep_undo(folder: Path) -> None:
+        copy_undo_files(held, folder, below=False)
+
     work_begins()
     with Bars() as bars:
-        checkpoint.write(output, found.changes(), progress=bars.callback("checkpoint"))
+        checkpoint.write(output, found.changes(), keep_undo, bars.callback("checkpoint"))
     said = f"subtracted; not checked to the bit: {wrong}" if wrong else "as before, bit for bit"
     typer.echo(f"{len(found.updates)} parameters {said}; written to {output}")
 
 
-def _undos(model: Path, deltas: Sequence[Path], given: Path | None) -> list[Undo]:
-    from fastedit.checkpoints import UNDO
-    from fastedit.undo import Undo
+def _undos(model: Path, deltas: Sequence[Path], given: Path | None, approximate: bool) -> dict[Path, Undo]:
+    """Undo files that can be read, by path; those that cannot are told. Raises FileError: `given`, if it is needed."""
+    from fastedit.undo import UNDO, Undo, undo_files
 
-    beside = [delta.with_suffix(Path(UNDO).suffix) for delta in deltas]
-    places = [given] if given else [path for path in dict.fromkeys([model / UNDO, *beside]) if path.is_file()]
-    return [Undo.load(path) for path in places]
+    beside = (path for delta in deltas if (path := delta.with_suffix(Path(UNDO).suffix)).is_file())
+    found = {}
+    for path in dict.fromkeys([*([given] if given else beside), *undo_files(model)]):
+        try:
+            found[path] = Undo.load(path)
+        except FileError as error:
+            if path == given and not approximate:
+                raise
+            arguments.tell([f"{error}; it is left out"])
+    return found

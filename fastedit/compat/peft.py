@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit.delta import WeightDelta
 from fastedit.errors import ConfigError, FileError, ModelError, listed
-from fastedit.files import replacing_directory
+from fastedit.files import BY_ADAPTER, check_directory, replacing_directory
 from fastedit.models import plain_state, topology
 from fastedit.weights import LowRank, truncated
 
@@ -52,7 +52,7 @@ class Adapter:
         directory = Path(directory)
         about = {"format": "pt", "fastedit": json.dumps(self.delta.metadata)}
         try:
-            with replacing_directory(directory) as folder:
+            with replacing_directory(directory, BY_ADAPTER) as folder:
                 save_file(self._tensors(), folder / "adapter_model.safetensors", about)
                 text = json.dumps(self._config(), indent=1) + "\n"
                 (folder / "adapter_config.json").write_text(text, encoding="utf-8")
@@ -130,7 +130,12 @@ def as_adapter(delta: WeightDelta, model: nn.Module, *, rank: int | None = None)
 
 
 def export_peft(delta: WeightDelta, model: nn.Module, directory: str | Path, *, rank: int | None = None) -> Adapter:
-    """Write an edit as a LoRA adapter: `as_adapter`, then `Adapter.save`."""
+    """Write an edit as a LoRA adapter: `as_adapter`, then `Adapter.save`.
+
+    Raises:
+        FileError, ModelError, ConfigError: as those; a folder that cannot be written is refused first.
+    """
+    check_directory(Path(directory), over=BY_ADAPTER)
     adapter = as_adapter(delta, model, rank=rank)
     adapter.save(directory)
     return adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from helpers import tiny_model
 from safetensors.torch import load_file
 
 from fastedit import Editor, WeightDelta
+from fastedit.undo import subtracted
 
 RECORDS = [
     {"prompt": f"w{10 + i} w{20 + i} w{30 + i}", "target": f"w{40 + i}", "paraphrases": [f"w9 w{20 + i} w{30 + i}"]}
     for i in range(3)
 ]
+FLAGS = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--no-evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +30,16 @@ def work(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Editor(tiny_model("llama", dtype=torch.bfloat16), tokenizer).save_model(work / "model")
     Editor(tiny_model("llama", seed=1), tokenizer).save_model(work / "other")
     (work / "facts.json").write_text(json.dumps(RECORDS))
-    flags = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--no-evaluate")
-    works("edit", "--model", work / "model", "--requests", work / "facts.json", "--output", work / "edited", *flags)
+    works("edit", "--model", work / "model", "--requests", work / "facts.json", "--output", work / "edited", *FLAGS)
     return work
+
+
+@pytest.fixture(scope="module")
+def twice(work: Path) -> Path:
+    """The edited checkpoint, edited once more: the same matrix."""
+    (work / "more.json").write_text(json.dumps([record | {"target": "w50"} for record in RECORDS]))
+    works("edit", "--model", work / "edited", "--requests", work / "more.json", "--output", work / "twice", *FLAGS)
+    return work / "twice"
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -82,9 +92,66 @@ def test_deltas_of_two_models_are_not_put_together(work: Path, tmp_path: Path) -
     assert f"fingerprint is {first}" in wrong
     assert f"delta 2 was made for {second}" in wrong
     assert not (tmp_path / "new").exists()
-    told = works("apply", delta, delta, "--model", work / "model", "--output", tmp_path / "new").stdout
-    assert "+1.000" in told
-    assert "by 2 deltas" in told
+
+
+def test_a_delta_is_not_put_on_twice(work: Path, tmp_path: Path) -> None:
+    delta, copy = work / "edited" / "delta.safetensors", tmp_path / "copy.safetensors"
+    copy.write_bytes(delta.read_bytes())
+    wrong = fails(2, "apply", delta, delta, copy, "--model", work / "model", "--output", tmp_path / "new")
+    assert f"2 of the 3 deltas repeat others: delta 2 ({delta}) is delta 1 ({delta}), delta 3 ({copy}) is" in wrong
+    assert not (tmp_path / "new").exists()
+
+
+def undo_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.undo")}
+
+
+@pytest.mark.parametrize("way", ["edit", "apply"])
+def test_an_edit_below_another_keeps_its_undo_file(way: str, work: Path, twice: Path, tmp_path: Path) -> None:
+    first, top = work / "edited", twice
+    if way == "apply":
+        top = tmp_path / "top"
+        works("apply", twice / "delta.safetensors", "--model", first, "--output", top)
+    assert undo_files(top).keys() == {"delta.undo", "delta-1.undo"}
+    works("revert", twice / "delta.safetensors", "--model", top, "--output", tmp_path / "back")
+    assert same_weights(tmp_path / "back", first)
+    assert undo_files(tmp_path / "back") == undo_files(first)
+    alone = tmp_path / "first.safetensors"  # no undo file beside it
+    alone.write_bytes((first / "delta.safetensors").read_bytes())
+    works("revert", alone, "--model", tmp_path / "back", "--output", tmp_path / "before")
+    assert same_weights(tmp_path / "before", work / "model")
+    assert not undo_files(tmp_path / "before")
+
+
+def test_an_edit_below_another_is_subtracted_from_both(work: Path, twice: Path, tmp_path: Path) -> None:
+    delta, near = work / "edited" / "delta.safetensors", tmp_path / "near"
+    common = ("revert", delta, "--model", twice, "--output", near)
+    assert "they were changed after these edits" in fails(2, *common)
+    assert "subtracted; not checked to the bit" in works(*common, "--approximate").stdout
+    held, found = (load_file(folder / "model.safetensors") for folder in (twice, near))
+    for path, update in WeightDelta.load(delta).updates.items():
+        assert torch.equal(found[path], subtracted(held[path], update))
+
+
+def test_edits_on_one_another_are_reverted_in_any_order(work: Path, twice: Path, tmp_path: Path) -> None:
+    deltas = [work / "edited" / "delta.safetensors", twice / "delta.safetensors"]
+    works("apply", *deltas, "--model", work / "model", "--output", tmp_path / "both")
+    for order in (deltas, deltas[::-1]):
+        works("revert", *order, "--model", tmp_path / "both", "--output", tmp_path / "back")
+        assert same_weights(tmp_path / "back", work / "model")
+
+
+def test_an_undo_file_that_is_damaged_is_left_out(work: Path, tmp_path: Path) -> None:
+    delta, held = work / "edited" / "delta.safetensors", tmp_path / "held"
+    shutil.copytree(work / "edited", held)
+    (held / "delta.undo").write_bytes(b"12345678")
+    common = ("revert", delta, "--model", held, "--output", tmp_path / "back")
+    assert f"{held / 'delta.undo'}: not a readable" in works(*common).stderr  # the one beside the delta is whole
+    assert same_weights(tmp_path / "back", work / "model")
+    assert "not a readable" in fails(2, *common, "--undo", held / "delta.undo")
+    alone = ("revert", held / "delta.safetensors", *common[2:])
+    assert "no undo file of these deltas" in fails(2, *alone)
+    assert "subtracted" in works(*alone, "--approximate", "--undo", held / "delta.undo").stdout
 
 
 def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
@@ -103,6 +170,20 @@ def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
     assert "--max-lora-rank 8" in told
     assert "reliability lost by the adapter:" in told
     assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("command", ["export", "edit"])
+def test_a_checkpoint_is_not_replaced_by_less(command: str, work: Path) -> None:
+    """Refused before the model is loaded."""
+    output, model = work / "other", ("--model", work / "no such model")
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    given: dict[str, tuple[Any, ...]] = {
+        "export": (work / "edited" / "delta.safetensors", "--peft", output, "--rank", 2),
+        "edit": ("--requests", work / "facts.json", "--output", output, "--delta-only"),
+    }
+    wrong = fails(2, command, *given[command], *model)
+    assert f"{output} is a checkpoint, which is not replaced by this; give a new folder" in wrong
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
 
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {

@@ -39,6 +39,19 @@ def linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
     return {path: maps[path] for path in parameters if path in maps}
 
 
+def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dict[str, nn.Linear | Conv1D]:
+    """The maps whose gradient is larger than what it is made of in a batch of so many tokens.
+
+    The gradient goes between processes in fp32, its parts in the model's dtype.
+    """
+    found = {}
+    for path, module in maps.items():
+        size = tokens * sum(module.weight.shape) * module.weight.element_size()
+        if size < 4 * module.weight.numel():
+            found[path] = module
+    return found
+
+
 @contextmanager
 def recorded(
     maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[], Tensor | None] = lambda: None

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ops, parallel
 from fastedit.errors import EditError
 from fastedit.methods.base import LIKELY
-from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, with_kernel
+from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, smaller_in_parts, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.null_space import NullSpace
@@ -86,7 +86,7 @@ class Trainer:
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
         self.maps = linear_maps(topology.model, parameters)  # of few rows: to form their gradient costs little
         if data.trained is None and parallel.world() > 1:
-            self.maps = _smaller_in_parts(self.maps, int(tokens))
+            self.maps = smaller_in_parts(self.maps, int(tokens))
         elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
         self.trained_rows: Tensor | None = None  # of the pass that runs
@@ -398,16 +398,3 @@ class Trainer:
         for path, parameter in self.parameters.items():
             parameter.copy_(self.originals.values[path].float() + updates[path])
         return updates
-
-
-def _smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dict[str, nn.Linear | Conv1D]:
-    """The maps whose gradient is larger than what it is made of in a batch of so many tokens.
-
-    The gradient goes between processes in fp32, its parts in the model's dtype.
-    """
-    found = {}
-    for path, module in maps.items():
-        size = tokens * sum(module.weight.shape) * module.weight.element_size()
-        if size < 4 * module.weight.numel():
-            found[path] = module
-    return found
