@@ -23,6 +23,7 @@ from fastedit.compose import added
 from fastedit.delta import WeightDelta
 from fastedit.errors import FileError, ModelError, listed
 from fastedit.files import replacing_directory
+from fastedit.loading import refuse_adapter
 from fastedit.models import fingerprint_of, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.saving import architecture_of, check_room, names_in_files
@@ -46,13 +47,14 @@ class Checkpoint:
             twice.
 
     Raises:
-        FileError: no checkpoint, or one that cannot be read. ModelError: quantized weights, or weights whose names or
-            shapes in the files are not known from the architecture.
+        FileError: no checkpoint, or one that cannot be read. ModelError: an adapter in the folder, quantized weights,
+            or weights whose names or shapes in the files are not known from the architecture.
     """
 
     @plain_state
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        refuse_adapter(self.folder)
         self._places = _places(self.folder)
         network = self._architecture()
         names: dict[int, list[str]] = {}
@@ -87,7 +89,8 @@ class Checkpoint:
     ) -> None:
         """Write the checkpoint with some parameters changed, a file at a time; it appears whole or not at all.
 
-        Tokenizer and settings are copied; weights in other formats, undo files and subfolders are not.
+        Tokenizer and settings are copied, those in subfolders too. Weights in other formats and undo files are not,
+        nor are subfolders that are hidden or hold weights.
 
         Args:
             changes: path -> what makes the new weights of the old ones.
@@ -101,15 +104,20 @@ class Checkpoint:
         check_room(directory, sum((self.folder / file).stat().st_size for file in files))
         try:
             with replacing_directory(directory) as folder:
-                for path in self.folder.iterdir():
-                    if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _REPORTS:
-                        shutil.copyfile(path, folder / path.name)
+                self._copy_settings(folder)
                 for i, name in enumerate(files):
                     self._write_file(name, folder, by_key)
                     progress("files", i + 1, len(files))
                 finish(folder)
         except (OSError, SafetensorError) as error:
             raise FileError(directory, f"could not be written: {error}; nothing was changed") from error
+
+    def _copy_settings(self, folder: Path) -> None:
+        for path in self.folder.iterdir():
+            if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _REPORTS:
+                shutil.copyfile(path, folder / path.name)
+            elif path.is_dir() and not _left_behind(path):
+                shutil.copytree(path, folder / path.name)
 
     def _write_file(self, name: str, folder: Path, changes: Mapping[str, Change]) -> None:
         own = [key for key, file in self._places.items() if file == name]
@@ -160,6 +168,11 @@ class Checkpoint:
                             wrong.append(f"{key} in {found.get_dtype()}")
         if wrong:
             raise ModelError(f"{self.folder}: {len(wrong)} tensors are not as config.json says: {listed(wrong)}")
+
+
+def _left_behind(folder: Path) -> bool:
+    """Whether a subfolder is no part of a checkpoint: hidden, as those of downloads are, or another checkpoint."""
+    return folder.name.startswith(".") or any(path.suffix in _WEIGHTS for path in folder.rglob("*"))
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device is {device!r}, which cannot be used: {reason(error)}; give another") from error
-    _refuse_adapter(Path(name))
+    refuse_adapter(Path(name))
     source, gguf, how = name, {}, {}
     if str(name).lower().endswith(".gguf"):
         _check_gguf(Path(name))
@@ -119,8 +119,11 @@ def _check_gguf(file: Path) -> None:
         )
 
 
-def _refuse_adapter(folder: Path) -> None:
-    """With peft installed, transformers would load the adapter and the model that it was made for, wherever that is."""
+def refuse_adapter(folder: Path) -> None:
+    """Raise ModelError if a folder holds an adapter, with or without a model.
+
+    With peft installed, transformers would load the adapter and the model that it was made for, wherever that is.
+    """
     file = folder / "adapter_config.json"
     if not file.is_file():
         return

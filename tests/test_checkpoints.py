@@ -100,12 +100,20 @@ def test_a_checkpoint_is_edited_as_the_model_is_and_put_back(kind: str, rng: tor
     family, dtype, shards, change = STORED[kind]
     source = saved(tmp_path / "model", family, dtype, shards)
     change(source)
-    (source / "notes.txt").write_text("kept")
+    for kept in ("notes.txt", "additional_chat_templates/tools.jinja"):
+        (source / kept).parent.mkdir(exist_ok=True)
+        (source / kept).write_text("kept")
+    for left in ("checkpoint-5/model.safetensors", "onnx/model.onnx", ".cache/metadata", "old.bin"):
+        (source / left).parent.mkdir(exist_ok=True)
+        (source / left).touch()
     model, before = loaded(source), Checkpoint(source)
     assert before.fingerprint() == fingerprint(model)
     delta = an_edit(model, rng)
     edited, undo = put(before, tmp_path / "edited", delta)
     assert (edited / "notes.txt").read_text() == "kept"
+    assert {path.name for path in edited.rglob("*") if path.is_dir()} == {"additional_chat_templates"}
+    assert (edited / "additional_chat_templates" / "tools.jinja").read_text() == "kept"
+    assert not (edited / "old.bin").exists()
     assert bits(edited).keys() == bits(source).keys()
     delta.apply(model)
     for name, tensor in loaded(edited).state_dict().items():
@@ -180,6 +188,7 @@ def quantized(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter of MODEL"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "cut off": (lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), "holds no weights"),

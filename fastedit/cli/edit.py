@@ -92,7 +92,7 @@ def edit(
     clock = StageClock(no_progress)
     with ExitStack() as stack, Bars() as bars:
         if not delta_only and speaks():
-            check_checkpoint(editor, output)
+            check_checkpoint(editor, output, "write the delta alone: --delta-only")
         plan = plan_of(editor, edits, skip_bad)
         edits = plan.requests
         asked = draw(edits, sample)
@@ -151,8 +151,8 @@ def show_last(report: EvaluationReport, output: Path) -> None:
         raise EditError(f"the table could not be printed: {reason(error)}; all is written to {output}") from error
 
 
-def check_checkpoint(editor: Editor, output: Path) -> None:
-    """Refuse a model that could not be written at the end, before the work begins."""
+def check_checkpoint(editor: Editor, output: Path, instead: str) -> None:
+    """Refuse a model that could not be written at the end, before the work begins; say what to do instead."""
     from fastedit.saving import check_saves
 
     try:
@@ -160,6 +160,4 @@ def check_checkpoint(editor: Editor, output: Path) -> None:
     except FileError:
         raise
     except ModelError as error:
-        raise ModelError(
-            f"the model could not be saved: {error}; mend that, or write the delta alone: --delta-only"
-        ) from error
+        raise ModelError(f"the model could not be saved: {error}; mend that, or {instead}") from error

@@ -33,7 +33,7 @@ def export(
         Path | None, typer.Option(help="Write the updates to this safetensors file, in fp32 by parameter.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="The unedited model, by folder or hub name; --dense needs none.")
+        str | None, typer.Option("--model", help="The unedited model, by folder or hub name; --dense takes none.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the adapter, at most; LocFT-BF's edits need one, such as 64.")
@@ -58,12 +58,16 @@ def export(
         raise ConfigError(f"{' and '.join(alone)} belong to --peft; {given[0]} writes the whole delta")
     if chat and not requests:
         raise ConfigError("--chat is for the prompts of --requests, and there are none")
+    of_model = {"--model": model, "--dtype": dtype is not arguments.Dtype.auto, "--device": device}
+    if dense and (unread := [name for name, value in of_model.items() if value]):
+        raise ConfigError(f"{' and '.join(unread)} belong to --peft and --merge; --dense reads the delta alone")
     if model is None and not dense:
         raise ConfigError(f"{given[0]} needs --model, the model that the delta was made for")
     inputs = arguments.inputs_of(model or "", delta=delta, requests=requests)
     over = BY_ADAPTER if peft else BY_CHECKPOINT
     check_file(dense, inputs) if dense else check_directory(peft or merge or Path(), inputs, over)
     from fastedit.delta import WeightDelta
+    from fastedit.undo import undo_files
 
     change = WeightDelta.load(delta)
     if dense:
@@ -74,11 +78,13 @@ def export(
     editor = arguments.load(str(model), dtype, device, chat_template=chat)
     change.check(editor.model)
     if merge:
-        check_checkpoint(editor, merge)
+        check_checkpoint(editor, merge, "export the updates: --dense")
         work_begins()
         change.apply(editor.model)
         editor.save_model(merge)
         typer.echo(f"the edited model was written to {merge}")
+        if undo_files(Path(str(model))):
+            arguments.tell([f"the undo files of earlier edits stay in {model}: they do not travel with --merge"])
     elif peft:
         _adapter(change, editor, peft, rank, requests)
 

@@ -787,7 +787,9 @@ def test_a_model_that_cannot_be_saved_is_told_before_the_work(
     assert "--delta-only" in said
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
     works(*common, "--delta-only")
-    assert (tmp_path / "out" / "delta.safetensors").is_file()
+    delta = tmp_path / "out" / "delta.safetensors"
+    said = fails(2, "export", delta, "--merge", tmp_path / "merged", "--model", model)
+    assert "mend that, or export the updates: --dense" in said
 
 
 def test_a_table_that_cannot_be_printed_comes_last(

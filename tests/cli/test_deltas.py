@@ -154,7 +154,7 @@ def test_an_undo_file_that_is_damaged_is_left_out(work: Path, tmp_path: Path) ->
     assert "subtracted" in works(*alone, "--approximate", "--undo", held / "delta.undo").stdout
 
 
-def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
+def test_a_delta_is_exported(work: Path, twice: Path, tmp_path: Path) -> None:
     delta, model = work / "edited" / "delta.safetensors", ("--model", work / "model")
     works("export", delta, "--dense", tmp_path / "updates.safetensors")
     updates = WeightDelta.load(delta).updates
@@ -162,6 +162,8 @@ def test_a_delta_is_exported(work: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, updates[name])
     works("export", delta, "--merge", tmp_path / "merged", *model)
     assert same_weights(tmp_path / "merged", work / "edited")
+    merge = ("export", twice / "delta.safetensors", "--merge", tmp_path / "merged", "--model", work / "edited")
+    assert f"the undo files of earlier edits stay in {work / 'edited'}" in works(*merge).stderr
 
     adapter = ("export", delta, "--peft", tmp_path / "adapter", *model)
     assert "give the rank" in fails(2, *adapter)
@@ -191,6 +193,11 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "two ways": (("--peft", "{new}", "--dense", "{new}"), "got --peft and --dense"),
     "no model": (("--peft", "{new}"), "--peft needs --model"),
     "a rank for nothing": (("--dense", "{new}", "--rank", "4"), "--rank belong to --peft"),
+    "a model for nothing": (
+        ("--dense", "{new}", "--model", "/nowhere", "--device", "cuda:7"),
+        "--model and --device belong to --peft and --merge; --dense reads the delta alone",
+    ),
+    "a dtype for nothing": (("--dense", "{new}", "--dtype", "float16"), "--dtype belong to --peft and --merge"),
     "another base": (("--peft", "{new}", "--rank", "4", "--model", "{other}"), "was made for a model with fingerprint"),
     "over its input": (("--dense", "{delta}"), "is the input of --delta"),
 }
