@@ -202,7 +202,7 @@ def export(
         return
     editor = arguments.load(str(model), arguments.Dtype(dtype), device)
     found.check(editor.model)
-    check_checkpoint(editor, output or Path())
+    check_checkpoint(editor, output or Path(), "export the delta alone: --delta FILE")
     work_begins()
     found.apply(editor.model)
     editor.save_model(output or Path())
