@@ -26,7 +26,7 @@ from fastedit.loading import load_model
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
 from fastedit.models import Model, Topology, fingerprint, plain_state
-from fastedit.progress import Progress, StageClock, no_progress
+from fastedit.progress import LEARNED, Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
 from fastedit.results import EachEditResult, EditResult
 from fastedit.saving import save_model
@@ -148,6 +148,11 @@ class Editor:
         model, tokenizer = load_model(name, dtype=dtype, device=device)
         return cls(model, tokenizer, method, **config)
 
+    def _report(self, stage: str, done: int, total: int, loss: float | None = None) -> None:
+        """Hand on to the progress, which a caller may set between plan and run; what is no stage, if it takes that."""
+        if stage != LEARNED or getattr(self.progress, "takes_learned", False):
+            self.progress(stage, done, total, *(() if loss is None else (loss,)))
+
     @plain_state
     @parallel.together()
     def plan(self, requests: Requests) -> EditPlan:
@@ -160,7 +165,7 @@ class Editor:
         edits, now = as_requests(requests), fingerprint(self.model)
 
         started = time.perf_counter()
-        clock = StageClock(lambda *done: self.progress(*done))  # which a caller may set between plan and run
+        clock = StageClock(self._report)
         options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
         return EditPlan(edits, now, made, time.perf_counter() - started, prompt_notes(self.parts, edits), clock)

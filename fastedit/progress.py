@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 LEARNED = "learned"
-"""No stage: of how many edits the targets became likely so far."""
+"""No stage: of how many edits the targets became likely so far; for a progress with a true `takes_learned`."""
 
 
 class Progress(Protocol):

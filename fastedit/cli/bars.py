@@ -88,6 +88,7 @@ class Bars:
             self._bars.update(bar, completed=done, total=total, **shown)
             self._tell(description, done, total, loss, shown, now)
 
+        report.takes_learned = True  # type: ignore[attr-defined]
         return report
 
     def _tell(

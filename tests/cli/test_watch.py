@@ -69,7 +69,7 @@ def test_a_running_edit_is_shown_by_its_output_or_its_state(
     seen: list[Any] = []
 
     def look() -> None:
-        wait_for(lambda: json.loads(Path(state, STATUS).read_text()).get("learned") is not None)
+        wait_for(lambda: json.loads(Path(state, STATUS).read_text()).get("done") == 2)
         folders = (state, "out") if state == "out.run" else (state,)
         seen.extend(call("watch", folder, "--once") for folder in folders)
 
