@@ -7,6 +7,7 @@ architecture that config.json describes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ _REPORTS = ("report.json", "report.html")  # of the edit that made the checkpoin
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".undo"}
 _SKETCH, _ENERGY = 256, 0.99
+_PART = 2**20  # weights that are compared at once
 _WHOLE = "edit the loaded model instead: fastedit export DELTA --merge DIR --model MODEL"
 
 Change = Callable[[Tensor], Tensor]
@@ -74,6 +76,12 @@ class Checkpoint:
     def read(self, path: str) -> Tensor:
         """A parameter, as it is stored."""
         return self._tensor(self.keys[path][0])
+
+    def dtype(self, path: str) -> str:
+        """That of a parameter as it is stored, such as "BF16"."""
+        key = self.keys[path][0]
+        with safe_open(self.folder / self._places[key], "pt") as file:
+            return str(file.get_slice(key).get_dtype())
 
     def fingerprint(self, change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor) -> str:
         """That of the model; `change` gives a parameter as it will be."""
@@ -281,28 +289,30 @@ class Difference:
     """How a parameter of one checkpoint differs from that of another.
 
     Attributes:
-        changed: share of its weights that differ.
-        relative: norm of the difference over that of the first.
-        largest: difference of a weight.
+        changed: share of its weights that differ; NaN is equal to NaN.
+        relative: norm of the difference over that of the first, without differences that are not finite.
+        largest: difference of a weight, of those that are finite.
+        broken: how many weights differ that are NaN or infinite in one of the two.
     """
 
     path: str
     changed: float
     relative: float
     largest: float
+    broken: int
 
 
 def rank_of(update: Tensor) -> int | None:
-    """Directions that hold 99 % of an update's square, estimated from a sketch; None above 256.
+    """Directions that hold 99 % of the square of a matrix's update, estimated from a sketch; None above 256.
 
     Rounding to bf16 adds to them. A vector has rank 1.
     """
-    if update.ndim != 2:
+    if update.ndim < 2:
         return 1
     rng = torch.Generator().manual_seed(0)
     probe = torch.randn(update.shape[1], min(_SKETCH, *update.shape), generator=rng)
     q = torch.linalg.qr(update @ probe).Q
-    held = torch.linalg.svdvals(q.T @ update).square().cumsum(0) / update.square().sum()
+    held = torch.linalg.svdvals(q.T @ update).square().cumsum(0) / torch.linalg.vector_norm(update).square()
     enough = (held >= _ENERGY).nonzero()
     return int(enough[0]) + 1 if len(enough) else None
 
@@ -311,7 +321,7 @@ def rank_of(update: Tensor) -> int | None:
 def differences(
     one: Checkpoint, other: Checkpoint, progress: Progress = no_progress
 ) -> Iterator[tuple[Difference, Tensor]]:
-    """The parameters that differ, in the order of the model, with the differences in fp32.
+    """The parameters whose values differ, in the order of the model, with the differences in fp32.
 
     Raises:
         ModelError: the two have not the same parameters; names them.
@@ -328,10 +338,27 @@ def differences(
 @torch.no_grad()
 def _differences(one: Checkpoint, other: Checkpoint, progress: Progress) -> Iterator[tuple[Difference, Tensor]]:
     for i, path in enumerate(one.shapes):
-        old, new = one.read(path).double(), other.read(path).double()
-        if not torch.equal(old, new):
-            update = new - old
-            relative = float(update.norm() / old.norm().clamp_min(1e-300))
-            share = float((update != 0).double().mean())
-            yield Difference(path, share, relative, float(update.abs().max())), update.float()
+        if found := _difference(path, one.read(path), other.read(path)):
+            yield found
         progress("parameters", i + 1, len(one.shapes))
+
+
+def _difference(path: str, one: Tensor, other: Tensor) -> tuple[Difference, Tensor] | None:
+    """None if the values are equal. In fp64, which takes memory, only a part of them is at once."""
+    if one.dtype == other.dtype and torch.equal(one, other):
+        return None
+    update, changed, broken, largest, whole, moved = torch.zeros(one.shape), 0, 0, 0.0, 0.0, 0.0
+    parts = (tensor.reshape(-1).split(_PART) for tensor in (one, other, update))
+    for old, new, found in zip(*parts, strict=True):
+        a, b = old.double(), new.double()
+        differ = (a != b) & ~(a.isnan() & b.isnan())
+        step = torch.where(differ, b - a, 0.0)
+        found.copy_(step)
+        finite = step[step.isfinite()]
+        changed, broken = changed + int(differ.sum()), broken + len(step) - len(finite)
+        whole, moved = whole + float(a[a.isfinite()].square().sum()), moved + float(finite.square().sum())
+        largest = max(largest, float(finite.abs().max()) if len(finite) else 0.0)
+    if not changed:
+        return None
+    relative = math.sqrt(moved / max(whole, 1e-300))
+    return Difference(path, changed / one.numel(), relative, largest, broken), update

@@ -177,6 +177,36 @@ def test_differences_are_named_and_measured(rng: torch.Generator, tmp_path: Path
         differences(Checkpoint(source), Checkpoint(tmp_path / "other"))
 
 
+NAN, INF = float("nan"), float("inf")
+# weights of two checkpoints -> share that differs, largest finite difference, how many are not finite; None if equal
+VALUES: dict[str, tuple[list[float], list[float], tuple[float, float, int] | None]] = {
+    "a NaN that is new": ([1, 2, 3, 4], [1, NAN, 3, 6], (0.5, 2.0, 1)),
+    "an infinity that is new": ([1, 2, 3, 4], [1, -INF, 3, 4], (0.25, 0.0, 1)),
+    "the same NaN and infinity": ([NAN, INF, 3, 4], [NAN, INF, 3, 4], None),
+    "and a weight beside them": ([NAN, INF, 3, 4], [NAN, INF, 5, 4], (0.25, 2.0, 0)),
+}
+
+
+@pytest.mark.parametrize("other_dtype", [False, True], ids=["one dtype", "two dtypes"])
+@pytest.mark.parametrize("case", VALUES)
+def test_differences_of_weights_that_are_not_finite(case: str, other_dtype: bool, tmp_path: Path) -> None:
+    *values, wanted = VALUES[case]
+    folders = [saved(tmp_path / name, "llama", BF16 if name == "a" and other_dtype else torch.float32) for name in "ab"]
+    tensors = load_file(folders[0] / "model.safetensors")  # the values of bf16, in fp32 too
+    for folder, row in zip(folders, values, strict=True):
+        dtype = load_file(folder / "model.safetensors")["model.norm.weight"].dtype
+        new = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        new["model.norm.weight"][:4] = torch.tensor(row)
+        new["model.norm.weight"] = new["model.norm.weight"][[0, 1, 2, 3] * 8]
+        save_file(new, folder / "model.safetensors", {"format": "pt"})
+    found = list(differences(*map(Checkpoint, folders)))
+    if wanted is None:
+        assert not found
+    else:
+        ((difference, _),) = found
+        assert (difference.changed, difference.largest, difference.broken // 8) == wanted
+
+
 def index_of_lost_file(folder: Path) -> None:
     content = {"weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "lost.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))

@@ -69,9 +69,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            message, code = "interrupted; nothing was written", 1
+            message, code = phase.interrupted(), 1
         except FastEditError as error:
-            message, code = str(error) + _rest(error), phase.exit_code()
+            message, code = phase.written(str(error)) + _rest(error), phase.exit_code()
         except Exception as error:
             if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
                 raise

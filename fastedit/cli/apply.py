@@ -10,7 +10,7 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.files import check_directory
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def apply(
     with Bars() as bars:
         changes = {path: change(path) for path in total}
         checkpoint.write(output, changes, keep_undo, bars.callback("checkpoint"))
+    wrote(output)
     if found := overlaps(given):
         show(_table(found, deltas))
     typer.echo(f"{len(total)} parameters edited by {len(given)} deltas; written to {output}")

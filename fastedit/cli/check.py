@@ -9,7 +9,7 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.errors import ConfigError, FileError, ModelError
 from fastedit.files import check_file
 
@@ -97,6 +97,7 @@ def check(
     report = questions.report(after, before, bounds=bounds, tasks=(tasks_after, tasks_before), about=about)
     if output:
         report.save(output)
+        wrote(output / "check.json", output / "check.html")
     show(report)
     if output:
         typer.echo(f"written to {output / 'check.json'} and {output / 'check.html'}")

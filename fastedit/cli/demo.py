@@ -11,7 +11,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.errors import ConfigError, EditError, ModelError
 from fastedit.files import check_directory
 
@@ -70,6 +70,7 @@ def demo(
     if output:
         with keeping(output, result) as outcome:
             outcome.finish(report, editor.parts)
+            wrote(output)
     result.revert()
     now = editor.model.state_dict()
     restored = all(torch.equal(tensor, now[name]) for name, tensor in originals.items())

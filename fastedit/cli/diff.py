@@ -9,12 +9,14 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
-from fastedit.errors import ConfigError
+from fastedit.cli.phase import work_begins, wrote
+from fastedit.errors import ConfigError, ModelError, listed
 from fastedit.files import check_file
 
 if TYPE_CHECKING:
-    from fastedit.checkpoints import Difference
+    from torch import Tensor
+
+    from fastedit.checkpoints import Checkpoint, Difference
     from fastedit.weights import Update
 
 _RANKED, _SHOWN = 8, 30  # the rank of a large matrix takes seconds
@@ -30,7 +32,7 @@ def diff(
 
     Example: fastedit diff ./Llama-3-8B ./edited --output edit.safetensors
     """
-    from fastedit.checkpoints import differences, rank_of
+    from fastedit.checkpoints import differences
     from fastedit.undo import UNDO
 
     if output:
@@ -49,24 +51,53 @@ def diff(
     with Bars() as bars:
         for difference, update in differences(a, b, bars.callback("comparing")):
             if len(found) < _RANKED:
-                ranks.append("> 256" if (rank := rank_of(update)) is None else str(rank))
+                ranks.append(_rank(difference, update))
             if output:
                 updates[difference.path] = update
             found.append(difference)
     if found:
         _show(found, ranks)
     typer.echo(f"{len(found)} of {len(a.shapes)} parameters differ")
-    if output and found:
-        from fastedit.delta import WeightDelta, versions
-        from fastedit.undo import Undo
+    if retyped := [path for path in a.shapes if a.dtype(path) != b.dtype(path)]:
+        which = f"such as {retyped[0]}: {a.dtype(retyped[0])} in A, {b.dtype(retyped[0])} in B"
+        typer.echo(f"{len(retyped)} parameters have another dtype, {which}; a delta leaves the dtype as it is")
+    if output:
+        _write(a, b, found, updates, output, undone)
 
-        about = {"method": "diff", "fingerprint": a.fingerprint(), "versions": versions()}
-        WeightDelta(updates, about).save(output)
-        undo = Undo()
-        for name in updates:
-            undo.keep(name, a.read(name), b.read(name), updates[name])
-        undo.save(undone)
-        typer.echo(f"the delta from A to B was written to {output}")
+
+def _write(
+    a: Checkpoint, b: Checkpoint, found: list[Difference], updates: dict[str, Update], output: Path, undone: Path
+) -> None:
+    """Write the delta and its undo file. Raises ModelError: there is nothing to write, or nothing that adds up."""
+    from fastedit.delta import WeightDelta, versions
+    from fastedit.undo import Undo
+
+    stale = f"; what is in {output} is older" if output.exists() else ""
+    if not found:
+        raise ModelError(f"{a.folder} and {b.folder} have the same weights, so no delta was written{stale}")
+    if broken := [f"{each.path} ({each.broken})" for each in found if each.broken]:
+        raise ModelError(
+            f"{len(broken)} parameters differ in weights that are NaN or infinite, which no delta can add: "
+            f"{listed(broken)}; no delta was written{stale}"
+        )
+    about = {"method": "diff", "fingerprint": a.fingerprint(), "versions": versions()}
+    WeightDelta(updates, about).save(output)
+    wrote(output)
+    undo = Undo()
+    for name in list(updates):
+        undo.keep(name, a.read(name), b.read(name), updates.pop(name))
+    undo.save(undone)
+    wrote(undone)
+    typer.echo(f"the delta from A to B was written to {output}")
+
+
+def _rank(difference: Difference, update: Tensor) -> str:
+    from fastedit.checkpoints import rank_of
+
+    if difference.broken or update.ndim > 2:
+        return ""
+    rank = rank_of(update)
+    return "> 256" if rank is None else str(rank)
 
 
 def _show(found: list[Difference], ranks: list[str]) -> None:
@@ -77,5 +108,6 @@ def _show(found: list[Difference], ranks: list[str]) -> None:
     table = Table("parameter", "weights that differ", "relative", "largest", "rank", box=box.SIMPLE_HEAD, caption=more)
     for difference, rank in zip(found[:_SHOWN], [*ranks, *[""] * _SHOWN], strict=False):
         share, relative = f"{difference.changed:.1%}", f"{difference.relative:.2e}"
-        table.add_row(difference.path, share, relative, f"{difference.largest:.2e}", rank)
+        broken = f", {difference.broken} not finite" if difference.broken else ""
+        table.add_row(difference.path, share, relative, f"{difference.largest:.2e}{broken}", rank)
     show(table)

@@ -12,7 +12,7 @@ from fastedit.cli import arguments
 from fastedit.cli.flags import configuration
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.cli.processes import speaks
 from fastedit.cli.resume import check_apart, resumable, run_folder
 from fastedit.cli.status import Status
@@ -113,6 +113,7 @@ def edit(
                 after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
             report = compare(asked, after, before, of=len(edits)) if after else None
             outcome.finish(report, None if delta_only else editor.parts)
+            wrote(output)
     arguments.tell(result.notes, method)
     if report:
         show_last(report, output)

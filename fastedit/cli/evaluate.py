@@ -9,7 +9,7 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.cli.processes import speaks
 from fastedit.errors import FileError
 from fastedit.files import check_file
@@ -66,4 +66,5 @@ def evaluate(
     report = compare(asked, after, before, of=len(edits))
     if json_file and speaks():
         report.save(json_file)
+        wrote(json_file)
     show(report)

@@ -10,7 +10,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.edit import check_checkpoint, check_questions, show_last
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.errors import ConfigError
 from fastedit.files import BY_ADAPTER, BY_CHECKPOINT, check_directory, check_file
 
@@ -73,6 +73,7 @@ def export(
     if dense:
         work_begins()
         change.save_dense(dense)
+        wrote(dense)
         typer.echo(f"{len(change.updates)} updates written to {dense}")
         return
     editor = arguments.load(str(model), dtype, device, chat_template=chat)
@@ -82,6 +83,7 @@ def export(
         work_begins()
         change.apply(editor.model)
         editor.save_model(merge)
+        wrote(merge)
         typer.echo(f"the edited model was written to {merge}")
         if undo_files(Path(str(model))):
             arguments.tell([f"the undo files of earlier edits stay in {model}: they do not travel with --merge"])
@@ -102,6 +104,7 @@ def _adapter(change: WeightDelta, editor: Editor, folder: Path, rank: int | None
     adapter = as_adapter(change, editor.model, rank=rank)
     work_begins()
     adapter.save(folder)
+    wrote(folder)
     show(_table(adapter))
     highest = max(adapter.ranks.values())
     typer.echo(

@@ -10,7 +10,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.flags import layer_list
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.configs import LARGEST_INT
 from fastedit.files import check_file
 
@@ -80,6 +80,8 @@ def locate(
         report = sweep.run(bars.callback("", len(sweep.edits) * len(sweep.places)))
     if json_file:
         report.save(json_file)
+        wrote(json_file)
     if picture:
         report.draw(picture)
+        wrote(picture)
     show(report)

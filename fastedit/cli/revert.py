@@ -10,7 +10,7 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.apply import DeltasArgument, inputs_of
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.errors import FileError, ModelError
 from fastedit.files import check_directory
 
@@ -61,6 +61,7 @@ def revert(
     work_begins()
     with Bars() as bars:
         checkpoint.write(output, found.changes(), keep_undo, bars.callback("checkpoint"))
+    wrote(output)
     said = f"subtracted; not checked to the bit: {wrong}" if wrong else "as before, bit for bit"
     typer.echo(f"{len(found.updates)} parameters {said}; written to {output}")
 

@@ -11,7 +11,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.flags import config_of
 from fastedit.cli.output import show
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.configs import LARGEST_INT
 from fastedit.files import check_writable, replacing
 
@@ -76,3 +76,4 @@ def _save(report: TuneReport, folder: Path, chat: bool) -> None:
     for name, content in (("config.json", best), ("report.json", report.to_dict())):
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        wrote(folder / name)

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from calling import fails, works
+from calling import call, fails, works
 from helpers import tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastedit import Editor, WeightDelta
+from fastedit import Editor, ModelError, WeightDelta
 from fastedit.undo import subtracted
 
 RECORDS = [
@@ -79,6 +79,71 @@ def test_the_difference_of_two_checkpoints_is_a_delta(work: Path, tmp_path: Path
     assert "0 of 39 parameters differ" in works("diff", edited, tmp_path / "again").stdout
     works("revert", delta, "--model", edited, "--output", tmp_path / "back")
     assert same_weights(tmp_path / "back", model)
+
+
+def with_weight(folder: Path, value: float | None, new: Path, dtype: torch.dtype) -> Path:
+    """A copy of a checkpoint, with a value for the first weight in the last norm."""
+    shutil.copytree(folder, new)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(new / "model.safetensors").items()}
+    if value is not None:
+        tensors["model.norm.weight"][0] = value
+    save_file(tensors, new / "model.safetensors", {"format": "pt"})
+    return new
+
+
+# the first weight in the last norm of B, B's dtype -> what is told, why there is no delta of it
+NO_DELTA: dict[str, tuple[float | None, torch.dtype, str, str]] = {
+    "equal": (None, torch.bfloat16, "0 of 39 parameters differ", "have the same weights"),
+    "another dtype": (None, torch.float32, "39 parameters have another dtype", "have the same weights"),
+    "a NaN": (float("nan"), torch.bfloat16, "1 not finite", "NaN or infinite, which no delta can add: model.norm"),
+}
+
+
+@pytest.mark.parametrize("case", NO_DELTA)
+def test_a_difference_that_is_no_delta_is_told_and_not_written(case: str, work: Path, tmp_path: Path) -> None:
+    value, dtype, told, why = NO_DELTA[case]
+    other, output = with_weight(work / "model", value, tmp_path / "b", dtype), tmp_path / "d.safetensors"
+    assert told in works("diff", work / "model", other).stdout
+    output.write_bytes(b"stale")
+    result = call("diff", work / "model", other, "--output", output)
+    assert result.exit_code == 1
+    assert told in result.stdout
+    assert why in result.stderr
+    assert result.stderr.endswith(f"no delta was written; what is in {output} is older\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d.safetensors"]
+
+
+# where it is cut off, by what -> the command, and what is written by then
+ADAPTER = "export {1}/edited/delta.safetensors --peft {0}/adapter --rank 2 --requests {1}/facts.json --model {1}/model"
+DIFFERENCE = "diff {1}/model {1}/edited --output {0}/d.safetensors"
+ASKED = "--model {1}/model --requests {1}/facts.json"
+CUT: dict[tuple[str, str], tuple[str, list[str]]] = {
+    ("cli.arguments.measure", "interrupted"): (ADAPTER, ["adapter"]),
+    ("cli.arguments.measure", "it broke"): (ADAPTER, ["adapter"]),
+    ("undo.Undo.keep", "interrupted"): (DIFFERENCE, ["d.safetensors"]),
+    ("undo.Undo.save", "it broke"): (DIFFERENCE, ["d.safetensors"]),
+    ("cli.evaluate.show", "interrupted"): (f"evaluate {ASKED} --json {{0}}/e.json", ["e.json"]),
+    ("cli.tune.show", "interrupted"): (
+        f"tune {ASKED} --text {{1}}/model/config.json --trials 1 --sample 1 --epochs 1 --output {{0}}",
+        ["config.json", "report.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("place", "why"), CUT)
+def test_what_is_written_when_a_command_is_cut_off_is_told(
+    place: str, why: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt if why == "interrupted" else ModelError(why)
+
+    command, left = CUT[place, why]
+    monkeypatch.setattr(f"fastedit.{place}", cut)
+    result = call(*(word.format(tmp_path, work) for word in command.split()))
+    assert result.exit_code == 1, result.stderr
+    there = ", ".join(str(tmp_path / name) for name in left)
+    assert result.stderr.splitlines()[-1] == f"fastedit: {why}; written before that: {there}"
+    assert {path.name for path in tmp_path.iterdir()} - {"trials.jsonl"} == {*left}
 
 
 def test_deltas_of_two_models_are_not_put_together(work: Path, tmp_path: Path) -> None:
