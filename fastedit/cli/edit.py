@@ -13,6 +13,7 @@ from fastedit.cli.flags import configuration
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins
+from fastedit.cli.processes import speaks
 from fastedit.cli.resume import check_apart, resumable, run_folder
 from fastedit.cli.status import Status
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
@@ -65,15 +66,18 @@ def edit(
     The state of a long run is kept in OUTPUT.run every --save-every seconds. The same command again goes on from
     there, to the same bits; so does --resume OUTPUT.
 
+    Several processes share the work: torchrun --nproc-per-node 2 -m fastedit edit …
+
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
     method, chat, fields = configuration(config, method, chat, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
-    check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
-    if folders["targets"]:
-        check_writable(Path(folders["targets"]))
+    if speaks():  # each process would take away the folders that another one tries
+        check_directory(output, arguments.inputs_of(model, requests=requests, text=text, config=config, **folders))
+        if folders["targets"]:
+            check_writable(Path(folders["targets"]))
     state = Path(fields.get("state") or run_folder(output))
     check_apart(state, output)
     if hasattr(METHODS[method].config, "state"):
@@ -85,7 +89,7 @@ def edit(
 
     clock = StageClock(no_progress)
     with ExitStack() as stack, Bars() as bars:
-        if not delta_only:
+        if not delta_only and speaks():
             check_checkpoint(editor, output)
         plan = plan_of(editor, edits, skip_bad)
         edits = plan.requests
@@ -95,7 +99,8 @@ def edit(
         stack.enter_context(resumable(output, state))
         about = {"model": model, "requests": str(requests)}
         told = {**about, "method": method, "edits": len(edits), "output": str(output.resolve())}
-        bars.status = stack.enter_context(Status(state, **told))
+        if speaks():
+            bars.status = stack.enter_context(Status(state, **told))
         work_begins()
         with clock.stage("evaluation"):
             before = arguments.measure(editor, asked, documents, bars, "before") if measured else None

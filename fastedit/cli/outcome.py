@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.cli.processes import speaks
 from fastedit.cli.status import memory
 from fastedit.errors import EditError, FastEditError, FileError, ModelError, reason
 from fastedit.files import replacing, replacing_directory
@@ -79,6 +80,8 @@ class Outcome:
 
     def keep(self) -> None:
         """Write the delta, and a report without measures. Raises FileError."""
+        if not speaks():
+            return
         with self._saving():
             with self._clock.stage("saving"), replacing_directory(self._place) as temporary:
                 self.result.delta.save(temporary / _DELTA)
@@ -93,6 +96,8 @@ class Outcome:
         from fastedit.checkpoints import UNDO
         from fastedit.saving import write_checkpoint
 
+        if not speaks():
+            return
         directory = self.directory.resolve()
         with self._saving():
             self._report(report)

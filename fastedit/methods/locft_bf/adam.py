@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ops
+from fastedit import ops, parallel
 from fastedit.models import hooked
 from fastedit.ops.registry import Backend, choose
 
@@ -37,6 +37,19 @@ def linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
     """Linear maps by the paths of their weights, where those are among `parameters`."""
     maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     return {path: maps[path] for path in parameters if path in maps}
+
+
+def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dict[str, nn.Linear | Conv1D]:
+    """The maps whose gradient is larger than what it is made of in a batch of so many tokens.
+
+    The gradient goes between processes in fp32, its parts in the model's dtype.
+    """
+    found = {}
+    for path, module in maps.items():
+        size = tokens * sum(module.weight.shape) * module.weight.element_size()
+        if size < 4 * module.weight.numel():
+            found[path] = module
+    return found
 
 
 @contextmanager
@@ -126,7 +139,12 @@ class Adam:
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """Step by the gradients; if `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
+        """Step by the gradients of all processes.
+
+        If `skip`, a scalar on the device, is not 0, nothing changes and nothing counts.
+        """
+        if parallel.world() > 1:
+            self._exchange()
         self._steps += 1 if skip is None else skip == 0
         for path, (weight, m, v, *copy) in self._stored.items():
             grads, inputs = (torch.cat(rows) for rows in zip(*self._gradients[path], strict=True))
@@ -155,6 +173,18 @@ class Adam:
             copied = path in self._stored and parameter.dtype != torch.float64
             if not copied and parameter.dtype != torch.float32:
                 parameter.copy_(self._masters[path])
+
+    def _exchange(self) -> None:
+        """Make the gradients those of all processes: their parts of recorded maps, the sums of the others."""
+        for path, rows in self._gradients.items():
+            shape, like = self._stored[path][0].shape, self._parameters[path]
+            parts = list(zip(*rows, strict=True)) or [(like.new_zeros(0, size),) for size in shape]
+            grads, inputs = (parallel.joined_rows(torch.cat(some)) for some in parts)
+            self._gradients[path] = [(grads, inputs)]
+        for path, master in self._masters.items():
+            if path not in self._stored:
+                grad = torch.zeros_like(master) if master.grad is None else master.grad
+                master.grad = parallel.summed(grad.contiguous())
 
     def state(self) -> dict[str, Tensor]:
         """Moments and steps by name; the tensors are the run's own."""
