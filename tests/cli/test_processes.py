@@ -65,6 +65,7 @@ def test_two_processes_edit_as_one_does_and_one_of_them_speaks(command: list[str
     for path, update in one.items():
         assert float((two[path] - update).norm() / update.norm()) < 1e-5
     assert sorted(p.name for p in Path("two").iterdir()) == sorted(p.name for p in Path("one").iterdir())
+    assert not Path("two.run").exists()  # no other process has left its status there
 
 
 @pytest.mark.parametrize(
