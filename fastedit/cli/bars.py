@@ -14,11 +14,11 @@ from fastedit.progress import LEARNED
 from fastedit.progress import Progress as Report
 
 _LINES = 60.0  # seconds between two lines where bars cannot be drawn
-# stage -> (what it says, what its speed counts); a training's total is in epochs, its speed in edits
+# stage -> (what it says, what its speed counts); a training's total is in epochs, its speed in edits that are through
 _STAGES = {
     "prefix": ("frozen blocks", "edits"),
     "train": ("training", "edits"),
-    "epoch": ("this epoch", "edits"),
+    "epoch": ("edits × epochs", "edits"),
     "targets": ("targets", "edits"),
     "keys": ("keys", "prompts"),
     "edits": ("solving", "edits"),
@@ -59,7 +59,7 @@ class Bars:
 
         Args:
             title: stands before each stage's name.
-            n_edits: that are through when "train" or "locate" is.
+            n_edits: that are through when "train", "epoch" or "locate" is.
         """
         self._last = time.perf_counter()
 
@@ -78,7 +78,7 @@ class Bars:
                 start = self._last
             self._running[description], self._last = (bar, start, done), now
             seconds = max(now - start, 1e-9)
-            through = n_edits * done / total if n_edits and stage in ("train", "locate") else done
+            through = n_edits * done / total if n_edits and stage in ("train", "epoch", "locate") else done
             left = round(seconds * (total - done) / max(done, 1))
             shown: dict[str, Any] = {
                 "speed": f"{through / seconds:.3g} {unit}/s",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CODES = {"ended": 0, "failed": 1, "silent": 1, "running": 3}
 _EVERY = 0.5  # seconds between two looks
+_ALWAYS = {"state", "method", "model", "edits", "output", "process", "began", "moved", "updated", "saved", "memory"}
 
 
 @dataclass
@@ -45,6 +46,8 @@ class _Job:
         path = place_of(self.folder, STATUS)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or not found.keys() >= _ALWAYS or found["state"] not in _CODES:
+                raise ValueError("it is not the status of an edit by this version of fastedit")
         except FileNotFoundError:
             self._judge_gone(path)
             return
@@ -77,18 +80,21 @@ class _Job:
 
     def _judge_gone(self, path: Path) -> None:
         """The status goes with the state, when all is written or when nothing is left to go on from."""
-        output = self.folder if self.seen is None else Path(self.seen["output"])
-        report = output / "report.json"
-        if report.is_file() and (self.seen is None or report.stat().st_mtime >= self.seen["began"]):
-            self.kind, self.says = "ended", f"ended; written to {output}"
-        elif self.seen is None:
+        outputs, began = [self.folder], 0.0
+        if self.seen is not None:  # the output may have come here from another machine, where it has another path
+            outputs, began = [Path(self.seen["output"]), self.folder], self.seen["began"]
+        for output in outputs:
+            report = output / "report.json"
+            if report.is_file() and report.stat().st_mtime >= began:
+                self.kind, self.says = "ended", f"ended; written to {output}"
+                return
+        if self.seen is None:
             raise FileError(
                 self.folder,
                 f"{{path}}: no edit is running: there is no {path}, and no {report}; give the folder of "
                 "--output, or that of --state if the edit has one",
             )
-        else:
-            self.kind, self.says = "failed", f"gone: its state is no longer there, and nothing new is in {output}"
+        self.kind, self.says = "failed", f"gone: its state is no longer there, and nothing new is in {outputs[0]}"
 
     def lines(self) -> dict[str, str]:
         """What the status says, for people."""

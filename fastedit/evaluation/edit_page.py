@@ -20,11 +20,14 @@ svg { display: block; width: 100%; height: 7rem; margin: .5rem 0 .25rem; border:
   border-width: 1px 0; }
 path { fill: none; stroke: var(--bar); stroke-width: 2; vector-effect: non-scaling-stroke; stroke-linecap: round; }
 .ends { display: flex; justify-content: space-between; }
-.share { display: grid; grid-template-columns: minmax(0, 6rem) minmax(0, 1fr) 7rem; gap: 1rem; align-items: center;
+.share { display: grid; grid-template-columns: minmax(0, 6rem) minmax(0, 1fr) 8.5rem; gap: 1rem; align-items: center;
   padding: .5rem 1rem; border-top: 1px solid var(--line); } .share:first-child { border-top: 0; }
 .wide { overflow-x: auto; padding: .5rem 1rem; } table { border-collapse: collapse; width: 100%; }
 th, td { padding: .2rem .6rem .2rem 0; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 400; font-size: .875rem; }
+@media (max-width: 40rem) { .share { grid-template-columns: 5.5rem minmax(0, 1fr) 8.5rem; gap: .5rem; }
+  .wide { padding: .5rem; overflow-wrap: normal; } th, td { white-space: normal; padding-right: .3rem; }
+  td { font-size: .8125rem; } th, td .faint { font-size: .75rem; } }
 ul.card { list-style: none; padding: 0; margin: 0; overflow-wrap: anywhere; }
 ul.card > li { padding: .5rem 1rem; border-top: 1px solid var(--line); } ul.card > li:first-child { border-top: 0; }
 """
@@ -197,10 +200,8 @@ def _choices(did: Mapping[str, Any]) -> str:
 
 def _time(seconds: float) -> str:
     minutes = int(seconds) // 60
-    return (
-        f"{seconds:.3g} s"
-        if minutes < 2
-        else f"{minutes // 60} h {minutes % 60} min"
-        if minutes > 99
-        else f"{minutes} min"
-    )
+    if minutes < 2:
+        return f"{seconds:.3g} s"
+    if minutes < 10:
+        return f"{minutes} min {int(seconds) % 60} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastedit import WeightDelta, cli
+from fastedit.cli.status import Status
 from fastedit.demo import World, checkpoint_path
 
 FLAGS = ["--published", "--batch-size", "4", "--epochs", "2", "--stop-loss", "0", "--device", "cpu", "--evaluate"]
@@ -54,8 +55,12 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["edit", "--model", str(checkpoint_path()), "--requests", "facts.json", "--dtype", "float32", *FLAGS]
 
 
-def test_two_processes_edit_as_one_does_and_one_of_them_speaks(command: list[str]) -> None:
-    codes, out, err = in_two(*command, "sample:4", "--output", "two")
+def test_two_processes_edit_as_one_does_and_one_of_them_speaks(
+    command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # which the processes inherit
+        patch.setattr(Status, "_write", lambda _: Path(f"status-{os.environ['RANK']}").touch())
+        codes, out, err = in_two(*command, "sample:4", "--output", "two")
     assert (codes, out[1], err[1]) == (["0", "0"], "", "")
     assert err[0].count("layer 5") == err[0].count("\n") // 3 == 1
     assert out[0].count("written to two") == out[0].count("reliability") == 1
@@ -65,7 +70,7 @@ def test_two_processes_edit_as_one_does_and_one_of_them_speaks(command: list[str
     for path, update in one.items():
         assert float((two[path] - update).norm() / update.norm()) < 1e-5
     assert sorted(p.name for p in Path("two").iterdir()) == sorted(p.name for p in Path("one").iterdir())
-    assert not Path("two.run").exists()  # no other process has left its status there
+    assert [path.name for path in Path().glob("status-*")] == ["status-0"]
 
 
 @pytest.mark.parametrize(

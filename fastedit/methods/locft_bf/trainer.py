@@ -245,8 +245,8 @@ class Trainer:
                     self.cache.ahead(batches[i + 1])
                 self._step(batches[i], optimizer, found[i])
                 if not place and time.monotonic() - told > _NEWS:
-                    told = time.monotonic()
-                    self.data.progress("epoch", sum(map(len, batches[: i + 1])), len(order))
+                    told, share = time.monotonic(), sum(map(len, batches[: i + 1])) / len(order)
+                    self.data.progress("epoch", round((epoch - 1 + share) * len(select)), config.epochs * len(select))
                 if saved is not None:
                     tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
                     self._save(tensors, {"epoch": epoch, "done": i + 1})
