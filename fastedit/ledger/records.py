@@ -151,6 +151,7 @@ class Records:
         if place in _OPEN:
             raise FileError(self.folder, "{path} is open in this process already; use that ledger, or close it first")
         check_writable(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)  # where the system has no locks, `locked` does not
         self._kept.enter_context(locked(self.folder))
         _OPEN.add(place)
         self._kept.callback(_OPEN.discard, place)
