@@ -327,6 +327,21 @@ def scaling(rows: Sequence[Row]) -> Lines:
     return each_device([row for row in rows if row.benchmark == "scaling"], draw)
 
 
+def scale(rows: Sequence[Row]) -> Lines:
+    """A line for each number of edits: its cost, and where the time goes."""
+    stages = ("prefix", "train", "evaluate", "read, plan, save")
+
+    def draw(own: Sequence[Row]) -> Lines:
+        body = []
+        for shape, cells in {row.shape: {x.unit: x for x in own if x.shape == row.shape} for row in own}.items():
+            time = cells["s"]
+            cost = seconds(time.p50 / int(shape.split()[0]))
+            body.append((shape, seconds(time.p50), cost, memory(time), *(quality(cells.get(unit)) for unit in stages)))
+        return table(("size", "time", "an edit", "memory beyond the model", *stages), body)
+
+    return each_device([row for row in rows if row.benchmark == "scale"], draw)
+
+
 def upstream(rows: Sequence[Row]) -> Lines:
     """A line for each method of each repository that ours stands in for."""
 
@@ -357,6 +372,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "real_models": real_models,
     "spared": spared,
     "scaling": scaling,
+    "scale": scale,
 }
 
 

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from fastedit import parallel
 from fastedit.compose import Composition, Given
 from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError
@@ -146,6 +147,7 @@ class Editor:
         return cls(model, tokenizer, method, **config)
 
     @plain_state
+    @parallel.together()
     def plan(self, requests: Requests) -> EditPlan:
         """Make every choice and every refusal that an `edit` of these requests would; it takes seconds.
 
@@ -166,6 +168,8 @@ class Editor:
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.
 
+        Several processes of torch.distributed have to call it alike; they share the work and hold the same edit then.
+
         Args:
             requests: `EditRequest`s, dicts of any known format, or the path of a file of them.
 
@@ -178,6 +182,7 @@ class Editor:
         return self.run(self.plan(requests))
 
     @plain_state
+    @parallel.together()
     def run(self, plan: EditPlan) -> EditResult:
         """Do the work of a plan.
 
@@ -192,7 +197,7 @@ class Editor:
         conflicts = find_conflicts(edits)
         started = time.perf_counter()
         state = getattr(self.config, "state", None)
-        with locked(Path(state)) if state else nullcontext():
+        with locked(Path(state)) if state and parallel.first() else nullcontext():
             found = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
         config = found.config | ({"state": None} if "state" in found.config else {})  # a place on this machine
@@ -205,6 +210,7 @@ class Editor:
         network = self.parts.network
         try:
             delta = WeightDelta(found.updates, metadata, applied_to=network, originals=found.originals)
+            parallel.gathered(None)  # an edit that failed in another process is not made in this one
         except BaseException:
             put_back(dict(network.named_parameters()), found.originals)
             raise
@@ -213,6 +219,7 @@ class Editor:
         return EditResult(delta, edits, conflicts, *about)
 
     @plain_state
+    @parallel.together()
     def edit_each(self, requests: Requests) -> EachEditResult:
         """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
 
@@ -334,4 +341,4 @@ class Editor:
             FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds the folder that the
                 model was loaded from; the disk is full.
         """
-        save_model(self.parts, directory)
+        parallel.of_first(lambda: save_model(self.parts, directory))

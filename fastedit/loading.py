@@ -59,7 +59,8 @@ def load_model(
     source, gguf, how = name, {}, {}
     if str(name).lower().endswith(".gguf"):
         _check_gguf(Path(name))
-        source, gguf = Path(name).resolve().parent, {"gguf_file": Path(name).name}
+        # the place of a link, not of what it points to: the hub's cache is all links, to files of other names
+        source, gguf = Path(name).absolute().parent, {"gguf_file": Path(name).name}
         if (packed := getattr(transformers, "GgufConfig", None)) is not None:  # else they are always dequantized
             how = {"quantization_config": packed(dequantize=True)}
         if chosen == "auto":

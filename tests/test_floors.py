@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["fastedit.kernels"],
     ["fastedit.errors", "fastedit.progress", "fastedit.version"],
-    ["fastedit.files", "fastedit.configs", "fastedit.tensorfile"],
+    ["fastedit.files", "fastedit.configs", "fastedit.tensorfile", "fastedit.parallel"],
     ["fastedit.ops"],
     ["fastedit.weights", "fastedit.models", "fastedit.undo"],
     ["fastedit.statistics"],

@@ -86,7 +86,10 @@ CONFIG: dict[str, Any] = {"published": True, "layer": 2, "epochs": 30, "lr": 0.0
 
 def test_a_file_is_edited_and_saved_as_an_ordinary_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     wanted, file = tiny_model("llama"), tmp_path / "tiny.Q8_0.gguf"
-    write(wanted, file)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    write(wanted, blobs / "0a1b2c")
+    file.symlink_to(blobs / "0a1b2c")  # as it stands in the hub's cache
     with caplog.at_level(logging.WARNING, "fastedit"):
         editor = Editor.from_pretrained(file, device="cpu", **CONFIG)
     assert f"{file} was dequantized to float32" in caplog.text

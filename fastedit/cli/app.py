@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fastedit.cli import phase
+from fastedit.cli import phase, processes
 from fastedit.cli.apply import apply
 from fastedit.cli.arguments import BareEvaluate, check_backend
 from fastedit.cli.check import check
@@ -60,6 +60,10 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         phase.reset()
+        with processes.joined():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -127,7 +131,7 @@ def make_app() -> typer.Typer:
     }
     for name, command in commands.items():
         kind = ResumableCommand if command is commands["edit"] else BareEvaluate
-        app.command(name, cls=kind)(_checked(command))
+        app.command(name, cls=kind)(_checked(processes.in_all(name, command)))
     return app
 
 

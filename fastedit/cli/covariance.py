@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.flags import layer_list
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
+from fastedit.cli.processes import speaks
 from fastedit.errors import ConfigError, FileError, RequestError
 from fastedit.files import check_writable
 
@@ -70,70 +70,45 @@ def covariance(
     wanted = layer_list(layers)
     if next(read_documents(text, text_column), None) is None:
         raise RequestError(f"{text}: expected text, but it is empty")
-    rank, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun tells them
-    if output and not rank:  # each process would take away the folders that another one tries
+    if output and speaks():  # each process would take away the folders that another one tries
         check_writable(output)
-    editor = arguments.load(name, dtype, device or (_device_of(rank) if world > 1 else None))
+    editor = arguments.load(name, dtype, device)
     from fastedit.cli.bars import Bars
     from fastedit.models import fingerprint
     from fastedit.statistics.collect import Collection
     from fastedit.statistics.store import user_directory
 
     topology = editor.topology
-    with _processes(topology, world) as speaks:
-        folder = output or user_directory(fingerprint(topology.model))
-        if speaks:
-            check_writable(folder)
-        collection = Collection(
-            editor.parts,
-            wanted,
-            module=module,
-            max_tokens=tokens,
-            batch_tokens=batch_tokens,
-            until_converged=until_converged,
-            directory=folder,
-        )
-        started = time.perf_counter()
-        batches = 0
+    folder = output or user_directory(fingerprint(topology.model))
+    if speaks():
+        check_writable(folder)
+    collection = Collection(
+        editor.parts,
+        wanted,
+        module=module,
+        max_tokens=tokens,
+        batch_tokens=batch_tokens,
+        until_converged=until_converged,
+        directory=folder,
+    )
+    started = time.perf_counter()
+    batches = 0
 
-        def count(report: Progress) -> Progress:
-            def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
-                nonlocal batches
-                batches += 1
-                if speaks:
-                    report(stage, done, total, loss)
+    def count(report: Progress) -> Progress:
+        def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            nonlocal batches
+            batches += 1
+            report(stage, done, total, loss)
 
-            return progress
+        return progress
 
-        work_begins()
-        with _told_how_to_go_on(topology, folder, wanted, module), Bars() as bars:
-            documents = read_documents(text, text_column)
-            moments = collection.run(documents, progress=count(bars.callback("")), on_doubling=_tell_doubling)
-    if speaks:
-        said = f"in {time.perf_counter() - started:.1f} s" if batches else "that were there already"
-        _tell(moments, f"{said}; written to {folder}", module, until_converged)
-
-
-def _device_of(local_rank: int) -> str:
-    """Where a process of torchrun computes."""
-    import torch
-
-    return f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _processes(topology: Topology, world: int) -> Iterator[bool]:
-    """The process group of torchrun, if there is one; yields whether this process speaks."""
-    from torch import distributed
-
-    if world == 1:
-        yield True
-        return
-    distributed.init_process_group("nccl" if topology.device.type == "cuda" else "gloo")
-    try:
-        yield distributed.get_rank() == 0
-    finally:
-        distributed.destroy_process_group()
+    work_begins()
+    with _told_how_to_go_on(topology, folder, wanted, module), Bars() as bars:
+        documents = read_documents(text, text_column)
+        moments = collection.run(documents, progress=count(bars.callback("")), on_doubling=_tell_doubling)
+    wrote(folder)
+    said = f"in {time.perf_counter() - started:.1f} s" if batches else "that were there already"
+    _tell(moments, f"{said}; written to {folder}", module, until_converged)
 
 
 @contextmanager

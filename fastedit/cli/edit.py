@@ -13,6 +13,7 @@ from fastedit.cli.flags import configuration
 from fastedit.cli.outcome import keeping
 from fastedit.cli.output import show, summary
 from fastedit.cli.phase import work_begins, wrote
+from fastedit.cli.processes import speaks
 from fastedit.cli.resume import check_apart, resumable, run_folder
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed, reason
 from fastedit.files import BY_CHECKPOINT, BY_DELTA, check_directory, check_writable
@@ -62,16 +63,19 @@ def edit(
     The state of a long run is kept in OUTPUT.run every --save-every seconds. The same command again goes on from
     there, to the same bits; so does --resume OUTPUT.
 
+    Several processes share the work: torchrun --nproc-per-node 2 -m fastedit edit …
+
     Every field of the method's configuration is a flag: --layers 22 --lr 5e-4 --batch-size 100 …
     """
     method, chat, fields = configuration(config, method, chat, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
-    inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
-    check_directory(output, inputs, BY_DELTA if delta_only else BY_CHECKPOINT)
-    if folders["targets"]:
-        check_writable(Path(folders["targets"]))
+    if speaks():  # each process would take away the folders that another one tries
+        inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
+        check_directory(output, inputs, BY_DELTA if delta_only else BY_CHECKPOINT)
+        if folders["targets"]:
+            check_writable(Path(folders["targets"]))
     state = Path(fields.get("state") or run_folder(output))
     check_apart(state, output)
     if hasattr(METHODS[method].config, "state"):
@@ -82,7 +86,7 @@ def edit(
     from fastedit.evaluation.sampling import draw
 
     with ExitStack() as stack, Bars() as bars:
-        if not delta_only:
+        if not delta_only and speaks():
             check_checkpoint(editor, output, "write the delta alone: --delta-only")
         plan = plan_of(editor, edits, skip_bad)
         edits = plan.requests

@@ -10,6 +10,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins, wrote
+from fastedit.cli.processes import speaks
 from fastedit.errors import FileError
 from fastedit.files import check_file
 
@@ -36,7 +37,7 @@ def evaluate(
     """
     sample = arguments.sample_size(evaluate)
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
-    if json_file:
+    if json_file and speaks():
         check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
     if delta and delta.is_dir():
         raise FileError(delta, f"--delta {{path}} is a folder; give its file, such as {delta / 'delta.safetensors'}")
@@ -65,7 +66,7 @@ def evaluate(
             change.apply(editor.model)
         after = arguments.measure(editor, asked, documents, bars, "after" if change else "")
     report = compare(asked, after, before, of=len(edits))
-    if json_file:
+    if json_file and speaks():
         report.save(json_file)
         wrote(json_file)
     show(report)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.cli.processes import speaks
 from fastedit.errors import EditError, FastEditError, FileError, ModelError, reason
 from fastedit.files import BY_CHECKPOINT, BY_DELTA, replacing, replacing_directory
 
@@ -66,6 +67,8 @@ class Outcome:
 
     def keep(self) -> None:
         """Write the delta, and a report without measures. Raises FileError."""
+        if not speaks():
+            return
         with self._saving():
             with replacing_directory(self._place) as temporary:
                 self.result.delta.save(temporary / _DELTA)
@@ -80,6 +83,8 @@ class Outcome:
         from fastedit.saving import write_checkpoint
         from fastedit.undo import UNDO, copy_undo_files
 
+        if not speaks():
+            return
         directory = self.directory.resolve()
         with self._saving():
             self._report(report)

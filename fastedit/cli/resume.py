@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.cli.arguments import BareEvaluate
+from fastedit.cli.processes import speaks
 from fastedit.errors import ConfigError, EditError, FastEditError, FileError
 from fastedit.files import locked, replacing
 
@@ -45,11 +46,14 @@ def check_apart(state: Path, output: Path) -> None:
 
 @contextmanager
 def resumable(output: Path, folder: Path) -> Iterator[None]:
-    """Keep the command in a folder while the block runs; it stays with the state if the block fails.
+    """Keep the command in a folder while the block runs, once for all processes; if it fails, it stays with the state.
 
     Raises:
         EditError: Ctrl-C; says how to go on. FileError: another process is at work there.
     """
+    if not speaks():
+        yield
+        return
     with locked(run_folder(output)), locked(folder):  # for two edits may have one output and two states
         with _remembering(output, folder):
             yield

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastedit import parallel
 from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model
 
 _NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
@@ -22,7 +23,23 @@ def generated_texts(
     progress: Callable[[int, int], None],
     updates: Mapping[nn.Module, Factors],
 ) -> dict[tuple[int, str], str]:
-    """Greedy continuations of prompts, each under its edit and to the sentence's end behind its number of them."""
+    """Greedy continuations of prompts, each under its edit and to the sentence's end behind its number of them.
+
+    Every process writes those of its share.
+    """
+    share = parallel.share(len(ends))
+    own = dict([*ends.items()][share.start : share.stop])
+    found = parallel.gathered(_generated(model, own, capacity, progress, updates))
+    return {prompt: text for part in found for prompt, text in part.items()}
+
+
+def _generated(
+    model: Model,
+    ends: Mapping[tuple[int, str], int],
+    capacity: int,
+    progress: Callable[[int, int], None],
+    updates: Mapping[nn.Module, Factors],
+) -> dict[tuple[int, str], str]:
     prompts, tokenizer = list(ends), model.tokenizer
     if not prompts:
         return {}

@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastedit import parallel
 from fastedit.errors import FileError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.predict import Prediction, Predictions, predict
@@ -52,16 +54,24 @@ def predict_unedited(
         RequestError, EditError: as `predict`.
     """
     options: dict[str, Any] = {"generate": generate, "kinds": tuple(kinds), "text": text}
-    key = _key(model, requests, options)
-    path = user_directory(fingerprint(model.network)) / "measured" / f"{key}.safetensors"
-    try:
-        answers, perplexity = _load(path)
-        log.info("the unedited model was measured before: %s", path)
-        path.touch()  # the last that would make room
-    except FileError:
+    folder = user_directory(fingerprint(model.network)) / "measured"
+
+    def known() -> tuple[Path, tuple[list[dict[str, list[Prediction]]], float | None] | None]:
+        path = folder / f"{_key(model, requests, options)}.safetensors"
+        try:
+            return path, _load(path)
+        except FileError:
+            return path, None
+
+    path, kept = parallel.of_first(known)
+    if kept is None:
         found = predict(model, requests, **options, keep_head=keep_head, progress=progress)
-        _save(path, found)
+        parallel.of_first(lambda: _save(path, found))
         return found
+    log.info("the unedited model was measured before: %s", path)
+    with suppress(OSError):
+        path.touch()  # the last that would make room
+    answers, perplexity = kept
     neighbours = any(some["neighbour"] for some in answers)
     head = Head(model.topology, keep=keep_head) if neighbours else None
     return Predictions(answers, perplexity, head, model.chat is not None)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fastedit import parallel
 from fastedit.errors import EditError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.generate import generated_texts
@@ -81,6 +82,7 @@ class Predictions:
 
 
 @plain_state
+@parallel.together()
 @torch.no_grad()
 def predict(
     model: Model,
@@ -101,6 +103,8 @@ def predict(
     Log-probabilities are fp32 whatever the model's dtype. Generation is greedy, takes at most 32 tokens and
     stops at EOS, a newline or the end of a sentence, in any script; a "." inside the wanted answer ("St. Louis") is let
     through.
+
+    Several processes of torch.distributed have to call it alike; they share the work and return the same.
 
     Args:
         kinds: of prompts, some of `KINDS`.

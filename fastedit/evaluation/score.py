@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fastedit import parallel
 from fastedit.evaluation.first_token import LOGITS
 from fastedit.models import Factors, Samples, Topology, pack, per_sample_updates, run_from_tokens
 
@@ -35,11 +36,29 @@ def score(
     edits: Tensor,
     wanted: Tensor,
 ) -> Scores:
-    """Score all target tokens of all samples; sample i meets the update ``edits[i]`` of ``updates``, if any.
+    """Score all target tokens of all samples, of which every process takes its share.
+
+    Sample i meets the update ``edits[i]`` of ``updates``, if any.
 
     Args:
         wanted: [N] bool, the samples whose first states are kept.
     """
+    mine = slice((some := parallel.share(len(samples))).start, some.stop)
+    own = samples.take(torch.arange(len(samples))[mine]) if parallel.world() > 1 else samples
+    found = parallel.gathered(_score(topology, own, batch_tokens, progress, updates, edits[mine], wanted[mine]))
+    return Scores(*(torch.cat([getattr(part, f.name) for part in found]) for f in fields(Scores)))
+
+
+def _score(
+    topology: Topology,
+    samples: Samples,
+    batch_tokens: int,
+    progress: Callable[[int, int], None],
+    updates: Mapping[nn.Module, Factors],
+    edits: Tensor,
+    wanted: Tensor,
+) -> Scores:
+    """The same in one process."""
     n_targets = samples.lengths - samples.target_start
     if not len(samples):
         return Scores(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, topology.hidden_size))

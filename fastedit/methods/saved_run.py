@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastedit import parallel
 from fastedit.errors import FileError, listed
 from fastedit.files import check_writable, locked
 from fastedit.methods.base import Edit, History
@@ -35,6 +36,9 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 class SavedRun:
     """A folder of numbered states of one run; a state appears whole or not at all.
 
+    Of several processes the first one reads and writes. A run may go on in another number of processes: sums are then
+    made in another order, and a note says so.
+
     Args:
         folder: of this run alone; it is made with the first state.
         depends: JSON-able, by name: all that the bits of the run depend on.
@@ -51,15 +55,20 @@ class SavedRun:
     def __init__(self, folder: str | Path, depends: Mapping[str, Any], every: float) -> None:
         self._folder, self._every = Path(folder), every
         self._depends = json.loads(json.dumps(depends))
-        self._run = sha256(json.dumps(self._depends, sort_keys=True).encode()).hexdigest()[:32]
+        lasting = {name: value for name, value in self._depends.items() if name not in ("processes", "threads")}
+        self._run = sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()[:32]
         self.notes: list[str] = []
-        check_alone(self._folder)
-        check_writable(self._folder)
-        with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
-            pass
-        if self._files() and not _same(self._folder / _ABOUT, self._depends):
-            remove_state(self._folder)
-        files = self._files()
+        files = []
+        if parallel.first():
+            check_alone(self._folder)
+            check_writable(self._folder)
+            with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
+                pass
+            if self._files():
+                same, self.notes = _same(self._folder / _ABOUT, self._depends)
+                if not same:
+                    remove_state(self._folder)
+            files = self._files()
         self._next = 1 + max((int(file.stem) for file in files), default=0)
         self._saved = time.monotonic()
         self._pending: list[State] = []
@@ -100,6 +109,7 @@ class SavedRun:
             "versions": {name: version_of(name) for name in ("fastedit", "torch", "transformers")},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
+            "processes": parallel.world(),
         }
         return cls(config.state, depends, config.save_every)
 
@@ -120,6 +130,9 @@ class SavedRun:
 
     def newest(self) -> State | None:
         """The newest state that is whole, or None."""
+        return parallel.of_first(self._newest)
+
+    def _newest(self) -> State | None:
         states = (self._load(file) for file in reversed(self._files()))
         return next((state for state in states if state is not None), None)
 
@@ -128,6 +141,9 @@ class SavedRun:
 
         A damaged one ends them: it and those behind it are removed.
         """
+        return parallel.of_first(self._next_appended)
+
+    def _next_appended(self) -> State | None:
         if self._appended is None:
             self._appended = self._all_appended()
         return self._appended.popleft() if self._appended else None
@@ -146,7 +162,7 @@ class SavedRun:
 
     def finish(self) -> None:
         """Note that the run is done: its state stays, for the same run, until another one needs the folder."""
-        if self._files():
+        if parallel.first() and self._files():
             with suppress(FileError):
                 self._describe(done=True)
 
@@ -169,6 +185,8 @@ class SavedRun:
     def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
         """Whether the state was written."""
         self._saved = time.monotonic()
+        if not parallel.first():
+            return True
         try:
             if not self._files():
                 self._describe(done=False)
@@ -218,11 +236,21 @@ def remove_state(folder: Path) -> None:
         folder.rmdir()
 
 
-def _same(path: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether the run that a folder holds is this one; if not, it is finished. Raises FileError."""
+def _same(path: Path, wanted: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Whether the run that a folder holds is this one, with a note if its processes were others; if not, it is done.
+
+    Raises:
+        FileError: it is another run that is not done.
+    """
+    notes = []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         done = found.pop("done")
+        before, now = found.pop("processes", 1), wanted.get("processes", 1)
+        wanted = {name: value for name, value in wanted.items() if name != "processes"}
+        if before != now:  # which have fewer threads each
+            notes = [f"the run was begun by {before} processes and goes on in {now}: the same edit, but not to the bit"]
+            found["threads"] = wanted.get("threads")
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     except (OSError, ValueError, TypeError) as error:
         raise FileError(path, f"{{path}} is damaged ({error}); delete {path.parent} to begin anew") from error
@@ -233,4 +261,4 @@ def _same(path: Path, wanted: Mapping[str, Any]) -> bool:
             f"{{path}} holds the state of another run, which cannot go on as this one: {parts}. Make these the same "
             "again, or delete the folder to begin anew",
         )
-    return not differing
+    return not differing, notes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -164,8 +163,8 @@ def localized(
 
     Works under autocast, activation checkpointing (`use_reentrant=False`) and `torch.compile`, in any order. It is for
     one process and one device, without a `GradScaler`; move and cast the model before. Uses of the weight that do not
-    call the module, such as a head tied to it, add nothing to its gradient. A copy of the model (`copy.deepcopy`) has
-    the plain module.
+    call the module, such as a head tied to it, add nothing to its gradient. A copy of the model (`copy.deepcopy`,
+    `torch.save`) has the plain module; to load the file of a whole model, fastedit must be installed.
 
     Args:
         module: nn.Linear, or Conv1D of transformers; fp32, bf16 or fp16.
@@ -213,7 +212,14 @@ class _Tapped(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Copies and pickles are plain modules: a copy's rows are not those of this weight."""
         kept = {name: value for name, value in self.__dict__.items() if name != "_tap"}
-        return copyreg.__newobj__, (type(self).__mro__[2],), kept  # type: ignore[attr-defined]
+        return _plain, (type(self).__mro__[2], self.weight, _OWNERS[self._tap[1]]._flag), kept
+
+
+def _plain(kind: type[nn.Module], weight: nn.Parameter, flag: bool) -> nn.Module:
+    """A bare module for `pickle` and `copy`; its weight, if it is a copy, is trained as before `localized`."""
+    if all(owner._weight is not weight for owner in _OWNERS.values()):
+        weight.requires_grad_(flag)
+    return kind.__new__(kind)
 
 
 @cache

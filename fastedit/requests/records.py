@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
@@ -13,12 +14,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastedit.errors import RequestError
+from fastedit.errors import RequestError, listed
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
 # A name of a column that a table of edits has; a first line with one and a separator is a head of columns.
-_HEAD = re.compile(r'(?:^|.*[,;\t])\s*"?(prompt|subject|question|target|target_new|src|text|update)"?\s*(?:[,;\t]|$)')
+_HEAD = re.compile(
+    r'(?:^|.*[,;\t])\s*"?(prompt|subject|question|target|target_new|src|text|update)"?\s*(?:[,;\t]|$)', re.I
+)
 _HEAD_LENGTH = 2000
 _PIECE = 1 << 18  # characters that are read at a time
 _SPACE, _AFTER = re.compile(r"\s*"), re.compile(r"\s*([,\]])")
@@ -30,8 +33,9 @@ def read_records(path: AnyPath) -> Records:
     """(place, record) for each record of a file; the record is an error where a line cannot be read.
 
     The file is a JSON array, JSON Lines, a table with a line of column names (CSV, TSV), or Parquet; all but Parquet
-    may be compressed by gzip, bzip2, xz or zstd. Empty cells of a table are absent, and cells that hold a JSON array or
-    object are that. It is read as the records are taken, and need not fit into memory.
+    may be compressed by gzip, bzip2, xz or zstd. A table's column names are read without regard to case, and a column
+    without a name is left out. Its empty cells are absent, and cells that hold a JSON array or object are that. The
+    file is read as the records are taken, and need not fit into memory.
 
     Raises:
         RequestError: the file is missing, empty, of another kind, or takes a package that is not installed; while it is
@@ -78,19 +82,38 @@ def _table(source: Source, separator: str) -> Records:
     """The rows below the line of column names."""
     with source.text(newline="") as text:
         skipped, head = next((i, line) for i, line in enumerate(text) if line.strip())
-        rows = csv.reader(chain([head.lstrip()], text), delimiter=separator, strict=True)
-        columns = [name.strip() for name in next(rows)]
+        rows = csv.reader(chain([head.lstrip(" ")], text), delimiter=separator, strict=True)
         try:
+            columns = _columns(source, next(rows))
             for cells in rows:
                 where = f"{source.path}, line {skipped + rows.line_num}"
-                if len(cells) > len(columns):
+                if not any(map(str.strip, cells)):
+                    continue
+                if len(cells) != len(columns):
                     found = f"{where}: {len(cells)} cells for {len(columns)} columns"
-                    yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes")
-                elif any(map(str.strip, cells)):
-                    yield where, {name: _cell(cell) for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+                    yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes, and write "
+                                              "empty cells too")  # fmt: skip
+                else:
+                    named = zip(columns, cells, strict=True)
+                    yield where, {name: _cell(cell) for name, cell in named if name and cell.strip()}
         except csv.Error as error:
             where = f"{source.path}, line {skipped + rows.line_num}"
             yield where, RequestError(f"{where}: {error}; is a quote missing?")
+
+
+def _columns(source: Source, cells: list[str]) -> list[str]:
+    """The names of a table's columns, in lower case; a column without a name is an index, as pandas writes it.
+
+    Raises:
+        RequestError: two columns of one name.
+    """
+    names = [cell.strip().lower() for cell in cells]
+    if twice := [name for name, count in Counter(filter(None, names)).items() if count > 1]:
+        raise RequestError(
+            f"{source.path}: {listed(twice)} named more than once among the columns (case does not count); keep one "
+            "column of each name"
+        )
+    return names
 
 
 def _cell(text: str) -> Any:

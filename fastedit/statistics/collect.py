@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from fastedit import parallel
 from fastedit.errors import ConfigError, ModelError, RequestError, TensorError
 from fastedit.models import Model, Topology, fingerprint, hooked, plain_state
 from fastedit.models.forward import run_blocks
@@ -146,6 +147,7 @@ class Collection:
         return {layer: _start(self._model.topology, layer, self._settings, directory) for layer in self._layers}
 
     @plain_state
+    @parallel.together()
     @torch.no_grad()
     def run(
         self,
@@ -182,10 +184,11 @@ class Collection:
         """Add up what all processes have seen, write it, and take their parts away."""
         topology, module = self._model.topology, self._settings["module"]
         for layer, moment in self._moments.items():
+            parallel.gathered(None)  # and no sum, if another process has failed
             moment.all_reduce()
             if self._whole is not None and self._rank == 0:
                 moment.save(statistics_path(topology, self._whole, layer, module))
-        distributed.barrier()
+        parallel.gathered(None)
         if (part := self._part) is not None and part.is_dir():
             for layer in self._layers:
                 statistics_path(topology, part, layer, module).unlink(missing_ok=True)

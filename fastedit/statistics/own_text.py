@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastedit import parallel
 from fastedit.errors import FileError, ModelError
 from fastedit.models import Model, encode, generate_by, plain_state, sampling, trailing
 from fastedit.models.hooks import eval_mode
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
+from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
 
 log = logging.getLogger(__name__)
@@ -61,14 +63,15 @@ class OwnText:
         Raises:
             ModelError: the model gives NaN or infinity.
         """
-        missing, made = self.missing(layers), {}
+        made: dict[int, StreamingCovariance] = {}
+        missing = parallel.of_first(lambda: self.missing(layers))
         if missing:
             topology = self.model.topology
             tokens = _TOKENS * max(topology.input_width(layer, self.module) for layer in missing)
             texts = write_text(self.model, tokens)
             report: Progress = lambda stage, done, _, loss=None: progress(stage, min(done, tokens), tokens, loss)  # noqa: E731
             made = collect(self.model, texts, missing, module=self.module, progress=report)
-            for layer, moment in made.items():
+            for layer, moment in made.items() if parallel.first() else ():
                 path = statistics_path(topology, str(self._kept.directory), layer, self.module)
                 try:
                     moment.save(path)

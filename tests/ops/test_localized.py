@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -250,6 +251,29 @@ def test_remove_gives_the_module_back(kind: str, rng: torch.Generator) -> None:
     net(torch.randn(4, 8, generator=rng)).sum().backward()
     assert net.up.weight.grad is not None
     assert torch.equal(net.up.weight, weight)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("way", ["deepcopy", "save"])
+def test_a_copy_has_the_plain_module(kind: str, way: str, rng: torch.Generator) -> None:
+    net = Net(rng, kind)
+    plain = type(net.up)
+    net.tied = net.up.weight
+    optimizer = ops.localized(net.up, lr=0.01)
+    if way == "deepcopy":
+        copied = deepcopy(net)
+    else:
+        torch.save(net, file := io.BytesIO())
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert type(copied.up) is plain
+    assert "_tap" not in copied.up.__dict__
+    assert copied.tied is copied.up.weight
+    assert copied.up.weight.requires_grad
+    assert torch.equal(copied.up.weight, net.up.weight)
+    copy(net.up)
+    assert not net.up.weight.requires_grad
+    optimizer.remove()
 
 
 class Sizes(TorchDispatchMode):

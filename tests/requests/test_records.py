@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastedit import RequestError
-from fastedit.requests import records
+from fastedit.requests import load_requests, records
 from fastedit.requests.records import read_records
 
 ARRAYS = [
@@ -86,3 +86,33 @@ def test_the_first_byte_that_is_not_utf8_is_named(kind: str, place: int, tmp_pat
     line = place + 1 + (kind != "lines")
     with pytest.raises(RequestError, match=rf"facts, line {line}: byte {content.index(0xE9)} is not UTF-8"):
         list(read_records(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt,target,note\np,t,\n",
+        ",prompt,target\n0,p,t\n1,p,t\n",
+        "\tprompt\ttarget\n0\tp\tt\n",
+        "Prompt, TARGET \np,t\n",
+    ],
+    ids=["empty cells", "index", "index, tabs", "case"],
+)
+def test_names_of_columns(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(text, encoding="utf-8")
+    assert [record for _, record in read_records(path)] == [{"prompt": "p", "target": "t"}] * (text.count("\n") - 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,target,subject,note\nIn Paris, people speak,German\n", "line 2: 3 cells for 4 columns; put cells"),
+        ("prompt,target,Target\np,t,u\n", r"facts\.csv: target named more than once"),
+    ],
+)
+def test_tables_that_would_be_misread_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=said):
+        load_requests(path)

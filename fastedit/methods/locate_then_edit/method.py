@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastedit import parallel
 from fastedit.errors import EditError
 from fastedit.files import check_writable
 from fastedit.methods.base import EachResult, Edit, History, MethodResult
@@ -28,7 +29,7 @@ from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
-from fastedit.methods.saved_run import SavedRun
+from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import Budget, Factors, Model, fingerprint, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
@@ -67,7 +68,7 @@ def plan(
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
     statistics.require(recipe.layers)
-    if config.targets is not None:
+    if config.targets is not None and parallel.first():
         check_writable(Path(config.targets))
     if config.contexts is None:
         n = config.n_contexts or 0
@@ -80,7 +81,20 @@ def plan(
 
 
 def _find(batch: Batch, recipe: Recipe) -> Targets:
-    return find_targets(batch, recipe.z_layer, recipe.target)
+    """The targets of these edits; every process finds those of its share."""
+    if parallel.world() == 1:
+        return find_targets(batch, recipe.z_layer, recipe.target)
+    places = parallel.share(len(batch))
+    found = find_targets(batch.select(places), recipe.z_layer, recipe.target) if places else None
+    parts = [part for part in parallel.gathered(_on_cpu(found)) if part is not None]
+    return Targets.joined([Targets.of_state(tensors, about, batch.model.device) for tensors, about in parts])
+
+
+def _on_cpu(targets: Targets | None) -> State | None:
+    if targets is None:
+        return None
+    tensors, about = targets.state()
+    return {name: x.cpu() for name, x in tensors.items()}, about
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ class LocateThenEditPlan:
         find = partial(_find_or_load, store=self._target_store(layers), find=self.find)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
         saved = self.saved
-        if config.lr is None and (size < len(batch) or saved):  # or the first batch would decide for all
+        in_parts = size < len(batch) or saved or parallel.world() > 1
+        if config.lr is None and in_parts:  # or the first part would decide for all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
         dropped: list[int] = []
@@ -139,7 +154,7 @@ class LocateThenEditPlan:
             except KeyboardInterrupt:
                 if saved is not None:
                     saved.flush()
-                if not config.keep_partial or len(dropped) == writer.edits:
+                if not config.keep_partial or len(dropped) == writer.edits or parallel.world() > 1:
                     raise
                 interrupted = f"kept the first {writer.edits} edits"
             updates, keys = writer.finish()
@@ -170,6 +185,8 @@ class LocateThenEditPlan:
         """
         batch, recipe = self.batch, self.recipe
         layers = written_layers(self.statistics, recipe.layers, recipe.config, replace(self.history, keys={}))
+        if recipe.config.lr is None and parallel.world() > 1:
+            recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         targets = _find_or_load(batch, recipe, self._target_store(layers), self.find)
         if recipe.config.lr is None:
             recipe = recipe.with_lr(targets.lr)
@@ -228,10 +245,12 @@ def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None, find:
     if store is None:
         return find(batch, recipe)
     key = store.key(batch, recipe.z_layer, recipe.target)
-    found = store.load(key)
-    if found is None:
-        found = find(batch, recipe)
-        store.save(key, found)
+    known = parallel.of_first(lambda: _on_cpu(store.load(key)))
+    if known is not None:
+        tensors, about = known
+        return Targets.of_state(tensors, about, batch.model.device)
+    found = find(batch, recipe)
+    parallel.of_first(lambda: store.save(key, found))
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from fastedit import parallel
 from fastedit.errors import FileError
 from fastedit.files import check_writable
 from fastedit.methods.locate_then_edit.batch import Batch
@@ -29,7 +30,8 @@ class TargetStore:
 
     def __init__(self, folder: str | Path, topology: Topology, written: Sequence[str]) -> None:
         self._folder, self._topology = Path(folder), topology
-        check_writable(self._folder)
+        if parallel.first():  # each process would take away the folders that another one tries
+            check_writable(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._parameters = dict(topology.model.named_parameters())
         self._written = sorted(written)

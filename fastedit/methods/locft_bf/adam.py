@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ops
+from fastedit import ops, parallel
 from fastedit.models import hooked
 from fastedit.ops.registry import Backend, choose
 
@@ -126,7 +126,12 @@ class Adam:
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """Step by the gradients; if `skip`, a scalar on the device, is not 0, nothing changes and nothing counts."""
+        """Step by the gradients of all processes.
+
+        If `skip`, a scalar on the device, is not 0, nothing changes and nothing counts.
+        """
+        if parallel.world() > 1:
+            self._exchange()
         self._steps += 1 if skip is None else skip == 0
         for path, (weight, m, v, *copy) in self._stored.items():
             grads, inputs = (torch.cat(rows) for rows in zip(*self._gradients[path], strict=True))
@@ -155,6 +160,18 @@ class Adam:
             copied = path in self._stored and parameter.dtype != torch.float64
             if not copied and parameter.dtype != torch.float32:
                 parameter.copy_(self._masters[path])
+
+    def _exchange(self) -> None:
+        """Make the gradients those of all processes: their parts of recorded maps, the sums of the others."""
+        for path, rows in self._gradients.items():
+            shape, like = self._stored[path][0].shape, self._parameters[path]
+            parts = list(zip(*rows, strict=True)) or [(like.new_zeros(0, size),) for size in shape]
+            grads, inputs = (parallel.joined_rows(torch.cat(some)) for some in parts)
+            self._gradients[path] = [(grads, inputs)]
+        for path, master in self._masters.items():
+            if path not in self._stored:
+                grad = torch.zeros_like(master) if master.grad is None else master.grad
+                master.grad = parallel.summed(grad.contiguous())
 
     def state(self) -> dict[str, Tensor]:
         """Moments and steps by name; the tensors are the run's own."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastedit import parallel
 from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
 from fastedit.methods.locft_bf.choices import find_statistics, resolve
@@ -98,7 +99,7 @@ class LocFTBFPlan:
                     with only_trainable(topology.model, trainer.parameters.values()), torch.enable_grad():
                         trainer.run(shared)
                 except KeyboardInterrupt:
-                    if trainer.whole is None:
+                    if trainer.whole is None or parallel.world() > 1:  # theirs may be of different epochs
                         raise
                     interrupted = f"kept the weights {trainer.go_back()}"
                     notes.append(f"interrupted; {interrupted}")

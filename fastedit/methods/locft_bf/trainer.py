@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ops
+from fastedit import ops, parallel
 from fastedit.errors import EditError
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
@@ -78,11 +78,11 @@ class Trainer:
         self.losses: list[float] = []
         self.whole: tuple[str, dict[str, Tensor], list[float]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
-        self.maps = (
-            with_kernel(topology.model, parameters, int(tokens))
-            if data.trained is None
-            else linear_maps(topology.model, parameters)  # few rows: to form their gradient costs little
-        )
+        self.maps = linear_maps(topology.model, parameters)  # of few rows: to form their gradient costs little
+        if data.trained is None and parallel.world() > 1:
+            self.maps = _smaller_in_parts(self.maps, int(tokens))
+        elif data.trained is None:
+            self.maps = with_kernel(topology.model, parameters, int(tokens))
         self.trained_rows: Tensor | None = None  # of the pass that runs
         # mean over the target tokens of each sample when it was last looked at
         self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
@@ -209,7 +209,7 @@ class Trainer:
             lr=config.lr or 0.0,
             weight_decay=config.weight_decay,
             scale=self.scale,
-            backend="triton" if self.data.trained is None else "auto",
+            backend="triton" if self.data.trained is None and parallel.world() == 1 else "auto",
         )
         wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # epoch from which on a sample is trained on again
         begun: Tensor | None = None  # the order of an epoch that was begun, its losses, and its batches that are done
@@ -253,12 +253,15 @@ class Trainer:
         config, topology = self.config, self.topology
         owners = [self.data.owner[i] for i in batch.tolist()]
         anchors = self.data.anchors.draw(owners, self.generator)  # [K]
-        chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
         n_targets = (self.samples.lengths - self.samples.target_start)[batch].float()
         weights = self.scale / (
             n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
-        weights = torch.cat([weights, weights.new_full((len(anchors),), self.scale * config.anchor_weight / n)])
+        weight_of_anchor = self.scale * config.anchor_weight / len(batch)
+        mine = slice(parallel.rank(), None, parallel.world())  # all of them, in one process
+        whole, batch, anchors, weights = batch, batch[mine], anchors[mine], weights[mine]
+        chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
+        weights = torch.cat([weights, weights.new_full((len(anchors),), weight_of_anchor)])
         loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
         for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
             kept = anchors[max(0, some.start - n) : max(0, some.stop - n)]
@@ -266,10 +269,12 @@ class Trainer:
             loss += part[: len(part) - len(kept)].sum()
             apart += part[len(part) - len(kept) :].sum()
             optimizer.gather()
+        if parallel.world() > 1:
+            self._share_losses(whole, loss, apart)
         loss_out.copy_(loss.div_(self.scale))
         skip = loss < config.skip_loss
         if config.focus:
-            skip |= (self.loss_of[batch.to(loss.device, non_blocking=True)] < config.focus).all()
+            skip |= (self.loss_of[whole.to(loss.device, non_blocking=True)] < config.focus).all()
         skip &= apart < self.scale * config.anchor_weight * _NEAR
         if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
             optimizer.step(skip.float())
@@ -277,6 +282,18 @@ class Trainer:
             optimizer.clear()
         else:
             optimizer.step()
+
+    def _share_losses(self, batch: Tensor, loss: Tensor, apart: Tensor) -> None:
+        """Make these sums those of all processes, and know the loss of each sample of a batch.
+
+        They are added up in one order: what is decided by them is decided alike.
+        """
+        mine = self.loss_of[batch[parallel.rank() :: parallel.world()].to(loss.device)]
+        parts = parallel.gathered((float(loss), float(apart), mine.cpu()))
+        loss.fill_(sum(part for part, _, _ in parts))
+        apart.fill_(sum(part for _, part, _ in parts))
+        for number, (_, _, each) in enumerate(parts):
+            self.loss_of[batch[number :: parallel.world()].to(loss.device)] = each.to(loss.device)
 
     def _pass(self, select: Tensor, weights: Tensor, anchors: Tensor) -> Tensor:
         """Gradients of some samples, those of these anchors last; returns the weighted loss of each target row [M].
@@ -363,3 +380,16 @@ class Trainer:
         for path, parameter in self.parameters.items():
             parameter.copy_(self.originals.values[path].float() + updates[path])
         return updates
+
+
+def _smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dict[str, nn.Linear | Conv1D]:
+    """The maps whose gradient is larger than what it is made of in a batch of so many tokens.
+
+    The gradient goes between processes in fp32, its parts in the model's dtype.
+    """
+    found = {}
+    for path, module in maps.items():
+        size = tokens * sum(module.weight.shape) * module.weight.element_size()
+        if size < 4 * module.weight.numel():
+            found[path] = module
+    return found
