@@ -12,7 +12,7 @@ import typer
 
 from fastedit.cli import arguments
 from fastedit.cli.flags import layer_list
-from fastedit.cli.phase import work_begins
+from fastedit.cli.phase import work_begins, wrote
 from fastedit.cli.processes import speaks
 from fastedit.errors import ConfigError, FileError, RequestError
 from fastedit.files import check_writable
@@ -106,6 +106,7 @@ def covariance(
     with _told_how_to_go_on(topology, folder, wanted, module), Bars() as bars:
         documents = read_documents(text, text_column)
         moments = collection.run(documents, progress=count(bars.callback("")), on_doubling=_tell_doubling)
+    wrote(folder)
     said = f"in {time.perf_counter() - started:.1f} s" if batches else "that were there already"
     _tell(moments, f"{said}; written to {folder}", module, until_converged)
 

@@ -113,6 +113,20 @@ def test_a_difference_that_is_no_delta_is_told_and_not_written(case: str, work: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d.safetensors"]
 
 
+def test_a_stack_of_matrices_has_no_rank(tmp_path: Path) -> None:
+    model = tiny_model("llama4_text")
+    model.save_pretrained(tmp_path / "a")
+    experts, head = "model.layers.0.feed_forward.experts.down_proj", "lm_head.weight"
+    for path in (experts, head):
+        model.get_parameter(path).data += 1
+    model.save_pretrained(tmp_path / "b")
+    lines = {
+        line.split()[0]: line.split() for line in works("diff", tmp_path / "a", tmp_path / "b").stdout.split("\n")[3:5]
+    }
+    assert lines[head][-1] == "1"
+    assert len(lines[experts]) == len(lines[head]) - 1
+
+
 # where it is cut off, by what -> the command, and what is written by then
 ADAPTER = "export {1}/edited/delta.safetensors --peft {0}/adapter --rank 2 --requests {1}/facts.json --model {1}/model"
 DIFFERENCE = "diff {1}/model {1}/edited --output {0}/d.safetensors"
