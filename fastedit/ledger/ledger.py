@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fastedit import parallel
 from fastedit.compose import Composition, added
 from fastedit.delta import WeightDelta, versions
 from fastedit.editor import Editor, Requests
@@ -43,13 +44,16 @@ class Ledger:
         at: go back to this entry first, as `rollback` does; for a ledger whose newest delta is damaged.
 
     Raises:
-        ModelError: the model is edited, or is not the ledger's. ConfigError: another method or configuration.
+        ModelError: the model is edited, or is not the ledger's. ConfigError: another method or configuration; several
+            processes of torch.distributed.
         FileError: in use by another process, which is named; of a newer format; a damaged file.
     """
 
     def __init__(
         self, folder: str | Path, editor: Editor, *, buffered: bool | None = None, at: int | None = None
     ) -> None:
+        if parallel.world() > 1:
+            raise ConfigError("a ledger is kept by one process; start it without torchrun")
         if editor.deltas:
             raise ModelError("the model holds edits that are not the ledger's; revert them first")
         self.editor, self._held = editor, list[Composition]()

@@ -435,3 +435,10 @@ def test_only_training_is_buffered(opened: Open) -> None:
     with pytest.raises(ConfigError, match="buffered is for locft-bf"):
         opened(buffered=True)
     assert issubclass(ConfigError, FastEditError)
+
+
+def test_a_ledger_is_kept_by_one_process(opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastedit.parallel.world", lambda: 2)
+    with pytest.raises(ConfigError, match="without torchrun"):
+        opened()
+    assert not (tmp_path / "ledger").exists()
