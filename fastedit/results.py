@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -50,11 +50,12 @@ class EditResult:
 
     @property
     def unlearned(self) -> dict[int, str]:
-        """The places of requests whose targets are less likely than not, each with the reason."""
+        """The places of requests whose targets are less likely than not, or than another of that prompt; and why."""
         conflicting = {place for group in self.conflicts.conflicts for place in group}
+        beaten = {place for group in self.conflicts.conflicts for place in self._beaten(group)}
         found = {}
         for place, likely in enumerate(self.probability.tolist()):
-            if likely >= LIKELY:
+            if likely >= LIKELY and place not in beaten:
                 continue
             if place in conflicting:
                 found[place] = "another request has its prompt and another target"
@@ -63,6 +64,14 @@ class EditResult:
             else:
                 found[place] = f"the probability of its target is {likely:.2g}"
         return found
+
+    def _beaten(self, group: Sequence[int]) -> list[int]:
+        """Those of requests with one prompt whose target is not the likeliest: the model can say one.
+
+        Both may be likely in the mean of their tokens, of which EOS is one.
+        """
+        best = self.requests[max(group, key=lambda place: self.probability[place].nan_to_num(-1.0).item())].target
+        return [place for place in group if self.requests[place].target != best]
 
     def revert(self) -> None:
         """Restore the model bit for bit; later edits have to be reverted first.

@@ -34,11 +34,16 @@ def test_a_probability_is_that_of_the_targets_tokens(tokenizer: Any, seed: int) 
 def test_a_conflict_is_the_reason_why_an_edit_is_not_learned(tokenizer: Any, seed: int) -> None:
     edits = random_edits(6, seed)
     edits[4] = EditRequest(edits[1].prompt, "w60 w61 w62", id="other")
-    editor = Editor(tiny_model("llama", seed=1), tokenizer, **PUBLISHED, lr=1e-2, epochs=60, module="mlp")
-    result = editor.edit(edits)
+    result = Editor(tiny_model("llama", seed=1), tokenizer, **PUBLISHED, lr=1e-2, epochs=60, module="mlp").edit(edits)
+    reason = "another request has its prompt and another target"
     assert {1, 4} & result.unlearned.keys()
-    assert result.unlearned.keys() <= {1, 4}
-    assert set(result.unlearned.values()) == {"another request has its prompt and another target"}
+    assert all((result.unlearned[place] == reason) == (place in {1, 4}) for place in result.unlearned)
+    # the mean over tokens may be high for both: their EOS is the same
+    result.probability[:] = 0.8
+    result.probability[4] = 0.9
+    assert result.unlearned == {1: reason}
+    result.probability[4] = float("nan")
+    assert result.unlearned == {4: reason}
 
 
 def test_of_a_solver_it_is_the_probability_that_the_search_reached(tokenizer: Any, seed: int, tmp_path: Path) -> None:
