@@ -22,7 +22,7 @@ from fastedit.evaluation.questions import prompt_notes
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import draw
 from fastedit.files import locked
-from fastedit.loading import load_model
+from fastedit.loading import load_model, slow_dtype_note
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Plan
 from fastedit.models import Model, Topology, fingerprint, plain_state
@@ -44,7 +44,7 @@ class EditPlan:
         fingerprint: of the model that they were planned for.
         made: the method's own plan.
         seconds: that it took.
-        about: notes on the prompts.
+        about: notes on the prompts and the dtype.
         clock: takes the seconds of the stages.
     """
 
@@ -168,7 +168,8 @@ class Editor:
         clock = StageClock(self._report)
         options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        return EditPlan(edits, now, made, time.perf_counter() - started, prompt_notes(self.parts, edits), clock)
+        about = [*slow_dtype_note(self.model), *prompt_notes(self.parts, edits)]
+        return EditPlan(edits, now, made, time.perf_counter() - started, about, clock)
 
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.

@@ -580,3 +580,28 @@ def test_autocast_of_the_caller_does_not_matter(tokenizer: Any, make_edits: Make
         found = editor.edit(edits)
         assert found.losses == wanted.losses
         assert editor.evaluate(edits).to_dict() == measured
+
+
+@pytest.mark.parametrize(
+    ("dtype", "units", "noted"),
+    [
+        (torch.bfloat16, False, "bf16"),
+        (torch.float16, False, "fp16"),
+        (torch.bfloat16, True, None),
+        (torch.float32, False, None),
+    ],
+)
+def test_a_plan_says_that_a_processor_is_slow_in_a_dtype(
+    dtype: torch.dtype,
+    units: bool,
+    noted: str | None,
+    tokenizer: Any,
+    make_edits: MakeEdits,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: units)
+    plan = Editor(tiny_model("llama", dtype=dtype), tokenizer, published=True, **CONFIG).plan(make_edits(2))
+    found = [note for note in plan.notes if "--dtype float32" in note]
+    assert len(found) == (noted is not None)
+    assert noted is None or found[0].startswith(f"the weights are {noted}, ")
