@@ -1,11 +1,11 @@
 """Cost and memory from a thousand edits to a hundred thousand: read, plan, edit, measure a sample, save.
 
-    python -m benchmarks.scale [--edits 1000 10000 100000] [--epochs 2] [--requests FILE --model DIR]
+    python -m benchmarks.scale [--edits 1000 10000 100000] [--epochs 2] [--requests FILE ... --model DIR]
 
 Each size has a process of its own. Without arguments the model is the fact world's and the facts are about new people,
-one each, so that none contradicts another. The prefix cache is a file whatever its size. Memory is what the process
-holds of its own (anonymous pages) beyond what it held with the model loaded; pages of the file, which the system takes
-back when it needs them, are not in it.
+one each, so that none contradicts another. Of given files the first edits with different prompts are taken. The prefix
+cache is a file whatever its size. Memory is what the process holds of its own (anonymous pages) beyond what it held
+with the model loaded; pages of the file, which the system takes back when it needs them, are not in it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from benchmarks.rows import append, make_row
 from fastedit import Editor, load_requests
 from fastedit.demo import checkpoint_path, lexicon
 from fastedit.demo.lexicon import RELATIONS
+from fastedit.progress import StageClock, no_progress
 
 MOST = 1.15
 """Cost of an edit of the largest size over that of the smallest."""
@@ -72,60 +72,39 @@ def _anonymous() -> int:
         return int(re.search(r"RssAnon:\s+(\d+) kB", file.read())[1]) * 1024
 
 
-class Stages(dict[str, float]):
-    """Seconds by stage."""
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self[name] = self.get(name, 0.0) + time.perf_counter() - started
-
-    def progress(self) -> Any:
-        last = [time.perf_counter()]
-
-        def report(stage: str, done: int, total: int, loss: float | None = None) -> None:
-            now = time.perf_counter()
-            self[stage] = self.get(stage, 0.0) + now - last[0]
-            last[0] = now
-
-        return report
-
-
 def one(args: argparse.Namespace, requests: Path) -> None:
     """Make the edits of a file in this process and append their rows."""
     torch.set_num_threads(args.threads)
-    memory, stages = Memory(), Stages()
-    options: dict[str, Any] = {"epochs": args.epochs, "batch_size": 100, "stop_loss": 0.0, "skip_loss": 0.0}
+    memory, clock = Memory(), StageClock(no_progress)
+    options: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size}
+    options |= {"stop_loss": 0.0, "skip_loss": 0.0, "cache_bytes": 0}
     options |= {"layer": tuple(args.layers)} if args.layers else {}
     options |= {"module": args.module} if args.module else {}
-    editor = Editor.from_pretrained(args.model, dtype="float32", device="cpu", published=True, cache_bytes=0, **options)
+    editor = Editor.from_pretrained(args.model, dtype="float32", device="cpu", published=True, **options)
     memory.start()
     started = time.perf_counter()
-    with stages.stage("read"):
+    with clock.stage("read"):
         edits = load_requests(requests)
-    with stages.stage("plan"):
-        plan = editor.plan(edits)
-    editor.progress = stages.progress()
-    result = editor.run(plan)
-    editor.progress = lambda *_: None
-    with stages.stage("evaluate"):
-        report = editor.evaluate(edits, sample=args.sample).to_dict()
-    with stages.stage("save"):
+    result = editor.edit(edits)
+    with clock.stage("evaluate"):
+        report = editor.evaluate(edits, sample=args.sample).metrics
+    with clock.stage("save"):
         result.delta.save(requests.with_suffix(".safetensors"))
     whole, peak, n = time.perf_counter() - started, memory.peak - memory.base, len(edits)
+    stages, generated = clock.seconds | result.stages, report["reliability"]["generated"]
     learned = 1 - len(result.unlearned) / n
     parts = ", ".join(f"{name} {taken:.1f}" for name, taken in stages.items())
     print(f"{n} edits: {whole:.1f} s, {whole / n * 1e3:.3g} ms an edit; {peak / 2**20:.0f} MiB; {parts}")
-    print(f"  loss {result.losses[-1]:.3g}, learned {learned:.2%}, generated {report['reliability']['generated']:.2%}")
-    texts = args.requests.stem if args.requests else "fact world"
+    print(f"  learned after each epoch: {', '.join(f'{count / n:.1%}' for count in result.learned)}")
+    print(f"  loss {result.losses[-1]:.3g}, learned {learned:.2%}, generated {generated:.2%}; {report}")
+    texts = ", ".join(path.stem for path in args.requests) or "fact world"
     about = {"mode": "LocFT-BF", "shape": f"{n} edits ({texts}), {args.epochs} epochs", "dtype": "float32"}
     append(make_row("scale", "ours", [whole], peak_memory=peak, **about))
-    shares = {"prefix": stages["prefix"], "train": stages["train"], "evaluate": stages["evaluate"]}
+    shares = {name: stages[name] for name in ("prefix", "train", "evaluate")}
     shares["read, plan, save"] = stages["read"] + stages["plan"] + stages["save"]
     for unit, value in shares.items():
         append(make_row("scale", "ours", [value / whole], unit=unit, **about))
-    for unit, value in (("learned", learned), ("generated", report["reliability"]["generated"])):
+    for unit, value in (("learned", learned), ("generated", generated)):
         append(make_row("scale", "ours", [value], unit=unit, **about))
     with (requests.parent / "costs").open("a", encoding="ascii") as file:
         file.write(f"{whole / n}\n")
@@ -136,7 +115,8 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--model", default=checkpoint_path())
-    parser.add_argument("--requests", type=Path, help="file of edits; the first ones are taken")
+    parser.add_argument("--requests", type=Path, nargs="+", default=[], help="files of edits")
+    parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--module")
     parser.add_argument("--sample", type=int, default=200, help="edits that are measured")
@@ -149,7 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fastedit-scale-") as name:
         for n in args.edits:
             path = Path(name) / f"{n}.jsonl"
-            records = facts(n) if args.requests is None else _first(args.requests, n)
+            records = _first(args.requests, n) if args.requests else facts(n)
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
             command = [sys.executable, "-m", "benchmarks.scale", *sys.argv[1:], "--one", str(path)]
             subprocess.run(command, check=True)
@@ -160,9 +140,15 @@ def main() -> None:
         sys.exit(f"an edit costs {rise:.2f} times as much at {args.edits[-1]} edits, more than {MOST}")
 
 
-def _first(path: Path, n: int) -> Iterator[dict[str, Any]]:
-    for request in load_requests(path, skip_bad=True)[:n]:
-        yield {"prompt": request.prompt, "target": request.target, "subject": request.subject}
+def _first(paths: Sequence[Path], n: int) -> list[dict[str, Any]]:
+    """The first `n` edits with different prompts, of the files in turn."""
+    found: dict[str, dict[str, Any]] = {}
+    for request in (request for path in paths for request in load_requests(path, skip_bad=True)):
+        kept = {"prompt": request.prompt, "target": request.target, "subject": request.subject}
+        found.setdefault(request.prompt, kept | {"paraphrases": request.paraphrases, "neighbours": request.neighbours})
+    if len(found) < n:
+        sys.exit(f"{', '.join(map(str, paths))} have {len(found)} edits with different prompts, fewer than {n}")
+    return [*found.values()][:n]
 
 
 if __name__ == "__main__":

@@ -328,16 +328,16 @@ def scaling(rows: Sequence[Row]) -> Lines:
 
 
 def scale(rows: Sequence[Row]) -> Lines:
-    """A line for each number of edits: its cost, and where the time goes."""
-    stages = ("prefix", "train", "evaluate", "read, plan, save")
+    """A line for each number of edits: its cost, where the time goes, and what was learned."""
+    units = ("prefix", "train", "evaluate", "read, plan, save", "learned", "generated")
 
     def draw(own: Sequence[Row]) -> Lines:
         body = []
         for shape, cells in {row.shape: {x.unit: x for x in own if x.shape == row.shape} for row in own}.items():
             time = cells["s"]
             cost = seconds(time.p50 / int(shape.split()[0]))
-            body.append((shape, seconds(time.p50), cost, memory(time), *(quality(cells.get(unit)) for unit in stages)))
-        return table(("size", "time", "an edit", "memory beyond the model", *stages), body)
+            body.append((shape, seconds(time.p50), cost, memory(time), *(quality(cells.get(unit)) for unit in units)))
+        return table(("size", "time", "an edit", "memory beyond the model", *units), body)
 
     return each_device([row for row in rows if row.benchmark == "scale"], draw)
 
