@@ -48,6 +48,11 @@ class EditResult:
     cached: Mapping[str, int] = field(default_factory=dict)
     _model: Model | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.learned:  # of requests with one prompt, an epoch counts all that are likely
+            last = len(self.requests) - len(self.unlearned)
+            self.learned = [*self.learned[:-1], min(self.learned[-1], last)]
+
     @property
     def unlearned(self) -> dict[int, str]:
         """The places of requests whose targets are less likely than not, or than another of that prompt; and why."""
