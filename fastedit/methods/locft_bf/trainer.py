@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops, parallel
-from fastedit.errors import EditError
 from fastedit.methods.base import LIKELY
 from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, smaller_in_parts, with_kernel
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.not_finite import not_finite
 from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import edit_name, edit_names
 from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import (
     FrozenPart,
@@ -32,7 +31,6 @@ from fastedit.models import (
     pack,
     pass_tokens,
     resume,
-    run_from_tokens,
 )
 from fastedit.progress import LEARNED
 from fastedit.weights import Snapshot
@@ -255,7 +253,8 @@ class Trainer:
             if not found.isfinite().all():
                 first = int((~found.isfinite()).nonzero()[0])
                 when = f"{place}, step {epoch}" if place else f"epoch {epoch}, batch {first + 1} of {len(batches)}"
-                raise self._not_finite(when, batches[first])
+                self.originals.restore()
+                raise not_finite(self.data, when, batches[first], config.lr)
             sizes = torch.tensor([len(batch) for batch in batches])
             mean = float((found * sizes).sum() / sizes.sum())
             if focus:
@@ -344,46 +343,6 @@ class Trainer:
             grad[:n] *= (each >= self.config.focus)[place][:, None]
         hidden.backward(grad)
         return part
-
-    def _not_finite(self, when: str, batch: Tensor) -> EditError:
-        """The error that names the edits to blame; restores the model, by whose original weights they are judged."""
-        self.originals.restore()
-        guilty = sorted({self.data.owner[i] for i in self._broken()})
-        if guilty:
-            return EditError(
-                f"the loss is not finite for {edit_names(self.data.edits, guilty)}, with the original weights and each "
-                "edit by itself; the model is restored. Leave these edits out, or mend the model: it may have a token "
-                "embedding or another weight that is not finite, or numbers too large for its dtype",
-                edits=[edit_name(self.data.edits[i], i) for i in guilty],
-            )
-        return EditError(
-            f"the loss is not finite, first in {when}: {self.data.names(batch.tolist())}; "
-            "with the original weights every edit has a finite loss, so it was training that diverged. The model is "
-            f"restored. Try a learning rate below {self.config.lr:.3g}"
-        )
-
-    @torch.no_grad()
-    def _broken(self) -> list[int]:
-        """The samples whose loss is not finite with the weights as they are.
-
-        From the tokens and one sample a row: in a shared row, and so in the prefix cache, a value that is not
-        finite reaches every sample, since 0 times it is not 0.
-        """
-        head: Any = self.topology.head
-        broken = []
-        for select in torch.arange(len(self.samples)).split(max(1, 4096 // int(self.samples.lengths.max()))):
-            rows = pack(self.samples, select, packed=False).to(self.topology.device)
-            each, _ = ops.target_cross_entropy(
-                run_from_tokens(self.topology, rows),
-                head.weight,
-                rows.labels,
-                torch.ones(len(rows.labels), device=self.topology.device),
-                bias=getattr(head, "bias", None),
-                softcap=self.topology.logit_softcap,
-                per_row=True,
-            )
-            broken += select[rows.sample_of[~each.isfinite()].cpu()].tolist()
-        return broken
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:
