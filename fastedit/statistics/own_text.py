@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from fastedit.models import Model, encode, generate_by, plain_state, sampling, t
 from fastedit.models.hooks import eval_mode
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
-from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
 
 log = logging.getLogger(__name__)
@@ -55,15 +54,13 @@ class OwnText:
                 found.append(layer)
         return found
 
-    def second_moments(self, layers: Sequence[int], progress: Progress = no_progress) -> Callable[[int], Tensor]:
-        """C [d, d] fp64 of each of these layers, on the module's device.
-
-        What is missing is made, and kept in the user's cache if that can be written.
+    def statistics(self, layers: Sequence[int], progress: Progress = no_progress) -> StatisticsStore:
+        """Those of these layers: what is missing is made, and kept in the user's cache if that can be written.
 
         Raises:
             ModelError: the model gives NaN or infinity.
         """
-        made: dict[int, StreamingCovariance] = {}
+        given: dict[str, Tensor] = {}
         missing = parallel.of_first(lambda: self.missing(layers))
         if missing:
             topology = self.model.topology
@@ -71,14 +68,17 @@ class OwnText:
             texts = write_text(self.model, tokens)
             report: Progress = lambda stage, done, _, loss=None: progress(stage, min(done, tokens), tokens, loss)  # noqa: E731
             made = collect(self.model, texts, missing, module=self.module, progress=report)
-            for layer, moment in made.items() if parallel.first() else ():
-                path = statistics_path(topology, str(self._kept.directory), layer, self.module)
+            for layer, moment in made.items():
+                if parallel.world() > 1:  # the others need not wait until the first has written its file
+                    given[topology.resolve(layer, self.module)[0]] = moment.finalize()
+                if not parallel.first():
+                    continue
                 try:
-                    moment.save(path)
+                    moment.save(statistics_path(topology, str(self._kept.directory), layer, self.module))
                 except FileError as error:
+                    given[topology.resolve(layer, self.module)[0]] = moment.finalize()
                     log.info("the statistics of layer %d are not kept: %s", layer, error)
-        device = self.model.device
-        return lambda layer: made[layer].finalize().to(device) if layer in made else self._kept.covariance(layer)
+        return replace(self._kept, given=given)
 
     @property
     def _kept(self) -> StatisticsStore:

@@ -2,8 +2,9 @@
 
 A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`). It is the one that is given,
 or `statistics` in the model's local checkpoint, or `fastedit/<fingerprint of the model>` in the user's cache. A given
-one may also be a tree of published .npz files. Cholesky factors, `{layer}.{module}.factor.safetensors`, are made on
-first use and kept in the user's cache, wherever the statistics lie: that folder may be shared, or be the package's.
+one may also be a tree of published .npz files. Cholesky factors, `{layer}.{module}.factor.safetensors`, and
+eigenvectors, `{layer}.{module}.eigen.safetensors`, are made on first use and kept in the user's cache, wherever the
+statistics lie: that folder may be shared, or be the package's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fastedit.statistics.moment import LOWER, TAG, WHAT, StreamingCovariance, pa
 from fastedit.tensorfile import checksum, load_metadata, load_tensors, save_tensors
 
 _CHOLESKY_TAG = "fastedit-factor-2"  # the first had its checksum elsewhere, where nobody looks now
+_EIGEN_TAG = "fastedit-eigen-1"
 # {layer}_float32_mom2_100000.npz, or with the module's path: transformer.h.{layer}.mlp.fc_out_float32_mom2_100000.npz
 _PUBLISHED = re.compile(r"(?:.+?\.)?(?P<layer>\d+)(?:\.(?P<module>.+))?_float(?:16|32|64)_mom2(?:_t\d+)?(?:_\d+)?\.npz")
 _log = logging.getLogger(__name__)
@@ -91,15 +93,10 @@ class StatisticsStore:
         """
         if (C := self.in_memory(layer)) is not None:
             return factor_covariance(C.to(self._device(layer)), allow_few=self.unchecked)
-        path, digest = self._required(layer)
-        topology, device = self.topology, self._device(layer)
-        width = topology.input_width(layer, self.module)
-        place = user_directory(self.fingerprint) / _name(topology, layer, self.module, "factor.")
-        about = {"digest": digest, "dim": width}
-        with suppress(FileError):  # a damaged factor is made again
-            tensors, noted, _ = load_tensors(place, (_CHOLESKY_TAG,), "the factor")
-            if about.items() <= noted.items() and tensors[LOWER].numel() == width * (width + 1) // 2:
-                return unpack_lower(tensors[LOWER], width).to(device)
+        path, _ = self._required(layer)
+        width, device = self.topology.input_width(layer, self.module), self._device(layer)
+        if (kept := self._kept(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
+            return unpack_lower(kept[LOWER], width).to(device)
         found = _read(path, width)
         C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite
         try:
@@ -110,11 +107,44 @@ class StatisticsStore:
             if isinstance(error, FewTokensError):
                 error = FewTokensError(error.count, error.dim, "unchecked_statistics")
             raise error.at(path) from None
-        try:
-            save_tensors(place, {LOWER: pack_lower(factor)}, _CHOLESKY_TAG, about, "the factor")
-        except FileError as error:
-            _log.info("the factor of layer %d is not kept: %s", layer, error)
+        self._keep(layer, "factor", _CHOLESKY_TAG, {LOWER: pack_lower(factor)})
         return factor
+
+    def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The eigenvalues of C [d], ascending, and its eigenvectors [d, d], the columns; fp64, on the module's device.
+
+        Made once and kept as the Cholesky factor is; raises what `covariance` raises.
+        """
+        keeps = self.in_memory(layer) is None and not self.unchecked
+        width, device = self.topology.input_width(layer, self.module), self._device(layer)
+        shapes = {"values": (width,), "vectors": (width, width)}
+        if keeps and (kept := self._kept(layer, "eigen", _EIGEN_TAG, shapes)) is not None:
+            return kept["values"].to(device), kept["vectors"].to(device)
+        values, vectors = torch.linalg.eigh(self.covariance(layer))
+        if keeps:
+            self._keep(layer, "eigen", _EIGEN_TAG, {"values": values, "vectors": vectors.contiguous()})
+        return values, vectors
+
+    def _kept(self, layer: int, kind: str, tag: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+        """What was made of a layer's statistics and kept; None if that is missing, damaged or of other statistics."""
+        place, about = self._place(layer, kind)
+        with suppress(FileError):
+            tensors, noted, _ = load_tensors(place, (tag,), f"the {kind} file")
+            if about.items() <= noted.items() and all(tensors[name].shape == shape for name, shape in shapes.items()):
+                return tensors
+        return None
+
+    def _keep(self, layer: int, kind: str, tag: str, tensors: dict[str, Tensor]) -> None:
+        place, about = self._place(layer, kind)
+        try:
+            save_tensors(place, tensors, tag, about, f"the {kind} file")
+        except FileError as error:
+            _log.info("the %s file of layer %d is not kept: %s", kind, layer, error)
+
+    def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
+        """Where something is kept that is made of a layer's statistics, and what tells them from others."""
+        place = user_directory(self.fingerprint) / _name(self.topology, layer, self.module, f"{kind}.")
+        return place, {"digest": self._required(layer)[1], "dim": self.topology.input_width(layer, self.module)}
 
     def covariance(self, layer: int) -> Tensor:
         """C [d, d] fp64, the mean of k kᵀ, on the module's device; raises what `cholesky` raises."""

@@ -52,7 +52,7 @@ def in_null_space(C: Tensor, K: Tensor, R: Tensor, previous: Tensor) -> Tensor:
 MAKE: dict[str, tuple[Callable[[Tensor], Objective], Callable[..., Tensor]]] = {
     "least-squares": (lambda C: LeastSquares(ops.factor_covariance(C), LAMBDA), least_squares),
     "equality": (lambda C: Equality(ops.factor_covariance(C), LAMBDA, ALPHA), equality),
-    "null-space": (lambda C: NullSpace(null_space(C, THRESHOLD), L2), in_null_space),
+    "null-space": (lambda C: NullSpace(null_space(*torch.linalg.eigh(C), THRESHOLD), L2), in_null_space),
 }
 
 
@@ -140,12 +140,12 @@ def test_a_subject_met_twice_is_found_though_its_keys_differ_in_the_last_digits(
 
 def test_without_a_null_space_the_threshold_is_named(seed: int) -> None:
     C = moment(seed)
-    basis = null_space(C, THRESHOLD)
+    basis = null_space(*torch.linalg.eigh(C), THRESHOLD)
     values = torch.linalg.eigvalsh(C)
     assert basis.shape == (D, int((values < THRESHOLD).sum()))
     assert float((basis.T @ C @ basis).diagonal().max()) < THRESHOLD
     with pytest.raises(ModelError, match=r"no eigenvalue of C is below 1e-09, the least is .*raise null_threshold"):
-        null_space(C, 1e-9)
+        null_space(*torch.linalg.eigh(C), 1e-9)
 
 
 def test_shares() -> None:

@@ -112,7 +112,11 @@ def test_equals_a_plain_loop(
     for layer in SETTINGS["layer"]:
         width = torch.eye(parts.input_width(layer, "down_proj"))
         found = StreamingCovariance.load(statistics_path(parts, tmp_path, layer)).finalize()
-        P[layer] = NullSpace.of(found, SETTINGS["null_space"]).of_rows(width) if preserve == "null-space" else width
+        P[layer] = (
+            NullSpace.of(*torch.linalg.eigh(found), SETTINGS["null_space"]).of_rows(width)
+            if preserve == "null-space"
+            else width
+        )
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     monkeypatch.setitem(SETTINGS, "batch_size", size)
     epochs = 9 if focus else SETTINGS["epochs"]

@@ -8,7 +8,7 @@ import os
 import random
 import runpy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,33 +81,44 @@ def test_all_spellings_of_a_projection_are_one(seed: int, tmp_path: Path) -> Non
     assert statistics_path(parts, tmp_path, 2, "mlp.up_proj").name == "2.mlp.up_proj.safetensors"
 
 
-def test_the_factor_is_made_once_and_anew_when_the_statistics_change(
-    seed: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+MADE_ONCE: dict[str, tuple[str, Callable[[StatisticsStore], Tensor]]] = {
+    "factor": ("fastedit.statistics.store.factor_covariance", lambda store: store.cholesky(1)),
+    "eigen": ("torch.linalg.eigh", lambda store: torch.cat([store.eigen(1)[0][None], store.eigen(1)[1]])),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_ONCE)
+def test_what_is_made_of_statistics_is_made_once_and_anew_when_they_change(
+    kind: str, seed: int, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    makes, loaded = MADE_ONCE[kind]
+    store = StatisticsStore(parts, OURS, directory=tmp_path)
+
     def kept() -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr("fastedit.statistics.store.factor_covariance", lambda *_, **__: pytest.fail("it is not kept"))
-            return StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
+            patch.setattr(makes, lambda *_, **__: pytest.fail("it is not kept"))
+            return loaded(store)
 
     keep(tmp_path, rows(seed, 200, D))
-    first = StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
+    first = loaded(store)
     assert torch.equal(kept(), first)
     keep(tmp_path, rows(seed + 1, 200, D))
-    loads(tmp_path)
+    loaded(store)
     second = kept()
     assert not torch.equal(second, first)
-    whole = (cache / FACTOR).read_bytes()
+    place = cache / FACTOR.replace("factor", kind)
+    whole = place.read_bytes()
     begin = 8 + int.from_bytes(whole[:8], "little")
     flipped = begin + random.Random(seed).randrange(len(whole) - begin)
     for damaged in (
         whole[:-9],
         b"",
-        whole.replace(b"factor-2", b"factor-0"),
+        whole.replace(f"fastedit-{kind}".encode(), f"fastedot-{kind}".encode()),
         whole.replace(b"checksum", b"checksun"),
         whole[:flipped] + bytes([whole[flipped] ^ 1]) + whole[flipped + 1 :],
     ):
-        (cache / FACTOR).write_bytes(damaged)
-        loads(tmp_path)
+        place.write_bytes(damaged)
+        loaded(store)
         assert torch.equal(kept(), second)
 
 

@@ -135,22 +135,21 @@ OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
         lambda factor, config: Equality(factor, _given(config.cov_weight), _given(config.alpha)),
     ),
     "null-space": ObjectiveType(
-        lambda statistics, layer, config: null_space(statistics.covariance(layer), config.null_threshold),
+        lambda statistics, layer, config: null_space(*statistics.eigen(layer), config.null_threshold),
         lambda config: ("null space", config.null_threshold),
         lambda basis, config: NullSpace(basis, _given(config.l2)),
     ),
 }
 
 
-def null_space(covariance: Tensor, threshold: float | None) -> Tensor:
-    """Orthonormal eigenvectors U [d, r], fp64, of C [d, d] whose eigenvalues are below a threshold.
+def null_space(values: Tensor, vectors: Tensor, threshold: float | None) -> Tensor:
+    """The eigenvectors [d, r] of C, of its `vectors` [d, d], whose eigenvalues [d] are below a threshold.
 
     A threshold is in units of the keys' squares, so that it belongs to one model; None takes the lowest quarter.
 
     Raises:
         ModelError: none is.
     """
-    values, vectors = torch.linalg.eigh(covariance.double())
     limit = float(values[len(values) // 4]) if threshold is None else threshold
     basis: Tensor = vectors[:, values < limit]
     if not basis.shape[1]:

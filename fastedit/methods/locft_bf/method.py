@@ -81,15 +81,12 @@ class LocFTBFPlan:
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
         topology, lowest = data.model.topology, config.layers[0]
-        found, second_moment = self.statistics, None
-        if isinstance(found, OwnText):
-            second_moment = found.second_moments(config.layers, data.progress)
-        elif found is not None:
-            second_moment = found.covariance
+        found = self.statistics
+        statistics = found.statistics(config.layers, data.progress) if isinstance(found, OwnText) else found
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
-            trainer = Trainer(data, modules, config, second_moment, self.saved)
+            trainer = Trainer(data, modules, config, statistics, self.saved)
             interrupted = None
             with trainer.originals:
                 shared = own or cache

@@ -35,12 +35,14 @@ class NullSpace:
     shares: Tensor
 
     @classmethod
-    def of(cls, second_moment: Tensor, share: float) -> NullSpace:
-        """The P that withholds a share of the directions: τ is where Σ s = share · d, for C [d, d] fp64.
+    def of(cls, values: Tensor, vectors: Tensor, share: float) -> NullSpace:
+        """The P that withholds a share of the directions: τ is where Σ s = share · d.
 
         A share of the directions, because a share of C's energy may be one direction (Gemma 3) or a hundred.
+
+        Args:
+            values: [d] fp64, the eigenvalues of C; `vectors` [d, d] are its eigenvectors, the columns.
         """
-        values, basis = torch.linalg.eigh(second_moment)
         values = values.clamp(min=0)
         low, high = values.max() * 2.0**-80, values.max() * 2.0**10
         for _ in range(100):  # the sum falls with τ
@@ -49,7 +51,7 @@ class NullSpace:
             low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
         shares = values / (values + high)
         kept = shares > _SMALLEST
-        return cls(basis[:, kept].float().contiguous(), shares[kept].float())
+        return cls(vectors[:, kept].float().contiguous(), shares[kept].float())
 
     def of_rows(self, x: Tensor) -> Tensor:
         """x P of rows x [..., d]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -33,6 +33,7 @@ from fastedit.models import (
     resume,
 )
 from fastedit.progress import LEARNED
+from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
 
 _MASTER = "master "  # before the path of a weight, in a saved state
@@ -44,8 +45,8 @@ _REST = 2  # epochs that an edit sits out, once its loss is below `focus`
 class Trainer:
     """The training loop; holds the original and the fp32 master weights, and what has been reached.
 
-    `modules` are the edited ones, by their blocks, upwards; `second_moment` gives C [d, d] of a block's inputs, if
-    training avoids what they take.
+    `modules` are the edited ones, by their blocks, upwards; `statistics` are those of their inputs, if training avoids
+    what they take.
 
     `saved` is where the state of the run is kept on disk, if it is.
 
@@ -57,10 +58,10 @@ class Trainer:
         data: TrainingSet,
         modules: Mapping[int, nn.Module],
         config: LocFTBFConfig,
-        second_moment: Callable[[int], Tensor] | None = None,
+        statistics: StatisticsStore | None = None,
         saved: SavedRun | None = None,
     ) -> None:
-        self.second_moment, self.saved = second_moment, saved
+        self.statistics, self.saved = statistics, saved
         self.data, self.modules, self.config = data, modules, config
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
@@ -108,14 +109,16 @@ class Trainer:
         self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
-            if self.second_moment is not None:
+            if self.statistics is not None:
                 share = self.config.null_space
                 assert share is not None  # chosen by now
                 for layer, module in self.modules.items():
-                    C = self.second_moment(layer)
                     if layer in keys:  # what anchors take is avoided as what other text takes
-                        C += keys[layer].T.double() @ keys[layer].double() / len(keys[layer])
-                    self.null_spaces[layer] = NullSpace.of(C, share)
+                        K = keys[layer].double()
+                        values, vectors = torch.linalg.eigh(self.statistics.covariance(layer) + K.T @ K / len(K))
+                    else:
+                        values, vectors = self.statistics.eigen(layer)
+                    self.null_spaces[layer] = NullSpace.of(values, vectors, share)
                     avoiding.enter_context(self.null_spaces[layer].around(module))
             with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
                 self._run()
@@ -124,7 +127,7 @@ class Trainer:
     def _look_at_anchors(self) -> dict[int, Tensor]:
         """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if statistics are at hand."""
         topology, first = self.topology, self.data.anchors.first
-        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.second_moment is not None}
+        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.statistics is not None}
         references = []
         for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
             select = first + torch.tensor(some)
