@@ -141,11 +141,13 @@ def main() -> None:
 
 
 def _first(paths: Sequence[Path], n: int) -> list[dict[str, Any]]:
-    """The first `n` edits with different prompts, of the files in turn."""
+    """The first `n` edits with different prompts, of the files in turn, with one paraphrase and one neighbour."""
     found: dict[str, dict[str, Any]] = {}
     for request in (request for path in paths for request in load_requests(path, skip_bad=True)):
         kept = {"prompt": request.prompt, "target": request.target, "subject": request.subject}
-        found.setdefault(request.prompt, kept | {"paraphrases": request.paraphrases, "neighbours": request.neighbours})
+        found.setdefault(
+            request.prompt, kept | {"paraphrases": request.paraphrases[:1], "neighbours": request.neighbours[:1]}
+        )
     if len(found) < n:
         sys.exit(f"{', '.join(map(str, paths))} have {len(found)} edits with different prompts, fewer than {n}")
     return [*found.values()][:n]
