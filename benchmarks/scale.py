@@ -98,9 +98,11 @@ def one(args: argparse.Namespace, requests: Path) -> None:
     print(f"  learned after each epoch: {', '.join(f'{count / n:.1%}' for count in result.learned)}")
     print(f"  loss {result.losses[-1]:.3g}, learned {learned:.2%}, generated {generated:.2%}; {report}")
     texts = ", ".join(path.stem for path in args.requests) or "fact world"
-    about = {"mode": "LocFT-BF", "shape": f"{n} edits ({texts}), {args.epochs} epochs", "dtype": "float32"}
+    where = "" if args.layers is None else f", {args.module or 'down_proj'} in {args.layers} of {Path(args.model).name}"
+    about = {"mode": "LocFT-BF", "shape": f"{n} edits ({texts}), {args.epochs} epochs{where}", "dtype": "float32"}
     append(make_row("scale", "ours", [whole], peak_memory=peak, **about))
     shares = {name: stages[name] for name in ("prefix", "train", "evaluate")}
+    shares["train"] += stages.get("epoch", 0.0)  # within one that takes long
     shares["read, plan, save"] = stages["read"] + stages["plan"] + stages["save"]
     for unit, value in shares.items():
         append(make_row("scale", "ours", [value / whole], unit=unit, **about))
