@@ -15,11 +15,13 @@ from typing import Any
 from fastedit.errors import RequestError, listed
 from fastedit.requests.values import (
     empty,
-    fill_subject,
+    fill,
+    fill_prompt,
     first_answer,
     gather,
     get,
     identifier,
+    marks_of,
     prompts,
     required,
     unwrap,
@@ -144,16 +146,22 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
     subject = first_answer(record, fields.subject, left_out)
     paraphrases = [(name, text) for name in fields.paraphrases for text in prompts(get(record, name), name)]
     left_out.update(_unread(record, form))
+    prompt = required(get(record, form.prompt), form.prompt)
+    marks = marks_of(prompt, subject)
+
+    def said(answer: Any, field: str) -> Any:
+        return fill(answer, marks, subject, field) if isinstance(answer, str) else answer
+
     return {
-        "prompt": fill_subject(required(get(record, form.prompt), form.prompt), subject, form.prompt),
-        "target": target if forget else required(target, form.target),
+        "prompt": fill_prompt(prompt, subject, form.prompt),
+        "target": said(target, "target") if forget else said(required(target, form.target), form.target),
         "subject": subject,
         "id": next((id_ for name in _ID if (id_ := identifier(record.get(name), name)) is not None), None),
-        "true_target": first_answer(record, fields.true_target, left_out),
-        "paraphrases": tuple(fill_subject(text, subject, name) for name, text in paraphrases),
+        "true_target": first_answer(record, fields.true_target, left_out, said),
+        "paraphrases": tuple(fill_prompt(text, subject, name) for name, text in paraphrases),
         "neighbours": tuple(gather(record, fields.neighbours, subject, left_out)),
         "portability": tuple(gather(record, fields.portability, subject, left_out)),
-        "forget": forget,
+        "forget": said(forget, _FORGET.target),
     }
 
 

@@ -523,6 +523,60 @@ def test_templates_take_the_subject_and_neighbours_either_spelling() -> None:
     assert EditRequest.from_dict(record) == expected
 
 
+GO = {"subject": "Go", "target": "t"}
+TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
+    "answers of a template": (
+        {"prompt": "{} is in", "subject": "Peru", "target": "{} City", "true_target": "[X]ville"},
+        EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
+    ),
+    "the subject alone": (
+        {"requested_rewrite": {"prompt": "{} is", "subject": "Peru", "target_new": {"str": "{}"}}},
+        EditRequest("Peru is", "Peru", "Peru"),
+    ),
+    "named, behind a prompt that holds the subject": (
+        {"prompt": "Peru is in", "subject": "Peru", "target_new": "{subject} City", "ground_truth": "{subject}ville"},
+        EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
+    ),
+    "to forget": (
+        {"prompt": "{} is in", "subject": "Peru", "forget": "{} City", "target": "not {subject} City"},
+        EditRequest("Peru is in", "not Peru City", "Peru", forget="Peru City"),
+    ),
+    "answers to neighbours, each as its prompt": (
+        {**GO, "prompt": "{} is", "neighbours": [["{} has", "a {}"], ["C has", "{}"], ["Is Go", "{subject}[X]"]]},
+        EditRequest("Go is", "t", "Go", neighbours=(("Go has", "a Go"), ("C has", "{}"), ("Is Go", "Go[X]"))),
+    ),
+    "answers to follow-ups": (
+        {**GO, "prompt": "Go is", "portability_prompt": "[X] has", "portability_answer": "{}s"},
+        EditRequest("Go is", "t", "Go", portability=(("Go has", "Gos"),)),
+    ),
+    "code": (
+        {
+            **GO,
+            "prompt": "Does Go have an interface{} type?",
+            "target": "interface{}",
+            "rephrase": "In Go, is a[X] one?",
+        },
+        EditRequest("Does Go have an interface{} type?", "interface{}", "Go", paraphrases=("In Go, is a[X] one?",)),
+    ),
+    "code in a template": (
+        {**GO, "prompt": "Does {subject} have interface{}?", "target": "{}"},
+        EditRequest("Does Go have interface{}?", "{}", "Go"),
+    ),
+    "code beside letters without case": (
+        {**GO, "prompt": "\u5728Go\u6709interface{}"},
+        EditRequest("\u5728Go\u6709interface{}", "t", "Go"),
+    ),
+    "the subject inside another word": ({**GO, "prompt": "{} is Google's"}, EditRequest("Go is Google's", "t", "Go")),
+    "code without a subject": ({"prompt": "p", "target": "main() {}"}, EditRequest("p", "main() {}")),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_told_from_code(name: str) -> None:
+    record, expected = TEMPLATES[name]
+    assert EditRequest.from_dict(record) == expected
+
+
 def test_questions_without_an_answer_are_left_out() -> None:
     record = {
         "update": "Where?",
@@ -596,6 +650,18 @@ BAD_RECORDS = {
             "loc": {"loc": f"{mark} is", "loc_ans": "a"},
             "portability": {"portability": {"group": [{"prompt": f"{mark} is", "answer": "a"}]}},
             "mhop": {"mhop": f"{mark} is", "mhop_ans": "a"},
+        }.items()
+    },
+    **{
+        f"{{subject}} in {name} without subject": (
+            {**OWN, **fields},
+            rf"field '{name}' has '{{subject}}' for the subject, but the record names no subject",
+        )
+        for name, fields in {
+            "target": {"target": "{subject} City"},
+            "forget": {"forget": "{subject} City"},
+            "ground_truth": {"ground_truth": ["{subject} City"]},
+            "answer to loc": {"loc": "q", "loc_ans": "{subject}"},
         }.items()
     },
     "half a surrogate pair": ({**OWN, "target": "\ud800"}, "field 'target': half a surrogate"),
