@@ -577,6 +577,31 @@ def test_templates_are_told_from_code(name: str) -> None:
     assert EditRequest.from_dict(record) == expected
 
 
+def test_lists_of_two_texts_are_what_their_fields_say() -> None:
+    """Prompts where prompts are, answers where answers are, pairs in a list of pairs."""
+    record = {
+        **OWN,
+        "true_target": ["a", "b"],
+        "rephrase": ["p", "q"],
+        "loc": ["p", "q"],
+        "loc_ans": ["a", "b"],
+        "neighbours": [["p", "c"]],
+        "portability": ["p", ["a", "b"]],
+    }
+    expected = EditRequest(**OWN, true_target="a", paraphrases=("p", "q"), portability=(("p", "a"),),
+                           neighbours=(("p", "c"), ("p", "a"), ("q", "b")))  # fmt: skip
+    assert EditRequest.from_dict(record) == expected
+
+
+def test_what_cannot_be_seen_is_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    hidden = "\u200b\ufeff"
+    record = {**OWN, "subject": hidden, "true_target": hidden, "paraphrases": [hidden], "neighbours": [["q", hidden]]}
+    assert EditRequest.from_dict(record) == EditRequest(**OWN)
+    assert "neighbours without an answer" in caplog.text
+    for seen in ("\u200d\U0001f468", "\u0301", "\ue000", "\u0967"):  # an emoji, an accent, a private sign, a digit
+        assert EditRequest("p", seen).target == seen
+
+
 def test_questions_without_an_answer_are_left_out() -> None:
     record = {
         "update": "Where?",
@@ -600,6 +625,11 @@ BAD_RECORDS = {
     ),
     "empty object": ({}, "its fields are none"),
     "empty target": ({**OWN, "target": " \n"}, "field 'target' is missing or empty"),
+    **{
+        f"target of {hidden!a}": ({**OWN, "target": hidden}, "field 'target' is missing or empty")
+        for hidden in ("\u200b", "\u2060", " \ufeff\n", "\u00ad\u3164", "\x00", "\u2800\ufe0f")
+    },
+    "prompt of no width": ({"src": "\u200b", "alt": "t"}, "field 'src' is missing or empty"),
     "empty prompt": ({"src": "", "alt": "t"}, "field 'src' is missing or empty"),
     "nested empty target": (
         {"requested_rewrite": {"prompt": "p", "target_new": {"str": ""}}},
@@ -615,6 +645,18 @@ BAD_RECORDS = {
     "object for an id": ({**OWN, "id": {}}, "field 'id'"),
     "text for questions": ({**OWN, "neighbours": "p"}, "field 'neighbours'"),
     "lone prompt": ({**OWN, "neighbours": ["p"]}, "field 'neighbours'"),
+    **{
+        f"two texts in {field}": (
+            {**OWN, **fields},
+            rf"field '{field}': two texts, which may be .*\[\[prompt, answer\]\]",
+        )
+        for field, fields in {
+            "neighbours": {"neighbours": ["p", "q"]},
+            "neighbors": {"neighbors": ["p", "q"]},
+            "locality_inputs.neighborhood": {"locality_inputs": {"neighborhood": ["p", "q"]}},
+            "portability": {"portability": ("p", "q")},
+        }.items()
+    },
     "question without answer field": (
         {**OWN, "locality": {"g": [{"prompt": "p"}]}},
         r"field 'locality\.g': a question",
