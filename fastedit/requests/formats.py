@@ -189,6 +189,21 @@ def split(record: Any) -> list[tuple[str, Any]]:
     return [("", record)]
 
 
+def wrapped(record: Any) -> tuple[str, list[Any]] | None:
+    """The only list of records in an object that is no record itself, with its field; None if there is none."""
+    lists = _lists(record) if isinstance(record, Mapping) and record.keys().isdisjoint(_PROMPTS) else {}
+    return next(iter(lists.items())) if len(lists) == 1 else None
+
+
+def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Lists of objects in fields that no format has."""
+    return {
+        str(name): value
+        for name, value in record.items()
+        if name not in _READ and isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+    }
+
+
 def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format:
     """That of some formats whose prompt and target a record has."""
     for form in formats:
@@ -199,9 +214,11 @@ def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format
         missing = [name for name in (form.prompt, form.target) if get(record, name) is None]
         lacking += missing if len(missing) == 1 else []
     known = "; ".join(f"{form.name} ({form.prompt}, {form.target})" for form in (*_FORMATS, _FORGET))
+    lists = f"; of its lists give the one with the records ({listed(list(held))})" if (held := _lists(record)) else ""
     raise RequestError(
         f"the record fits no known format, it lacks {' or '.join(dict.fromkeys(lacking)) or 'both prompt and target'}; "
-        f"its fields are {listed(list(map(str, record))) or 'none'}. Formats, their prompt and target: {known}"
+        f"its fields are {listed(list(map(str, record))) or 'none'}{lists}",
+        advice=f"Formats, their prompt and target: {known}",
     )
 
 

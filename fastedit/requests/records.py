@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import RequestError, listed
+from fastedit.requests.formats import wrapped
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
@@ -188,14 +189,23 @@ def _lines(source: Source) -> Records:
                 record = json.loads(line.rstrip("\n"))
             except _BROKEN as error:
                 if not begun and (alone := _alone(source)) is not None:
-                    yield f"{source.path}, record 0 (counted from 0)", alone
+                    yield from _unwrapped(source, "record 0 (counted from 0)", alone)
                     return
                 record = RequestError(
-                    f"{where}: not a whole JSON object: {error}. Is it truncated? Several objects over more than a "
-                    "line each have to stand in an array"
+                    f"{where}: not a whole JSON object: {error}",
+                    advice="Is it truncated? Several objects over more than a line each have to stand in an array",
                 )
             begun = True
-            yield where, record
+            yield from _unwrapped(source, f"line {number}", record)
+
+
+def _unwrapped(source: Source, place: str, record: Any) -> Records:
+    """The records in an object that only holds a list of them, such as {"data": [...]}; else the record itself."""
+    if (found := wrapped(record)) is None:
+        yield f"{source.path}, {place}", record
+        return
+    for index, item in enumerate(found[1]):
+        yield f"{source.path}, record {index} of {found[0]!r} (counted from 0)", item
 
 
 def _alone(source: Source) -> Any:

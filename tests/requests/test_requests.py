@@ -736,7 +736,7 @@ BAD_FILES = {
     ),
     "two arrays": (b'[{"prompt": "p", "target": "t"}] []', "record 1 .*not valid JSON"),
     "truncated line": (b'{"prompt": "p", "target": "t"}\n{"prompt": "p", "tar', "line 2: .*truncated"),
-    "objects over several lines": (b'{\n"prompt": "p"}\n{\n"prompt": "p"}', "line 1: .*stand in an array"),
+    "objects over several lines": (b'{\n"prompt": "p"}\n{\n"prompt": "p"}', "line 1, line 3: .*stand in an array"),
     "Latin-1": (
         '{"prompt": "p", "target": "t"}\n{"prompt": "é"'.encode("latin-1"),
         "line 2: byte 43 is not UTF-8",
@@ -952,14 +952,69 @@ def test_what_is_wrong_with_such_a_file_is_told(file: str, content: bytes, messa
 
 
 def test_all_bad_records_are_counted_and_kept(tmp_path: Path) -> None:
-    path = write(tmp_path / "facts.jsonl", [{**OWN, "target": ""}] * 14 + [OWN] * 3, lines=True)
+    path = write(tmp_path / "facts.jsonl", [{**OWN, "target": i} for i in range(14)] + [OWN] * 3, lines=True)
     with pytest.raises(RequestError) as error:
         load_requests(path)
     assert str(error.value).startswith("14 records cannot be used: ")
-    assert str(error.value).endswith(
-        "line 10: field 'target' is missing or empty; an edit needs a prompt and a target | and 4 more"
-    )
+    assert str(error.value).endswith("line 10: field 'target': expected a string, got int 9 | and 4 more")
     assert [re.findall(r"line (\d+)", said)[0] for said in error.value.sentences] == [str(i) for i in range(1, 15)]
+
+
+def test_one_cause_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"query": "p", f"answer {i % 2}": "t"} for i in range(24)]
+    path = write(tmp_path / "facts.jsonl", [*records, {**OWN, "target": ""}], lines=True)
+    path.write_text(path.read_text() + '\n{"prompt": "p", "tar')
+    with pytest.raises(RequestError) as error:
+        load_requests(path)
+    said = str(error.value)
+    assert f"26 records cannot be used: {path}, line 1, line 3, line 5, " in said
+    assert "line 19 and 2 more: the record fits no known format, it lacks " in said
+    assert (said.count("fits no known"), said.count("Formats, "), said.count("facts.jsonl"), said.count(" | ")) == (
+        *(2, 1, 4),
+        3,
+    )
+    assert said.endswith("have to stand in an array")
+    path.write_text(path.read_text() + "\n" + json.dumps(OWN))
+    assert len(load_requests(path, skip_bad=True)) == 1
+    assert caplog.messages[0].count("fits no known") == 2
+
+
+WRAPPED = [OWN, {**OWN, "id": "mine"}, {"requested_rewrite": [mquake_rewrite("Ann", "Peru", "Chile")] * 2}]
+
+
+@pytest.mark.parametrize("name", ["data", "examples", "records", "requests", "0"])
+@pytest.mark.parametrize("indent", [None, 2], ids=["in a line", "over lines"])
+def test_records_in_an_object_that_only_holds_them(name: str, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"version": 1, name: WRAPPED, "about": {"n": 3}}, indent=indent))
+    assert load_requests(path) == as_requests(WRAPPED)
+    path.write_text(json.dumps({name: [OWN, {"prompt": "p"}]}, indent=indent))
+    with pytest.raises(RequestError, match=rf"facts\.json, record 1 of '{name}' \(counted from 0\): .*lacks target"):
+        load_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (
+            {"train": [OWN], "test": [OWN, OWN]},
+            r"train, test; of its lists give the one with the records \(train, test\)",
+        ),
+        ({"data": []}, r"its fields are data\. Formats"),
+        ({"data": ["p", "t"]}, r"its fields are data\. Formats"),
+        (
+            {"target": "t", "locality": [{"prompt": "p", "answer": "a"}]},
+            r"lacks prompt; its fields are target, locality\. ",
+        ),
+    ],
+    ids=["two lists", "no records", "texts", "a record without a prompt"],
+)
+def test_objects_that_hold_no_list_of_records(record: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps(record))
+    with pytest.raises(RequestError, match=rf"facts\.json, line 1: .*{said}"):
+        load_requests(tmp_path / "facts.json")
+    with pytest.raises(RequestError, match=rf"requests\[0\]: .*{said}"):
+        as_requests([record])
 
 
 @pytest.mark.parametrize("lines", [False, True], ids=["array", "lines"])
