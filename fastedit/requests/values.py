@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from fastedit.errors import RequestError
@@ -64,6 +65,8 @@ def text(value: Any, field: str) -> str:
 
 def blank(text: str) -> bool:
     """Whether nothing of a text can be seen: spaces, and characters of no width."""
+    if "!" <= text.lstrip()[:1] <= "~":  # as almost always
+        return False
     return all(unicodedata.category(c) in _UNSEEN or _FILLERS.match(c) for c in text)
 
 
@@ -139,13 +142,15 @@ def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
 
 def _stands_in(subject: str, prompt: str) -> bool:
     """Whether a subject stands in a prompt, not inside a word of a script with upper and lower case."""
-    ends = ((m.start() - 1, m.end()) for m in re.finditer(re.escape(subject), prompt))
-    around = ([prompt[i] for i in both if 0 <= i < len(prompt)] for both in ends)
+    pieces = prompt.split(subject)
+    around = (f"{before[-1:]}{after[:1]}" for before, after in pairwise(pieces))
     return any(not any(c.isdigit() or c.lower() != c.upper() for c in beside) for beside in around)
 
 
 def fill(text: str, marks: re.Pattern[str], subject: str | None, field: str) -> str:
     """A prompt or an answer with its subject in the place of each of `marks`."""
+    if "{" not in text and "[" not in text:
+        return text
     found = marks.search(text)
     if not found:
         return text
