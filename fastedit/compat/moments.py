@@ -68,7 +68,7 @@ class Moments:
         hparams.require(names)
         dataset, n, dtype = (hparams.get(field) for field in names)
         folders = dict.fromkeys((name.replace("/", "_"), name.rstrip("/").rpartition("/")[2]))
-        return [stats / f / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{int(n)}.npz" for f in folders]
+        return [stats / f / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{n}.npz" for f in folders]
 
     def take_identity(self, known: Known) -> None:
         """C = I: an update without a second moment."""

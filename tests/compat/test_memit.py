@@ -250,6 +250,47 @@ def test_hparams_are_read_from_mappings_too_and_from_texts_of_numbers(case: Case
     assert same(model, case.wanted("memit"))
 
 
+def test_texts_stay_texts_that_read_as_numbers(case: Case, tmp_path: Path) -> None:
+    """A folder of statistics called 2024, a data set called 1e3."""
+    for layer, path in ((0, "model.layers.0.mlp.down_proj"), (2, "model.layers.2.mlp.down_proj")):
+        file = tmp_path / "2024" / "7" / "1e3_stats" / f"{path}_16_mom2_100000.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moment = StreamingCovariance.load(statistics_path(topology(case.model), case.folder, layer))
+        moment.save_npz(file, sample_size=100000)
+    case.C.clear()
+    case.model.config._name_or_path = "7"
+    names = {"mom2_dataset": "1e3", "mom2_dtype": "16", "mom2_n_samples": "1e5", "layers": ["0", 2.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        model, _ = case.call("memit", given=hparams("memit", stats_dir="2024", **names))
+    assert close(model, case.wanted("memit"), case.before)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("memit", {"v_lr": "fast"}, "v_lr of the hparams of MEMIT is 'fast', expected a number"),
+        ("memit", {"kl_factor": None}, "kl_factor of the hparams of MEMIT is None, expected a number"),
+        ("memit", {"v_num_grad_steps": 2.5}, "v_num_grad_steps .* is 2.5, expected a whole number"),
+        ("memit", {"v_loss_layer": "inf"}, "v_loss_layer .* is 'inf', expected a whole number"),
+        ("rome", {"mom2_n_samples": True}, "mom2_n_samples of the hparams of ROME is True, expected a whole number"),
+        ("emmet", {"update_norm_lambda": []}, r"update_norm_lambda .* is \[\], expected a number"),
+        ("alphaedit", {"layers": 3}, "layers of the hparams of AlphaEdit is 3, expected a list of blocks"),
+        ("memit", {"layers": []}, r"layers .* is \[\], expected a list of blocks"),
+        ("memit", {"layers": [0, "x"]}, "layers .* is 'x', expected a whole number"),
+        ("rome", {"context_template_length_params": [5]}, r"context_template_length_params is \[5\], expected pairs"),
+    ],
+)
+def test_what_is_no_number_is_refused_where_one_is_expected(
+    method: str, given: dict[str, Any], said: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.C.clear()
+    monkeypatch.setattr(memit, "CONTEXT_TEMPLATES_CACHE", None)
+    with pytest.raises(ConfigError, match=said):
+        case.call(method, given=hparams(method, **given))
+    assert same(case.model, case.before)
+
+
 @pytest.mark.parametrize(
     ("method", "missing"),
     [
