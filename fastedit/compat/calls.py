@@ -186,7 +186,10 @@ def _lengths(given: Any) -> tuple[tuple[int, int], ...]:
 
 def _templates(contexts: Any) -> tuple[str, ...]:
     """Contexts from a flat list or a nested one, without the bare template, which is always among them."""
-    flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
+    try:
+        flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
+    except TypeError:
+        flat = []
     if flat.count("{}") != 1 or not all(isinstance(text, str) for text in flat):
         raise ConfigError(f'CONTEXT_TEMPLATES_CACHE is {contexts!r:.200}; give templates, "{{}}" among them once')
     return tuple(text for text in flat if text != "{}")
