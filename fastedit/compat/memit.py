@@ -7,7 +7,7 @@ Variables of this module stand for those of theirs, and may be set:
 - `CONTEXT_TEMPLATES_CACHE`: templates for all methods, "{}" among them, flat or nested; None lets each model write its
   own when it is first edited, from seed 0, and keeps them.
 - `COV_CACHE`: (name of the model with "_" for "/", path of the projection) -> C [d, d]; statistics that are read from
-  published files are put here.
+  published files are put here, and read again when the file has changed.
 - `STATS_DIR`: where those files are if the hparams have no stats_dir.
 """
 
