@@ -486,6 +486,18 @@ def test_own_statistics_serve_later_calls_on_the_edited_model(case: Case, seed: 
     case.call("memit", requests_of(random_edits(2, seed + 1)), given=given)
 
 
+def test_own_statistics_that_changed_are_read_again(case: Case, seed: int) -> None:
+    memit.COV_CACHE.clear()
+    given = hparams("memit", stats_dir=str(case.folder))
+    case.call("memit", given=given)
+    case.model.load_state_dict(case.before)
+    first = case.wanted("memit")
+    moments(case.model, case.folder, seed + 1)
+    model, _ = case.call("memit", given=given)
+    assert same(model, case.wanted("memit"))
+    assert not same(model, first)
+
+
 def test_targets_are_kept_in_files_and_read_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     template = tmp_path / "kv" / "layer_{}_clamp_{}_case_{}.npz"
     case.call("memit", case.requests[:2], cache_template=str(template))
