@@ -170,8 +170,8 @@ def _find_moments(moments: Moments, call: Call, variables: Variables, projection
     share = hparams.get("update_norm_lambda", 0.0) if hparams.method == "EMMET" else 0.0
     if share and moments.sought:
         hparams.refuse([("update_norm_lambda", "it is added to second moments of COV_CACHE or of .npz files")])
-    if share:
-        moments.add_identity(known, share / hparams.get("mom2_update_weight"))
+    if share and (weight := hparams.get("mom2_update_weight")):  # 0 is refused by our configuration
+        moments.add_identity(known, share / weight)
     return None
 
 

@@ -222,23 +222,23 @@ def _lines(source: Source) -> Records:
                 record = _once(json.loads(line.rstrip("\n")), where, line, 0, len(line))
             except _BROKEN as error:
                 if not begun and (alone := _alone(source)) is not None:
-                    yield from _unwrapped(source, "record 0 (counted from 0)", alone)
+                    yield from _unwrapped(str(source.path), f"{source.path}, record 0 (counted from 0)", alone)
                     return
                 record = RequestError(
                     f"{where}: not a whole JSON object: {error}",
                     advice="Is it truncated? Several objects over more than a line each have to stand in an array",
                 )
             begun = True
-            yield from _unwrapped(source, f"line {number}", record)
+            yield from _unwrapped(where, where, record)
 
 
-def _unwrapped(source: Source, place: str, record: Any) -> Records:
-    """The records in an object that only holds a list of them, such as {"data": [...]}; else the record itself."""
+def _unwrapped(place: str, where: str, record: Any) -> Records:
+    """The records of an object that only holds a list of them, as {"data": [...]} at `place`; else itself at `where`."""
     if (found := wrapped(record)) is None:
-        yield f"{source.path}, {place}", record
+        yield where, record
         return
     for index, item in enumerate(found[1]):
-        yield f"{source.path}, record {index} of {found[0]!r} (counted from 0)", item
+        yield f"{place}, record {index} of {found[0]!r} (counted from 0)", item
 
 
 def _alone(source: Source) -> Any:

@@ -989,7 +989,9 @@ def test_records_in_an_object_that_only_holds_them(name: str, indent: int | None
     path.write_text(json.dumps({"version": 1, name: WRAPPED, "about": {"n": 3}}, indent=indent))
     assert load_requests(path) == as_requests(WRAPPED)
     path.write_text(json.dumps({name: [OWN, {"prompt": "p"}]}, indent=indent))
-    with pytest.raises(RequestError, match=rf"facts\.json, record 1 of '{name}' \(counted from 0\): .*lacks target"):
+    with pytest.raises(
+        RequestError, match=rf"facts\.json, (line 1, )?record 1 of '{name}' \(counted from 0\): .*lacks target"
+    ):
         load_requests(path)
 
 
