@@ -233,7 +233,7 @@ def _lines(source: Source) -> Records:
 
 
 def _unwrapped(place: str, where: str, record: Any) -> Records:
-    """The records of an object that only holds a list of them, as {"data": [...]} at `place`; else itself at `where`."""
+    """The records of an object at `place` that only holds a list, as {"data": [...]}; else itself, at `where`."""
     if (found := wrapped(record)) is None:
         yield where, record
         return
