@@ -72,7 +72,7 @@ def check_fields(config: Any) -> None:
         try:
             object.__setattr__(config, name, kind_of(hint).convert(value))
         except TypeError:
-            raise ConfigError(f"{name} is {value!r}; give {kind_of(hint).wanted}") from None
+            raise ConfigError(f"{name} is {value!r:.100}; give {kind_of(hint).wanted}") from None
     if not 0 <= getattr(config, "seed", 0) <= LARGEST_INT:
         raise ConfigError(f"seed is {config.seed}; give 0 to 2**63 - 1")
     if not getattr(config, "save_every", 0) >= 0:
@@ -158,7 +158,8 @@ def _same_type(expected: type) -> Callable[[Any], Any]:
 def _number(to: type, admitted: type) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, admitted) and not isinstance(value, bool):
-            return to(value)
+            with suppress(OverflowError):  # of a whole number that no float holds
+                return to(value)
         raise TypeError
 
     return convert

@@ -6,8 +6,10 @@ W ← W − r rᵀ W in every matrix that writes to the residual stream. The res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.delta import WeightDelta, versions
-from fastedit.errors import ConfigError, ModelError
+from fastedit.errors import ConfigError, ModelError, listed
 from fastedit.models import Model, Topology, encode, fingerprint, hooked, plain_state, topology
 from fastedit.models.block_parts import holds_experts
 from fastedit.statistics.store import StatisticsStore
@@ -51,6 +53,8 @@ def find(network: nn.Module, tokenizer: Any, having: Sequence[str], lacking: Seq
         ModelError: as `Model.of`; the two sets have equal hidden states behind a block.
     """
     model = Model.of(network, tokenizer)
+    _check_prompts("having", having)
+    _check_prompts("lacking", lacking)
     if min(len(having), len(lacking)) < 4:
         raise ConfigError(f"{len(having)} prompts having it and {len(lacking)} lacking it; give at least four of each")
     blocks = list(model.topology.blocks)
@@ -75,7 +79,8 @@ def ablate(
 
     Raises:
         ModelError: unsupported weights; a norm or experts between these matrices and the residual stream.
-        ConfigError: directions of another width, that are not finite or depend on one another.
+        ConfigError: directions of another width or dtype, that are not finite or depend on one another; layers that
+            are no numbers of blocks, or are given twice.
     """
     parts = topology(network)
     Q = _basis(parts, direction)
@@ -125,8 +130,9 @@ def ablate_preserving(
     Raises:
         ConfigError, ModelError: as `ablate` and `find`; there are no statistics of a block.
     """
-    if not weight > 0:
-        raise ConfigError(f"weight is {weight}; give more than 0, or take `ablate`")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
+        raise ConfigError(f"weight is {weight!r}; give more than 0, or take `ablate`")
+    _check_prompts("prompts", prompts)
     model = Model.of(network, tokenizer)
     parts, now = model.topology, fingerprint(network)
     Q, chosen = _basis(parts, direction), _writing(parts, layers)
@@ -183,6 +189,11 @@ def _last_tokens(model: Model, prompts: Sequence[str], modules: Sequence[nn.Modu
 
 def _basis(parts: Topology, direction: Tensor) -> Tensor:
     """An orthonormal basis [h, k] fp32 of directions [h] or [k, h]."""
+    wanted = f"expected a dense tensor of floating-point numbers, [{parts.hidden_size}] or [k, {parts.hidden_size}]"
+    if not isinstance(direction, Tensor):
+        raise ConfigError(f"direction is a {type(direction).__name__}: {wanted}, such as the `vector` of a `Direction`")
+    if not direction.is_floating_point() or direction.layout is not torch.strided or direction.is_meta:
+        raise ConfigError(f"direction is {direction.dtype}, {direction.layout}, on {direction.device}: {wanted}")
     rows = torch.atleast_2d(direction.detach()).double().cpu()
     if rows.ndim != 2 or rows.shape[1] != parts.hidden_size or not rows.isfinite().all():
         raise ConfigError(
@@ -196,7 +207,7 @@ def _basis(parts: Topology, direction: Tensor) -> Tensor:
 
 def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
     """Layers whose matrices write to the residual stream as they are."""
-    chosen = list(range(parts.n_blocks) if layers is None else layers)
+    chosen = list(range(parts.n_blocks)) if layers is None else _numbers(layers)
     if not parts.mlp_adds:
         raise ModelError(
             f"{parts.name} has a norm or a factor behind its MLPs, so that no direction of theirs is its own"
@@ -204,6 +215,24 @@ def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
     if experts := [layer for layer in chosen if holds_experts(parts.block(layer))]:
         raise ModelError(f"blocks {experts} of {parts.name} have experts, which would go on writing; leave them out")
     return chosen
+
+
+def _numbers(layers: Any) -> list[int]:
+    """Numbers of blocks, as they are given."""
+    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
+    if not found or any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in found):
+        raise ConfigError(f"layers is {layers!r:.100}; give a list of whole numbers, or leave it out for all blocks")
+    if len({*found}) < len(found):
+        raise ConfigError(f"layers is {layers!r:.100}; give each block once")
+    return [int(layer) for layer in found]
+
+
+def _check_prompts(name: str, prompts: Any) -> None:
+    """Raise ConfigError unless there are some prompts, all of them texts; a lone text is none of its letters."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+        raise ConfigError(f"{name} is {prompts!r:.100}; give a list of texts")
+    if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
+        raise ConfigError(f"{len(wrong)} of {name} are no texts: {listed([str(i) for i in wrong])} (counted from 0)")
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -24,7 +24,7 @@ from fastedit.evaluation.sampling import draw
 from fastedit.files import locked
 from fastedit.loading import load_model, slow_dtype_note
 from fastedit.methods import METHODS, method_of
-from fastedit.methods.base import History, Plan
+from fastedit.methods.base import History, Memo, Plan
 from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.progress import LEARNED, Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
@@ -118,7 +118,7 @@ class Editor:
         self.config = config_type(seed=seed, **config)
         self.progress = progress
         self._edits: list[_Edit] = []
-        self._memo: dict[Any, Tensor] = {}
+        self._memo = Memo()
 
     @property
     def topology(self) -> Topology:

@@ -47,20 +47,36 @@ class RequestError(FastEditError):
         edits: names of the edits that cannot be used; empty if the error is not about edits.
         sentences: what is wrong with each edit, record or prompt that cannot be used, if the text is about several;
             the text quotes the first ten of them.
+        advice: what is to be said once behind the text, whatever it is about.
     """
 
-    def __init__(self, text: str = "", *, edits: Sequence[str] = (), sentences: Sequence[str] = ()) -> None:
+    def __init__(
+        self, text: str = "", *, edits: Sequence[str] = (), sentences: Sequence[str] = (), advice: str = ""
+    ) -> None:
         super().__init__(text)
-        self.edits, self.sentences = tuple(edits), tuple(sentences)
+        self.edits, self.sentences, self.advice = tuple(edits), tuple(sentences), advice
 
     @classmethod
-    def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits") -> RequestError:
-        """The error of all offending edits, or of something else: (name, sentence) pairs; the first ten are quoted."""
+    def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits", advice: str = "") -> RequestError:
+        """The error of all offending edits, or of something else: (name, sentence) pairs; the first ten are quoted.
+
+        What is wrong with several is said once, but for edits, of which each has its sentence.
+        """
         sentences = [sentence for _, sentence in problems]
         text = sentences[0]
         if len(sentences) > 1:
-            text = f"{len(sentences)} {what} cannot be used: {listed(sentences, ' | ')}"
-        return cls(text, edits=[name for name, _ in problems] if what == "edits" else (), sentences=sentences)
+            said = listed(sentences, " | ") if what == "edits" else told(problems)
+            text = f"{len(sentences)} {what} cannot be used: {said}"
+        edits = [name for name, _ in problems] if what == "edits" else ()
+        return cls(text, edits=edits, sentences=sentences, advice=advice)
+
+    @property
+    def sentence(self) -> str:
+        """The places and the text, without the advice."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return ". ".join(filter(None, (self.sentence, self.advice)))
 
 
 class ModelError(FastEditError):
@@ -106,6 +122,23 @@ class EditError(FastEditError):
     def __init__(self, text: str = "", *, edits: Sequence[str] = ()) -> None:
         super().__init__(text)
         self.edits = tuple(edits)
+
+
+def told(problems: Sequence[tuple[str, str]]) -> str:
+    """The first ten sentences of (name, "name: what is wrong") pairs; what is wrong with several is said once.
+
+    Names such as "FILE, line 3" have their beginning once.
+    """
+    found: dict[str, list[str]] = {}
+    for name, sentence in problems:
+        cause = sentence.removeprefix(f"{name}: ")
+        found.setdefault(cause, []).append(name if cause != sentence else "")
+    said = []
+    for cause, (first, *others) in found.items():
+        common = first.rpartition(", ")[0]
+        names = [first, *(name.removeprefix(f"{common}, ") for name in others)]
+        said.append(f"{listed(names)}: {cause}" if first else cause)
+    return listed(said, " | ")
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

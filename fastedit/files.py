@@ -25,6 +25,12 @@ BY_CHECKPOINT, BY_DELTA, BY_ADAPTER = (CHECKPOINT, DELTA), (DELTA,), (ADAPTER,)
 """What each may take the place of: nothing without weights replaces some."""
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written again or takes the place of another. Raises OSError."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` that takes its place when the block ends well, and vanishes otherwise."""

@@ -10,10 +10,12 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastedit.errors import FileError, listed
 from fastedit.tensorfile import checksums, load_tensors, save_tensors
 from fastedit.weights import LowRank, Update
 
@@ -81,8 +83,10 @@ class Undo:
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
             return was if checksums({path: weight})[path] == self.edited.get(path) else None
-        found = subtracted(weight, update)
-        found.view(-1)[self._kept[path + _AT].long()] = was.to(found.dtype)
+        found, at = subtracted(weight, update), self._kept[path + _AT].long()
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < found.numel():
+            return None
+        found.view(-1)[at] = was.to(found.dtype)
         return found if checksums({path: found})[path] == self.originals[path] else None
 
     def save(self, path: str | Path) -> None:
@@ -92,13 +96,25 @@ class Undo:
 
     @classmethod
     def load(cls, path: str | Path) -> Undo:
-        """Read it from a file. Raises FileError."""
+        """Read it from a file. Raises FileError: of one that is damaged, too."""
         undo = cls()
         undo._kept, metadata, _ = load_tensors(path, [_TAG], _WHAT)
-        undo.originals, undo.edit, undo.edited = (
-            dict(metadata.get(name, {})) for name in ("originals", "edit", "edited")
-        )
+        about: list[Any] = [metadata.get(name) for name in ("originals", "edit", "edited")]
+        if not all(isinstance(part, dict) for part in about):
+            raise FileError(path, f"{_WHAT} is damaged (its notes are not those of an edit)")
+        undo.originals, undo.edit, undo.edited = about
+        if wrong := sorted({*undo.originals, *undo.edit} - {path for path in undo.edit if undo._is_whole(path)}):
+            raise FileError(path, f"{_WHAT} is damaged ({len(wrong)} parameters are not as noted: {listed(wrong)})")
         return undo
+
+    def _is_whole(self, path: str) -> bool:
+        """Whether what is kept of a parameter can be what was noted of it."""
+        was, at = self._kept.get(path + _WAS), self._kept.get(path + _AT)
+        if was is None or path not in self.originals:
+            return False
+        if at is None:
+            return path in self.edited and checksums({path: was})[path] == self.originals[path]
+        return at.ndim == 1 and at.shape == was.shape and at.dtype in (torch.int32, torch.int64)
 
 
 def identity(update: Update) -> list[str]:

@@ -12,7 +12,7 @@ from helpers import moments, same, tiny_model, values
 from torch import Tensor, nn
 
 from fastedit import ConfigError, ModelError, WeightDelta
-from fastedit.directions import ablate, ablate_preserving, find
+from fastedit.directions import Direction, ablate, ablate_preserving, find
 from fastedit.models import topology
 from fastedit.statistics.store import StatisticsStore
 
@@ -105,6 +105,36 @@ def test_an_ablation_that_preserves_is_the_least_squares_update(tokenizer: Any, 
         (lambda m, t: ablate(m, torch.full((32,), float("nan"))), ConfigError, "expected finite ones"),
         (lambda m, t: ablate(m, torch.ones(2, 32)), ConfigError, "2 directions depend on one another"),
         (lambda m, t: ablate(m, torch.ones(32), layers=[9]), ModelError, "layer 9 does not exist"),
+        *(
+            (lambda m, t, layers=layers: ablate(m, torch.ones(32), layers=layers), ConfigError, said)
+            for layers, said in [
+                (3, "layers is 3; give a list of whole numbers"),
+                ("12", "layers is '12'; give a list"),
+                ([1.0], r"layers is \[1\.0\]; give a list of whole numbers"),
+                ([True], r"layers is \[True\]; give a list of whole numbers"),
+                ([], r"layers is \[\]; give a list"),
+                ([1, 2, 1], r"layers is \[1, 2, 1\]; give each block once"),
+            ]
+        ),
+        *(
+            (lambda m, t, given=given: ablate(m, given), ConfigError, f"direction is {said}")
+            for given, said in [
+                ([1.0] * 32, r"a list: expected a dense tensor of floating-point numbers, \[32\] or \[k, 32\]"),
+                (Direction(1, torch.ones(32), 1.0), "a Direction: .*the `vector` of a `Direction`"),
+                (torch.ones(32, dtype=torch.bool), "torch.bool, torch.strided, on cpu: expected"),
+                (torch.ones(32, dtype=torch.complex64), "torch.complex64"),
+                (torch.ones(32).to_sparse(), "torch.float32, torch.sparse_coo"),
+                (torch.ones(32, device="meta"), "torch.float32, torch.strided, on meta"),
+            ]
+        ),
+        (lambda m, t: find(m, t, "w9 w10", LACKING), ConfigError, "having is 'w9 w10'; give a list of texts"),
+        (lambda m, t: find(m, t, HAVING, [*LACKING, 5]), ConfigError, r"1 of lacking are no texts: 10 \(counted"),
+        (lambda m, t: ablate_preserving(m, t, torch.ones(32), []), ConfigError, r"prompts is \[\]; give a list"),
+        (
+            lambda m, t: ablate_preserving(m, t, torch.ones(32), HAVING, weight=float("inf")),
+            ConfigError,
+            "weight is inf; give more than 0",
+        ),
         (lambda m, t: ablate_preserving(m, t, torch.ones(32), HAVING, weight=0), ConfigError, "give more than 0"),
         (lambda m, t: ablate_preserving(m, t, torch.ones(32), HAVING), ModelError, "fastedit covariance"),
     ],

@@ -57,3 +57,16 @@ def test_one_problem_speaks_for_itself_and_many_are_counted() -> None:
     assert len(PairError([PairProblem(i, "it is empty") for i in range(13)]).sentences) == 13
     assert RequestError.of([("record 1", "wrong")], "records").edits == ()
     assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+
+
+def test_what_is_wrong_with_several_is_said_once_with_their_names() -> None:
+    causes = ["bad"] * 2 + ["worse"] + ["bad"] * 11 + ["of line 3"]
+    problems = [(f"a, b.json, line {i}", f"a, b.json, line {i}: {cause}") for i, cause in enumerate(causes)]
+    error = RequestError.of([*problems, ("id 7", "id 7 is taken")], "records", "read the page")
+    lines = ", ".join(f"line {i}" for i in (1, 3, 4, 5, 6, 7, 8, 9, 10))
+    assert str(error.at("here")) == (
+        f"here: 16 records cannot be used: a, b.json, line 0, {lines} and 3 more: bad | a, b.json, line 2: worse | "
+        "a, b.json, line 14: of line 3 | id 7 is taken. read the page"
+    )
+    assert len(error.sentences) == 16
+    assert "read the page" not in error.sentence

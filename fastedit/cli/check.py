@@ -10,11 +10,15 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins, wrote
-from fastedit.errors import ConfigError, FileError, ModelError
+from fastedit.errors import ConfigError, EditError, FastEditError, FileError, ModelError
 from fastedit.files import check_file
 
 if TYPE_CHECKING:
+    from fastedit.delta import WeightDelta
+    from fastedit.editor import Editor
+    from fastedit.evaluation.check import CheckReport
     from fastedit.models import Model
+    from fastedit.requests import EditRequest
 
 
 def check(
@@ -60,17 +64,21 @@ def check(
     inputs = arguments.inputs_of(model, requests=requests, text=text, delta=delta, thresholds=thresholds)
     for name in ("check.json", "check.html") if output else ():
         check_file(output / name, inputs)  # type: ignore[operator]
-    from fastedit.cli.bars import Bars
     from fastedit.delta import WeightDelta
-    from fastedit.evaluation.check import MEASURES, SHARES, Check
+    from fastedit.evaluation.check import MEASURES, SHARES, check_bounds
     from fastedit.evaluation.questions import ask
     from fastedit.evaluation.sampling import draw
-    from fastedit.evaluation.tasks import check_tasks, run_tasks
+    from fastedit.evaluation.tasks import check_tasks
     from fastedit.evaluation.thresholds import load_thresholds
 
-    bounds = load_thresholds(thresholds, MEASURES, SHARES) if thresholds else {}
+    asked = draw(edits, sample)
+    try:
+        bounds = load_thresholds(thresholds, MEASURES, SHARES) if thresholds else {}
+        check_bounds(bounds, asked, compared=bool(base or delta), tasks=names)
+    except FastEditError as error:
+        raise error.at("--thresholds") from None
     check_tasks(names)
-    change, asked = WeightDelta.load(delta) if delta else None, draw(edits, sample)
+    change = WeightDelta.load(delta) if delta else None
     editor = arguments.load(model, dtype, device, chat_template=chat)
     unedited = arguments.load(base, dtype, device, chat_template=chat) if base else editor
     ask(editor.parts, asked, text=documents)
@@ -80,31 +88,64 @@ def check(
     arguments.tell_of_prompts(editor, asked)
     if base:
         check_base(unedited.parts, editor.parts)
-    work_begins()
-    before, tasks_before = None, {}
-    with Bars() as bars:
-        questions = Check(unedited.parts, asked, text=documents, of=len(edits))
-        what: dict[str, Any] = {"edits": questions.requests, "text": questions.text, "bars": bars}
-        if change or base:
-            of_head = change is not None and change.changes(editor.model, editor.topology.head)
-            before = arguments.measure(unedited, **what, when="before", keep_head=of_head)
-            tasks_before = run_tasks(unedited.parts, names)
-        if change:
-            change.apply(editor.model)
-        after = arguments.measure(editor, **what, when="after" if before else "")
-        tasks_after = run_tasks(editor.parts, names)
     about = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
-    report = questions.report(after, before, bounds=bounds, tasks=(tasks_after, tasks_before), about=about)
+    work_begins()
+    given: dict[str, Any] = {"text": documents, "of": len(edits), "tasks": names, "bounds": bounds, "about": about}
+    report = _measured(editor, unedited, change, asked, **given)
     if output:
         report.save(output)
         wrote(output / "check.json", output / "check.html")
     show(report)
     if output:
         typer.echo(f"written to {output / 'check.json'} and {output / 'check.html'}")
-    if not report.passed:
+    if report.broken:
+        typer.echo(f"fastedit: the edited model cannot be measured: {report.broken}", err=True)
+    elif not report.passed:
         missed = ", ".join(f"{m.name} {m.shown(m.value)} (wanted {m.wanted})" for m in report.missed)
         typer.echo(f"fastedit: {len(report.missed)} of {len(bounds)} thresholds missed: {missed}", err=True)
+    if not report.passed:
         raise typer.Exit(1)
+
+
+def _measured(
+    editor: Editor,
+    unedited: Editor,
+    change: WeightDelta | None,
+    edits: list[EditRequest],
+    *,
+    text: list[str],
+    of: int,
+    tasks: list[str],
+    **what: Any,
+) -> CheckReport:
+    """Measure the unedited model, if there is one, and the edited one; `what` are bounds, and what else is reported."""
+    from fastedit.cli.bars import Bars
+    from fastedit.evaluation.check import Check, broken_report
+    from fastedit.evaluation.tasks import run_tasks
+
+    before, tasks_before, questions = None, {}, None
+    asked: dict[str, Any] = {}
+
+    def ask() -> Check:
+        found = Check(unedited.parts, edits, text=text, of=of)
+        asked.update(edits=found.requests, text=found.text, bars=bars)
+        return found
+
+    with Bars() as bars:
+        if change or unedited is not editor:
+            questions = ask()
+            of_head = change is not None and change.changes(editor.model, editor.topology.head)
+            before = arguments.measure(unedited, **asked, when="before", keep_head=of_head)
+            tasks_before = run_tasks(unedited.parts, tasks)
+        if change:
+            change.apply(editor.model)
+        try:
+            questions = questions or ask()
+            after = arguments.measure(editor, **asked, when="after" if before else "")
+        except (EditError, ModelError) as error:  # NaN or infinity
+            old = questions.report(before) if questions and before else None
+            return broken_report(str(error), old, of=of, **what)
+        return questions.report(after, before, tasks=(run_tasks(editor.parts, tasks), tasks_before), **what)
 
 
 def check_base(base: Model, edited: Model) -> None:

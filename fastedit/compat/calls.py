@@ -88,8 +88,7 @@ class Call:
         """The layers and projections that the hparams name. Raises ConfigError: they name none."""
         topology = self.parts.topology
         self.hparams.require(["layers", "rewrite_module_tmp"])
-        layers = [int(layer) for layer in self.hparams.get("layers")]
-        return Moments(self.hparams, topology, module_inside(self.hparams, topology), layers)
+        return Moments(self.hparams, topology, module_inside(self.hparams, topology), self.hparams.layers)
 
     def longer_targets(self) -> list[str]:
         """Names of the edits that the loss of FT tells apart: prompt_last, and targets of more than one token."""
@@ -146,7 +145,7 @@ def locate_then_edit(
     lengths: tuple[tuple[int, int], ...] = _LENGTHS
     if hparams.method == "ROME" and variables.contexts is None:
         hparams.require(["context_template_length_params"])
-        lengths = tuple((int(tokens), int(n)) for tokens, n in hparams.get("context_template_length_params"))
+        lengths = _lengths(hparams.get("context_template_length_params"))
     if copy:
         call.copy()
     own = variables.contexts is None
@@ -168,17 +167,29 @@ def _find_moments(moments: Moments, call: Call, variables: Variables, projection
     if projections is not None:
         return moments.take_projections(known, projections)
     moments.load(variables.second_moments, variables.stats_dir)
-    share = float(hparams.get("update_norm_lambda", 0.0)) if hparams.method == "EMMET" else 0.0
+    share = hparams.get("update_norm_lambda", 0.0) if hparams.method == "EMMET" else 0.0
     if share and moments.sought:
         hparams.refuse([("update_norm_lambda", "it is added to second moments of COV_CACHE or of .npz files")])
-    if share:
-        moments.add_identity(known, share / float(hparams.get("mom2_update_weight")))
+    if share and (weight := hparams.get("mom2_update_weight")):  # 0 is refused by our configuration
+        moments.add_identity(known, share / weight)
     return None
+
+
+def _lengths(given: Any) -> tuple[tuple[int, int], ...]:
+    """Tokens and number of ROME's own contexts."""
+    try:
+        return tuple((int(tokens), int(n)) for tokens, n in given)
+    except (TypeError, ValueError, OverflowError):
+        text = f"context_template_length_params is {given!r:.80}, expected pairs: tokens, and how many contexts"
+        raise ConfigError(text) from None
 
 
 def _templates(contexts: Any) -> tuple[str, ...]:
     """Contexts from a flat list or a nested one, without the bare template, which is always among them."""
-    flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
+    try:
+        flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
+    except TypeError:
+        flat = []
     if flat.count("{}") != 1 or not all(isinstance(text, str) for text in flat):
         raise ConfigError(f'CONTEXT_TEMPLATES_CACHE is {contexts!r:.200}; give templates, "{{}}" among them once')
     return tuple(text for text in flat if text != "{}")

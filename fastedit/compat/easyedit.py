@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from fastedit.compat import memit
 from fastedit.compat.calls import Call, Request, fine_tune, locate_then_edit
 from fastedit.errors import ConfigError, FileError
+from fastedit.files import stamp
 
 Apply = Callable[..., tuple[Any, Any]]
 _REGISTRY, _DICT = "easyeditor.util.alg_dict", "ALG_DICT"
@@ -55,7 +56,8 @@ def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, 
     if options.get("reset_cache"):
         call.known.written.clear()
     place = Path(str(call.hparams.get("P_loc", "")))
-    P = _projections(place, place.stat().st_mtime_ns) if place.is_file() else None
+    load = partial(_projections, place)
+    P = call.known.memo.kept("P_loc", (place, stamp(place)), load) if place.is_file() else None
     previous = call.known.standing(call.parts.network)
     taken = _taken(options, "cache_template")
     wanted = taken.pop("return_orig_weights")
@@ -67,9 +69,8 @@ def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, 
     return found.model, found.weights_copy(wanted)
 
 
-@lru_cache(maxsize=1)
-def _projections(path: Path, changed: int) -> Tensor:
-    """P [L, d, d] of a file as it was when it was changed last."""
+def _projections(path: Path) -> Tensor:
+    """P [L, d, d] of a file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever is in there instead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,9 @@ _OWN = {
     "EMMET": {"mom2_update_weight": "cov_weight", "emmet_lambda": "alpha"},
     "AlphaEdit": {"L2": "l2", "nullspace_threshold": "null_threshold"},
 }
+_WHOLE = frozenset(("v_num_grad_steps", "v_loss_layer", "num_steps", "batch_size", "mom2_n_samples"))
+_NUMBERS = frozenset((*_TARGET, *(name for own in _OWN.values() for name in own), "update_norm_lambda", "lr",
+                      "weight_decay")) | _WHOLE  # fmt: skip
 
 
 class Hparams:
@@ -39,13 +43,34 @@ class Hparams:
         self.method, self._given = method, given
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field, a number if it is the text of one: YAML 1.1 reads 5e-1 as a text."""
+        """A field as it was given; one of numbers also from a text, since YAML 1.1 reads 5e-1 as a text.
+
+        Raises:
+            ConfigError: it is no number where one is expected, or not whole where that is.
+        """
         given = self._given
-        value = given.get(name, default) if isinstance(given, Mapping) else getattr(given, name, default)
+        value = given.get(name, _ABSENT) if isinstance(given, Mapping) else getattr(given, name, _ABSENT)
+        if value is _ABSENT:
+            return default
+        return self._number(name, value, name in _WHOLE) if name in _NUMBERS else value
+
+    @property
+    def layers(self) -> list[int]:
+        """The blocks. Raises ConfigError: the field is no list of whole numbers."""
+        given = self.get("layers")
+        if isinstance(given, str) or not isinstance(given, Iterable) or not (layers := list(given)):
+            raise ConfigError(f"layers of the hparams of {self.method} is {given!r:.80}, expected a list of blocks")
+        return [self._number("layers", layer, whole=True) for layer in layers]
+
+    def _number(self, name: str, value: Any, whole: bool) -> Any:
+        found: Any = value
         if isinstance(value, str):
             with suppress(ValueError):
-                return float(value)
-        return value
+                found = float(value)
+        if isinstance(found, Real) and not isinstance(found, bool) and not (whole and found % 1 != 0):
+            return round(found) if whole else found
+        what = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name} of the hparams of {self.method} is {value!r:.80}, expected {what}")
 
     def require(self, names: Iterable[str]) -> None:
         """Raise ConfigError if fields are missing; it names all of them."""
@@ -75,10 +100,9 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     names = {theirs: ours for theirs, ours in (_TARGET | _OWN[method]).items() if ours not in given}
     beside = "mom2_adjustment" if method == "ROME" else "v_loss_layer"
     hparams.require(["layers", "rewrite_module_tmp", "fact_token", *names, beside])
-    layers = [int(layer) for layer in hparams.get("layers")]
+    layers = hparams.layers
     hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
     fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given
-    fields["steps"] = int(fields["steps"])
     if method != "ROME":  # a single layer is a spread over one
         fields |= {"distribution": "spread", "site": "block"}
     return fields | {"layers": layers, "module": module_inside(hparams, topology)}
@@ -105,7 +129,7 @@ def _problems(hparams: Hparams, layers: list[int], topology: Topology) -> Iterab
     if hparams.method == "ROME":
         if len(layers) != 1:
             yield "layers", "ROME writes one layer"
-    elif max(int(hparams.get("v_loss_layer")), *layers) != topology.n_blocks - 1:
+    elif max(hparams.get("v_loss_layer"), *layers) != topology.n_blocks - 1:
         yield "v_loss_layer", f"the loss is behind the last block, {topology.n_blocks - 1}"
 
 
@@ -143,7 +167,7 @@ def fine_tuning_fields(hparams: Hparams, topology: Topology) -> dict[str, Any]:
     objective = hparams.get("objective_optimization", "prompt_last")
     if objective not in ("prompt_last", "target_new"):
         problems.append(("objective_optimization", "target_new, or prompt_last for targets of one token"))
-    layers, module = [int(layer) for layer in hparams.get("layers")], module_inside(hparams, topology)
+    layers, module = hparams.layers, module_inside(hparams, topology)
     weight_alone = str(hparams.get("rewrite_module_tmp")).endswith(".weight")
     if weight_alone and getattr(topology.resolve(layers[0], module)[1], "bias", None) is not None:
         problems.append(("rewrite_module_tmp", "the bias is trained too; leave out .weight"))
@@ -152,8 +176,8 @@ def fine_tuning_fields(hparams: Hparams, topology: Topology) -> dict[str, Any]:
         "layer": layers,
         "module": module,
         "lr": hparams.get("lr"),
-        "epochs": int(hparams.get("num_steps")),
-        "batch_size": int(hparams.get("batch_size", 128)),
+        "epochs": hparams.get("num_steps"),
+        "batch_size": hparams.get("batch_size", 128),
         "weight_decay": hparams.get("weight_decay"),
         "shuffle": False,
         "eos": False,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from fastedit.methods.base import Memo
 from fastedit.methods.contexts import context_templates
 from fastedit.models import Model, fingerprint
 
@@ -19,21 +19,15 @@ class Known:
 
     Attributes:
         fingerprint: of the model when it was first met, to which statistics belong.
-        memo: of the methods, and of matrices that are made of what a caller holds.
+        memo: of the methods, and of matrices that are made of what a caller holds or a file has.
         contexts: the model's own, by the lengths and numbers that were asked for.
         written: path of a parameter -> keys [n, d] of the edits that it holds, and its version behind the last one.
     """
 
     fingerprint: str
-    memo: dict[Any, Tensor] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
     contexts: dict[Any, tuple[str, ...]] = field(default_factory=dict)
     written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
-
-    def kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is made once."""
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
 
     def own_contexts(self, model: Model, lengths: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
         """Templates that the model wrote when it was first asked, of (tokens, how many) each, from seed 0."""

@@ -7,7 +7,7 @@ Variables of this module stand for those of theirs, and may be set:
 - `CONTEXT_TEMPLATES_CACHE`: templates for all methods, "{}" among them, flat or nested; None lets each model write its
   own when it is first edited, from seed 0, and keeps them.
 - `COV_CACHE`: (name of the model with "_" for "/", path of the projection) -> C [d, d]; statistics that are read from
-  published files are put here.
+  published files are put here, and read again when the file has changed.
 - `STATS_DIR`: where those files are if the hparams have no stats_dir.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastedit.compat.calls import Call, Edited, Request, Variables, fine_tune, locate_then_edit
 from fastedit.compat.hparams import fine_tuning_fields
-from fastedit.compat.moments import check_stack
+from fastedit.compat.moments import check_stack, check_symmetric
 from fastedit.errors import RequestError, listed
 from fastedit.weights import LowRank
 
@@ -174,7 +174,8 @@ def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
     if version == cache_c._version:
         return dict(keys)
     found = {}
-    for path, total in zip(written.paths, cache_c, strict=True):
+    for i, (path, total) in enumerate(zip(written.paths, cache_c, strict=True)):
+        check_symmetric(f"cache_c[{i}], of layer {written.layers[i]},", total)
         if total.any():
             values, vectors = torch.linalg.eigh(total.double())
             kept = values > values[-1] * len(values) * torch.finfo(total.dtype).eps

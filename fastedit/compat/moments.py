@@ -13,10 +13,13 @@ from torch import Tensor
 from fastedit.compat.hparams import Hparams
 from fastedit.compat.known import Known
 from fastedit.errors import ConfigError
+from fastedit.files import stamp
 from fastedit.models import Topology
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
 
+_FILE = "_fastedit_file"  # of a C that was read: the file, and its stamp
+_ROUNDING = 0.05  # of a matrix that was made or kept in fp16
 Cache = MutableMapping[tuple[str, str], Tensor]
 """(name of a model, path of a projection) -> C [d, d]."""
 
@@ -51,15 +54,21 @@ class Moments:
         name, stats = str(getattr(config, "_name_or_path", "") or ""), self._hparams.get("stats_dir", default_directory)
         for layer, path in zip(self.layers, self.paths, strict=True):
             key = name.replace("/", "_"), str(self._hparams.get("rewrite_module_tmp")).format(layer)
-            if key not in cache:
+            read = getattr(cache.get(key), _FILE, None)
+            if key not in cache or read:
                 files = self._files(Path(str(stats)), name, key[1])
                 found = next((file for file in files if file.exists()), None)
-                if found is None:
+                if found is None and not (read and read[0] in files):
+                    cache.pop(key, None)
                     self.sought.append(files[0])
                     if statistics_path(self._topology, stats, layer, self.module).is_file():
                         self.directory = str(stats)
                     continue
-                cache[key] = StreamingCovariance.load(found).finalize().float()
+                if found and read != (found, stamp(found)):
+                    cache[key] = StreamingCovariance.load(found).finalize().float()
+                    setattr(cache[key], _FILE, (found, stamp(found)))
+            width = self._topology.input_width(layer, self.module)
+            check_matrices(f"COV_CACHE[{key!r}]", cache[key], (width, width))
             self.given[path] = cache[key]
 
     def _files(self, stats: Path, name: str, layer_name: str) -> list[Path]:
@@ -68,34 +77,64 @@ class Moments:
         hparams.require(names)
         dataset, n, dtype = (hparams.get(field) for field in names)
         folders = dict.fromkeys((name.replace("/", "_"), name.rstrip("/").rpartition("/")[2]))
-        return [stats / f / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{int(n)}.npz" for f in folders]
+        return [stats / f / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{n}.npz" for f in folders]
 
     def take_identity(self, known: Known) -> None:
         """C = I: an update without a second moment."""
         for path, layer in zip(self.paths, self.layers, strict=True):
             width = self._topology.input_width(layer, self.module)
-            self.given[path] = known.kept(("identity", width), partial(torch.eye, width))
+            self.given[path] = known.memo.kept(("identity", width), (), partial(torch.eye, width))
 
     def take_projections(self, known: Known, projections: Tensor) -> None:
-        """C = I − P, whose null space is what P [L, d, d] projects on. Raises ConfigError: P has another shape."""
+        """C = I − P, whose null space is what P [L, d, d] projects on. Raises ConfigError: P is something else."""
         check_stack("P", projections, self._topology, self.layers, self.module)
         for i, path in enumerate(self.paths):
-            key = projections, projections._version, i
-            self.given[path] = known.kept(key, partial(_identity_and, projections[i], -1.0, 1.0))
+            make = partial(_beside, projections[i], f"P[{i}], of layer {self.layers[i]},")
+            self.given[path] = known.memo.kept(("P", i), (projections, projections._version), make)
 
     def add_identity(self, known: Known, share: float) -> None:
         """Add a share of I to each C that is given."""
         for path, C in self.given.items():
-            self.given[path] = known.kept((C, C._version, share), partial(_identity_and, C, 1.0, share))
+            make = partial(_with_identity, C, share)
+            self.given[path] = known.memo.kept(("with identity", path), (C, C._version, share), make)
 
 
-def _identity_and(matrix: Tensor, factor: float, share: float) -> Tensor:
-    return factor * matrix.cpu() + share * torch.eye(len(matrix), dtype=matrix.dtype)
+def _with_identity(matrix: Tensor, share: float) -> Tensor:
+    return matrix.detach().cpu() + share * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
-def check_stack(name: str, given: Tensor, topology: Topology, layers: Sequence[int], module: str) -> None:
-    """Raise ConfigError unless a tensor holds one [d, d] for each layer."""
+def _beside(projection: Tensor, name: str) -> Tensor:
+    """I − P [d, d]. Raises ConfigError: P is no orthogonal projection."""
+    P = projection.detach().cpu()
+    check_symmetric(name, P)
+    x = torch.randn(len(P), generator=torch.Generator().manual_seed(0)).to(P.dtype)
+    if (P @ (P @ x) - P @ x).norm() > _ROUNDING * x.norm():
+        raise ConfigError(f"{name} is no projection: P P is not P; give U Uᵀ of orthonormal columns U")
+    return torch.eye(len(P), dtype=P.dtype) - P
+
+
+def check_matrices(name: str, given: Any, shape: tuple[int, ...], what: str = "") -> None:
+    """Raise ConfigError unless it is a plain tensor of floating-point numbers of this shape, outside autograd."""
+    expected = f"expected {shape}{what}, as a dense tensor of floating-point numbers"
+    if not isinstance(given, Tensor):
+        raise ConfigError(f"{name} is a {type(given).__name__}, {expected}")
+    if tuple(given.shape) != shape:
+        raise ConfigError(f"{name} has shape {tuple(given.shape)}, {expected}")
+    if not given.is_floating_point() or given.layout is not torch.strided or given.is_meta:
+        raise ConfigError(f"{name} is {given.dtype}, {given.layout}, on {given.device}, {expected}")
+    if given.requires_grad:
+        raise ConfigError(f"{name} requires a gradient; give {name}.detach()")
+
+
+def check_symmetric(name: str, matrix: Tensor) -> None:
+    """Raise ConfigError if a matrix [d, d] is not finite or not symmetric, up to a rounding."""
+    if not matrix.isfinite().all():
+        raise ConfigError(f"{name} holds NaN or infinity; make it again")
+    if (matrix - matrix.mT).abs().max() > _ROUNDING * matrix.abs().max():
+        raise ConfigError(f"{name} is not symmetric; give all of it")
+
+
+def check_stack(name: str, given: Any, topology: Topology, layers: Sequence[int], module: str) -> None:
+    """Raise ConfigError unless it is as `check_matrices` has it, with one [d, d] for each layer."""
     width = topology.input_width(layers[0], module)
-    expected = (len(layers), width, width)
-    if tuple(given.shape) != expected:
-        raise ConfigError(f"{name} has shape {tuple(given.shape)}, expected {expected}: a matrix for each layer")
+    check_matrices(name, given, (len(layers), width, width), ": a matrix for each layer")

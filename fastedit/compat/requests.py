@@ -8,6 +8,7 @@ from typing import Any
 
 from fastedit.errors import RequestError
 from fastedit.models import joined
+from fastedit.requests.values import blank
 
 _PLACE = "{}"
 
@@ -69,7 +70,7 @@ def _edit(request: Mapping[str, Any]) -> UpstreamEdit:
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or blank(value):
         raise RequestError(f"{name} is {value!r}, expected a text")
     return value
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastedit.errors import ConfigError, listed
 from fastedit.evaluation.page import page
 from fastedit.evaluation.predict import Answers, Predictions
 from fastedit.evaluation.probes import KINDS, PREFIXES, Probes, probes_of
+from fastedit.evaluation.questions import KINDS as KINDS_OF_PROMPTS
+from fastedit.evaluation.questions import kinds_in
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import interval
 from fastedit.evaluation.thresholds import TASK, TASK_CHANGE, Bound, Measured
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _OWN_TEXT = 2048  # tokens that a model writes where no text is given
+_NO_PROMPTS = "the requests have no {} prompts"
+_NO_TASK = "not among --tasks"
+_COMPARED = ("first_token", "kl", "perplexity_ratio")
 _BASE = "needs the unedited model: give --base, or --delta"
 
 
@@ -66,13 +73,14 @@ class CheckReport:
     """All measures of an edited model; prints as a table.
 
     ``rows`` has for each request what was generated: at its prompt, behind prefixes, at negated prompts; and what it
-    chose. Of a sample of ``of`` requests (None: of all).
+    chose. Of a sample of ``of`` requests (None: of all). ``broken`` says why the edited model could not be measured.
     """
 
     measures: Sequence[Measured]
     rows: Sequence[Mapping[str, Any]]
     about: Mapping[str, Any]
     of: int | None = None
+    broken: str = ""
 
     @property
     def missed(self) -> list[Measured]:
@@ -81,23 +89,23 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all bounds are kept; so it is without any."""
-        return not self.missed
+        """Whether all bounds are kept, as it is without any, and the model could be measured."""
+        return not self.missed and not self.broken
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: "passed", "missed", "measures" by name, "about", "sample" and "requests"."""
+        """Ready for JSON: "passed", "missed", "broken", "measures" by name, "about", "sample" and "requests"."""
         sample = None if self.of is None else {"measured": len(self.rows), "of": self.of}
         measures = {m.name: {**asdict(m), "passed": m.passed} for m in self.measures}
         missed = [m.name for m in self.missed]
-        summary = {"passed": self.passed, "missed": missed, "measures": measures, "about": self.about, "sample": sample}
-        return {**summary, "requests": self.rows}
+        summary = {"passed": self.passed, "missed": missed, "broken": self.broken, "measures": measures}
+        return {**summary, "about": self.about, "sample": sample, "requests": self.rows}
 
     def save(self, directory: AnyPath) -> None:
         """Write check.json and check.html to a folder, each whole or not at all. Raises FileError."""
         folder = Path(directory)
         contents = {
             "check.json": json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n",
-            "check.html": page(self.measures, self.rows, self.about, self.of),
+            "check.html": page(self.measures, self.rows, self.about, self.of, self.broken),
         }
         for name, content in contents.items():
             with writing(folder / name, "the check was not written") as temporary:
@@ -116,6 +124,57 @@ class CheckReport:
             remark = ", ".join(filter(None, (verdict, f"[dim]{m.why}[/]" if m.why else "")))
             table.add_row(m.name, str(m.n) if m.n else "", m.shown(m.before), now, m.wanted, remark)
         return table
+
+
+def check_bounds(
+    bounds: Mapping[str, Bound], requests: Sequence[EditRequest], *, compared: bool, tasks: Sequence[str] = ()
+) -> None:
+    """Refuse bounds of measures that cannot be taken, before anything is measured.
+
+    Args:
+        compared: whether the unedited model is measured too.
+        tasks: of lm-eval, which are run.
+
+    Raises:
+        ConfigError: there are some; names all of them.
+    """
+    asked, problems = kinds_in(requests), []
+    for name in bounds:
+        task = name.removeprefix(TASK).removeprefix(TASK_CHANGE)
+        prompts = _MEASURES[name].prompts if name in _MEASURES else ""
+        if prompts in KINDS_OF_PROMPTS and prompts not in asked:
+            problems.append(f"{name} ({_NO_PROMPTS.format(prompts)})")
+        elif name not in _MEASURES and task not in tasks:
+            problems.append(f"{name} ({_NO_TASK})")
+        elif not compared and (name in _COMPARED or name.startswith(TASK_CHANGE)):
+            problems.append(f"{name} ({_BASE})")
+    if problems:
+        raise ConfigError(f"{len(problems)} of the measures cannot be taken: {listed(problems)}")
+
+
+def broken_report(
+    why: str,
+    before: CheckReport | None = None,
+    *,
+    bounds: Mapping[str, Bound] | None = None,
+    about: Mapping[str, Any] | None = None,
+    of: int | None = None,
+) -> CheckReport:
+    """The report on an edited model that cannot be measured, which misses all bounds.
+
+    Args:
+        before: the report on the unedited model.
+    """
+    known = {m.name: m for m in before.measures} if before else {}
+    known |= {
+        name: Measured(name, it.says, None, share=it.share) for name, it in _MEASURES.items() if name not in known
+    }
+    known |= {m.name: m for m in _of_tasks({}, {}, {*(bounds or {})})}
+    found = [
+        replace(m, value=None, before=m.value, why="the model cannot be measured", bound=(bounds or {}).get(m.name))
+        for m in known.values()
+    ]
+    return CheckReport(found, [], about or {}, of, why)
 
 
 class Check:
@@ -224,7 +283,7 @@ class Check:
         if name in self.probes.left_out:
             return self.probes.left_out[name]
         if prompts in report.n and not report.n[prompts]:
-            return f"the requests have no {prompts} prompts"
+            return _NO_PROMPTS.format(prompts)
         return "the unedited model's head was changed" if compared else _BASE
 
 
@@ -250,14 +309,16 @@ def _ratio(report: EvaluationReport) -> float | None:
 def _of_tasks(now: Mapping[str, float], old: Mapping[str, float], wanted: set[str]) -> list[Measured]:
     """The values of tasks and how far they moved, and those that bounds ask for and nobody took."""
     found = []
-    for task, value in now.items():
-        found.append(Measured(TASK + task, f"lm-eval's {task}", value, old.get(task), share=False))
-        moved = value - old[task] if task in old else None
-        why = "" if moved is not None else _BASE
+    for task, given in now.items():
+        value, before = (x if x is None or math.isfinite(x) else None for x in (given, old.get(task)))
+        why = "" if value is not None else f"lm-eval gives {given}"
+        found.append(Measured(TASK + task, f"lm-eval's {task}", value, before, why=why, share=False))
+        moved = None if value is None or before is None else value - before
+        why = "" if moved is not None else _BASE if task not in old else f"lm-eval gives {old[task]} and {given}"
         found.append(Measured(TASK_CHANGE + task, f"{task} now less before", moved, why=why, share=False))
     there = {m.name for m in found}
     lacking = sorted(name for name in wanted if name.startswith((TASK, TASK_CHANGE)) and name not in there)
-    return found + [Measured(name, "an lm-eval task", None, why="not among --tasks", share=False) for name in lacking]
+    return found + [Measured(name, "an lm-eval task", None, why=_NO_TASK, share=False) for name in lacking]
 
 
 def _at(metrics: Mapping[str, Any], path: Sequence[str]) -> float | None:

@@ -70,11 +70,17 @@ def more_in(items: Iterable[str], n: int, file: str) -> tuple[list[str], str]:
 
 
 def page(
-    measures: Sequence[Measured], rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], of: int | None
+    measures: Sequence[Measured],
+    rows: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    of: int | None,
+    broken: str = "",
 ) -> str:
     """The page of a `CheckReport` as HTML."""
     bounded, missed = [m for m in measures if m.bound], [m.name for m in measures if m.passed is False]
-    if not bounded:
+    if broken:
+        verdict = f'<p class="verdict bad">The edited model cannot be measured: {escape(broken)}</p>'
+    elif not bounded:
         verdict = '<p class="verdict">Measured without thresholds.</p>'
     elif not missed:
         verdict = f'<p class="verdict good">All {len(bounded)} thresholds are kept.</p>'

@@ -49,6 +49,11 @@ class Questions:
     n_requests: int
 
 
+def kinds_in(requests: Sequence[EditRequest]) -> set[str]:
+    """The kinds of which these requests have prompts."""
+    return {kind for kind, questions in _QUESTIONS.items() if any(map(list, map(questions, requests)))}
+
+
 def read_to(kind: str, answer: str, other: str | None) -> str:
     """The text that what is generated is read for: what should be forgotten may yet come behind the refusal."""
     return f"{(other or '').rstrip(SENTENCE_ENDS)}. {answer}" if kind == "forgotten" else answer

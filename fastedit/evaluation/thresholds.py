@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from fastedit.errors import ConfigError, FileError, listed
 
 TASK, TASK_CHANGE = "task:", "task_change:"
 """What stands in front of an lm-eval task's name: its value, and how far the edit moved it."""
+_LARGEST = sys.float_info.max
 _EXAMPLE = '{"reliability": {"min": 0.95}, "perplexity_ratio": {"max": 1.05}}'
 
 
@@ -90,20 +90,22 @@ def thresholds_of(content: Any, names: Collection[str], shares: Collection[str],
             f"{', '.join(names)}, and {TASK}NAME and {TASK_CHANGE}NAME of an lm-eval task"
         )
     for name, bounds in content.items():
-        if str(name) not in unknown and (problem := _problem(bounds, name in shares)):
+        if str(name) not in unknown and (problem := _problem(bounds, name in shares, name not in names)):
             problems.append(f"{name}: {problem}")
     if problems:
         raise ConfigError(f"{where}: {'; '.join(problems)}")
     return {name: Bound(**{end: float(value) for end, value in bounds.items()}) for name, bounds in content.items()}
 
 
-def _problem(bounds: Any, share: bool) -> str:
+def _problem(bounds: Any, share: bool, task: bool) -> str:
     """What is wrong with one measure's bounds; empty if nothing is."""
     if not isinstance(bounds, Mapping) or not bounds or bounds.keys() - {"min", "max"}:
         return f'expected {{"min": …}}, {{"max": …}} or both, got {json.dumps(bounds, default=str):.60}'
     for end, value in bounds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
             return f"{end} is {value!r:.40}; give a number"
+        if value < 0 and not task:
+            return f"{end} is {value:g}, but it is never below 0"
         if share and not 0 <= value <= 1:
             return f"{end} is {value:g}, but it is a share in 0 … 1; for {value:g} % give {value / 100:g}"
     if "min" in bounds and "max" in bounds and bounds["min"] > bounds["max"]:
@@ -121,7 +123,7 @@ def _content(path: Path) -> Any:
     if path.suffix.lower() != ".toml":
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(path, f"is not JSON: {error}; expected such as {_EXAMPLE}") from None
     if sys.version_info < (3, 11):
         raise FileError(path, "TOML is read by Python 3.11 and later; write the thresholds as JSON")
@@ -129,5 +131,5 @@ def _content(path: Path) -> Any:
 
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise FileError(path, f"is not TOML: {error}") from None

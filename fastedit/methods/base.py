@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from weakref import ref
 
 from torch import Tensor
 
@@ -27,6 +28,30 @@ class Edit(Protocol):
     def id(self) -> str | None: ...
 
 
+class Memo:
+    """What the next edit would have to make again: for each place what was made last."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, tuple[list[Any], Tensor]] = {}
+
+    def kept(self, place: Hashable, source: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that is made anew only if its source is another than last time.
+
+        Args:
+            source: what it is made of; tensors of it are compared by identity, and not kept alive.
+        """
+        parts = [ref(part) if isinstance(part, Tensor) else part for part in source]
+        if place in self._held and not all(map(_same, self._held[place][0], parts)):
+            del self._held[place]  # before the new one takes as much
+        if place not in self._held:
+            self._held[place] = parts, make()
+        return self._held[place][1]
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (not isinstance(one, ref) and bool(one == other))
+
+
 @dataclass(frozen=True)
 class History:
     """Earlier edits of a model.
@@ -40,7 +65,7 @@ class History:
 
     fingerprint: str
     keys: Mapping[str, Tensor] = field(default_factory=dict)
-    memo: dict[Any, Tensor] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo)
     second_moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 

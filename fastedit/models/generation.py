@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from fastedit.errors import ModelError
 from fastedit.models.hooks import eval_mode
+
+NOT_FINITE = (
+    "the model gives NaN or infinity for ordinary text: it may have weights that are not finite, or numbers too large "
+    "for its dtype"
+)
 
 
 def sampling(tokenizer: Any, n_tokens: int, *, top_k: int = 0, texts: int = 1) -> GenerationConfig:
@@ -36,6 +42,9 @@ def generate_by(model: Any, config: GenerationConfig, input_ids: Tensor, **optio
 
     ``generate`` would fill what a given configuration leaves open from the model's own: penalties, suppressed tokens,
     beams.
+
+    Raises:
+        ModelError: the model gives NaN or infinity, of which nothing can be sampled.
     """
     own, model.generation_config = model.generation_config, config
     try:
@@ -43,6 +52,10 @@ def generate_by(model: Any, config: GenerationConfig, input_ids: Tensor, **optio
             tokens: Tensor = model.generate(
                 input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, **options
             )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # torch.multinomial's
+            raise
+        raise ModelError(NOT_FINITE) from error
     finally:
         model.generation_config = own
     return tokens

@@ -15,11 +15,13 @@ from typing import Any
 from fastedit.errors import RequestError, listed
 from fastedit.requests.values import (
     empty,
-    fill_subject,
+    fill,
+    fill_prompt,
     first_answer,
     gather,
     get,
     identifier,
+    marks_of,
     prompts,
     required,
     unwrap,
@@ -144,16 +146,22 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
     subject = first_answer(record, fields.subject, left_out)
     paraphrases = [(name, text) for name in fields.paraphrases for text in prompts(get(record, name), name)]
     left_out.update(_unread(record, form))
+    prompt = required(get(record, form.prompt), form.prompt)
+    marks = marks_of(prompt, subject)
+
+    def said(answer: Any, field: str) -> Any:
+        return fill(answer, marks, subject, field) if isinstance(answer, str) else answer
+
     return {
-        "prompt": fill_subject(required(get(record, form.prompt), form.prompt), subject, form.prompt),
-        "target": target if forget else required(target, form.target),
+        "prompt": fill_prompt(prompt, subject, form.prompt),
+        "target": said(target, "target") if forget else said(required(target, form.target), form.target),
         "subject": subject,
         "id": next((id_ for name in _ID if (id_ := identifier(record.get(name), name)) is not None), None),
-        "true_target": first_answer(record, fields.true_target, left_out),
-        "paraphrases": tuple(fill_subject(text, subject, name) for name, text in paraphrases),
+        "true_target": first_answer(record, fields.true_target, left_out, said),
+        "paraphrases": tuple(fill_prompt(text, subject, name) for name, text in paraphrases),
         "neighbours": tuple(gather(record, fields.neighbours, subject, left_out)),
         "portability": tuple(gather(record, fields.portability, subject, left_out)),
-        "forget": forget,
+        "forget": said(forget, _FORGET.target),
     }
 
 
@@ -181,6 +189,21 @@ def split(record: Any) -> list[tuple[str, Any]]:
     return [("", record)]
 
 
+def wrapped(record: Any) -> tuple[str, list[Any]] | None:
+    """The only list of records in an object that is no record itself, with its field; None if there is none."""
+    lists = _lists(record) if isinstance(record, Mapping) and record.keys().isdisjoint(_PROMPTS) else {}
+    return next(iter(lists.items())) if len(lists) == 1 else None
+
+
+def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Lists of objects in fields that no format has."""
+    return {
+        str(name): value
+        for name, value in record.items()
+        if name not in _READ and isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)
+    }
+
+
 def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format:
     """That of some formats whose prompt and target a record has."""
     for form in formats:
@@ -191,9 +214,11 @@ def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format
         missing = [name for name in (form.prompt, form.target) if get(record, name) is None]
         lacking += missing if len(missing) == 1 else []
     known = "; ".join(f"{form.name} ({form.prompt}, {form.target})" for form in (*_FORMATS, _FORGET))
+    lists = f"; of its lists give the one with the records ({listed(list(held))})" if (held := _lists(record)) else ""
     raise RequestError(
         f"the record fits no known format, it lacks {' or '.join(dict.fromkeys(lacking)) or 'both prompt and target'}; "
-        f"its fields are {listed(list(map(str, record))) or 'none'}. Formats, their prompt and target: {known}"
+        f"its fields are {listed(list(map(str, record))) or 'none'}{lists}",
+        advice=f"Formats, their prompt and target: {known}",
     )
 
 

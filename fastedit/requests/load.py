@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastedit.errors import RequestError, listed
+from fastedit.errors import RequestError, told
 from fastedit.requests.records import read_records
 from fastedit.requests.request import EditRequest, edits_of, warn_of_unread
 from fastedit.requests.source import AnyPath
@@ -50,6 +50,7 @@ def _read_all(
     requests: list[EditRequest] = []
     problems: list[tuple[str, str]] = []
     unread = Counter[str]()
+    advice: dict[str, None] = {}
     index = -1
     for index, (where, record) in enumerate(records):
         position = str(index) if numbered else None
@@ -62,15 +63,15 @@ def _read_all(
             left_out = set[str]()
             requests += edits_of(record, left_out, where=where, default_id=position)
         except RequestError as error:
-            problems.append((where, str(error)))
+            problems.append((where, error.sentence))
+            advice[error.advice] = None
         else:
             unread.update(left_out)
     if problems and not (skip_bad and requests):
-        raise RequestError.of(problems, "records")
+        raise RequestError.of(problems, "records", ". ".join(filter(None, advice)))
     if problems:
-        sentences = [sentence for _, sentence in problems]
-        _log.warning("%s: %d of %d records are left out: %s", name, len(problems), index + 1, listed(sentences, " | "))
-        for sentence in sentences:
+        _log.warning("%s: %d of %d records are left out: %s", name, len(problems), index + 1, told(problems))
+        for _, sentence in problems:
             _log.info("left out: %s", sentence)
     warn_of_unread(name, unread)
     return requests

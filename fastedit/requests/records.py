@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import RequestError, listed
+from fastedit.requests.formats import wrapped
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
@@ -128,9 +129,11 @@ def _parquet(source: Source) -> Records:
     try:
         with source.bytes() as file:
             found = import_module("pyarrow.parquet").ParquetFile(path if source.plain else io.BytesIO(file.read()))
+        columns = _columns(source, found.schema_arrow.names)
         rows = (row for batch in found.iter_batches() for row in batch.to_pylist())
         for index, row in enumerate(rows):
-            known = {name: value for name, value in row.items() if value is not None}
+            named = zip(columns, row.values(), strict=True)
+            known = {name: value for name, value in named if name and value is not None}
             yield f"{path}, record {index} (counted from 0)", known
     except ModuleNotFoundError:
         raise RequestError(f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
@@ -159,7 +162,8 @@ def _array(source: Source) -> Records:
                     break
                 held, at = held[at:] + piece, 0
                 continue
-            yield f"{source.path}, record {count} (counted from 0)", item
+            where = f"{source.path}, record {count} (counted from 0)"
+            yield where, _once(item, where, held, at, end)
             count, at = count + 1, after.end()
             if after[1] == "]":
                 if not held[at:].strip() and not text.read().strip():
@@ -177,6 +181,36 @@ def _array(source: Source) -> Records:
         yield f"{source.path}, record {index} (counted from 0)", record
 
 
+def _once(record: Any, where: str, text: str, start: int, end: int) -> Any:
+    """A record that text[start:end] holds, an error if one of its objects has a field twice, of which json has one.
+
+    A hook of the decoder costs up to half of the decoding, so it only looks where the text may hold more fields.
+    """
+    fields = text.count('":', start, end) + text.count('" :', start, end)
+    if not isinstance(record, dict) or fields == len(record) or fields == _count(record):
+        return record
+    twice: dict[str, None] = {}
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        twice.update((name, None) for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+
+    with suppress(*_BROKEN):
+        json.loads(text[start:end], object_pairs_hook=look)
+    if twice:
+        return RequestError(f"{where}: {listed(list(twice))} given more than once in an object; keep one")
+    return record
+
+
+def _count(value: Any) -> int:
+    """The number of fields in an object or a list, those of inner objects too; less if a list begins with a text."""
+    found = len(value) if isinstance(value, dict) else 0
+    for item in value.values() if isinstance(value, dict) else value:
+        kind = type(item)
+        if kind is dict or (kind is list and item and type(item[0]) is not str):
+            found += _count(item)
+    return found
+
+
 def _lines(source: Source) -> Records:
     with source.text() as text:  # split at "\n" alone: U+2028 and its like may stand in a JSON string as they are
         begun = False
@@ -185,21 +219,31 @@ def _lines(source: Source) -> Records:
                 continue
             where = f"{source.path}, line {number}"
             try:
-                record = json.loads(line.rstrip("\n"))
+                record = _once(json.loads(line.rstrip("\n")), where, line, 0, len(line))
             except _BROKEN as error:
                 if not begun and (alone := _alone(source)) is not None:
-                    yield f"{source.path}, record 0 (counted from 0)", alone
+                    yield from _unwrapped(str(source.path), f"{source.path}, record 0 (counted from 0)", alone)
                     return
                 record = RequestError(
-                    f"{where}: not a whole JSON object: {error}. Is it truncated? Several objects over more than a "
-                    "line each have to stand in an array"
+                    f"{where}: not a whole JSON object: {error}",
+                    advice="Is it truncated? Several objects over more than a line each have to stand in an array",
                 )
             begun = True
-            yield where, record
+            yield from _unwrapped(where, where, record)
+
+
+def _unwrapped(place: str, where: str, record: Any) -> Records:
+    """The records of an object at `place` that only holds a list, as {"data": [...]}; else itself, at `where`."""
+    if (found := wrapped(record)) is None:
+        yield where, record
+        return
+    for index, item in enumerate(found[1]):
+        yield f"{place}, record {index} of {found[0]!r} (counted from 0)", item
 
 
 def _alone(source: Source) -> Any:
     """The one object that a file holds over several lines, or None."""
     with suppress(*_BROKEN), source.text() as text:
-        return json.load(text)
+        held = text.read()
+        return _once(json.loads(held), str(source.path), held, 0, len(held))
     return None

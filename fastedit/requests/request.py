@@ -75,10 +75,11 @@ class EditRequest:
     ) -> EditRequest:
         """Read a record of any known format; this class's own field names are one.
 
-        "{}", "{subject}" or "[X]" in a prompt of any kind stands for the subject. Of several answers the first is
-        taken. All but prompt and target may be absent, null or empty. Questions whose answer is null or empty are left
-        out, and so are unknown fields; both are logged as a warning. The id is the record's `id` or `case_id`, else
-        `default_id`. `where` names the record in messages.
+        "{subject}" stands for the subject in a prompt or an answer of any kind, and so do "{}" and "[X]" if the prompt
+        does not name the subject otherwise. Of several answers the first is taken. All but prompt and target may be
+        absent, null or empty. Questions whose answer is null or empty are left out, and so are unknown fields; both are
+        logged as a warning. The id is the record's `id` or `case_id`, else `default_id`. `where` names the record in
+        messages.
 
         Raises:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type; several edits.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from fastedit.errors import RequestError
@@ -13,7 +15,13 @@ Pair = tuple[str, str]
 _QUESTION = ("prompt", "loc", "New Question")
 _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 _BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which need no reading
-_SUBJECT = re.compile(r"\{\}|\{subject\}|\[X\]")  # what stands for the subject in a prompt
+# What stands for the subject: always, and in a template.
+_NAMED, _MARKS = re.compile(r"\{subject\}"), re.compile(r"\{\}|\{subject\}|\[X\]")
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of characters that show nothing
+# Others that show nothing: fillers, the blank of Braille, selectors of variants.
+_FILLERS = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
+)
 
 
 def absent(value: Any) -> bool:
@@ -55,10 +63,17 @@ def text(value: Any, field: str) -> str:
     return value
 
 
+def blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, and characters of no width."""
+    if "!" <= text.lstrip()[:1] <= "~":  # as almost always
+        return False
+    return all(unicodedata.category(c) in _UNSEEN or _FILLERS.match(c) for c in text)
+
+
 def required(value: Any, field: str) -> str:
     """A text that is not empty."""
     found = "" if absent(value) else text(value, field)
-    if not found.strip():
+    if blank(found):
         raise RequestError(f"field '{field}' is missing or empty; an edit needs a prompt and a target")
     return found
 
@@ -73,14 +88,22 @@ def answer(value: Any, field: str) -> str | None:
     while isinstance(value, (list, tuple)):
         value = value[0] if value else None
     value = unwrap(value)
-    return None if absent(value) else text(value, field).strip() or None
+    return None if absent(value) or blank(found := text(value, field)) else found.strip()
 
 
-def first_answer(record: Mapping[str, Any], fields: Sequence[str], left_out: set[str]) -> str | None:
-    """The text of the first of some fields that holds an answer; others that hold another are left out."""
+def first_answer(
+    record: Mapping[str, Any],
+    fields: Sequence[str],
+    left_out: set[str],
+    said: Callable[[Any, str], Any] = lambda found, _: found,
+) -> str | None:
+    """The text of the first of some fields that holds an answer; others that hold another are left out.
+
+    `said` makes the text of an answer and the name of its field.
+    """
     first: str | None = None
     for name in fields:
-        found = answer(get(record, name), name)
+        found = said(answer(get(record, name), name), name)
         if first is None:
             first = found
         elif found is not None and found != first:
@@ -102,28 +125,54 @@ def identifier(value: Any, field: str) -> str | None:
 def prompts(value: Any, field: str) -> Iterator[str]:
     """The non-empty texts of a string or a list of strings."""
     for item in value if isinstance(value, (list, tuple)) else (value,):
-        if not absent(item) and (prompt := text(item, field).rstrip()):
-            yield prompt
+        if not absent(item) and not blank(prompt := text(item, field)):
+            yield prompt.rstrip()
 
 
-def fill_subject(prompt: str, subject: str | None, field: str) -> str:
-    """The prompt with its subject in the place of "{}", "{subject}" or "[X]"."""
-    if "{" not in prompt and "[" not in prompt:
-        return prompt
-    found = _SUBJECT.search(prompt)
+def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
+    """What stands for the subject in a prompt and its answer.
+
+    It is "{subject}", and where the prompt is a template also "{}" and "[X]": that has one of these, and does not name
+    the subject otherwise.
+    """
+    if "{}" not in prompt and "[X]" not in prompt:
+        return _NAMED
+    return _NAMED if subject and ("{subject}" in prompt or _stands_in(subject, prompt)) else _MARKS
+
+
+def _stands_in(subject: str, prompt: str) -> bool:
+    """Whether a subject stands in a prompt, not inside a word of a script with upper and lower case."""
+    pieces = prompt.split(subject)
+    around = (f"{before[-1:]}{after[:1]}" for before, after in pairwise(pieces))
+    return any(not any(c.isdigit() or c.lower() != c.upper() for c in beside) for beside in around)
+
+
+def fill(text: str, marks: re.Pattern[str], subject: str | None, field: str) -> str:
+    """A prompt or an answer with its subject in the place of each of `marks`."""
+    if "{" not in text and "[" not in text:
+        return text
+    found = marks.search(text)
     if not found:
-        return prompt
+        return text
     if subject is None:
-        raise RequestError(f"field '{field}' has '{found[0]}' for the subject, but the record names no subject")
-    if found[0] == "[X]" and "[Y]" in prompt:
+        raise RequestError(
+            f"field '{field}' has '{found[0]}' for the subject, but the record names no subject; give it"
+        )
+    return marks.sub(lambda _: subject, text)
+
+
+def fill_prompt(prompt: str, subject: str | None, field: str) -> str:
+    """A prompt with its subject in the place of what stands for it; see `marks_of`."""
+    marks = marks_of(prompt, subject)
+    if marks is _MARKS and subject is not None and "[X]" in prompt and "[Y]" in prompt:
         raise RequestError(f"field '{field}' has '[Y]' for the answer; a prompt is the text in front of the answer")
-    return _SUBJECT.sub(lambda _: subject, prompt)
+    return fill(prompt, marks, subject, field)
 
 
 def gather(
     record: Mapping[str, Any], sources: Iterable[str | tuple[str, ...]], subject: str | None, left_out: set[str]
 ) -> Iterator[Pair]:
-    """The questions of all sources, with the subject in their prompts.
+    """The questions of all sources, with the subject in their prompts and answers.
 
     A source is a field of questions, or a field of prompts and those that may hold the answers. What cannot be asked
     is left out: prompts without an answer, answers without a prompt.
@@ -136,7 +185,8 @@ def gather(
             name, *fields = source
             found = pair_fields(record, name, fields, left_out)
         for prompt, response in found:
-            yield fill_subject(prompt, subject, name), response
+            said = fill(response, marks_of(prompt, subject), subject, f"answer to {name}")
+            yield fill_prompt(prompt, subject, name), said
 
 
 def pair_fields(record: Mapping[str, Any], name: str, fields: Sequence[str], left_out: set[str]) -> Iterator[Pair]:
@@ -151,8 +201,11 @@ def pair_fields(record: Mapping[str, Any], name: str, fields: Sequence[str], lef
         left_out.add(f"{held[0][0]} without {name}")
 
 
-def questions(value: Any, field: str, left_out: set[str]) -> Iterator[Pair]:
-    """Flatten [prompt, answer], an object of a question and its answer, lists of these, objects of lists."""
+def questions(value: Any, field: str, left_out: set[str], *, listed: bool = False) -> Iterator[Pair]:
+    """Flatten an object of a question and its answer, lists of these and of [prompt, answer], objects of lists.
+
+    `listed` says that the value stands in a list; two texts that do not may be two prompts.
+    """
     if isinstance(value, Mapping):
         question = next((name for name in _QUESTION if name in value), None)
         response = next((name for name in _ANSWER if name in value), None)
@@ -167,11 +220,16 @@ def questions(value: Any, field: str, left_out: set[str]) -> Iterator[Pair]:
                 left_out.update(f"{field}.{name}" for name in others if not empty(value[name]))
             yield from pair_up(value[question], value[response], f"{field}.{question}", left_out)
     elif isinstance(value, (list, tuple)):
+        if not listed and len(value) == 2 and all(isinstance(item, str) for item in value):
+            raise RequestError(
+                f"field '{field}': two texts, which may be a prompt and its answer or two prompts; write a list of "
+                "pairs, [[prompt, answer]]"
+            )
         if len(value) == 2 and isinstance(value[0], str):
             yield from pair_up(value[0], value[1], field, left_out)
         else:
             for item in value:
-                yield from questions(item, field, left_out)
+                yield from questions(item, field, left_out, listed=True)
     elif not absent(value) and value != "":
         raise wrong_type(value, field, "[prompt, answer] pairs or objects with 'prompt' and 'answer'")
 
@@ -185,7 +243,7 @@ def pair_up(prompts: Any, answers: Any, field: str, left_out: set[str]) -> Itera
     if len(prompts) != len(answers):
         raise RequestError(f"field '{field}': {len(prompts)} prompts but {len(answers)} answers")
     for prompt, response in zip(prompts, answers, strict=True):
-        asked = "" if absent(prompt) else text(prompt, field).rstrip()
+        asked = "" if absent(prompt) or blank(asked := text(prompt, field)) else asked.rstrip()
         known = answer(response, f"answer to {field}")
         if asked and known:
             yield asked, known

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastedit import parallel
 from fastedit.errors import FileError, ModelError
 from fastedit.models import Model, encode, generate_by, plain_state, sampling, trailing
+from fastedit.models.generation import NOT_FINITE
 from fastedit.models.hooks import eval_mode
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
@@ -105,10 +106,7 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     with eval_mode(network):
         logits = network(input_ids=rows, use_cache=False).logits[:, -1]
     if not logits.isfinite().all():  # sampling would end the process
-        raise ModelError(
-            "the model gives NaN or infinity for ordinary text: it may have weights that are not finite, or numbers "
-            "too large for its dtype"
-        )
+        raise ModelError(NOT_FINITE)
     n_texts = -(-n_tokens // (begun + length))
     config = sampling(tokenizer, length)
     texts: list[str] = []

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import FileError, ModelError
+from fastedit.files import stamp
 from fastedit.models import Topology
 from fastedit.models.fingerprint import FP16
 from fastedit.ops import factor_covariance
@@ -293,11 +295,16 @@ def _name(topology: Topology, layer: int, module: str, kind: str = "") -> str:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while piece := file.read(2**22):
-                digest.update(piece)
+        return _digest_of(path, stamp(path))
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=1024)
+def _digest_of(path: Path, _: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
     return digest.hexdigest()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny_model
 from typer.testing import CliRunner, Result
 
-from fastedit import Editor, cli
+from fastedit import Editor, WeightDelta, cli
 
 
 def call(*args: Any) -> Result:
@@ -75,19 +76,38 @@ def test_without_text_or_base_the_model_is_measured_by_itself(folder: Path, monk
         (("--tasks", "arc_easy"), "pip install lm-eval"),
         (("--output", "{folder}/facts.json"), "cannot be written"),
         (("--base", "{folder}/other"), "--base has other parameters than --model"),
+        *(
+            (("--model", "none", "--thresholds", bounds), f"--thresholds: {said}")
+            for bounds, said in {
+                '{"kl": {"max": 1}, "reliability": {"min": 0}, "perplexity_ratio": {"max": 2}}': "2 of the measures "
+                "cannot be taken: kl (needs the unedited model: give --base, or --delta), perplexity_ratio (needs",
+                '{"portability": {"min": 0}}': "1 of the measures cannot be taken: portability (the requests have no",
+                '{"task:arc": {"min": 0}}': "1 of the measures cannot be taken: task:arc (not among --tasks)",
+                '{"task_change:arc": {"min": -1}}': "1 of the measures cannot be taken: task_change:arc (not among",
+                f'{{"perplexity": {{"max": 1{"0" * 400}}}}}': "{path}: perplexity: max is 1000",
+                '{"perplexity": {"max": 1e400}}': "{path}: perplexity: max is inf; give a number",
+                '{"perplexity": {"max": "1e400"}}': "{path}: perplexity: max is '1e400'; give a number",
+                '{"perplexity": {"min": -Infinity}}': "{path}: perplexity: min is -inf; give a number",
+                '{"kl": {"max": -1}}': "{path}: kl: max is -1, but it is never below 0",
+                '{"kl": ' + "[" * 100_000: "{path}: is not JSON",
+            }.items()
+        ),
     ],
+    ids=lambda value: None if isinstance(value, tuple) else value[:60],
 )
 def test_what_is_refused_before_the_work(
-    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], message: str
+    folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     if not (folder / "other").exists():
         tiny_model("qwen2").save_pretrained(folder / "other")
         tokenizer.save_pretrained(folder / "other")
-    given = [flag.format(folder=folder) for flag in flags]
+    path = tmp_path / "t.json"
+    path.write_text(flags[-1])
+    given = [path if flag.startswith('{"') else flag.format(folder=folder) for flag in flags]
     result = call("--model", folder / "edited", "--requests", folder / "facts.json", *given)
     assert result.exit_code == 2
-    assert message in result.stderr.splitlines()[-1]
+    assert message.replace("{path}", str(path)) in result.stderr.splitlines()[-1]
     assert not result.stdout
 
 
@@ -96,3 +116,38 @@ def test_a_base_that_was_not_edited_is_told(folder: Path) -> None:
     result = call("--model", folder / "base", "--base", folder / "base", *common)
     assert result.exit_code == 0
     assert "seem to be the same model" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["alone", "base", "delta"])
+def test_a_model_that_gives_nan_is_reported_as_one_that_misses_its_thresholds(
+    folder: Path, tokenizer: Any, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a text it gives NaN where it is to write one, from the second token on."""
+    monkeypatch.setattr("fastedit.evaluation.check._OWN_TEXT", 64)
+    editor, broken = Editor.from_pretrained(folder / "edited"), tmp_path / "broken"
+    delta = WeightDelta.load(folder / "delta.safetensors")
+    with torch.no_grad():
+        editor.model.model.embed_tokens.weight[40:] = float("nan")
+        next(iter(delta.updates.values())).fill_(float("nan"))
+    editor.model.save_pretrained(broken)
+    tokenizer.save_pretrained(broken)
+    delta.save(tmp_path / "delta.safetensors")
+    (tmp_path / "t.json").write_text('{"reliability": {"min": 0}, "perplexity": {"max": 99}}')
+    common = ("--requests", folder / "facts.json", "--thresholds", tmp_path / "t.json", "--output", tmp_path / "out")
+    given = {
+        "alone": ("--model", broken),
+        "base": ("--model", broken, "--base", folder / "base"),
+        "delta": ("--model", folder / "base", "--delta", tmp_path / "delta.safetensors"),
+    }[way]
+    text = () if way == "alone" else ("--text", folder / "text.txt")
+    result = call(*given, *common, *text)
+    assert result.exit_code == 1
+    assert "fastedit: the edited model cannot be measured: the model gives NaN" in result.stderr.splitlines()[-1]
+    found = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert (found["passed"], found["missed"]) == (False, ["reliability", "perplexity"])
+    assert found["broken"].startswith("the model gives NaN or infinity")
+    assert (found["measures"]["perplexity"]["before"] is None) == (way == "alone")
+    assert found["measures"]["perplexity"]["value"] is None
+    assert "The edited model cannot be measured: the model gives NaN" in (tmp_path / "out" / "check.html").read_text()
+    if way == "alone":
+        assert call(*given, *common[:2]).exit_code == 1  # without thresholds, too

@@ -484,7 +484,8 @@ def test_bad_records_are_skipped_by_every_command_that_reads_requests(tmp_path: 
     common = (command, "--model", tmp_path / "none", "--requests", path, *output)
     said = fails(2, *common)
     assert "12 records cannot be used: " in said
-    assert "and 2 more (--verbose lists them all)" in said
+    assert "record 10 (counted from 0) and 2 more: field 'target' is missing" in said
+    assert said.endswith("(--verbose lists them all)")
     assert "record 12 " not in said
     result = call(*common, "--verbose")
     assert "record 12 " in " ".join(result.stderr.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 from calling import call, fails, works
 from helpers import tiny_model
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 
 from fastedit import Editor, ModelError, WeightDelta
+from fastedit.tensorfile import checksums
 from fastedit.undo import subtracted
 
 RECORDS = [
@@ -220,14 +223,45 @@ def test_edits_on_one_another_are_reverted_in_any_order(work: Path, twice: Path,
         assert same_weights(tmp_path / "back", work / "model")
 
 
-def test_an_undo_file_that_is_damaged_is_left_out(work: Path, tmp_path: Path) -> None:
+def written_anew(tensors: dict[str, torch.Tensor], about: dict[str, Any], **notes: Any) -> bytes:
+    """The file of these tensors, with checksums that are right."""
+    header = {"format": "fastedit-undo-1", "checksums": json.dumps(checksums(tensors))}
+    return save(tensors, header | {"fastedit": json.dumps(about | notes)})
+
+
+# tensors and notes of an undo file -> the damaged one, and what is said of it
+DAMAGED: dict[str, tuple[Callable[[dict[str, torch.Tensor], dict[str, Any]], bytes], str]] = {
+    "no safetensors": (lambda *_: b"12345678", "not a readable"),
+    "cut off": (lambda *given: written_anew(*given)[:-1], "not a readable"),
+    "notes that are a list": (lambda *given: written_anew(*given, originals=[1]), "its notes are not those of an edit"),
+    "no notes": (lambda *given: written_anew(*given, edit=None), "its notes are not those of an edit"),
+    "nothing kept": (lambda _, about: written_anew({}, about), "1 parameters are not as noted: model.layers.1"),
+    "less kept": (
+        lambda tensors, about: written_anew({name: value[:1] for name, value in tensors.items()}, about),
+        "1 parameters are not as noted: model.layers.1",
+    ),
+    "weights at no place": (
+        lambda tensors, about: written_anew({name: value[:, 0].clone() for name, value in tensors.items()}
+        | {name.replace("..was", "..at"): torch.zeros(2) for name in tensors}, about),
+        "1 parameters are not as noted",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_an_undo_file_that_is_damaged_is_left_out(kind: str, work: Path, tmp_path: Path) -> None:
     delta, held = work / "edited" / "delta.safetensors", tmp_path / "held"
     shutil.copytree(work / "edited", held)
-    (held / "delta.undo").write_bytes(b"12345678")
+    damaged, said = DAMAGED[kind]
+    with safe_open(held / "delta.undo", "pt") as file:
+        about = json.loads(file.metadata()["fastedit"])
+    (held / "delta.undo").write_bytes(damaged(load_file(held / "delta.undo"), about))
     common = ("revert", delta, "--model", held, "--output", tmp_path / "back")
-    assert f"{held / 'delta.undo'}: not a readable" in works(*common).stderr  # the one beside the delta is whole
+    told = works(*common).stderr  # the one beside the delta is whole
+    assert f"{held / 'delta.undo'}: " in told
+    assert said in told
     assert same_weights(tmp_path / "back", work / "model")
-    assert "not a readable" in fails(2, *common, "--undo", held / "delta.undo")
+    assert said in fails(2, *common, "--undo", held / "delta.undo")
     alone = ("revert", held / "delta.safetensors", *common[2:])
     assert "no undo file of these deltas" in fails(2, *alone)
     assert "subtracted" in works(*alone, "--approximate", "--undo", held / "delta.undo").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,7 +168,11 @@ def test_alphaedit_preserves_the_edits_that_stand(theirs: Any, case: Case) -> No
     editor.edit_requests(case.requests[:2])  # taken back, and not preserved
     editor.edit_requests(case.requests, sequential_edit=True)
     assert same(case.model, case.wanted("alphaedit", *([edit] for edit in case.edits), **config))
+    torch.save(torch.eye(56).repeat(2, 1, 1), case.folder / "P.pt")
+    editor.edit_requests(case.requests[:1])
+    times = (case.folder / "P.pt").stat()
     torch.save({"P": 1}, case.folder / "P.pt")
+    os.utime(case.folder / "P.pt", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(FileError, match="P_loc holds a dict"):
         editor.edit_requests(case.requests)
 

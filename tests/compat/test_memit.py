@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import re
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +18,7 @@ from helpers import CONTEXTS, in_fp64, moments, random_edits, same, tiny_model, 
 from torch import nn
 
 from fastedit import ConfigError, Editor, EditRequest, FileError, ModelError, RequestError
-from fastedit.compat import memit
+from fastedit.compat import known, memit
 from fastedit.compat.requests import upstream_edits
 from fastedit.methods.locate_then_edit import method as method_module
 from fastedit.models import joined, topology
@@ -191,6 +195,70 @@ def test_alphaedit_writes_where_p_projects(case: Case) -> None:
         case.call("alphaedit", P=torch.stack(P)[:1])
 
 
+BAD_STACKS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "list": (torch.Tensor.tolist, "is a list, expected (2, 56, 56): a matrix for each layer"),
+    "numpy": (torch.Tensor.numpy, "is a ndarray, expected (2, 56, 56)"),
+    "one layer": (lambda t: t[:1], "has shape (1, 56, 56), expected (2, 56, 56)"),
+    "whole numbers": (torch.Tensor.long, "is torch.int64, torch.strided, on cpu, expected"),
+    "complex": (lambda t: t.to(torch.complex64), "is torch.complex64"),
+    "sparse": (torch.Tensor.to_sparse, "is torch.float32, torch.sparse_coo"),
+    "no data": (lambda t: t.to("meta"), "on meta, expected"),
+    "gradient": (lambda t: t.clone().requires_grad_(), "requires a gradient; give {name}.detach()"),
+    "nan": (lambda t: t * torch.tensor([1, torch.nan])[:, None, None], "[1], of layer 2, holds NaN or infinity"),
+    "not symmetric": (lambda t: t + torch.ones(56, 56).triu(1), "[0], of layer 0, is not symmetric"),
+}
+
+
+@pytest.mark.parametrize("name", ["P", "cache_c"])
+@pytest.mark.parametrize("kind", BAD_STACKS)
+def test_matrices_that_cannot_be_used_are_refused_before_the_work(kind: str, name: str, case: Case) -> None:
+    spoil, said = BAD_STACKS[kind]
+    with pytest.raises(ConfigError, match=re.escape(name) + ".*" + re.escape(said.replace("{name}", name))):
+        case.call("alphaedit", **{name: spoil(torch.eye(56).repeat(2, 1, 1))})
+    assert same(case.model, case.before)
+
+
+def test_a_matrix_that_is_no_projection_is_refused(case: Case) -> None:
+    with pytest.raises(ConfigError, match=r"P\[1\], of layer 2, is no projection: P P is not P"):
+        case.call("alphaedit", P=torch.stack([torch.eye(56), 2 * torch.eye(56)]))
+    case.call("alphaedit", P=torch.eye(56).half().repeat(2, 1, 1))
+    assert not same(case.model, case.before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (torch.Tensor.tolist, "is a list, expected (56, 56)"),
+        (lambda C: C[:3], "has shape (3, 56), expected (56, 56)"),
+        (torch.Tensor.long, "is torch.int64"),
+    ],
+)
+def test_what_is_no_second_moment_is_refused_by_its_key(spoil: Callable[..., Any], said: str, case: Case) -> None:
+    key = "org_tiny", "model.layers.2.mlp.down_proj"
+    case.C[key] = spoil(case.C[key])
+    with pytest.raises(ConfigError, match=re.escape(f"COV_CACHE[{key}] {said}")):
+        case.call("memit")
+    assert same(case.model, case.before)
+
+
+def test_what_a_call_was_given_lives_no_longer_than_its_model(case: Case) -> None:
+    """Of each place only what was made last is kept, without the caller's tensor; the model is not."""
+    model = tiny_model("llama")
+    seen = []
+    for _ in range(3):
+        P = torch.eye(56).repeat(2, 1, 1)
+        memit.apply_AlphaEdit_to_model(model, case.tokenizer, case.requests, hparams("alphaedit"), P=P)
+        seen.append((len(known._KNOWN[model].memo._held), weakref.ref(P)))
+        del P
+    gc.collect()
+    assert {n for n, _ in seen} == {4}  # of two layers I − P, and the basis of its null space
+    assert [P() for _, P in seen] == [None] * 3
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 FORMS: dict[str, Callable[[EditRequest, str], dict[str, Any]]] = {
     "template, mapping": lambda e, t: {"prompt": t, "subject": e.subject, "target_new": {"str": f" {e.target}"}},
     "template, text": lambda e, t: {"prompt": t, "subject": e.subject, "target_new": e.target},
@@ -248,6 +316,47 @@ def test_hparams_are_read_from_mappings_too_and_from_texts_of_numbers(case: Case
     given = vars(hparams("memit", v_lr="3e-1", v_weight_decay="1e-1"))  # as YAML 1.1 reads them
     model, _ = case.call("memit", given=given)
     assert same(model, case.wanted("memit"))
+
+
+def test_texts_stay_texts_that_read_as_numbers(case: Case, tmp_path: Path) -> None:
+    """A folder of statistics called 2024, a data set called 1e3."""
+    for layer, path in ((0, "model.layers.0.mlp.down_proj"), (2, "model.layers.2.mlp.down_proj")):
+        file = tmp_path / "2024" / "7" / "1e3_stats" / f"{path}_16_mom2_100000.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        moment = StreamingCovariance.load(statistics_path(topology(case.model), case.folder, layer))
+        moment.save_npz(file, sample_size=100000)
+    case.C.clear()
+    case.model.config._name_or_path = "7"
+    names = {"mom2_dataset": "1e3", "mom2_dtype": "16", "mom2_n_samples": "1e5", "layers": ["0", 2.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        model, _ = case.call("memit", given=hparams("memit", stats_dir="2024", **names))
+    assert close(model, case.wanted("memit"), case.before)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("memit", {"v_lr": "fast"}, "v_lr of the hparams of MEMIT is 'fast', expected a number"),
+        ("memit", {"kl_factor": None}, "kl_factor of the hparams of MEMIT is None, expected a number"),
+        ("memit", {"v_num_grad_steps": 2.5}, "v_num_grad_steps .* is 2.5, expected a whole number"),
+        ("memit", {"v_loss_layer": "inf"}, "v_loss_layer .* is 'inf', expected a whole number"),
+        ("rome", {"mom2_n_samples": True}, "mom2_n_samples of the hparams of ROME is True, expected a whole number"),
+        ("emmet", {"update_norm_lambda": []}, r"update_norm_lambda .* is \[\], expected a number"),
+        ("alphaedit", {"layers": 3}, "layers of the hparams of AlphaEdit is 3, expected a list of blocks"),
+        ("memit", {"layers": []}, r"layers .* is \[\], expected a list of blocks"),
+        ("memit", {"layers": [0, "x"]}, "layers .* is 'x', expected a whole number"),
+        ("rome", {"context_template_length_params": [5]}, r"context_template_length_params is \[5\], expected pairs"),
+    ],
+)
+def test_what_is_no_number_is_refused_where_one_is_expected(
+    method: str, given: dict[str, Any], said: str, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.C.clear()
+    monkeypatch.setattr(memit, "CONTEXT_TEMPLATES_CACHE", None)
+    with pytest.raises(ConfigError, match=said):
+        case.call(method, given=hparams(method, **given))
+    assert same(case.model, case.before)
 
 
 @pytest.mark.parametrize(
@@ -337,11 +446,56 @@ def test_published_statistics_are_read_and_kept(case: Case, tmp_path: Path) -> N
     assert same(model, case.wanted("memit"))
 
 
+def test_statistics_are_read_again_where_their_file_is_another(case: Case, tmp_path: Path) -> None:
+    key, moved = ("org_tiny", "model.layers.2.mlp.down_proj"), case.C["org_tiny", "model.layers.3.mlp.down_proj"]
+    given = hparams("memit", layers=[2], stats_dir=str(tmp_path))
+
+    def write(dataset: str, layer: int) -> Path:
+        file = tmp_path / "tiny" / f"{dataset}_stats" / "model.layers.2.mlp.down_proj_float32_mom2_100000.npz"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = StreamingCovariance.load(statistics_path(topology(case.model), case.folder, layer))
+        found.save_npz(file, sample_size=100000)
+        return file
+
+    def read() -> torch.Tensor:
+        case.call("memit", given=given)
+        return memit.COV_CACHE[key]
+
+    own = case.C[key]
+    file = write("wikipedia", 3)
+    assert read() is own  # the caller's
+    case.C.clear()
+    first = read()
+    torch.testing.assert_close(first, moved.float())
+    assert read() is first
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    other = write("wikipedia", 2).rename(tmp_path / "other")
+    write("wikipedia", 3)  # so that the inode is another
+    os.replace(other, file)
+    os.utime(file, ns=times)
+    torch.testing.assert_close(read(), own.float())
+    write("wikitext", 3)
+    given.mom2_dataset = "wikitext"
+    torch.testing.assert_close(read(), moved.float())
+
+
 def test_own_statistics_serve_later_calls_on_the_edited_model(case: Case, seed: int) -> None:
     memit.COV_CACHE.clear()
     given = hparams("memit", stats_dir=str(case.folder))
     case.call("memit", given=given)
     case.call("memit", requests_of(random_edits(2, seed + 1)), given=given)
+
+
+def test_own_statistics_that_changed_are_read_again(case: Case, seed: int) -> None:
+    memit.COV_CACHE.clear()
+    given = hparams("memit", stats_dir=str(case.folder))
+    case.call("memit", given=given)
+    case.model.load_state_dict(case.before)
+    first = case.wanted("memit")
+    moments(case.model, case.folder, seed + 1)
+    model, _ = case.call("memit", given=given)
+    assert same(model, case.wanted("memit"))
+    assert not same(model, first)
 
 
 def test_targets_are_kept_in_files_and_read_again(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

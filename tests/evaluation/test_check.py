@@ -208,6 +208,13 @@ def test_tasks_give_their_main_metric(lm_eval: list[Any], model: Model, check: C
     after, before = answered(check, targets), answered(check, targets)
     report = check.report(after, before, bounds=bounds, tasks=(now, {"arc_easy": 0.6, "lambada": 7.0}))
     assert [m.name for m in report.missed] == ["task_change:arc_easy"]
+    broken = check.report(after, before, bounds=bounds, tasks=({"arc_easy": float("nan")}, {"arc_easy": 0.6}))
+    why = {m.name: (m.value, m.why) for m in broken.missed}
+    assert why == {
+        "task:arc_easy": (None, "lm-eval gives nan"),
+        "task_change:arc_easy": (None, "lm-eval gives 0.6 and nan"),
+    }
+    assert json.dumps(broken.to_dict(), allow_nan=False)
     with pytest.raises(ConfigError, match="no task nonsense"):
         check_tasks(["arc_easy", "nonsense"])
 

@@ -493,6 +493,10 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("batch_size is 0", {"batch_size": 0}),
     ("batch_size is 'all'", {"batch_size": "all"}),
     *((f"{name} is {value}", {name: value}) for name in ("cov_weight", "l2", "null_threshold") for value in (0, -1.0)),
+    *(
+        (f"{name} is 10000.*; give a number", {name: 10**400})
+        for name in ("alpha", "null_threshold", "kl_factor", "lr")
+    ),
     ("cov_weight is nan", {"cov_weight": float("nan")}),
     ("alpha is -0.1", {"alpha": -0.1}),
     ("n_contexts is -1", {"n_contexts": -1}),

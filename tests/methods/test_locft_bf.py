@@ -838,6 +838,7 @@ def test_a_prompt_longer_than_the_context_names_its_edit(augment: int, tokenizer
         ("anchors", 0),
         ("anchor_weight", 0.0),
         ("anchor_weight", float("inf")),
+        ("weight_decay", float("inf")),
     ],
 )
 def test_values_that_a_field_cannot_take(field: str, value: Any) -> None:

@@ -10,6 +10,8 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from fastedit import RequestError
@@ -116,3 +118,50 @@ def test_tables_that_would_be_misread_are_refused(text: str, said: str, tmp_path
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RequestError, match=said):
         load_requests(path)
+
+
+TWICE = {
+    "flat": '{"prompt": "p", "target": "t", "target": "u"}',
+    "spaces": '{"prompt":"p","target" : "t","target" : "u"}',
+    "inside": '{"target": 1, "requested_rewrite": {"target": "t", "prompt": "p", "target": "u"}}',
+    "in a list": '{"prompt": "p", "locality": [{"target": "q"}, {"target": "t", "target": "t"}]}',
+}
+ONCE = [
+    {"prompt": 'say "target": or "target" : now', "target": "t"},
+    {"prompt": "p", "target": "t", "locality": [{"prompt": "q", "answer": "a"}, {"prompt": 'r":', "answer": "b"}]},
+]
+
+
+@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize("way", ["line", "array", "over lines"])
+def test_a_field_that_is_given_twice_is_refused(way: str, name: str, tmp_path: Path) -> None:
+    path, once = tmp_path / "facts", json.dumps(ONCE[0])
+    path.write_text(
+        {
+            "line": f"{once}\n{TWICE[name]}\n",
+            "array": f"[{once},\n {TWICE[name]}]",
+            "over lines": TWICE[name].replace(",", ",\n"),
+        }[way]
+    )
+    place = {"line": ", line 2", "array": r", record 1 \(counted from 0\)", "over lines": ""}[way]
+    with pytest.raises(RequestError, match=rf"facts{place}: target given more than once in an object; keep one"):
+        load_requests(path)
+
+
+def test_fields_in_several_objects_and_in_texts_are_none_twice(tmp_path: Path) -> None:
+    for text in ("\n".join(map(json.dumps, ONCE)), json.dumps(ONCE, indent=1), json.dumps(ONCE[1], indent=1)):
+        (tmp_path / "facts").write_text(text)
+        assert [record for _, record in read_records(tmp_path / "facts")] == (ONCE if "say" in text else ONCE[1:])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["Prompt", "TARGET", ""], ""), (["prompt", "target", "Target"], "target named more than once")]
+)
+def test_names_of_columns_in_parquet(names: list[str], said: str, tmp_path: Path) -> None:
+    columns = [pyarrow.array([value]) for value in ("p", "t", "u")]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=names), tmp_path / "facts.parquet")
+    if said:
+        with pytest.raises(RequestError, match=rf"facts\.parquet: {said}"):
+            load_requests(tmp_path / "facts.parquet")
+    else:
+        assert [record for _, record in read_records(tmp_path / "facts.parquet")] == [{"prompt": "p", "target": "t"}]

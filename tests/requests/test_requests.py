@@ -523,6 +523,85 @@ def test_templates_take_the_subject_and_neighbours_either_spelling() -> None:
     assert EditRequest.from_dict(record) == expected
 
 
+GO = {"subject": "Go", "target": "t"}
+TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
+    "answers of a template": (
+        {"prompt": "{} is in", "subject": "Peru", "target": "{} City", "true_target": "[X]ville"},
+        EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
+    ),
+    "the subject alone": (
+        {"requested_rewrite": {"prompt": "{} is", "subject": "Peru", "target_new": {"str": "{}"}}},
+        EditRequest("Peru is", "Peru", "Peru"),
+    ),
+    "named, behind a prompt that holds the subject": (
+        {"prompt": "Peru is in", "subject": "Peru", "target_new": "{subject} City", "ground_truth": "{subject}ville"},
+        EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
+    ),
+    "to forget": (
+        {"prompt": "{} is in", "subject": "Peru", "forget": "{} City", "target": "not {subject} City"},
+        EditRequest("Peru is in", "not Peru City", "Peru", forget="Peru City"),
+    ),
+    "answers to neighbours, each as its prompt": (
+        {**GO, "prompt": "{} is", "neighbours": [["{} has", "a {}"], ["C has", "{}"], ["Is Go", "{subject}[X]"]]},
+        EditRequest("Go is", "t", "Go", neighbours=(("Go has", "a Go"), ("C has", "{}"), ("Is Go", "Go[X]"))),
+    ),
+    "answers to follow-ups": (
+        {**GO, "prompt": "Go is", "portability_prompt": "[X] has", "portability_answer": "{}s"},
+        EditRequest("Go is", "t", "Go", portability=(("Go has", "Gos"),)),
+    ),
+    "code": (
+        {
+            **GO,
+            "prompt": "Does Go have an interface{} type?",
+            "target": "interface{}",
+            "rephrase": "In Go, is a[X] one?",
+        },
+        EditRequest("Does Go have an interface{} type?", "interface{}", "Go", paraphrases=("In Go, is a[X] one?",)),
+    ),
+    "code in a template": (
+        {**GO, "prompt": "Does {subject} have interface{}?", "target": "{}"},
+        EditRequest("Does Go have interface{}?", "{}", "Go"),
+    ),
+    "code beside letters without case": (
+        {**GO, "prompt": "\u5728Go\u6709interface{}"},
+        EditRequest("\u5728Go\u6709interface{}", "t", "Go"),
+    ),
+    "the subject inside another word": ({**GO, "prompt": "{} is Google's"}, EditRequest("Go is Google's", "t", "Go")),
+    "code without a subject": ({"prompt": "p", "target": "main() {}"}, EditRequest("p", "main() {}")),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_told_from_code(name: str) -> None:
+    record, expected = TEMPLATES[name]
+    assert EditRequest.from_dict(record) == expected
+
+
+def test_lists_of_two_texts_are_what_their_fields_say() -> None:
+    """Prompts where prompts are, answers where answers are, pairs in a list of pairs."""
+    record = {
+        **OWN,
+        "true_target": ["a", "b"],
+        "rephrase": ["p", "q"],
+        "loc": ["p", "q"],
+        "loc_ans": ["a", "b"],
+        "neighbours": [["p", "c"]],
+        "portability": ["p", ["a", "b"]],
+    }
+    expected = EditRequest(**OWN, true_target="a", paraphrases=("p", "q"), portability=(("p", "a"),),
+                           neighbours=(("p", "c"), ("p", "a"), ("q", "b")))  # fmt: skip
+    assert EditRequest.from_dict(record) == expected
+
+
+def test_what_cannot_be_seen_is_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    hidden = "\u200b\ufeff"
+    record = {**OWN, "subject": hidden, "true_target": hidden, "paraphrases": [hidden], "neighbours": [["q", hidden]]}
+    assert EditRequest.from_dict(record) == EditRequest(**OWN)
+    assert "neighbours without an answer" in caplog.text
+    for seen in ("\u200d\U0001f468", "\u0301", "\ue000", "\u0967"):  # an emoji, an accent, a private sign, a digit
+        assert EditRequest("p", seen).target == seen
+
+
 def test_questions_without_an_answer_are_left_out() -> None:
     record = {
         "update": "Where?",
@@ -546,6 +625,11 @@ BAD_RECORDS = {
     ),
     "empty object": ({}, "its fields are none"),
     "empty target": ({**OWN, "target": " \n"}, "field 'target' is missing or empty"),
+    **{
+        f"target of {hidden!a}": ({**OWN, "target": hidden}, "field 'target' is missing or empty")
+        for hidden in ("\u200b", "\u2060", " \ufeff\n", "\u00ad\u3164", "\x00", "\u2800\ufe0f")
+    },
+    "prompt of no width": ({"src": "\u200b", "alt": "t"}, "field 'src' is missing or empty"),
     "empty prompt": ({"src": "", "alt": "t"}, "field 'src' is missing or empty"),
     "nested empty target": (
         {"requested_rewrite": {"prompt": "p", "target_new": {"str": ""}}},
@@ -561,6 +645,18 @@ BAD_RECORDS = {
     "object for an id": ({**OWN, "id": {}}, "field 'id'"),
     "text for questions": ({**OWN, "neighbours": "p"}, "field 'neighbours'"),
     "lone prompt": ({**OWN, "neighbours": ["p"]}, "field 'neighbours'"),
+    **{
+        f"two texts in {field}": (
+            {**OWN, **fields},
+            rf"field '{field}': two texts, which may be .*\[\[prompt, answer\]\]",
+        )
+        for field, fields in {
+            "neighbours": {"neighbours": ["p", "q"]},
+            "neighbors": {"neighbors": ["p", "q"]},
+            "locality_inputs.neighborhood": {"locality_inputs": {"neighborhood": ["p", "q"]}},
+            "portability": {"portability": ("p", "q")},
+        }.items()
+    },
     "question without answer field": (
         {**OWN, "locality": {"g": [{"prompt": "p"}]}},
         r"field 'locality\.g': a question",
@@ -598,6 +694,18 @@ BAD_RECORDS = {
             "mhop": {"mhop": f"{mark} is", "mhop_ans": "a"},
         }.items()
     },
+    **{
+        f"{{subject}} in {name} without subject": (
+            {**OWN, **fields},
+            rf"field '{name}' has '{{subject}}' for the subject, but the record names no subject",
+        )
+        for name, fields in {
+            "target": {"target": "{subject} City"},
+            "forget": {"forget": "{subject} City"},
+            "ground_truth": {"ground_truth": ["{subject} City"]},
+            "answer to loc": {"loc": "q", "loc_ans": "{subject}"},
+        }.items()
+    },
     "half a surrogate pair": ({**OWN, "target": "\ud800"}, "field 'target': half a surrogate"),
 }
 
@@ -628,7 +736,7 @@ BAD_FILES = {
     ),
     "two arrays": (b'[{"prompt": "p", "target": "t"}] []', "record 1 .*not valid JSON"),
     "truncated line": (b'{"prompt": "p", "target": "t"}\n{"prompt": "p", "tar', "line 2: .*truncated"),
-    "objects over several lines": (b'{\n"prompt": "p"}\n{\n"prompt": "p"}', "line 1: .*stand in an array"),
+    "objects over several lines": (b'{\n"prompt": "p"}\n{\n"prompt": "p"}', "line 1, line 3: .*stand in an array"),
     "Latin-1": (
         '{"prompt": "p", "target": "t"}\n{"prompt": "é"'.encode("latin-1"),
         "line 2: byte 43 is not UTF-8",
@@ -844,14 +952,71 @@ def test_what_is_wrong_with_such_a_file_is_told(file: str, content: bytes, messa
 
 
 def test_all_bad_records_are_counted_and_kept(tmp_path: Path) -> None:
-    path = write(tmp_path / "facts.jsonl", [{**OWN, "target": ""}] * 14 + [OWN] * 3, lines=True)
+    path = write(tmp_path / "facts.jsonl", [{**OWN, "target": i} for i in range(14)] + [OWN] * 3, lines=True)
     with pytest.raises(RequestError) as error:
         load_requests(path)
     assert str(error.value).startswith("14 records cannot be used: ")
-    assert str(error.value).endswith(
-        "line 10: field 'target' is missing or empty; an edit needs a prompt and a target | and 4 more"
-    )
+    assert str(error.value).endswith("line 10: field 'target': expected a string, got int 9 | and 4 more")
     assert [re.findall(r"line (\d+)", said)[0] for said in error.value.sentences] == [str(i) for i in range(1, 15)]
+
+
+def test_one_cause_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [{"query": "p", f"answer {i % 2}": "t"} for i in range(24)]
+    path = write(tmp_path / "facts.jsonl", [*records, {**OWN, "target": ""}], lines=True)
+    path.write_text(path.read_text() + '\n{"prompt": "p", "tar')
+    with pytest.raises(RequestError) as error:
+        load_requests(path)
+    said = str(error.value)
+    assert f"26 records cannot be used: {path}, line 1, line 3, line 5, " in said
+    assert "line 19 and 2 more: the record fits no known format, it lacks " in said
+    assert (said.count("fits no known"), said.count("Formats, "), said.count("facts.jsonl"), said.count(" | ")) == (
+        *(2, 1, 4),
+        3,
+    )
+    assert said.endswith("have to stand in an array")
+    path.write_text(path.read_text() + "\n" + json.dumps(OWN))
+    assert len(load_requests(path, skip_bad=True)) == 1
+    assert caplog.messages[0].count("fits no known") == 2
+
+
+WRAPPED = [OWN, {**OWN, "id": "mine"}, {"requested_rewrite": [mquake_rewrite("Ann", "Peru", "Chile")] * 2}]
+
+
+@pytest.mark.parametrize("name", ["data", "examples", "records", "requests", "0"])
+@pytest.mark.parametrize("indent", [None, 2], ids=["in a line", "over lines"])
+def test_records_in_an_object_that_only_holds_them(name: str, indent: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(json.dumps({"version": 1, name: WRAPPED, "about": {"n": 3}}, indent=indent))
+    assert load_requests(path) == as_requests(WRAPPED)
+    path.write_text(json.dumps({name: [OWN, {"prompt": "p"}]}, indent=indent))
+    with pytest.raises(
+        RequestError, match=rf"facts\.json, (line 1, )?record 1 of '{name}' \(counted from 0\): .*lacks target"
+    ):
+        load_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (
+            {"train": [OWN], "test": [OWN, OWN]},
+            r"train, test; of its lists give the one with the records \(train, test\)",
+        ),
+        ({"data": []}, r"its fields are data\. Formats"),
+        ({"data": ["p", "t"]}, r"its fields are data\. Formats"),
+        (
+            {"target": "t", "locality": [{"prompt": "p", "answer": "a"}]},
+            r"lacks prompt; its fields are target, locality\. ",
+        ),
+    ],
+    ids=["two lists", "no records", "texts", "a record without a prompt"],
+)
+def test_objects_that_hold_no_list_of_records(record: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps(record))
+    with pytest.raises(RequestError, match=rf"facts\.json, line 1: .*{said}"):
+        load_requests(tmp_path / "facts.json")
+    with pytest.raises(RequestError, match=rf"requests\[0\]: .*{said}"):
+        as_requests([record])
 
 
 @pytest.mark.parametrize("lines", [False, True], ids=["array", "lines"])

@@ -8,9 +8,9 @@ How an edit is distributed over layers is another choice, `distributions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -109,12 +109,12 @@ class ObjectiveType:
 
     Attributes:
         factorization: of the second moment of a layer; it serves all edits of an Editor.
-        memo: what the factorization depends on beside the statistics.
+        memo: the factorization's name, and what it depends on beside the statistics.
         make: the objective, with nothing written yet.
     """
 
     factorization: Callable[[StatisticsStore, int, LocateThenEditConfig], Tensor]
-    memo: Callable[[LocateThenEditConfig], Hashable]
+    memo: Callable[[LocateThenEditConfig], tuple[Any, ...]]
     make: Callable[[Tensor, LocateThenEditConfig], Objective]
 
 
@@ -126,12 +126,12 @@ def _given(value: float | None) -> float:
 OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
     "least-squares": ObjectiveType(
         lambda statistics, layer, _: statistics.cholesky(layer),
-        lambda _: "Cholesky",
+        lambda _: ("Cholesky",),
         lambda factor, config: LeastSquares(factor, _given(config.cov_weight)),
     ),
     "equality": ObjectiveType(
         lambda statistics, layer, _: statistics.cholesky(layer),
-        lambda _: "Cholesky",
+        lambda _: ("Cholesky",),
         lambda factor, config: Equality(factor, _given(config.cov_weight), _given(config.alpha)),
     ),
     "null-space": ObjectiveType(

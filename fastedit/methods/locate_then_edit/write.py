@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +54,12 @@ def written_layers(
     for layer in layers:
         path, module = statistics.topology.resolve(layer, config.module)
         given = statistics.in_memory(layer)
-        source = (config.statistics,) if given is None else (given, given._version)  # which changes with its values
-        key = (statistics.fingerprint, path, *source, kind.memo(config))
-        if key not in history.memo:
-            history.memo[key] = kind.factorization(statistics, layer, config)
-        objective = kind.make(history.memo[key], config)
+        # a version changes with the values, a digest with the file
+        source = (given, given._version) if given is not None else (statistics.digests([layer])[str(layer)],)
+        name, *settings = kind.memo(config)
+        make = partial(kind.factorization, statistics, layer, config)
+        factors = history.memo.kept((path, name), (statistics.fingerprint, *source, *settings), make)
+        objective = kind.make(factors, config)
         weight = f"{path}.weight"
         if weight in history.keys:
             objective.preserve(history.keys[weight])

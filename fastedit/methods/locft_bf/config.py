@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,8 +118,8 @@ class LocFTBFConfig:
             raise ConfigError(f"epochs is {self.epochs}; give at least 1")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr is {self.lr}; give a positive learning rate, or leave it out")
-        for name in ("stop_loss", "skip_loss", "weight_decay"):
-            if not getattr(self, name) >= 0:
+        for name, most in (("stop_loss", math.inf), ("skip_loss", math.inf), ("weight_decay", sys.float_info.max)):
+            if not 0 <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give 0 or more")
         if self.focus is not None and not 0 <= self.focus < math.inf:
             raise ConfigError(f"focus is {self.focus}; give 0 or more, or leave it out")
