@@ -152,14 +152,14 @@ def test_what_is_not_known_to_be_exact_is_told(rng: torch.Generator, tmp_path: P
 
 @pytest.mark.parametrize("size", [1e-3, 1e3], ids=["kept in places", "kept whole"])
 def test_an_undo_restores_no_weights_that_were_changed_later(size: float, rng: torch.Generator) -> None:
-    weight = torch.randn(16, 8, generator=rng)
-    update = size * torch.randn(16, 8, generator=rng)
+    weight = torch.randn(256, 128, generator=rng)
+    update = size * torch.randn(256, 128, generator=rng)
     undo = Undo()
     undo.keep("w", weight, weight + update, update)
     assert torch.equal(undo.restored("w", weight + update, update), weight)
     assert undo.restored("w", weight + update + 1, update) is None
     if size < 1:
-        undo._kept["w..at"][-1] += 16 * 8  # of a file that is damaged
+        undo._kept["w..at"][-1] += weight.numel()  # of a file that is damaged
         assert undo.restored("w", weight + update, update) is None
 
 
