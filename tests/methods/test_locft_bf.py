@@ -19,6 +19,7 @@ from helpers import FAMILIES, in_fp64, tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError, ops
@@ -76,6 +77,7 @@ def published(
     stop_loss: float,
     loss_average: str = "sample",
     weight_decay: float = 0.0,
+    lr_schedule: str = "constant",
 ) -> Published:
     """The published loop: padded batches, the whole model every step, logits at all positions."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -83,6 +85,8 @@ def published(
     weights = [model.get_parameter(name).requires_grad_() for name in names]
     before = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.Adam(weights, lr=lr, weight_decay=weight_decay)
+    n_steps = epochs * -(-len(pairs) // batch_size) if lr_schedule == "linear" else None
+    rate = LambdaLR(optimizer, lambda step: 1 - step / n_steps if n_steps else 1.0)
     run = Published({}, [], [])
     for _ in range(epochs):
         total = 0.0
@@ -97,6 +101,7 @@ def published(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            rate.step()
         run.losses.append(total / len(pairs))
         if run.losses[-1] < stop_loss:
             break
@@ -254,7 +259,7 @@ def test_every_module_equals_the_published_loop(
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("extra", [{"loss_average": "token"}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("extra", [{"loss_average": "token"}, {"weight_decay": 0.1}, {"lr_schedule": "linear"}])
 def test_options_equal_the_published_loop(
     extra: dict[str, Any], tokenizer: Any, make_edits: MakeEdits, seed: int
 ) -> None:

@@ -26,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "published": LOCFT,
     "whole MLPs, skipped batches": {**LOCFT, "family": "gpt2", "module": "mlp", "skip_loss": 4.4},
     "depth-first": {**LOCFT, "schedule": "depth-first"},
+    "a rate that falls": {**LOCFT, "lr_schedule": "linear"},
     "masters of bf16": {**LOCFT, "dtype": torch.bfloat16},
     "subject, focus, null space": {**SUBJECT, "focus": 5.0},  # half of the edits sit out some epoch
     "anchors": {**SUBJECT, "tokens": "all", "preserve": "both", "anchors": 2},

@@ -39,11 +39,13 @@ def plain(
     places: list[int],
     focus: float = 0.0,
     epochs: int = SETTINGS["epochs"],
+    falls: bool = False,
 ) -> tuple[list[Tensor], list[float]]:
     """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
 
     D acts at all tokens, and gets its gradient from the token at `places` of the edit (all tokens where it is -1). An
-    edit whose loss is below `focus` gives none, and sits out the next two epochs; an epoch without any has all.
+    edit whose loss is below `focus` gives none, and sits out the next two epochs; an epoch without any has all. A rate
+    that `falls` comes to 0 at the end of the last epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -64,12 +66,14 @@ def plain(
 
     handles = [module.register_forward_hook(add(layer)) for layer, module in modules.items()]
     losses, last, resting = [], [0.0] * len(edits), [0] * len(edits)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         awake = [i for i, rest in enumerate(resting) if not rest] or [*range(len(edits))]
         resting = [max(0, rest - 1) for rest in resting]
         for first in range(0, len(awake), SETTINGS["batch_size"]):
             batch = awake[first : first + SETTINGS["batch_size"]]
             optimizer.zero_grad()
+            if falls:
+                optimizer.param_groups[0]["lr"] = SETTINGS["lr"] * (epochs - epoch - first / len(awake)) / epochs
             for i in batch:
                 here = places[i]
                 prompt = tokenizer(edits[i].prompt).input_ids
@@ -93,12 +97,15 @@ def plain(
 
 
 @pytest.mark.parametrize(("family", "preserve"), [("llama", "null-space"), ("llama", "none"), ("gpt2", "null-space")])
-@pytest.mark.parametrize(("focus", "size"), [(0.0, 4), (4.3, 4), (4.3, 1)])
+@pytest.mark.parametrize(
+    ("focus", "size", "falls"), [(0.0, 4, False), (4.3, 4, False), (4.3, 1, False), (0.0, 3, True)]
+)
 def test_equals_a_plain_loop(
     family: str,
     preserve: str,
     focus: float,
     size: int,
+    falls: bool,
     tokenizer: Any,
     tmp_path: Path,
     seed: int,
@@ -120,9 +127,10 @@ def test_equals_a_plain_loop(
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     monkeypatch.setitem(SETTINGS, "batch_size", size)
     epochs = 9 if focus else SETTINGS["epochs"]
-    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs)
+    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls)
     before = values(model)
     options = {"preserve": preserve, "statistics": tmp_path, "focus": focus, "epochs": epochs}
+    options["lr_schedule"] = "linear" if falls else "constant"
     made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | options))
     assert [note for note in made.notes if "trained at all tokens" in note and "without a subject" in note]
     result = made.run()

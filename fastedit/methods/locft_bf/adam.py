@@ -97,6 +97,7 @@ class Adam:
         masters: fp32, like the parameters or the parameters themselves.
         maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `gradients` has of them.
         gradients: filled by `recorded(maps)`; cleared by a step.
+        lr: may be set anew between steps.
         backend: of `ops.localized_adam_`.
         scale: by which all gradients are too large. Steps do not depend on it: ε and what decay adds grow with them.
     """
@@ -115,7 +116,7 @@ class Adam:
     ) -> None:
         self._backend: Backend = backend
         self._parameters, self._masters, self._gradients = parameters, masters, gradients
-        self._lr, self._weight_decay, self._eps = lr, scale * weight_decay, scale * 1e-8
+        self.lr, self._weight_decay, self._eps = lr, scale * weight_decay, scale * 1e-8
         self._steps = torch.zeros((), device=next(iter(masters.values())).device)
         self._stored: dict[str, list[Tensor]] = {}
         for path, module in maps.items():
@@ -157,7 +158,7 @@ class Adam:
                 m,
                 v,
                 self._steps,
-                lr=self._lr,
+                lr=self.lr,
                 weight_decay=self._weight_decay,
                 eps=self._eps,
                 copy=copy[0] if copy else None,
@@ -167,6 +168,7 @@ class Adam:
         if self._rest is not None:
             if skip is not None:
                 self._rest.found_inf = skip  # type: ignore[attr-defined]
+            self._rest.param_groups[0]["lr"] = self.lr
             self._rest.step()
         self.clear()
         for path, parameter in self._parameters.items():

@@ -26,8 +26,12 @@ class LocFTBFConfig:
     )
     lr: float | None = option(
         None,
-        "Adam's learning rate, constant; None is the preset's, else 0.025 of the weights' RMS (0.016 with tokens "
-        "subject).",
+        "Adam's learning rate; None is the preset's, else 0.025 of the weights' RMS (0.016 with tokens subject).",
+    )
+    lr_schedule: Literal["constant", "linear"] = option(
+        "constant",
+        "constant, as published, or linear: the rate falls to 0 over `epochs`, so that the last steps do not undo "
+        "other edits. For thousands of edits that fill the module.",
     )
     batch_size: int | Literal["auto"] = option(
         "auto",

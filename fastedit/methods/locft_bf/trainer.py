@@ -244,6 +244,8 @@ class Trainer:
             for i in range(done, len(batches)):
                 if i + 1 < len(batches):
                     self.cache.ahead(batches[i + 1])
+                if config.lr_schedule == "linear":
+                    optimizer.lr = (config.lr or 0.0) * (1 - (epoch - 1 + i / len(batches)) / config.epochs)
                 self._step(batches[i], optimizer, found[i])
                 if not place and time.monotonic() - told > _NEWS:
                     told, share = time.monotonic(), sum(map(len, batches[: i + 1])) / len(order)
