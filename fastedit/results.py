@@ -64,7 +64,7 @@ class EditResult:
     def unlearned(self) -> dict[int, str]:
         """Place of each request that was not learned -> why.
 
-        Its target is less likely than not, or less likely than another target of the same prompt.
+        Its target is less likely than not, or than another target of the same prompt, or the edit was left out.
         """
         conflicting = {place for group in self.conflicts.conflicts for place in group}
         beaten = {place for group in self.conflicts.conflicts for place in self._beaten(group)}

@@ -157,7 +157,7 @@ def _scored(
     progress: Callable[[int, int], None],
     updates: Mapping[nn.Module, Factors],
 ) -> dict[Asked, tuple[tuple[int, ...], tuple[bool, ...], float, Tensor | None]]:
-    """Likeliest ids, hits and mean log P of every answer, and for neighbours the state behind the first token."""
+    """Likeliest ids, hits and mean log P of every answer; for neighbours also the state that predicts its beginning."""
     owners, samples = list(questions.owners), questions.samples
     edits = torch.tensor([edit for edit, _, _ in owners], dtype=torch.int64)
     neighbours = {(i if updates else 0, p, answer) for kind, i, p, answer, _ in questions.asked if kind == "neighbour"}

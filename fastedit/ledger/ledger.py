@@ -32,7 +32,7 @@ class Ledger:
     A fact stands from when it is added until it is forgotten, replaced or rolled back. An entry's total delta to the
     unedited model depends only on that model, the facts that stand and the configuration, so a forgotten fact leaves
     nothing behind. The solvers (rome, memit, emmet, alphaedit) optimize the target z of each fact once, keep it, and
-    solve again for all facts that stand. LocFT-BF trains all facts that stand again, from the unedited model. With
+    solve again for all facts that stand. LocFT-BF starts again from the unedited model and trains all of them. With
     ``buffered`` it trains only the new ones, on the current weights; if one is forgotten, later ones are trained again.
 
     The folder is locked until `close`, or the end of a ``with`` block. An entry that was cut off leaves nothing.

@@ -62,7 +62,7 @@ class DependentKeysError(EditError):
 
 @torch.no_grad()
 def factor_covariance(covariance: Tensor, *, count: int | None = None, allow_few: bool = False) -> Tensor:
-    """The lower Cholesky factor L of C = L Lᵀ, [d, d] fp64, or an error that says what is wrong with C.
+    """Compute the lower Cholesky factor L of C = L Lᵀ, [d, d] fp64, after checks of C.
 
     Args:
         covariance: C [d, d], the second moment of the keys, any floating dtype.

@@ -1,4 +1,4 @@
-"""Keys of the edits, layer by layer: what the edited projection reads at the last token of the subject.
+"""Keys of the edits, layer by layer: inputs of the edited projection at the last token of the subject.
 
 Keys at a layer depend only on edited weights below it, so one walk through the blocks serves all layers of a
 spread: after the weights of a layer are written, the walk continues from that layer (MEMIT, arXiv 2210.07229, section

@@ -1,4 +1,4 @@
-"""Preserve old keys and memorize new ones, in three ways (A Unified Framework for Model Editing, arXiv 2403.14236, 3).
+"""Preserve old keys, memorize new pairs (A Unified Framework for Model Editing, arXiv 2403.14236, section 3).
 
 An update preserves the outputs for old keys, whose second moment is C, and memorizes N new pairs: keys K, residuals
 R = wanted − current outputs. The pairs are memorized by least squares against the preservation (MEMIT), as an equality
