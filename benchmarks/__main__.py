@@ -1,7 +1,7 @@
 """Run the suite one benchmark after the other: `python -m benchmarks` (on a GPU: `--device cuda`).
 
-Rows are appended as they are measured, so that it can be stopped at any time; what fails does not stop the rest. Then
-the pictures and the tables of both READMEs are made anew.
+Rows are appended as they are measured, so the run can be stopped at any time; a failure does not stop the rest. At the
+end the pictures and the tables of both READMEs are made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 
 from benchmarks.rows import ROOT, VARIABLE
 
-# the sizes are such that all of it takes under 14 minutes on two cores, under 8 on an H200
+# with these sizes all of it takes under 14 minutes on two cores, under 8 on an H200
 PLAN = {
     "cpu": [
         "-m benchmarks.kernels --device cpu",

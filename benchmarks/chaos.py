@@ -1,4 +1,4 @@
-"""An edit that is killed at random moments, with its state damaged now and then, against one that is left alone.
+"""Kill an edit at random moments, damage its state now and then, and compare the result with an undisturbed edit.
 
     python -m benchmarks.chaos [--edits 20000] [--kills 20] [--damages 5] [--method locft-bf] [--seed 0]
     python -m benchmarks.chaos --ledger [--kills 20] [--method locft-bf] [--seed 0]
@@ -6,8 +6,8 @@
 Kills are SIGKILL, at a random moment after the process has started to work. Damage is one flipped bit, or a cut, in the
 newest state. Every resumed edit has to end with the same bits as the undisturbed one; the exit code says so.
 
-With --ledger the operations of a ledger are killed, at any moment. After each kill the ledger has to open to a whole
-entry, the one before the operation or its own, with the bits of the undisturbed ledger.
+With --ledger the operations of a ledger are killed at any moment. After each kill the ledger has to open to a complete
+entry, that of the operation or the one before, with the bits of the undisturbed ledger.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FLAGS: dict[str, list[str]] = {
 
 
 def facts(n: int) -> list[dict[str, Any]]:
-    """Different prompts about the people of the fact world, each with some object of its relation as its target."""
+    """Different prompts about the people of the fact world, each with a random object of its relation as target."""
     people, rng, found = World().people, random.Random(0), []
     relations = [relation for relation in RELATIONS.values() if relation.subjects is None]
     phrasings = [(r, phrase) for r in relations for phrase in (*r.trained, *r.unseen)]
@@ -105,7 +105,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def operations(folder: Path, method: str) -> list[list[Any]]:
-    """What is done to a ledger, one entry each, without its folder."""
+    """The ledger commands to run, each of which makes one entry; without the ledger's folder."""
     model, everything = ["--model", checkpoint_path(), "--device", "cpu"], facts(120)
     for part, name in enumerate("abc"):
         some = everything[40 * part : 40 * part + 40]

@@ -1,7 +1,7 @@
-"""Other editing code, imported from its checkout and run as it is, without its dependencies and on a CPU.
+"""Import other editing code from its checkout and run it unchanged, without its dependencies and on a CPU.
 
-What it needs is put around it, and nothing in it is changed: packages that are not installed are empty modules, "cuda"
-means the CPU, and blocks give it the tuples that transformers 4 had.
+Its surroundings are adapted instead: packages that are not installed are empty modules, "cuda" means the CPU, and
+blocks return tuples as in transformers 4.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 _TOP = ("easyeditor", "rome", "memit", "emmet", "AlphaEdit", "util", "dsets", "baselines", "experiments")
 _STUBS = ("datasets", "matplotlib", "matplotlib.style", "matplotlib.pyplot")
-_SHELLS = ("easyeditor", "easyeditor.models", "easyeditor.util")  # whose __init__ imports all methods
+_SHELLS = ("easyeditor", "easyeditor.models", "easyeditor.util")  # their __init__ would import all methods
 
 
 class _Stub(ModuleType):
@@ -46,16 +46,16 @@ def _cpu(value: Any) -> Any:
 
 
 def load(directory: Path, names: Sequence[str]) -> list[Any]:
-    """Modules of a checkout; `sys.modules` and the working directory are then as before.
+    """Import modules of a checkout; `sys.modules` and the working directory are as before afterwards.
 
     Raises:
-        ImportError: they are not there, or need more than is stubbed.
+        ImportError: a module is missing, or needs more than is stubbed.
     """
     kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in _TOP}
     there, before = os.getcwd(), {*sys.modules}
     stubs = [name for name in _STUBS if name.partition(".")[0] not in sys.modules and not _found(name)]
     try:
-        os.chdir(directory)  # where globals.yml is
+        os.chdir(directory)  # globals.yml is there
         sys.path.insert(0, str(directory))
         sys.modules.update({name: _Stub(name) for name in stubs})
         for name in _SHELLS:
@@ -81,7 +81,7 @@ def _found(name: str) -> bool:
 
 @contextmanager
 def running(model: Any, nethook: Any = None) -> Iterator[None]:
-    """In which code of a checkout runs; one that knows only GPUs and tuples gives its `nethook`."""
+    """A context for running code of a checkout; give `nethook` if that code supports only GPUs and tuples."""
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         if nethook is not None:
@@ -92,7 +92,7 @@ def running(model: Any, nethook: Any = None) -> Iterator[None]:
 
 @contextmanager
 def _tuples(model: Any, nethook: Any) -> Iterator[None]:
-    """Hooks on blocks see (hidden states,), whatever blocks return."""
+    """Let hooks on blocks see (hidden states,), whatever the blocks return."""
     trace = nethook.Trace
 
     class Tupled(trace):  # type: ignore[valid-type, misc]

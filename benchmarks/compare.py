@@ -1,10 +1,10 @@
-"""Tell whether anything became slower: ratios of two sets of results, and which are beyond the noise.
+"""Show whether anything became slower: ratios of two sets of results, and which of them are beyond the noise.
 
     python -m benchmarks.compare OLD NEW
 
-OLD and NEW are results files, or commits whose rows the results file has. Noise is what each run measured of itself: a
-ratio counts when the intervals from p20 to p80 lie apart. Rows of a single repetition have none and are only printed.
-Exit code 1 when something of ours is slower.
+OLD and NEW are results files, or commits with rows in the results file. A ratio counts if the intervals from p20 to p80
+of the two runs do not overlap. Rows of a single repetition have no interval and are only printed. The exit code is 1 if
+something of ours is slower.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.rows import Row, latest, read
 
 
 def load(name: str) -> dict[tuple[str, ...], Row]:
-    """Latest rows by key. ValueError if the name is neither a file nor a commit with rows."""
+    """The latest rows by key. Raises ValueError if the name is neither a file nor a commit with rows."""
     if Path(name).is_file():
         rows = read(Path(name))
     elif not (rows := [row for row in read() if row.commit == name]):
@@ -31,7 +31,7 @@ def load(name: str) -> dict[tuple[str, ...], Row]:
 
 
 def verdict(old: Row, new: Row) -> str:
-    """ "slower", "faster", "within noise", or "one run" where there is no noise to compare with."""
+    """ "slower", "faster", "within noise", or "one run" if a row has no interval."""
     if None in (old.p20, old.p80, new.p20, new.p80):
         return "one run"
     if new.p20 > old.p80:
@@ -40,7 +40,7 @@ def verdict(old: Row, new: Row) -> str:
 
 
 def compare(old: dict[tuple[str, ...], Row], new: dict[tuple[str, ...], Row]) -> list[tuple[Row, float, str]]:
-    """(new row, time over the old one's, verdict) of every time in both."""
+    """(new row, new time over old time, verdict) for every time that both have."""
     shared = (key for key in old if key in new and old[key].unit == "s")
     return [(new[key], new[key].p50 / old[key].p50, verdict(old[key], new[key])) for key in shared]
 

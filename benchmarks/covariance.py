@@ -1,9 +1,10 @@
-"""The second moment: ours against torch, for the sums alone, for a whole run over text, and in accuracy.
+"""Second moments: ours against torch, for the sums alone, for a whole run over text, and in accuracy.
 
     python benchmarks/covariance.py --device cuda
 
-The floor is the flops of a lower triangle at the rate of a matrix product. In the whole run, the published way is one
-pass for each layer over documents padded to their batch's longest, ended in that layer, and C += kᵀk in full.
+The floor is the time for the flops of a lower triangle at the rate of a matrix product. In the whole run, the published
+way is one pass per layer, which ends in that layer, over documents padded to the longest of their batch, with C += kᵀk
+in full.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def sum_case(device: torch.device, T: int, d: int, name: str) -> Case:
         return torch.randn(T, d, device=device).to(dtype), total, plain
 
     def lower(C: Tensor) -> Sequence[Tensor]:
-        """Views that hold the lower triangle but for what is near the diagonal, which does not differ from the rest."""
+        """Views that hold most of the lower triangle; entries near the diagonal are computed like the others."""
         halves = [(start, size) for size in (d // 2, d // 4) for start in range(0, d - 2 * size + 1, 2 * size)]
         return [C.diagonal()] + [C[start + size : start + 2 * size, start : start + size] for start, size in halves]
 
@@ -72,7 +73,7 @@ def sum_case(device: torch.device, T: int, d: int, name: str) -> Case:
     providers = {"ours": partial(ours, "auto")} | {f"ours, {name}": partial(ours, name) for name in others}
     if device.type == "cuda" and syrk._has_wgmma(device):
         providers["ours, mma"] = by_mma
-    # tensor cores cut off what they sum: torch over all rows, ours by torch over 1,024, our kernels over 128
+    # tensor cores truncate their sums: torch's over all rows, ours by torch over 1,024, our kernels' over 128
     cut_off = {"torch": 1e-4, "ours": 1e-5, "ours, torch": 1e-5} if device.type == "cuda" else {}
     return Case(
         "covariance",
@@ -89,14 +90,14 @@ def sum_case(device: torch.device, T: int, d: int, name: str) -> Case:
 
 
 def run_case(device: torch.device, documents: int, batch: int) -> Case:
-    """The demo model, its last five layers but one, over texts of the fact world."""
+    """A whole run: the demo model's five layers before the last one, over texts of the fact world."""
     path = fastedit.demo.checkpoint_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
     stories, draw = iter(fastedit.demo.World().prose(2 * documents)), random.Random(0)
-    texts = [" ".join(islice(stories, draw.randint(1, 2))) for _ in range(documents)]  # none beyond the context
+    texts = [" ".join(islice(stories, draw.randint(1, 2))) for _ in range(documents)]  # none longer than the context
     parts = topology(model)
     depth = model.config.num_hidden_layers
     layers = list(range(depth - 1 - LAYERS, depth - 1))
@@ -155,7 +156,7 @@ def _published_layer(
 
 
 def accuracy(suite: Suite, T: int = 1_000_000, d: int = 128, part: int = 4096) -> None:
-    """The largest error of an entry c_ij in units of √(c_ii c_jj), some columns with a mean of 100 σ."""
+    """Measure the largest error of an entry c_ij, relative to √(c_ii c_jj); some columns have a mean of 100 σ."""
     device = torch.device(suite.device)
     shift = torch.zeros(d, device=device).index_fill_(0, torch.arange(0, d, 3, device=device), 100)
     total, wanted = (torch.zeros(d, d, dtype=torch.float64, device=device) for _ in range(2))

@@ -2,8 +2,8 @@
 
     python benchmarks/emmet_vs_memit.py && python -m benchmarks.plot
 
-Every batch edits the unedited model; a row is the mean over its batches. ES, PS and NS are CounterFact's, score their
-harmonic mean; reliability is by greedy generation. ROME has no batches: it takes a batch's edits one after the other.
+Every batch edits the unedited model; a row is the mean over batches. ES, PS and NS are CounterFact's measures, score is
+their harmonic mean; reliability is by greedy generation. ROME makes the edits of a batch one after the other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastedit import Editor, EditRequest
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.report import compare
 
-# name -> method, distribution, how tables call it
+# name -> method, distribution, name in tables
 VARIANTS = {
     "rome": ("rome", "single", "ROME"),
     "memit": ("memit", "single", "MEMIT, one layer"),
@@ -41,7 +41,7 @@ BATCHES = {1: 64, 4: 16, 16: 8, 64: 4, 256: 2, 1024: 1}  # size -> batches
 
 
 def measured(editor: Editor, batch: Sequence[EditRequest], text: Sequence[str]) -> dict[str, float]:
-    """MEASURES of one batch's edit, which is undone afterwards."""
+    """Edit with one batch, return MEASURES, and revert the edit."""
     before = predict(editor.parts, batch, kinds=("neighbour",))
     result = editor.edit(batch)
     report = compare(batch, predict(editor.parts, batch, text=text), before).to_dict()
@@ -65,7 +65,7 @@ def main() -> None:
     most = max(size * n for size, n in batches.items())
     requests, text = world.requests(most), world.prose(100)
     table = Table("method", "batch", "batches", "ES", "PS", "NS", "score", "reliability", "perplexity")
-    with tempfile.TemporaryDirectory() as targets:  # one search serves all variants of a batch
+    with tempfile.TemporaryDirectory() as targets:  # targets are found once for all variants of a batch
         for variant in args.variants:
             method, distribution, label = VARIANTS[variant]
             config: dict[str, Any] = {"distribution": distribution, "targets": targets}

@@ -2,8 +2,8 @@
 
     python benchmarks/end_to_end.py --n 1000
 
-Same model, edits, contexts, statistics and settings in one run. The published procedures search a target at a time, and
-may be given fewer edits by `--published`.
+Both have the same model, edits, contexts, statistics and settings, in one run. The published procedures optimize one
+target at a time; `--published` gives them fewer edits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = {"locft-bf": "LocFT-BF", "memit": "MEMIT", "emmet": "EMMET", "rome": "RO
 CONTEXTS = ("It was late. {}", "Then they went home. {}", "Nothing had changed. {}", "They asked again. {}", "So. {}")
 MEASURES = ("reliability", "generalization", "locality")
 WORSE = 0.05
-"""Ours is red when it writes fewer edits than the published procedure by more than this share."""
+"""Ours fails if its share of written edits is lower than the published procedure's by more than this."""
 
 
 class Quality:
@@ -52,7 +52,7 @@ class Quality:
 
 
 def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditRequest], found: dict[str, Any]) -> Run:
-    """Edit the model the published way with the settings that ours chose."""
+    """Edit the model in the published way, with the settings that ours chose."""
     config, epochs = found["config"], found["epochs"]
     if method == "locft-bf":
         weight = dict(model.named_parameters())[found["path"]]
@@ -108,7 +108,7 @@ def main() -> None:
         editor = Editor.from_pretrained(
             fastedit.demo.checkpoint_path(), method, dtype="float32", device=args.device, **config
         )
-        editor.edit(requests[:2]).revert()  # factors C, which the published procedure reads
+        editor.edit(requests[:2]).revert()  # factors C, because the published procedure reads C ready-made
         theirs = copy.deepcopy(editor.model)
         quality = {}
 

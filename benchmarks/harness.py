@@ -1,12 +1,13 @@
-"""Times what is right: correctness first and in the same run, ceilings beside, a row a measurement.
+"""Measure times of correct results only: verify first, in the same run; measure ceilings; append a row per measurement.
 
     suite = Suite("cuda")
     suite.run(Case("localized_adam", setup, reference, {"ours": ours, "torch": torch_way}, tolerance=1e-3, bytes=…))
     suite.close()
 
-A case is set up outside the timed region. Its providers are compared with a reference on inputs of their own before
-any is timed; if one is wrong, the case prints no time and the run ends with exit code 1. Then they take turns. On a GPU
-inputs rotate among several sets and a larger buffer is read before each call, so that L2 holds none of them.
+A case is set up outside the timed region. Before any provider is timed, each is compared with a reference on its own
+copy of the inputs; if one is wrong, the case prints no time and the run ends with exit code 1. Then the providers take
+turns. On a GPU inputs rotate among several sets, and a larger buffer is read before each call, so that L2 holds none of
+them.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class Case:
     Attributes:
         benchmark, mode, shape, dtype: as in `rows.Row`.
         setup: makes one set of inputs, on the device.
-        reference: the right outputs of a set of inputs, in fp64.
+        reference: computes the correct outputs for a set of inputs, in fp64.
         providers: name -> function of the inputs that returns the same outputs. The baseline is the first after ours.
-        tolerance: largest ‖out − reference‖ / ‖reference‖, for all or by provider.
-        bytes, flops: the least to be moved and computed, for the floor.
-        rate: dtype whose measured matrix rate bounds the flops.
+        tolerance: largest ‖out − reference‖ / ‖reference‖, for all providers or for each.
+        bytes, flops: the least that has to be moved and computed, for the floor.
+        rate: dtype whose measured rate of matrix products bounds the flops.
     """
 
     benchmark: str
@@ -63,7 +64,7 @@ class Case:
 
 @dataclass
 class Run:
-    """The findings of `measured`."""
+    """The results of `measured`."""
 
     seconds: float = math.nan
     peak_memory: int | None = None
@@ -71,7 +72,7 @@ class Run:
 
 @dataclass
 class Suite:
-    """The measurements of one process on one device; `close` ends it, with exit code 1 if anything was red."""
+    """The measurements of one process on one device; `close` ends them, with exit code 1 if any result was wrong."""
 
     device: torch.device | str = "cpu"
     budget: float = 1.0
@@ -83,7 +84,7 @@ class Suite:
         print(f"{device_name(self.device)}; rows go to {results_file() or 'no file'}", flush=True)
 
     def run(self, case: Case) -> dict[str, Row]:
-        """Verify and time a case, print it and append its rows; {} when red."""
+        """Verify and time a case, print it and append its rows; returns {} if a result is wrong."""
         print(f"\n{' '.join(filter(None, (case.benchmark, case.mode, case.shape, case.dtype)))}", flush=True)
         able, memory, right = {}, {}, True
         inputs = case.setup()
@@ -91,7 +92,7 @@ class Suite:
         for name, provider in case.providers.items():
             limit = case.tolerance if isinstance(case.tolerance, float) else case.tolerance[name]
             try:
-                provider(*copied(inputs))  # compiles, and fills the caches of BLAS, before memory is looked at
+                provider(*copied(inputs))  # compiles, and fills the caches of BLAS, before memory is measured
                 mine = copied(inputs)
                 with measured(self.device) as run:
                     outputs = provider(*mine)
@@ -99,7 +100,7 @@ class Suite:
             except (ConfigError, torch.OutOfMemoryError) as reason:
                 print(f"  {name:28s} not measured: {reason}", flush=True)
                 continue
-            except Exception as fault:  # one broken provider must not keep the others from being looked at
+            except Exception as fault:  # one broken provider must not stop the others
                 right = self.fail(f"{case.benchmark} {case.mode} {case.shape} {name}: {fault!r}")
                 continue
             if not error <= limit:  # NaN included
@@ -139,7 +140,7 @@ class Suite:
         return row
 
     def fail(self, reason: str) -> bool:
-        """Note that a result is wrong; return False, for the caller to note too."""
+        """Note that a result is wrong; returns False for the caller."""
         print(f"  RED: {reason}; no time is printed", flush=True)
         self.red.append(reason)
         return False
@@ -149,14 +150,14 @@ class Suite:
             sys.exit("\n".join(["wrong results:", *self.red]))
 
     def floor(self, bytes: float, flops: float, rate: str) -> float:
-        """Seconds that no version can go under, by the ceilings of this run; 0 when nothing was counted."""
+        """The least seconds that any version needs, by the ceilings of this run; 0 without bytes and flops."""
         if not bytes and not flops:
             return 0.0
         return max(bytes / self.ceilings["copy"], flops / self.ceilings[rate])
 
     @cached_property
     def ceilings(self) -> dict[str, float]:
-        """Bytes/s of a copy (read and written) and flops/s of a matrix product in each dtype, measured now."""
+        """Bytes/s of a copy (reads and writes) and flops/s of a matrix product in each dtype, measured now."""
         cuda = torch.device(self.device).type == "cuda"
         size = 1 << (30 if cuda else 26)  # elements, several times any cache
         source, target = torch.rand(size, device=self.device), torch.empty(size, device=self.device)
@@ -174,13 +175,13 @@ class Suite:
             mode, dtype = ("copy", "float32") if name == "copy" else ("matmul", name)
             row = make_row("ceiling", "torch", samples, mode=mode, dtype=dtype, device=self.device, unit=unit)
             self.record(row, f"{mode} {dtype}")
-            found[name] = row.p80 or row.p50  # what was reached, others' load on the machine aside
+            found[name] = row.p80 or row.p50  # p80: other load on the machine only lowers it
         return found
 
     def _sample(
         self, calls: Mapping[str, Callable[..., Any]], inputs: Inputs, setup: Callable[[], Inputs]
     ) -> dict[str, list[float]]:
-        """Seconds of each call, the calls taking turns."""
+        """Seconds of each call; the calls take turns."""
         if torch.device(self.device).type == "cuda":
             return self._sample_cuda(calls, inputs, setup)
         found: dict[str, list[float]] = {name: [] for name in calls}
@@ -202,7 +203,7 @@ class Suite:
         held = max(1, sum(x.nbytes for x in inputs if isinstance(x, Tensor)))
         room = torch.cuda.mem_get_info(self.device)[0] // (3 * held)
         sets = [inputs, *(setup() for _ in range(min(_MOST_SETS - 1, math.ceil(2 * cache / held), room)))]
-        # read, not written: lines that are dirty would be written back on somebody else's time
+        # only read: dirty lines would be written back while something else is timed
         flush = torch.ones(16 * cache // 4, device=self.device)
         for call in calls.values():
             for some in sets:
@@ -227,11 +228,10 @@ class Suite:
 
 
 class measured:  # noqa: N801 — a function to its callers
-    """Seconds, and bytes at the peak beyond those held before.
+    """Measure seconds, and peak bytes beyond those held before.
 
-    On a GPU they are what torch's allocator handed out. On a CPU they are the resident memory of the process at its
-    highest, which Linux can be told to forget; None where it cannot. Freed memory that malloc kept would hide some and
-    is given back first.
+    On a GPU the bytes are those of torch's allocator. On a CPU they are the process's peak resident memory, which Linux
+    can reset; None if it cannot. Freed memory that malloc keeps is returned first, because it would hide some.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -257,12 +257,12 @@ class measured:  # noqa: N801 — a function to its callers
 
 
 def copied(inputs: Inputs) -> Inputs:
-    """The inputs in memory of their own, for providers that work in place."""
+    """A copy of the inputs, for providers that work in place."""
     return tuple(x.clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in inputs)
 
 
 def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest ‖out − expected‖ / ‖expected‖; NaN if any is."""
+    """The largest ‖out − expected‖ / ‖expected‖; NaN if any of them is NaN."""
     errors = []
     for out, right in zip(outputs, expected, strict=True):
         norm = right.double().norm()
@@ -271,7 +271,7 @@ def difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _forget_peak() -> int | None:
-    """Resident bytes now, from which VmHWM starts anew."""
+    """Reset VmHWM to the current resident bytes and return these; None if that is not possible."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         descriptor = os.open("/proc/self/clear_refs", os.O_WRONLY)

@@ -1,9 +1,9 @@
-"""The operations against what one writes with torch: localized Adam, rank-k solves, cross-entropy at target tokens.
+"""The operations against plain torch code: localized Adam, rank-k solves, cross-entropy at target tokens.
 
     python benchmarks/kernels.py --device cuda
 
-On a GPU at the sizes of an 8B model, on a CPU at small ones, where torch is behind our functions too. The floor is the
-time of the operation's least bytes and flops at the rates that a copy and a matrix product reach in the same run.
+On a GPU the sizes are those of an 8B model; on a CPU they are small, and our functions use torch, too. The floor is the
+time for the operation's least bytes and flops, at the rates of a copy and a matrix product in the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 from torch.optim.adam import adam
 
-if not __package__:  # run as a file; in its place this folder's kernels.py would hide PyPI's package, as imports go
+if not __package__:  # run as a file: from its folder, this kernels.py would hide the PyPI package `kernels`
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from benchmarks.harness import Case, Inputs, Suite
 from fastedit import ops
@@ -33,7 +33,7 @@ ADAM = {
     "cuda": [(4096, 14336, 512, "bfloat16"), (4096, 14336, 2048, "bfloat16"), (4096, 14336, 128, "float32")],
     "cpu": [(512, 1792, 256, "float32")],
 }
-# (groups, N, d, h, dtype); fewer groups show from where on the kernel is the faster one
+# (groups, N, d, h, dtype); smaller numbers of groups show where the kernel becomes faster
 SOLVES = {
     "cuda": [(256, n, 4096, 4096, dtype) for dtype in ("float64", "float32") for n in (16, 32, 64, 128)]
     + [(groups, n, 4096, 4096, "float64") for groups in (4, 32) for n in (16, 64)],
@@ -47,12 +47,12 @@ CROSS_ENTROPY = {
 
 
 def served(function: Callable[[Backend], Provider], device: torch.device) -> dict[str, Provider]:
-    """Ours as users get it, and on a GPU the kernel itself, to see where the choice between it and torch should be."""
+    """Ours as users get it, and on a GPU also the kernel, to see when the kernel should be chosen instead of torch."""
     return {"ours": function("auto")} | ({"ours, triton": function("triton")} if device.type == "cuda" else {})
 
 
 def adam_fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor) -> Sequence[Tensor]:
-    """The call that `torch.optim.Adam(fused=True).step()` makes; it wants moments of the weight's dtype."""
+    """Call what `torch.optim.Adam(fused=True).step()` calls; it needs moments in the weight's dtype."""
     adam(
         [weight], [grad], [m], [v], [], [step], fused=True, amsgrad=False, beta1=BETAS[0], beta2=BETAS[1],
         lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
@@ -127,7 +127,7 @@ def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> 
 
 
 def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: str, mode: str) -> Case:
-    """mode "solve" is the kernel's part, from whitened keys on; "update" is all of `ops.rank_k_update`, fp64 inside."""
+    """Mode "solve" is the kernel's part, from whitened keys on; "update" is all of `ops.rank_k_update`, in fp64."""
     dtype, ridge = getattr(torch, name), d / 4
 
     def setup() -> Inputs:
@@ -174,7 +174,7 @@ def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: 
         return left.mT, right
 
     inside = "float64" if mode == "update" else name
-    triangular = 2 * groups * N * d * d if mode == "update" else 0  # to whiten, and back
+    triangular = 2 * groups * N * d * d if mode == "update" else 0  # for whitening and back
     return Case(
         "rank_k_solve",
         setup,
@@ -215,7 +215,7 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
         loss = (losses * weight).sum()
         return loss.detach(), torch.autograd.grad(loss, hidden)[0]
 
-    # on a CPU the chunked way is what ours is
+    # on a CPU ours is the chunked way
     torch_ways = {"torch, chunked": ours("torch")} if device.type == "cuda" else {}
     torch_ways["torch, all logits"] = whole
     return Case(

@@ -1,9 +1,9 @@
-"""MEMIT: ours against the published procedure, same edits, contexts, statistics and settings, in one run.
+"""MEMIT: ours against the published procedure, with the same edits, contexts, statistics and settings, in one run.
 
     python benchmarks/locate_then_edit.py
 
-First the solve alone, then the whole edit against the published one, then how ours grows with the edits. The model is
-a Llama with random weights, whose second moments are random too: speed does not depend on what it knows.
+First the solve alone, then the whole edit against the published one, then how ours grows with the number of edits. The
+model is a Llama with random weights and random second moments: speed does not depend on what it knows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CONTEXTS += ["I was in the city for a week. {}", "You can see it from the road. 
 
 
 MOST = {"solve": 1e-8, "edit": 1e-2}
-"""Largest relative difference of the updates: in fp64 a solve, in fp32 an edit, whose search may stop a step later."""
+"""Largest relative difference of the updates: of an fp64 solve, and of an fp32 edit, which may stop a step later."""
 
 
 def seconds_of(function: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -53,7 +53,7 @@ def seconds_of(function: Callable[[], object], repeats: int, device: torch.devic
 
 
 def solve_alone(suite: Suite, d: int, n: int, cov_weight: float = 15_000.0) -> None:
-    """One layer's update, C factored before: an N×N system against the published d×d one."""
+    """Time one layer's update with a given factor of C: an N×N system against the published d×d system."""
     rows = torch.randn(2 * d, d, dtype=torch.float64, device=suite.device)
     C = rows.T @ rows / len(rows)
     K, R = torch.randn(2, n, d, dtype=torch.float64, device=suite.device)
@@ -85,7 +85,7 @@ def solve_alone(suite: Suite, d: int, n: int, cov_weight: float = 15_000.0) -> N
 
 
 def random_statistics(model: LlamaForCausalLM, folder: Path) -> list[Tensor]:
-    """Second moments of random keys for all layers, as files and as matrices."""
+    """Make second moments of random keys for all layers, as files and as matrices."""
     parts, found = topology(model), []
     for layer in LAYERS:
         width = parts.input_width(layer, "down_proj")
@@ -102,10 +102,10 @@ class Comparison:
     """The same edits by ours and by the published procedure.
 
     Attributes:
-        requests: of which some are edited at a time.
+        requests: requests; each run edits the first ones.
         theirs: a copy of `model`.
-        covariances: of the layers; `statistics` is the folder with the same.
-        settings: what both are given.
+        covariances: second moments of the layers; `statistics` is the folder with the same.
+        settings: settings of both.
     """
 
     suite: Suite
@@ -118,7 +118,7 @@ class Comparison:
     settings: dict[str, Any]
 
     def edit(self, n: int, targets: Path | None = None) -> tuple[Run, float, dict[str, Tensor]]:
-        """Edit by ours and revert: what it took, the rate, and the updates."""
+        """Edit by ours and revert; returns time and memory, the learning rate, and the updates."""
         editor = Editor(
             self.model,
             self.tokenizer,
@@ -138,9 +138,9 @@ class Comparison:
         return run, lr, updates
 
     def compare(self, n: int) -> tuple[float, Run, Run]:
-        """The largest relative difference of a layer's update, and what both took: theirs, ours."""
+        """The largest relative difference of a layer's update, and time and memory of theirs and ours."""
         targets = Path(self.statistics) / "targets"
-        self.edit(2)  # factors C, which both would have ready
+        self.edit(2)  # factors C, so that both have it ready
         our_run, lr, updates = self.edit(n, targets)
         (file,) = targets.iterdir()
         ours = load_file(file)

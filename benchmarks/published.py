@@ -1,7 +1,7 @@
-"""The published LocFT-BF training loop, as METHODS papers and code describe it: the baseline of our figures.
+"""The published LocFT-BF training loop, as its paper and code describe it: the baseline of our figures.
 
-Full forward every epoch, padded batches, logits of the whole vocabulary at every position, tokenized again for
-every batch, one host synchronization a batch (arXiv 2509.22072, section 4 and its published code).
+It runs the full forward pass every epoch, on padded batches that are tokenized each time, with logits of the whole
+vocabulary at every position and one host synchronization per batch (arXiv 2509.22072, section 4 and published code).
 """
 
 from __future__ import annotations

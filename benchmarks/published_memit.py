@@ -1,7 +1,8 @@
-"""MEMIT as published (arXiv 2210.07229 and its code), and ROME and EMMET alike: the baseline of our figures.
+"""MEMIT as published (arXiv 2210.07229 and its code), and ROME and EMMET in the same way: the baseline of our figures.
 
-Targets one edit at a time with the full model, padded rows and logits of the whole vocabulary at every position; keys
-by a pass from the bottom for every layer; a d×d solve in fp64 for every layer and batch. ROME takes one edit a call.
+It optimizes one target at a time with the full model, padded rows and logits of the whole vocabulary at every position.
+Keys take a pass from the bottom for every layer, and every layer and batch takes a d×d solve in fp64. ROME makes one
+edit per call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class Requests:
-    """Tokenized as the published code does it: one padded batch a call, subjects found by their last token."""
+    """Tokenize as the published code does: one padded batch per call, subjects found by their last token."""
 
     def __init__(self, tokenizer: Any, contexts: Sequence[str], device: torch.device) -> None:
         self.tokenizer, self.templates, self.device = tokenizer, ["{}", *contexts], device
@@ -47,7 +48,7 @@ def find_target(
     stop_loss: float,
     site: str = "block",
 ) -> tuple[Tensor, int]:
-    """z [h] of one edit, at the output of a block or of its MLP, and the updates it took."""
+    """Optimize z [h] of one edit, at the output of a block or of its MLP; returns it and the number of updates."""
     end = prompt.rindex(subject) + len(subject)
     texts = [t.replace("{}", f"{prompt} {target}") for t in requests.templates] + [f"{subject} is a"]
     offsets = [t.index("{}") for t in requests.templates]
@@ -116,7 +117,7 @@ def observed(
     templates: Sequence[str],
     out: bool,
 ) -> Tensor:
-    """Inputs or outputs of a module at the subjects, a row for each edit of each template; the whole model runs."""
+    """Inputs or outputs of a module at the subjects [templates, edits, width]; the whole model runs."""
     seen: dict[str, Tensor] = {}
 
     def note(_: Any, args: Any, output: Any) -> None:
@@ -149,10 +150,10 @@ def memit(
     direction: bool = False,
     **target: Any,
 ) -> tuple[Tensor, list[int]]:
-    """Edit the model with (prompt, subject, target) triples; returns z [N, h] and the updates each took.
+    """Edit the model with (prompt, subject, target) triples; returns z [N, h] and the number of updates of each.
 
-    alpha makes it an equality (EMMET, arXiv 2403.14236; ROME for one edit and alpha 0). With `direction` a key is
-    averaged over all contexts alike, and the equality holds at the bare prompt's (ROME).
+    With alpha it is an equality (EMMET, arXiv 2403.14236; ROME for one edit and alpha 0). With `direction`, keys are
+    uniform means over all contexts, and the equality holds at the bare prompt's key (ROME).
     """
     requests = Requests(tokenizer, contexts, model.device)
     z_layer = layers[-1]

@@ -2,10 +2,11 @@
 
     python -m benchmarks.real_models --requests counterfact.json --text wiki.txt --n 10 100 [--model smollm2-135m DIR …]
 
-The first records are edited. Of those after them that the unedited model answers, `known facts` is the share that the
-edited model still answers; nobody edited them. Perplexity is that of the beginning of the text, and the second moments
-are collected, by `fastedit covariance`, from the rest of it. Without --requests the fact world's are edited, which no
-trained model knows; without --text the perplexity is that of our guide, and the model writes the text for statistics.
+The first records are edited. `known facts` is measured on later records, which are not edited: of those that the
+unedited model answers, the share that the edited model still answers. Perplexity is measured on the beginning of the
+text, and `fastedit covariance` collects second moments from the rest. Without --requests the edits are the fact
+world's, which no trained model knows. Without --text the perplexity is of our guide, and the model writes the text for
+the statistics.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.models import Model
 
-HELD_OUT = 200_000  # characters of the text before those that statistics are collected from
+HELD_OUT = 200_000  # characters at the beginning of the text that are not used for statistics
 VARIANTS: dict[str, dict[str, Any]] = {
     "LocFT-BF": {"method": "locft-bf"},
     "LocFT-BF, published": {"method": "locft-bf", "published": True},
@@ -55,7 +56,7 @@ MEASURES = {
 
 
 def statistics_of(model: Path, text: Path, layers: Sequence[int], tokens: int, work: Path) -> Path:
-    """A folder with the second moments of these layers."""
+    """The folder with the second moments of these layers; missing ones are collected."""
     made = work / f"{model.name}-{tokens}"
     missing = [layer for layer in layers if not (made / f"{layer}.down_proj.safetensors").exists()]
     if missing:
@@ -76,7 +77,7 @@ def layers_of(editor: Editor) -> list[int]:
 
 
 def known(model: Model, records: Sequence[EditRequest], limit: int = 200) -> list[EditRequest]:
-    """Facts that the model answers token by token, as requests that ask for them."""
+    """Facts whose answers the model predicts token by token, as requests."""
     asked = [EditRequest(r.prompt, r.true_target, id=r.id) for r in records if r.true_target]
     answers = predict(model, asked, kinds=("rewrite",), generate=False).answers
     return [request for request, a in zip(asked, answers, strict=True) if all(a["rewrite"][0].hits)][:limit]
@@ -88,7 +89,7 @@ def still_known(model: Model, facts: Sequence[EditRequest]) -> float:
 
 
 def figures(report: EvaluationReport) -> dict[str, float]:
-    """The measures by name; those of the unedited model end in "before"."""
+    """The measures by name; names for the unedited model end in "before"."""
     found: dict[str, float] = {}
     for name, (measure, part) in MEASURES.items():
         value = report.metrics[measure]
@@ -103,12 +104,12 @@ def figures(report: EvaluationReport) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Trained:
-    """An unedited model, with what its edits are measured by.
+    """An unedited model, with the data to measure its edits.
 
     Attributes:
         statistics: folder of its second moments; None without text to collect them from.
-        facts: that it knows and nobody edits.
-        text: for perplexity.
+        facts: facts that the model knows and that are not edited.
+        text: the text for perplexity.
     """
 
     model: Model
@@ -130,7 +131,7 @@ class Trained:
         return predict(self.model, edits, text=[self.text], keep_head=True)
 
     def measure(self, edits: Sequence[EditRequest], before: Predictions, variant: str) -> Iterator[Row]:
-        """Edit, measure, and take the edit back."""
+        """Edit, measure, and revert the edit."""
         config = {"statistics": self.statistics and str(self.statistics)} | VARIANTS[variant]
         editor = Editor(self.model.network, self.model.tokenizer, **config)
         with measured(torch.device("cpu")) as run:

@@ -1,4 +1,4 @@
-"""The results file: a row a measurement, appended; where a key has several rows, the last one counts."""
+"""The results file: one row per measurement, appended; if a key has several rows, the last one counts."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ VARIABLE = "FASTEDIT_RESULTS"
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement. What was not measured is None, an empty cell.
+    """A measurement. Fields that were not measured are None, an empty cell in the file.
 
     Attributes:
         benchmark: the file's subject, such as "localized_adam".
-        provider: "ours", "published" (the papers' procedure), "torch" (what a user would write), with a variant
+        provider: "ours", "published" (the papers' procedure) or "torch" (what a user would write), with a variant
             after a comma.
-        mode: what of the benchmark, such as "adam".
+        mode: the part of the benchmark, such as "adam".
         shape: sizes as tables print them.
         dtype: of the data.
-        device: the processor and what of it was used.
-        unit: of p20, p50 and p80: "s", or the name of a quality measure.
-        p20, p50, p80: quantiles over repetitions; p50 alone where there was one.
-        peak_memory: bytes beyond those that the inputs hold.
-        floor_share: the time that bytes and flops take at the ceilings measured in this run, over p50.
+        device: the processor, with its instruction set and the threads that were used.
+        unit: unit of p20, p50 and p80: "s", or the name of a quality measure.
+        p20, p50, p80: quantiles over repetitions; only p50 for a single one.
+        peak_memory: peak bytes beyond those of the inputs.
+        floor_share: the time for bytes and flops at the ceilings measured in this run, divided by p50.
         bytes, flops: the least that must be moved and computed.
-        version: of fastedit and torch.
-        commit: with "-dirty" when files of the repository differ from it.
+        version: versions of fastedit, torch, transformers and triton.
+        commit: the commit, with "-dirty" if files of the repository differ from it.
         date: UTC.
     """
 
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The values that make two rows measurements of one thing."""
+        """The fields in which two measurements of the same thing agree."""
         return self.benchmark, self.provider, self.mode, self.shape, self.dtype, self.device, self.unit
 
 
@@ -88,7 +88,7 @@ def make_row(
     bytes: float | None = None,
     flops: float | None = None,
 ) -> Row:
-    """A row of now, of this commit and this machine."""
+    """Make a row with the current time, commit and machine."""
     p20, p50, p80 = (float(f"{q:.4g}") for q in np.quantile(samples, (0.2, 0.5, 0.8)))
     spread = (p20, p80) if len(samples) > 1 else (None, None)
     return Row(
@@ -99,7 +99,7 @@ def make_row(
 
 
 def append(row: Row, path: Path | None = None) -> None:
-    """Write a row at the end of the file in one piece, so that a run can be stopped after any."""
+    """Append a row to the file in one write, so that a run can be stopped after any row."""
     path = path or results_file()
     if path is None:
         return
@@ -111,17 +111,17 @@ def append(row: Row, path: Path | None = None) -> None:
             writer.writeheader()
         else:
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # an editor's, or a row that the power cut short
+            if file.read(1) != b"\n":  # the last line is incomplete, or lacks its newline
                 text.write("\n")
         writer.writerow({name: "" if x is None else x for name, x in asdict(row).items()})
         os.write(file.fileno(), text.getvalue().encode())
 
 
 def read(path: Path | None = None) -> list[Row]:
-    """All rows in the order they were written, [] where there is no file.
+    """All rows in the order in which they were written; [] if there is no file.
 
     Raises:
-        ValueError: names the line that is no row.
+        ValueError: a line is not a row; names the line.
     """
     path = path or results_file()
     if path is None or not path.exists():
@@ -142,7 +142,7 @@ def read(path: Path | None = None) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each key, in the order the keys first appeared."""
+    """The last row of each key, in the order in which the keys first appear."""
     return list({row.key: row for row in rows}.values())
 
 
@@ -177,7 +177,7 @@ def versions() -> str:
 
 @cache
 def commit() -> str:
-    """FASTEDIT_COMMIT in a copy without .git, else git's. What benchmarks themselves write makes nothing dirty."""
+    """FASTEDIT_COMMIT if set, for copies without .git, else git's. Files that benchmarks write do not make it dirty."""
     if found := os.environ.get("FASTEDIT_COMMIT"):
         return found
 

@@ -1,11 +1,11 @@
-"""Cost and memory from a thousand edits to a hundred thousand: read, plan, edit, measure a sample, save.
+"""Cost and memory for a thousand to a hundred thousand edits: read, plan, edit, measure a sample, save.
 
     python -m benchmarks.scale [--edits 1000 10000 100000] [--epochs 2] [--requests FILE ... --model DIR]
 
-Each size has a process of its own. Without arguments the model is the fact world's and the facts are about new people,
-one each, so that none contradicts another. Of given files the first edits with different prompts are taken. The prefix
-cache is a file whatever its size. Memory is what the process holds of its own (anonymous pages) beyond what it held
-with the model loaded; pages of the file, which the system takes back when it needs them, are not in it.
+Each size runs in its own process. Without arguments the model is the fact world's, with one fact about each of many new
+people, so that none contradicts another. From given files it takes the first edits with different prompts. The prefix
+cache is always a file. Memory is the process's anonymous pages beyond those with the model loaded. Pages of the
+cache file do not count, because the system takes them back when it needs them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastedit.demo.lexicon import RELATIONS
 from fastedit.progress import StageClock, no_progress
 
 MOST = 1.15
-"""Cost of an edit of the largest size over that of the smallest."""
+"""Limit on the cost of an edit at the largest size, divided by that at the smallest."""
 
 
 def facts(n: int, seed: int = 0) -> Iterator[dict[str, str]]:
@@ -52,7 +52,7 @@ def facts(n: int, seed: int = 0) -> Iterator[dict[str, str]]:
 
 
 class Memory:
-    """The most anonymous memory of this process since `start`, looked at twenty times a second."""
+    """The peak anonymous memory of this process since `start`, sampled twenty times a second."""
 
     def __init__(self) -> None:
         self.base = self.peak = _anonymous()
@@ -73,7 +73,7 @@ def _anonymous() -> int:
 
 
 def one(args: argparse.Namespace, requests: Path) -> None:
-    """Make the edits of a file in this process and append their rows."""
+    """Make the edits of a file in this process, and append their rows."""
     torch.set_num_threads(args.threads)
     memory, clock = Memory(), StageClock(no_progress)
     options: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size}
@@ -105,7 +105,7 @@ def one(args: argparse.Namespace, requests: Path) -> None:
     about = {"mode": "LocFT-BF", "shape": shape, "dtype": "float32"}
     append(make_row("scale", "ours", [whole], peak_memory=peak, **about))
     shares = {name: stages[name] for name in ("prefix", "train", "evaluate")}
-    shares["train"] += stages.get("epoch", 0.0)  # within one that takes long
+    shares["train"] += stages.get("epoch", 0.0)  # time within long epochs
     shares["read, plan, save"] = stages["read"] + stages["plan"] + stages["save"]
     for unit, value in shares.items():
         append(make_row("scale", "ours", [value / whole], unit=unit, **about))
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def _first(paths: Sequence[Path], n: int) -> list[dict[str, Any]]:
-    """The first `n` edits with different prompts, of the files in turn, with one paraphrase and one neighbour."""
+    """The first `n` edits with different prompts of the files in order, with one paraphrase and one neighbour each."""
     found: dict[str, dict[str, Any]] = {}
     for request in (request for path in paths for request in load_requests(path, skip_bad=True)):
         kept = {"prompt": request.prompt, "target": request.target, "subject": request.subject}

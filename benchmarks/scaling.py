@@ -1,8 +1,8 @@
-"""How cost grows: measured exponents beside those that the algorithms have.
+"""How cost grows: measured exponents beside the expected ones.
 
     python benchmarks/scaling.py
 
-Exponents are least squares in log-log over the medians, with the standard error of the slope.
+Exponents are least-squares slopes of the medians in log-log, with their standard errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.harness import Case, Suite, measured
 from benchmarks.rows import Row, latest, make_row
 from fastedit import Editor
 
-# mode of a row -> (what grows, the exponent that is expected)
+# mode of a row -> (what grows, expected exponent)
 EXPECTED = {
     "LocFT-BF, an epoch": ("edits", "1"),
     "MEMIT": ("edits", "1"),
@@ -42,7 +42,7 @@ EDITS = (100, 200, 400, 800)
 
 @dataclass(frozen=True)
 class Fit:
-    """cost ∝ x^exponent over low … high."""
+    """A fit of cost ∝ x^exponent for x from `low` to `high`."""
 
     exponent: float
     error: float
@@ -51,7 +51,7 @@ class Fit:
 
 
 def fits(rows: Iterable[Row]) -> dict[str, Fit]:
-    """mode -> its fit, for modes of `scaling` rows with three sizes or more; shapes end in "=SIZE"."""
+    """Fit each mode of `scaling` rows that has three sizes or more; shapes end in "=SIZE"."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in latest(rows):
         if row.benchmark == "scaling" and row.provider == "ours":
@@ -67,7 +67,7 @@ def fits(rows: Iterable[Row]) -> dict[str, Fit]:
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Ours alone, at sizes that double."""
+    """Cases of ours alone, at sizes that double."""
     sizes, gpu = SIZES[device.type], device.type == "cuda"
     width, T, adam_dtype = 4096 if gpu else 1024, 512 if gpu else 64, "bfloat16" if gpu else "float32"
     rows, h, entropy_dtype = (512, 4096, "bfloat16") if gpu else (64, 256, "float32")
@@ -98,7 +98,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def edits(suite: Suite, counts: Sequence[int], repeats: int = 3) -> list[Row]:
-    """One epoch of LocFT-BF on the fact world, the prefix cache included."""
+    """Time one epoch of LocFT-BF on the fact world, including the prefix cache."""
     requests = fastedit.demo.World().requests(max(counts))
     path, mode = fastedit.demo.checkpoint_path(), "LocFT-BF, an epoch"
     config = {"published": True, "batch_size": 50, "epochs": 1, "stop_loss": 0.0}

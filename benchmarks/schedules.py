@@ -2,8 +2,9 @@
 
     python benchmarks/schedules.py
 
-Same edits, module, learning rate and stop loss; only schedule and batch size differ. Breadth-first trains on all
-edits until their mean loss is below `stop_loss`; depth-first trains each batch until its own is, and then forgets it.
+Edits, module, learning rate and stop loss are the same; only schedule and batch size differ. Breadth-first trains on
+all edits until their mean loss is below `stop_loss`; depth-first trains each batch until its own loss is, and does not
+return to it.
 """
 
 from __future__ import annotations

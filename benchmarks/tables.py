@@ -2,8 +2,8 @@
 
     python -m benchmarks.tables           # --check to fail if they differ, --show NAME to print one
 
-A table stands between `<!-- results:NAME -->` and `<!-- /results -->`. A figure is the median of the latest row of its
-key. What was not measured says so.
+A table is between `<!-- results:NAME -->` and `<!-- /results -->`. A figure is the median of the latest row of its key,
+or "not measured".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MISSING = "not measured"
 _MARKED = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 KERNELS = {"localized_adam": "localized Adam", "rank_k_solve": "rank-k", "target_cross_entropy": "cross-entropy"}
 
-# (what, benchmark, mode, sizes): the lines of the table in the main README
+# (name, benchmark, mode, sizes): the lines of the table in the main README
 HEADLINES = (
     (
         "LocFT-BF",
@@ -88,12 +88,12 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:
 
 
 def together(shapes: Sequence[str]) -> str:
-    """One text of several sizes: "N=16, d=8" and "N=32, d=8" are "N=16/N=32, d=8"."""
+    """Join several sizes: "N=16, d=8" and "N=32, d=8" become "N=16/N=32, d=8"."""
     return ", ".join("/".join(dict.fromkeys(part)) for part in zip(*(s.split(", ") for s in shapes), strict=True))
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """(benchmark, mode, shape, dtype) -> provider -> row, of one device and unit."""
+    """(benchmark, mode, shape, dtype) -> provider -> row, for rows of one device and unit."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         found.setdefault((row.benchmark, row.mode, row.shape, row.dtype), {})[row.provider] = row
@@ -106,7 +106,7 @@ def source(rows: Sequence[Row]) -> str:
 
 
 def each_device(rows: Sequence[Row], draw: Callable[[Sequence[Row]], Lines], gpu: Lines | None = None) -> Lines:
-    """A table a device, CPUs first; `gpu` stands for GPUs where none was measured."""
+    """A table for each device, CPUs first; `gpu` is shown if no GPU was measured."""
     lines: Lines = []
     for kind, wanted, otherwise in (("CPU", False, None), ("GPU", True, gpu)):
         devices = dict.fromkeys(row.device for row in rows if on_gpu(row) == wanted)
@@ -123,7 +123,7 @@ Pair = tuple[Row | None, Row]
 
 
 def headlines(rows: Sequence[Row]) -> list[tuple[str, str, dict[str, Pair]]]:
-    """What, its size and, for each device that measured it, the times. A comparison that nobody measured has no device.
+    """Name, size, and device -> times for each comparison; without devices if it was not measured.
 
     A size is listed if a device timed both the published procedure and ours.
     """
@@ -142,7 +142,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, dict[str, Pair]]]:
 
 
 def headline(rows: Sequence[Row]) -> Lines:
-    """One table: a line for each comparison with the published procedure, a column for each device."""
+    """The main table: a line for each comparison with the published procedure, a column for each device."""
     found = headlines(rows)
     measured = {device: pair[1] for *_, pairs in found for device, pair in pairs.items()}
     devices = sorted(measured, key=lambda device: (on_gpu(measured[device]), device))
@@ -172,7 +172,7 @@ def title(benchmark: str, mode: str) -> str:
 
 
 def operations(own: Sequence[Row]) -> Lines:
-    """A line for each operation of ours, beside what others take for it."""
+    """A line for each of our operations, with the times of others."""
     head = ("operation", "size", "dtype", "ours", "share of floor", "peak memory", "others' time over ours")
     body = []
     for (benchmark, mode, shape, dtype), found in by_case(row for row in own if row.unit == "s").items():
@@ -246,7 +246,7 @@ def end_to_end(rows: Sequence[Row]) -> Lines:
 
 
 def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
-    """Quality: a line for each (mode, shape), a column for each unit."""
+    """A table of quality: a line for each (mode, shape), a column for each unit."""
 
     def draw(own: Sequence[Row]) -> Lines:
         units = list(dict.fromkeys(row.unit for row in own))
@@ -297,7 +297,7 @@ def real_models(rows: Sequence[Row]) -> Lines:
 
 
 def spared(rows: Sequence[Row]) -> Lines:
-    """For the main README: what the default of LocFT-BF writes, keeps and costs beside the published recipe."""
+    """For the main README: what LocFT-BF writes, keeps and costs by default and with the published recipe."""
     recipes = {"LocFT-BF, published": "published", "LocFT-BF": "default"}
 
     def draw(own: Sequence[Row]) -> Lines:
@@ -328,7 +328,7 @@ def scaling(rows: Sequence[Row]) -> Lines:
 
 
 def scale(rows: Sequence[Row]) -> Lines:
-    """A line for each number of edits: its cost, where the time goes, and what was learned."""
+    """A line for each number of edits: the cost, where the time goes, and what was learned."""
     units = ("prefix", "train", "evaluate", "read, plan, save", "learned", "generated")
 
     def draw(own: Sequence[Row]) -> Lines:
@@ -343,7 +343,7 @@ def scale(rows: Sequence[Row]) -> Lines:
 
 
 def upstream(rows: Sequence[Row]) -> Lines:
-    """A line for each method of each repository that ours stands in for."""
+    """A line for each method of each repository that ours replaces."""
 
     def draw(own: Sequence[Row]) -> Lines:
         body = []
@@ -377,7 +377,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
 
 
 def render(text: str, rows: Sequence[Row]) -> str:
-    """The text with every marked table made anew. ValueError for a table that there is none of."""
+    """The text with every marked table made again. Raises ValueError for an unknown table."""
     newest = latest(rows)
 
     def make(match: re.Match[str]) -> str:

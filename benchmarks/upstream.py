@@ -1,11 +1,11 @@
-"""Our calls beside those that they replace, each run from its own checkout: the same update, and the time it takes.
+"""Our calls against those that they replace, which run from their own checkouts: differences of updates, and times.
 
     python -m benchmarks.upstream --easyedit DIR --memit DIR --alphaedit DIR --unified DIR \
         [--model DIR --statistics DIR --requests FILE --n 4]
 
 Both sides have the same model, contexts, second moments and hyperparameters. "ΔW" is the largest relative difference
-of a layer's update from theirs, end to end, in fp32. "solve" is the same in fp64 with their targets. Without --model it
-is the fact world's.
+of a layer's update from theirs, end to end, in fp32. "solve" is the same in fp64 with their targets. Without --model
+the model is the fact world's.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Case:
     """A method of a checkout.
 
     Attributes:
-        modules: its main module, then its nethook if it knows only GPUs.
-        function: theirs, in the main module.
-        ours: what replaces it.
-        single: it solves in fp32 whatever the model is in.
+        modules: its main module, then its nethook if it supports only GPUs.
+        function: name of their function in the main module.
+        ours: our function that replaces it.
+        single: it solves in fp32, whatever the model's dtype.
     """
 
     upstream: str
@@ -70,7 +70,7 @@ class Case:
     single: bool = False
 
     def limit(self, unit: str) -> float:
-        """The largest difference of a measure that passes."""
+        """The largest difference of a measure that is accepted."""
         return 1e-5 if unit == "solve" and self.single else ACCURACY.get(unit, float("inf"))
 
 
@@ -109,14 +109,14 @@ class Bench:
     """A model with its second moments and edits, on which both sides run.
 
     Args:
-        statistics: folder of second moments; None is that of the checkpoint.
+        statistics: folder of second moments; None is the checkpoint's folder.
     """
 
     def __init__(self, model: Path, statistics: Path | None, edits: Sequence[EditRequest]) -> None:
         editor = Editor.from_pretrained(model, dtype="float32", device="cpu")
         self.model, self.tok, self.name, self.edits = editor.model, editor.tokenizer, model.name, edits
         self.tok.pad_token = self.tok.pad_token or self.tok.eos_token
-        self.model.config.n_embd = self.model.config.hidden_size  # what memit and rome ask for
+        self.model.config.n_embd = self.model.config.hidden_size  # memit and rome read this
         preset, _ = locate_then_edit_preset(editor.topology)
         self.topology, self.preset = editor.topology, preset
         store = StatisticsStore(editor.topology, fingerprint(editor.model), directory=statistics)
@@ -128,7 +128,7 @@ class Bench:
         return self.layers.get(method, list(self.preset.layers))
 
     def hparams(self, method: str, P_loc: Path, **given: Any) -> Any:
-        """What all the repositories' files have, with one learning rate for all."""
+        """The fields of all repositories' hparams files, with the same learning rate for all."""
         last = self.topology.n_blocks - 1
         fields: dict[str, Any] = {
             "alg_name": method, "model_name": "llama", "device": "cpu", "layers": self.layers_of(method),
@@ -149,7 +149,7 @@ class Bench:
         return SimpleNamespace(**fields | given)
 
     def requests(self, plain: bool) -> list[dict[str, Any]]:
-        """The edits as EasyEdit has them, or as the others do."""
+        """The edits in EasyEdit's format (`plain`), or in that of the others."""
         return [
             {
                 "case_id": i,
@@ -161,7 +161,7 @@ class Bench:
         ]
 
     def projections(self) -> Tensor:
-        """P [L, d, d] of the lowest quarter of the directions."""
+        """P [L, d, d], which projects on the quarter of directions with the smallest eigenvalues."""
         found = []
         for layer in self.layers_of("AlphaEdit"):
             vectors = torch.linalg.eigh(self.moments[layer].double()).eigenvectors
@@ -170,7 +170,7 @@ class Bench:
         return torch.stack(found)
 
     def update(self, model: Any, method: str) -> list[Tensor]:
-        """What the layers' weights gained, fp64."""
+        """The change of the layers' weights, fp64."""
         now, before = dict(model.named_parameters()), dict(self.model.named_parameters())
         names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in self.layers_of(method)]
         return [(now[name].double() - before[name].double()).detach() for name in names]
@@ -182,13 +182,13 @@ class Bench:
 
 
 class Run:
-    """A case on a bench."""
+    """A case that runs on a bench."""
 
     def __init__(self, case: Case, bench: Bench, checkout: Path, work: Path) -> None:
         self.case, self.bench, self.work = case, bench, work
         self.main, *self.nethook = load(checkout, case.modules)
         self.tok = deepcopy(bench.tok)
-        if case.upstream == "memit":  # it takes every tokenizer for GPT-2's, which puts nothing in front
+        if case.upstream == "memit":  # that code expects a tokenizer like GPT-2's, without BOS
             self.tok.backend_tokenizer.post_processor = processors.Sequence([])
         self.tok.padding_side = "left" if case.method == "FT" else "right"
         self.P = bench.projections() if case.method == "AlphaEdit" else None
@@ -207,7 +207,7 @@ class Run:
             self.main.cache_c_new = self.main.P_loaded = False
 
     def _take_inverses(self, dtype: torch.dtype) -> None:
-        """Inverses of C where ROME's code keeps them; it does not convert them."""
+        """Put inverses of C where ROME's code keeps them, in this dtype, because that code does not convert them."""
         name = str(self.bench.model.config._name_or_path).replace("/", "_")
         for layer, C in self.bench.moments.items():
             key = name, f"model.layers.{layer}.mlp.down_proj"
@@ -259,7 +259,7 @@ class Run:
             yield make_row("upstream", "ours", [self.solved(template)], unit="solve", **about)
 
     def solved(self, template: Path) -> float:
-        """The difference of the updates in fp64, with the same targets: those of the files, or ROME's own."""
+        """The difference of the updates in fp64 with the same targets: those of the files, or ROME's own."""
         theirs, ours = (deepcopy(self.bench.model).double() for _ in range(2))
         if hasattr(self.main, "cache_c_new"):
             self.main.cache_c_new = False

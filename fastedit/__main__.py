@@ -8,7 +8,7 @@ _EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "plot"}
 
 
 def main() -> None:
-    check_alone()  # here too: another distribution's __init__.py may lie in the place of ours
+    check_alone()  # here too: another distribution's __init__.py may have replaced ours
     try:
         from fastedit.cli import main as command
 

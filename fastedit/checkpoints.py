@@ -1,7 +1,7 @@
-"""Checkpoints as files: compared and changed a tensor at a time, without loading the model.
+"""Compare and change the files of checkpoints, one tensor at a time, without loading the model.
 
-Parameters have the paths that they have in the model; which tensors of the files they are is found out from the
-architecture that config.json describes.
+Parameters are named by their paths in the model. The architecture that config.json describes tells which tensors of
+the files they are.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ class Checkpoint:
     """A folder of safetensors files with its config.json.
 
     Attributes:
-        keys: path of each parameter -> the tensors that are it in the files; more than one if it is tied and stored
-            twice.
+        keys: path of each parameter -> names of its tensors in the files; several if it is tied and stored more than
+            once.
 
     Raises:
-        FileError: no checkpoint, or one that cannot be read. ModelError: an adapter in the folder, quantized weights,
-            or weights whose names or shapes in the files are not known from the architecture.
+        FileError: the folder is not a checkpoint, or cannot be read.
+        ModelError: the folder holds an adapter or quantized weights, or the names or shapes in its files do not fit
+            the architecture.
     """
 
     @plain_state
@@ -78,13 +79,13 @@ class Checkpoint:
         return self._tensor(self.keys[path][0])
 
     def dtype(self, path: str) -> str:
-        """That of a parameter as it is stored, such as "BF16"."""
+        """The dtype in which a parameter is stored, such as "BF16"."""
         key = self.keys[path][0]
         with safe_open(self.folder / self._places[key], "pt") as file:
             return str(file.get_slice(key).get_dtype())
 
     def fingerprint(self, change: Callable[[str, Tensor], Tensor] = lambda _, tensor: tensor) -> str:
-        """That of the model; `change` gives a parameter as it will be."""
+        """The fingerprint of the model; `change` may replace each parameter by what it will be."""
         return fingerprint_of((path, change(path, self.read(path))) for path in self.keys)
 
     @plain_state
@@ -101,11 +102,11 @@ class Checkpoint:
         nor are subfolders that are hidden or hold weights.
 
         Args:
-            changes: path -> what makes the new weights of the old ones.
+            changes: path -> function that makes the new weights from the old ones.
             finish: called with the new folder at the end, before it takes its place.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: the checkpoint cannot be written.
         """
         by_key = {key: changes[path] for path in changes for key in self.keys[path]}
         files = sorted(set(self._places.values()))
@@ -179,7 +180,7 @@ class Checkpoint:
 
 
 def _left_behind(folder: Path) -> bool:
-    """Whether a subfolder is no part of a checkpoint: hidden, as those of downloads are, or another checkpoint."""
+    """Whether a subfolder is not part of the checkpoint: it is hidden, as download folders are, or holds weights."""
     return folder.name.startswith(".") or any(path.suffix in _WEIGHTS for path in folder.rglob("*"))
 
 
@@ -199,20 +200,20 @@ def _places(folder: Path) -> dict[str, str]:
 
 
 class Stack:
-    """Deltas to be put onto a checkpoint: the sums of `compose.stacked`, of which nothing is written yet."""
+    """Deltas to be added to a checkpoint, as the sums that `compose.stacked` makes; nothing is written yet."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.sums: list[WeightDelta] = []
 
     def put(self, delta: WeightDelta) -> str:
-        """Add a sum; returns the fingerprint of the model then. Raises ModelError: parameters that it has not."""
+        """Add a sum and return the model's new fingerprint. Raises ModelError as `check_fits`."""
         check_fits(self.checkpoint, delta)
         self.sums.append(delta)
         return self.checkpoint.fingerprint(self.edited)
 
     def edited(self, path: str, weight: Tensor) -> Tensor:
-        """A parameter with all sums."""
+        """The weights of a parameter with all sums added."""
         if not any(path in delta.updates for delta in self.sums):
             return weight
         new = weight.clone()
@@ -226,13 +227,13 @@ class Reverted:
     """Deltas to be taken out of a checkpoint; nothing is written yet.
 
     Args:
-        undos: what may make it exact; the first that belongs to these deltas is taken.
+        undos: undo files, which make the result exact; the first that belongs to these deltas is used.
 
     Attributes:
         updates: path of each parameter -> the sum of its updates.
 
     Raises:
-        ModelError: parameters that the checkpoint has not, or in other shapes.
+        ModelError: the checkpoint lacks a parameter, or has it in another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, deltas: Sequence[WeightDelta], undos: Sequence[Undo]) -> None:
@@ -243,11 +244,11 @@ class Reverted:
         self._undo = next((undo for undo in undos if undo.belongs_to(self.updates)), None)
 
     def changes(self) -> dict[str, Change]:
-        """What makes the weights before the edits of those that are there; subtracts where they were changed since."""
+        """Path -> function from the weights now to those before the edits; without a fitting undo file it subtracts."""
         return {path: lambda weight, path=path: self._before(path, weight) for path in self.updates}  # type: ignore[misc]
 
     def problem(self) -> str | None:
-        """Why what `changes` makes is not known to be the weights before, bit for bit; None if it is."""
+        """Why `changes` may not restore the weights before the edits bit for bit; None if it does."""
         folder, undo = self._checkpoint.folder, self._undo
         if undo is None:
             others = f"the {self._found} files found are of other edits, or of fewer or more"
@@ -290,9 +291,9 @@ class Difference:
 
     Attributes:
         changed: share of its weights that differ; NaN is equal to NaN.
-        relative: norm of the difference over that of the first, without differences that are not finite.
-        largest: difference of a weight, of those that are finite.
-        broken: how many weights differ that are NaN or infinite in one of the two.
+        relative: norm of the difference divided by the norm of the first, both without what is not finite.
+        largest: largest finite difference of a single weight.
+        broken: number of weights that differ and are NaN or infinite in one of the two.
     """
 
     path: str
@@ -303,9 +304,9 @@ class Difference:
 
 
 def rank_of(update: Tensor) -> int | None:
-    """Directions that hold 99 % of the square of a matrix's update, estimated from a sketch; None above 256.
+    """Estimate from a sketch how many directions hold 99 % of the squared norm of a matrix's update; None above 256.
 
-    Rounding to bf16 adds to them. A vector has rank 1.
+    Rounding to bf16 adds directions. A vector has rank 1.
     """
     if update.ndim < 2:
         return 1
@@ -321,10 +322,10 @@ def rank_of(update: Tensor) -> int | None:
 def differences(
     one: Checkpoint, other: Checkpoint, progress: Progress = no_progress
 ) -> Iterator[tuple[Difference, Tensor]]:
-    """The parameters whose values differ, in the order of the model, with the differences in fp32.
+    """Yield the parameters that differ, in the order of the model, with the differences in fp32.
 
     Raises:
-        ModelError: the two have not the same parameters; names them.
+        ModelError: the two do not have the same parameters; names those that differ.
     """
     a, b = one.shapes, other.shapes
     if wrong := [path for path in {**a, **b} if a.get(path) != b.get(path)]:
@@ -344,7 +345,7 @@ def _differences(one: Checkpoint, other: Checkpoint, progress: Progress) -> Iter
 
 
 def _difference(path: str, one: Tensor, other: Tensor) -> tuple[Difference, Tensor] | None:
-    """None if the values are equal. In fp64, which takes memory, only a part of them is at once."""
+    """The difference of a parameter, None if there is none; computed in fp64, part by part to save memory."""
     if one.dtype == other.dtype and torch.equal(one, other):
         return None
     update, changed, broken, largest, whole, moved = torch.zeros(one.shape), 0, 0, 0.0, 0.0, 0.0

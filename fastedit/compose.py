@@ -1,4 +1,4 @@
-"""Several edits on one model: their sum, where they overlap, and which belong on top of which."""
+"""Several edits of one model: their sum, where they overlap, and which ones were made on top of others."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Overlap:
     """A parameter that two deltas change.
 
     Attributes:
-        one, other: their places in the list, from 0.
+        one, other: the places of the two deltas in the list, from 0.
         path: the parameter.
-        cosine: between the two updates; near 0 they leave one another alone, at 1 they are the same edit.
+        cosine: cosine of the two updates; near 0 they do not interfere, at 1 they point in the same direction.
     """
 
     one: int
@@ -39,10 +39,10 @@ class Overlap:
 
 
 def read(given: Sequence[Given]) -> list[WeightDelta]:
-    """The deltas, of which some may be files.
+    """Return the deltas; those that are given as files are loaded.
 
     Raises:
-        ConfigError: none, or one that is given twice. FileError: a file that is no delta.
+        ConfigError: no list, an empty list, or a delta that is given twice. FileError: a file is not a delta.
     """
     if isinstance(given, str | Path | WeightDelta) or not given:
         raise ConfigError(f"deltas are {given!r}; give a list of deltas or of their files")
@@ -60,13 +60,13 @@ def read(given: Sequence[Given]) -> list[WeightDelta]:
 
 
 def _identity(delta: WeightDelta) -> str:
-    """A text for the edit: its updates, and the model that they were made for."""
+    """A text that identifies an edit by its updates and the model that they were made for."""
     updates = {path: identity(update) for path, update in sorted(delta.updates.items())}
     return f"{delta.metadata.get('fingerprint')} {updates}"
 
 
 def overlaps(deltas: Sequence[WeightDelta]) -> list[Overlap]:
-    """Where each two of them change the same parameters."""
+    """Find the parameters that two deltas change, for every pair of deltas."""
     found = []
     for (i, one), (j, other) in combinations(enumerate(deltas), 2):
         for path in one.updates.keys() & other.updates.keys():
@@ -77,20 +77,20 @@ def overlaps(deltas: Sequence[WeightDelta]) -> list[Overlap]:
 
 
 def added(deltas: Sequence[WeightDelta]) -> dict[str, Update]:
-    """Path of each parameter -> the sum of its updates, the same in whatever order the deltas stand."""
+    """Path of each parameter -> the sum of its updates, which does not depend on the order of the deltas."""
     paths = dict.fromkeys(path for delta in deltas for path in delta.updates)
     return {path: summed([d.updates[path] for d in deltas if path in d.updates]) for path in paths}
 
 
 def stacked(deltas: Sequence[WeightDelta], now: str, put: Callable[[WeightDelta], str]) -> None:
-    """Put the deltas onto a model: the sum of those made for it, then of those made on top of that, and so on.
+    """Apply deltas to a model: first the sum of those made for it, then of those made on top of that, and so on.
 
     Args:
         now: the fingerprint of the model.
-        put: applies a sum, and gives the fingerprint of the model then.
+        put: applies a sum and returns the model's new fingerprint.
 
     Raises:
-        ModelError: deltas of another model; those before may have been put by then.
+        ModelError: some deltas were made for another model; sums of those before them may be applied already.
     """
     known, group, strangers = [now], list[WeightDelta](), list[int]()
 
@@ -124,14 +124,14 @@ class Composition:
     """Several deltas that a model holds together.
 
     Attributes:
-        deltas: that it holds now, in the order in which they were given.
+        deltas: the deltas that the model holds now, in the order in which they were given.
         overlaps: where two of them change the same parameter.
     """
 
     def __init__(
         self, given: Sequence[Given], model: nn.Module, note: Callable[[WeightDelta], object] = lambda _: None
     ) -> None:
-        """Put them onto the model; `note` is told each sum that was applied."""
+        """Apply the deltas to the model; `note` is called with each sum that was applied."""
         self.deltas = read(given)
         if applied := [str(i + 1) for i, delta in enumerate(self.deltas) if delta.applied]:
             raise ModelError(f"a model already holds delta {listed(applied)} of the list; revert it first")
@@ -147,13 +147,14 @@ class Composition:
 
     @plain_state
     def revert(self, place: int | None = None) -> None:
-        """Take all of them off, bit for bit; or one, and the model is as if it had never been in the list.
+        """Revert all deltas bit for bit, or one of them as if it had never been in the list.
 
         Args:
-            place: of the one in `deltas`, from 0.
+            place: place in `deltas`, from 0, of the one to revert; None reverts all.
 
         Raises:
-            ModelError: reverted before; edits stand on them, the list's own or later ones. Nothing is changed then.
+            ModelError: all were reverted before; other edits were made on top, in this list or later. Nothing is
+                changed then.
             ConfigError: there is no such place.
         """
         if not self._sums:

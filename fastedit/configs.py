@@ -1,6 +1,6 @@
-"""Configuration classes: what their annotations admit, in one interpreter for Python values and for command lines.
+"""Configuration classes: one reading of their annotations, for values from Python and from the command line.
 
-A configuration is a frozen dataclass whose fields are made by `option`, which carries their help text.
+A configuration is a frozen dataclass. Its fields are made by `option`, which takes their help text.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Kind:
     """The values that a type annotation admits.
 
     Attributes:
-        names: for the help of a command line, such as ("INT", "auto").
-        wanted: in words, for messages.
-        convert: a Python value as the annotated type; TypeError if it is not one.
-        parse: a text of the command line; ValueError if it is not one.
+        names: names for the help of a command line, such as ("INT", "auto").
+        wanted: the values in words, for messages.
+        convert: converts a Python value to the annotated type; raises TypeError if it cannot.
+        parse: parses a text from the command line; raises ValueError if it cannot.
     """
 
     names: tuple[str, ...]
@@ -39,8 +39,8 @@ class Kind:
     parse: Callable[[str], Any]
 
 
-def option(default: Any, help: str) -> Any:  # the word that users and typer have for it
-    """A field of a configuration class: its default, and its help for the command line and the class's docstring."""
+def option(default: Any, help: str) -> Any:  # users and typer say "help", too
+    """Make a field of a configuration class from its default and its help, for the command line and the docstring."""
     return field(default=default, metadata={"help": help})
 
 
@@ -62,7 +62,7 @@ _hints = cache(get_type_hints)
 def check_fields(config: Any) -> None:
     """Convert every field of a configuration to its type, and check the fields that all methods share.
 
-    A whole number is fine as a float, any sequence as a tuple and a path as a text.
+    A whole number is accepted as a float, any sequence as a tuple, and a path as a text.
 
     Raises:
         ConfigError: names the field, its value, and what it takes.
@@ -86,10 +86,10 @@ def check_fields(config: Any) -> None:
 
 @cache
 def kind_of(hint: Any) -> Kind:
-    """The meaning of an annotation: int, float, bool, str, None, Literal of texts, tuple[X, ...], and unions of these.
+    """The kind of an annotation: int, float, bool, str, None, Literal of texts, tuple[X, ...], and unions of these.
 
     Raises:
-        KeyError: another annotation.
+        KeyError: any other annotation.
     """
     members = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
@@ -102,7 +102,7 @@ def kind_of(hint: Any) -> Kind:
 
 
 def union(kinds: Sequence[Kind]) -> Kind:
-    """The kind of what any of several kinds admits; the first that does decides."""
+    """The union of several kinds; a value is converted by the first kind that admits it."""
     optional = _PLAIN[types.NoneType] in kinds
     others = [kind for kind in dict.fromkeys(kinds) if kind is not _PLAIN[types.NoneType]]
 
@@ -117,7 +117,7 @@ def union(kinds: Sequence[Kind]) -> Kind:
 
     wanted = " or ".join(kind.wanted for kind in others) + ", or leave it out" * optional
     names = dict.fromkeys(name for kind in others for name in kind.names)
-    shown = tuple(name for name in names if f"{name},…" not in names)  # a list has room for one
+    shown = tuple(name for name in names if f"{name},…" not in names)  # a list may have a single item
     return Kind(shown, wanted, first("convert", TypeError), first("parse", ValueError))
 
 
@@ -158,7 +158,7 @@ def _same_type(expected: type) -> Callable[[Any], Any]:
 def _number(to: type, admitted: type) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
         if isinstance(value, admitted) and not isinstance(value, bool):
-            with suppress(OverflowError):  # of a whole number that no float holds
+            with suppress(OverflowError):  # an int that is too large for a float
                 return to(value)
         raise TypeError
 
@@ -185,14 +185,14 @@ def _no_text(text: str) -> None:
 _PLAIN: dict[Any, Kind] = {
     int: Kind(("INT",), "a whole number", _number(int, Integral), _parse_int),
     float: Kind(("FLOAT",), "a number", _number(float, Real), float),
-    bool: Kind(("BOOL",), "True or False", _same_type(bool), _no_text),  # a pair of flags, without a text
+    bool: Kind(("BOOL",), "True or False", _same_type(bool), _no_text),  # a pair of flags without a text
     str: Kind(("STR",), "a text", _path_or_text, str),
     types.NoneType: Kind((), "None", _same_type(types.NoneType), _no_text),
 }
 
 
 def numbers(text: str) -> list[int]:
-    """Numbers of a list such as 3,5,8-11; ValueError if it is not one."""
+    """Parse a list of numbers such as 3,5,8-11; raises ValueError if it is not one."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)

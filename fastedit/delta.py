@@ -19,7 +19,7 @@ from fastedit.undo import undo_of
 from fastedit.version import version_of
 from fastedit.weights import LowRank, Snapshot, Update, add_, put_back
 
-_DENSE, _FACTORED = "fastedit-delta-1", "fastedit-delta-2"  # the second one may hold factors
+_DENSE, _FACTORED = "fastedit-delta-1", "fastedit-delta-2"  # tags of the file's layout; the second one may hold factors
 _LEFT, _RIGHT = "..left", "..right"  # no parameter's path has two dots in a row
 
 
@@ -28,9 +28,9 @@ class WeightDelta:
 
     Args:
         updates: path of each parameter -> fp32 update of its shape, as a tensor or in factors.
-        metadata: method, configuration, fingerprint of the unedited model, versions; JSON-able.
+        metadata: method, configuration, fingerprint of the unedited model, versions; serializable to JSON.
         applied_to: the model, if it already holds the updates.
-        originals: the parameters before, if it does.
+        originals: the parameters before the updates, if a model holds them.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class WeightDelta:
         return self._model is topology(model).model
 
     def changes(self, model: nn.Module, part: nn.Module) -> bool:
-        """Whether these updates are of a parameter that a part of the model reads, be it tied to another."""
+        """Whether these updates change a parameter of `part`, tied parameters included."""
         parameters, own = dict(topology(model).model.named_parameters()), {id(p) for p in part.parameters()}
         return any(id(parameters.get(path)) in own for path in self.updates)
 
     def check(self, model: nn.Module, *, force: bool = False) -> None:
-        """Raise what `apply` would raise; the model stays as it is."""
+        """Raise the errors that `apply` would raise, without changing the model."""
         if self.applied:
             raise ModelError("this delta is already applied; revert it first, or load it again for another model")
         parts = topology(model)
@@ -90,9 +90,9 @@ class WeightDelta:
         """Add the updates to the model's parameters, in fp32, rounded once to the parameter's dtype.
 
         Raises:
-            ModelError: already applied; another model (by fingerprint; `force` skips that check only); a
-                parameter that the model lacks or has in another shape; quantized or offloaded weights. Nothing is
-                changed then.
+            ModelError: the delta is already applied, or was made for another model (compared by fingerprint; `force`
+                skips only this check); the model lacks a parameter or has it in another shape; its weights are
+                quantized or offloaded. Nothing is changed then.
         """
         self.check(model, force=force)
         inner = topology(model).model
@@ -109,8 +109,8 @@ class WeightDelta:
         """Put the parameters back, bit for bit.
 
         Raises:
-            ModelError: not applied, or the parameters were changed since: by an edit made on top, which has to
-                be reverted first, or by the caller.
+            ModelError: the delta is not applied, or the parameters were changed after it: by a later edit, which has
+                to be reverted first, or by the caller.
         """
         if self._model is None:
             raise ModelError("this delta is not applied to a model; there is nothing to revert")
@@ -140,7 +140,7 @@ class WeightDelta:
         save_tensors(path, tensors, tag, self.metadata, "the delta")
 
     def save_dense(self, path: str | Path) -> None:
-        """Write the updates for other programs: safetensors, an fp32 tensor of the parameter's shape by its name.
+        """Write the updates for other programs, as safetensors: per parameter, one fp32 tensor of its name and shape.
 
         Raises:
             FileError: the file cannot be written.
@@ -153,7 +153,7 @@ class WeightDelta:
         """Write what `fastedit revert` needs to take the edit out of a checkpoint bit for bit.
 
         Raises:
-            ModelError: not applied. FileError: the file cannot be written.
+            ModelError: the delta is not applied. FileError: the file cannot be written.
         """
         if self._model is None:
             raise ModelError("this delta is not applied to a model, so it does not know the weights before it")
@@ -165,7 +165,7 @@ class WeightDelta:
         """Read a file written by `save`.
 
         Raises:
-            FileError: missing, truncated, changed since it was written, or not a delta.
+            FileError: the file is missing, truncated, changed since it was written, or not a delta.
         """
         tensors, metadata, _ = load_tensors(path, (_DENSE, _FACTORED), "the delta")
         updates: dict[str, Update] = {}
@@ -181,7 +181,7 @@ class WeightDelta:
 
 
 def _parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
-    """As they are: what an update was added to could round another way if it were added anew."""
+    """The parameters at some paths, as they are in the model: adding updates anew could round differently."""
     parameters = dict(model.named_parameters())
     return {path: parameters[path] for path in paths}
 

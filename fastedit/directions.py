@@ -1,4 +1,4 @@
-"""Directions of behaviours in the residual stream: find them, and take them out of what the model writes there.
+"""Find directions of behaviours in the residual stream, and remove them from what the model writes there.
 
 A behaviour that shows in the hidden states as a direction r (a tone, a refusal; arXiv 2406.11717) is ablated by
 W ← W − r rᵀ W in every matrix that writes to the residual stream. The result is a delta like that of any edit.
@@ -28,10 +28,10 @@ from fastedit.weights import LowRank, Update, oriented
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """Where the hidden states behind a block differ between two sets of prompts.
+    """The direction in which the hidden states after a block differ between two sets of prompts.
 
-    ``vector`` [h] is of length 1 and in fp32. ``separation`` is the gap between the two means along it in standard
-    deviations, of prompts that it was not made of.
+    ``vector`` [h] has length 1, in fp32. ``separation`` is the distance of the two means along such a direction, in
+    standard deviations: half of the prompts give the direction, the other half are measured.
     """
 
     layer: int
@@ -42,15 +42,15 @@ class Direction:
 @plain_state
 @torch.no_grad()
 def find(network: nn.Module, tokenizer: Any, having: Sequence[str], lacking: Sequence[str]) -> list[Direction]:
-    """The difference of the means of the hidden states at the last token of prompts, behind each block.
+    """Find the difference of the mean hidden states at the last token of the prompts, after each block.
 
     Args:
         having: prompts that show the behaviour, at least four.
-        lacking: prompts that do not, at least four; as like the others as can be in everything else.
+        lacking: prompts that do not, at least four; in everything else as similar to the others as possible.
 
     Raises:
         ConfigError: too few prompts, or one without tokens or too long for the model.
-        ModelError: as `Model.of`; the two sets have equal hidden states behind a block.
+        ModelError: as for `Model.of`; the two sets have the same mean after a block, or one that is not finite.
     """
     model = Model.of(network, tokenizer)
     _check_prompts("having", having)
@@ -67,20 +67,20 @@ def find(network: nn.Module, tokenizer: Any, having: Sequence[str], lacking: Seq
 def ablate(
     network: nn.Module, direction: Tensor, *, layers: Sequence[int] | None = None, embeddings: bool = False
 ) -> WeightDelta:
-    """Take directions out of whatever some blocks write to the residual stream: W ← W − Q Qᵀ W.
+    """Remove directions from what blocks write to the residual stream: W ← W − Q Qᵀ W.
 
     Args:
-        direction: [h], or several [k, h], of any length; Q is an orthonormal basis of them.
-        layers: whose attention and MLP write without them; None is all blocks.
-        embeddings: the token embedding, too, and positions that are learned. A head that is tied to it changes with it.
+        direction: one [h] or several [k, h], of any length; Q is an orthonormal basis of their span.
+        layers: blocks whose attention and MLP are changed; None is all blocks.
+        embeddings: also change the token embedding and learned position embeddings. A tied head changes with them.
 
     Returns:
-        The delta, which is not applied: low-rank updates of the matrices, and updates of their biases.
+        The delta, not yet applied: low-rank updates of the matrices, and updates of their biases.
 
     Raises:
         ModelError: unsupported weights; a norm or experts between these matrices and the residual stream.
-        ConfigError: directions of another width or dtype, that are not finite or depend on one another; layers that
-            are no numbers of blocks, or are given twice.
+        ConfigError: directions of a wrong width or dtype, not finite, or linearly dependent; layers that are not
+            numbers of blocks, or are given twice.
     """
     parts = topology(network)
     Q = _basis(parts, direction)
@@ -112,23 +112,23 @@ def ablate_preserving(
     weight: float = 1.0,
     statistics: str | Path | None = None,
 ) -> WeightDelta:
-    """Take directions out of what the MLPs write at the last token of some prompts, and keep what they write elsewhere.
+    """Remove directions from what MLPs write at the last token of some prompts; preserve what they write elsewhere.
 
     This is MEMIT's update with keys K of the prompts and residuals −Q Qᵀ W K: −Q Qᵀ W K Kᵀ (λC + K Kᵀ)⁻¹, with λ =
     ``weight`` × the number of prompts. All keys are those of the unedited model.
 
     Args:
         direction: as for `ablate`.
-        prompts: that show the behaviour.
-        layers: whose MLPs; None is all blocks.
-        weight: of the text that the statistics are of, against the prompts; 0 or less is refused.
+        prompts: prompts that show the behaviour.
+        layers: blocks whose MLPs are changed; None is all blocks.
+        weight: weight of the statistics' text against the prompts; more than 0.
         statistics: folder of second moments of the ``down_proj``; None looks where MEMIT does.
 
     Returns:
-        The delta, which is not applied.
+        The delta, not yet applied.
 
     Raises:
-        ConfigError, ModelError: as `ablate` and `find`; there are no statistics of a block.
+        ConfigError, ModelError: as for `ablate` and `find`; a block has no statistics.
     """
     if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < weight < math.inf:
         raise ConfigError(f"weight is {weight!r}; give more than 0, or take `ablate`")
@@ -154,7 +154,7 @@ def _delta(parts: Topology, updates: dict[str, Update], config: dict[str, Any]) 
 
 
 def _between(layer: int, a: Tensor, b: Tensor) -> Direction:
-    """The direction of states a [N, h] against b [M, h]; its separation is of every second one, made of the others."""
+    """The direction from states b [M, h] to a [N, h]; its separation is measured on every second one of them."""
     vector = a.mean(0) - b.mean(0)
     if not vector.norm() > 0:
         raise ModelError(f"the two sets of prompts have the same mean behind block {layer}, or one that is not finite")
@@ -165,7 +165,7 @@ def _between(layer: int, a: Tensor, b: Tensor) -> Direction:
 
 
 def _last_tokens(model: Model, prompts: Sequence[str], modules: Sequence[nn.Module], *, inputs: bool) -> list[Tensor]:
-    """What enters or leaves each module at the last token of each prompt, [N, width] fp32; a prompt is a pass."""
+    """Inputs or outputs of each module at the last token of each prompt, [N, width] fp32; one pass per prompt."""
     parts, encoded = model.topology, encode(model.tokenizer, list(prompts))
     bad = [i for i, ids in enumerate(encoded) if not 0 < len(ids) <= parts.context_length]
     if bad:
@@ -206,7 +206,7 @@ def _basis(parts: Topology, direction: Tensor) -> Tensor:
 
 
 def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
-    """Layers whose matrices write to the residual stream as they are."""
+    """The chosen layers; raises ModelError if their matrices do not write straight to the residual stream."""
     chosen = list(range(parts.n_blocks)) if layers is None else _numbers(layers)
     if not parts.mlp_adds:
         raise ModelError(
@@ -218,7 +218,7 @@ def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
 
 
 def _numbers(layers: Any) -> list[int]:
-    """Numbers of blocks, as they are given."""
+    """The given numbers of blocks. Raises ConfigError if they are not numbers, or repeated."""
     found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
     if not found or any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in found):
         raise ConfigError(f"layers is {layers!r:.100}; give a list of whole numbers, or leave it out for all blocks")
@@ -228,7 +228,7 @@ def _numbers(layers: Any) -> list[int]:
 
 
 def _check_prompts(name: str, prompts: Any) -> None:
-    """Raise ConfigError unless there are some prompts, all of them texts; a lone text is none of its letters."""
+    """Raise ConfigError unless the prompts are a list of texts, at least one; a single text is not a list."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError(f"{name} is {prompts!r:.100}; give a list of texts")
     if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:

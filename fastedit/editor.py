@@ -37,15 +37,15 @@ Requests = str | Path | Sequence[EditRequest | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class EditPlan:
-    """Edits that can be made: every refusal is behind them.
+    """Edits that passed every check, ready for `Editor.run`.
 
     Attributes:
         requests: the edits.
-        fingerprint: of the model that they were planned for.
+        fingerprint: fingerprint of the model that they were planned for.
         made: the method's own plan.
-        seconds: that it took.
+        seconds: time that planning took.
         about: notes on the prompts and the dtype.
-        clock: takes the seconds of the stages.
+        clock: measures the seconds of each stage.
     """
 
     requests: list[EditRequest]
@@ -62,7 +62,7 @@ class EditPlan:
 
 
 class _Edit:
-    """An edit of an Editor: kept while the model holds it, and after that only as long as somebody can apply it."""
+    """An edit made by an Editor: keeps its delta alive while the model holds it, then only a weak reference to it."""
 
     def __init__(self, delta: WeightDelta, keys: dict[str, Tensor]) -> None:
         self.keys = keys
@@ -70,7 +70,7 @@ class _Edit:
         self._weak = ref(delta)
 
     def standing(self, model: nn.Module) -> WeightDelta | None:
-        """Its delta, if the model holds it now."""
+        """The delta if the model holds it now, else None."""
         delta = self._weak()
         self._delta = delta if delta is not None and delta.applied_to(model) else None
         return self._delta
@@ -84,21 +84,21 @@ class Editor:
     """Edit the knowledge of a Hugging Face causal language model, in place and reversibly.
 
     Args:
-        model: any supported causal language model; its weights are changed by `edit`.
+        model: any supported causal language model; `edit` changes its weights.
         tokenizer: its tokenizer.
         method: one of `fastedit.methods.METHODS`.
-        seed: of everything random in the method.
-        chat_template: prompts are a user's turn in the tokenizer's chat template, in edits and in measures; else they
-            are plain text.
+        seed: seed for everything random in the method.
+        chat_template: treat each prompt as a user turn in the tokenizer's chat template, both in edits and in
+            measurements; otherwise prompts are plain text.
         progress: called with (stage, done, total) and, once there is one, the mean loss as a fourth argument:
             ``def progress(stage, done, total, loss=None)``.
         **config: the fields of the method's configuration (`layer`, `lr`, `batch_size`, …).
 
     Raises:
-        ConfigError: an unknown method, an unknown field, a value that a field cannot take, no tokenizer, or one
-            without a chat template where that is wanted.
+        ConfigError: an unknown method or field, a value that a field cannot take, no tokenizer, or a tokenizer
+            without a chat template if `chat_template` is set.
         ModelError: no model; an unsupported architecture; an adapter that is not merged; offloaded weights, or
-            weights on several devices; quantized weights elsewhere than in linear maps of the blocks.
+            weights on several devices; quantized weights outside the linear maps of the blocks.
     """
 
     def __init__(
@@ -135,32 +135,32 @@ class Editor:
         device: str | torch.device | None = None,
         **config: Any,
     ) -> Editor:
-        """Load model and tokenizer from a folder or by hub name; only safetensors, and no remote code.
+        """Load model and tokenizer from a folder or by hub name. Reads only safetensors and runs no remote code.
 
         Args:
-            dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own.
+            dtype: dtype of the weights, such as "bfloat16" or torch.bfloat16; "auto" keeps the checkpoint's own.
             device: None is the GPU if there is one.
 
         Raises:
-            ModelError: not to be found or loaded, or not with the weights that its config.json says.
-            ConfigError: as for `Editor`; a dtype or a device that there is not.
+            ModelError: the model cannot be found or loaded, or its weights do not match its config.json.
+            ConfigError: as for `Editor`; an unknown dtype, or a device that cannot be used.
         """
         model, tokenizer = load_model(name, dtype=dtype, device=device)
         return cls(model, tokenizer, method, **config)
 
     def _report(self, stage: str, done: int, total: int, loss: float | None = None) -> None:
-        """Hand on to the progress, which a caller may set between plan and run; what is no stage, if it takes that."""
+        """Pass a report on to `self.progress`, as it is set now; LEARNED only if it has a true `takes_learned`."""
         if stage != LEARNED or getattr(self.progress, "takes_learned", False):
             self.progress(stage, done, total, *(() if loss is None else (loss,)))
 
     @plain_state
     @parallel.together()
     def plan(self, requests: Requests) -> EditPlan:
-        """Make every choice and every refusal that an `edit` of these requests would; it takes seconds.
+        """Make every choice and check that an `edit` of these requests makes before its work; takes seconds.
 
         Raises:
-            RequestError: unusable requests, all of them named. ConfigError, ModelError: what the method cannot do
-                with this model.
+            RequestError: requests that cannot be used; all of them are named.
+            ConfigError, ModelError: the method cannot do this with the model.
         """
         edits, now = as_requests(requests), fingerprint(self.model)
 
@@ -174,28 +174,29 @@ class Editor:
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.
 
-        Several processes of torch.distributed have to call it alike; they share the work and hold the same edit then.
+        With torch.distributed, all processes must make the same call. They share the work, and each holds the edit.
 
         Args:
             requests: `EditRequest`s, dicts of any known format, or the path of a file of them.
 
         Returns:
-            The result; the model holds the edit. On any exception the model is as it was.
+            The result; the model holds the edit. On any exception the model is as it was before.
 
         Raises:
-            RequestError, ConfigError, ModelError: as `plan`. EditError: the edit failed while it ran.
+            RequestError, ConfigError, ModelError: as for `plan`.
+            EditError: the edit failed while it ran.
         """
         return self.run(self.plan(requests))
 
     @plain_state
     @parallel.together()
     def run(self, plan: EditPlan) -> EditResult:
-        """Do the work of a plan.
+        """Carry out a plan: make its edits, which the model then holds.
 
         Raises:
             ModelError: the model was changed after the plan was made.
-            EditError: the edit failed while it ran; the model is as it was.
-            FileError: another process is at work on the state of this run.
+            EditError: the edit failed while it ran; the model is as it was before.
+            FileError: another process is using the state folder of this run.
         """
         edits, before = plan.requests, plan.fingerprint
         if fingerprint(self.model) != before:
@@ -209,7 +210,7 @@ class Editor:
         seconds = plan.seconds + time.perf_counter() - started
         stages = {"plan": plan.seconds, **plan.clock.seconds}
         stages["rest"] = seconds - sum(stages.values())
-        config = found.config | ({"state": None} if "state" in found.config else {})  # a place on this machine
+        config = found.config | ({"state": None} if "state" in found.config else {})  # a path on this machine
         metadata: dict[str, Any] = {"method": self.method, "config": config, "fingerprint": before}
         metadata |= {
             "chat_template": self.parts.chat is not None,
@@ -219,7 +220,7 @@ class Editor:
         network = self.parts.network
         try:
             delta = WeightDelta(found.updates, metadata, applied_to=network, originals=found.originals)
-            parallel.gathered(None)  # an edit that failed in another process is not made in this one
+            parallel.gathered(None)  # an edit that failed in another process fails here, too
         except BaseException:
             put_back(dict(network.named_parameters()), found.originals)
             raise
@@ -230,14 +231,14 @@ class Editor:
     @plain_state
     @parallel.together()
     def edit_each(self, requests: Requests) -> EachEditResult:
-        """Solve each edit by itself against the model as it is, as benchmarks of single edits do; writes nothing.
+        """Solve each edit by itself, as benchmarks of single edits do, without changing the model.
 
-        The edits share every pass, and `EachEditResult.evaluate` measures each request under its own edit. Where the
-        model has no preset, `lr` follows the typical state of these edits: give it for updates that do not depend on
-        which edits are solved together.
+        The edits share all forward passes, and `EachEditResult.evaluate` measures each request under its own edit. If
+        the model has no preset, `lr` is chosen from the typical hidden state of these edits; give `lr` if an update
+        must not depend on which edits are solved together.
 
         Raises:
-            ConfigError: the method has no independent edits (locft-bf has none).
+            ConfigError: the method cannot solve edits one by one (locft-bf cannot).
             RequestError, ModelError: as for `edit`.
         """
         if not METHODS[self.method].solves_each:
@@ -256,30 +257,30 @@ class Editor:
 
     @plain_state
     def apply_deltas(self, deltas: Sequence[Given]) -> Composition:
-        """Put several saved edits onto the model together.
+        """Apply several saved edits to the model together.
 
-        Those made for this model are added up, so that their order does not matter. One that was made on top of others
+        Deltas made for this model are added up, so their order does not matter. A delta that was made on top of others
         comes right after them in the list. `evaluate` counts all of them as edits of this Editor.
 
         Args:
-            deltas: or their files.
+            deltas: deltas, or paths of their files.
 
         Returns:
-            The composition: where the deltas overlap, and a `revert` of all or one.
+            The composition. It tells where the deltas overlap, and can revert all of them or one.
 
         Raises:
-            ModelError: deltas of another model, or that a model holds already. FileError: a file that is no delta.
-                The model is as it was.
+            ModelError: a delta was made for another model, or is already applied; the model is as it was before.
+            FileError: a file is not a delta.
         """
         return Composition(deltas, self.parts.network, lambda delta: self._edits.append(_Edit(delta, {})))
 
     @property
     def deltas(self) -> list[WeightDelta]:
-        """Those of the edits that the model holds now, the first one first."""
+        """The deltas of the edits that the model holds now, oldest first."""
         return [delta for delta, _ in self._standing()]
 
     def _history(self, now: str) -> History:
-        """The history of the model, whose fingerprint is `now`, with this Editor."""
+        """The edits that this Editor made before; `now` is the model's fingerprint."""
         standing = self._standing()
         keys: dict[str, list[Tensor]] = {}
         for _, edit in standing:
@@ -289,7 +290,7 @@ class Editor:
         return History(unedited, {path: torch.cat(some) for path, some in keys.items()}, self._memo)
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
-        """The edits that the model holds now, the first one first."""
+        """The edits that the model holds now with their deltas, oldest first."""
         found = [(edit.standing(self.topology.model), edit) for edit in self._edits]
         self._edits = [edit for edit in self._edits if not edit.gone]
         return [(delta, edit) for delta, edit in found if delta is not None]
@@ -309,15 +310,16 @@ class Editor:
         Args:
             requests: as for `edit`.
             text: documents for perplexity, before and after.
-            batch_tokens: tokens of a forward pass; None is what suits the device.
+            batch_tokens: tokens per forward pass; None chooses what suits the device.
             generate: also measure greedy generation, as a user sees it.
-            sample: measure at most as many of the requests, drawn with seed 0; the report then has intervals.
+            sample: measure at most this many requests, drawn with seed 0; the report then has confidence intervals.
 
         Returns:
-            The report; without an edit of this Editor its locality is None.
+            The report. Its locality is None if the model holds no edit of this Editor.
 
         Raises:
-            RequestError, EditError: as `fastedit.evaluation.predict.predict`. ConfigError: a sample of less than 1.
+            RequestError, EditError: as for `fastedit.evaluation.predict.predict`.
+            ConfigError: `sample` is less than 1.
         """
         everything = as_requests(requests)
         asked = draw(everything, sample)
@@ -344,7 +346,7 @@ class Editor:
                 reverted.append(delta)
             before = measure(kinds=("neighbour",))
         finally:
-            while reverted:  # by force: an edit that is no longer there may have stood below the others
+            while reverted:  # force: an edit below these may be gone by now, so that fingerprints differ
                 reverted.pop().apply(self.model, force=True)
         return compare(asked, after, before, of=len(everything))
 

@@ -28,7 +28,7 @@ class FastEditError(Exception):
         self.places: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles keep the fields: they are made with `args`, the arguments of the class."""
+        """Keep the fields in copies and pickles, which are made with `args`, the arguments of the class."""
         return type(self), self.args, self.__dict__
 
     def at(self: _Error, place: str | Path) -> _Error:
@@ -47,7 +47,7 @@ class RequestError(FastEditError):
         edits: names of the edits that cannot be used; empty if the error is not about edits.
         sentences: what is wrong with each edit, record or prompt that cannot be used, if the text is about several;
             the text quotes the first ten of them.
-        advice: what is to be said once behind the text, whatever it is about.
+        advice: what to do, said once after the text.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class RequestError(FastEditError):
 
     @classmethod
     def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits", advice: str = "") -> RequestError:
-        """The error of all offending edits, or of something else: (name, sentence) pairs; the first ten are quoted.
+        """One error about several edits, or other things: (name, sentence) pairs, of which the first ten are quoted.
 
-        What is wrong with several is said once, but for edits, of which each has its sentence.
+        Each edit has its own sentence. For other things, what is wrong with several is said once.
         """
         sentences = [sentence for _, sentence in problems]
         text = sentences[0]
@@ -90,13 +90,13 @@ class FileError(ModelError):
 
     Args:
         path: the file or folder.
-        text: what is wrong; its "{path}" becomes the path, which stands in front of a text without one.
+        text: what is wrong; "{path}" in it becomes the path. Without it, the path is put in front.
     """
 
     def __init__(self, path: str | Path, text: str) -> None:
         super().__init__(text.replace("{path}", str(path)))
         self.path = Path(path)
-        self.args = path, text  # what a copy is made with
+        self.args = path, text  # a copy is made with these
         if "{path}" not in text:
             self.at(path)
 
@@ -116,7 +116,7 @@ class EditError(FastEditError):
     """An edit failed while it ran; the model is as it was before.
 
     Attributes:
-        edits: names of the edits that are to blame; empty if none is.
+        edits: names of the edits that caused it; empty if none did.
     """
 
     def __init__(self, text: str = "", *, edits: Sequence[str] = ()) -> None:
@@ -127,7 +127,7 @@ class EditError(FastEditError):
 def told(problems: Sequence[tuple[str, str]]) -> str:
     """The first ten sentences of (name, "name: what is wrong") pairs; what is wrong with several is said once.
 
-    Names such as "FILE, line 3" have their beginning once.
+    A beginning that their names share, such as FILE in "FILE, line 3", is said once, too.
     """
     found: dict[str, list[str]] = {}
     for name, sentence in problems:

@@ -16,24 +16,24 @@ from fastedit.errors import FileError
 
 _LOCK = "lock"
 CHECKPOINT, DELTA, ADAPTER = "a checkpoint", "a delta with its report", "an adapter"
-"""What a folder may be that another one replaces."""
+"""Kinds of folders that may be replaced."""
 _NAMES = {
     DELTA: (["delta.safetensors", "report.json"], ["delta.safetensors", "report.html", "report.json"]),
     ADAPTER: (["adapter_config.json", "adapter_model.safetensors"],),
 }
 BY_CHECKPOINT, BY_DELTA, BY_ADAPTER = (CHECKPOINT, DELTA), (DELTA,), (ADAPTER,)
-"""What each may take the place of: nothing without weights replaces some."""
+"""The kinds that each kind may replace: only a checkpoint replaces a checkpoint."""
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written again or takes the place of another. Raises OSError."""
+    """A value that changes when a file is written again or replaced by another one. Raises OSError."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """Yield a temporary sibling of `path`. It replaces `path` if the block succeeds, and is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.touch(exist_ok=False)
@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)
         with temporary.open("rb") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name with nothing behind it
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -50,17 +50,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iterator[Path]:
-    """The same for a folder; an empty one is replaced, or one of a kind that the caller names, and no other.
+    """Do the same for a folder, which may replace an empty folder or one of the kinds in `over`, but no other.
 
-    What the old folder holds is gone then. Those whose inputs may lie in it ask `check_directory` first.
+    The content of the old folder is deleted. If it may hold inputs, call `check_directory` first.
 
     Args:
-        over: the kinds that may be replaced; by default what a checkpoint may take the place of.
+        over: the kinds that may be replaced; by default those that a checkpoint may replace.
 
     Raises:
-        FileError: `path` is something else: no folder, or one of another kind.
+        FileError: `path` is not a folder, or a folder of another kind.
     """
-    path = path.resolve()  # "." has no siblings by that name, and a link is not what should be replaced
+    path = path.resolve()  # "." has no siblings by that name, and of a link the target is to be replaced
     if path.exists() and not (path.is_dir() and not any(path.iterdir())) and (kind := _kind(path)) not in over:
         what = f"is {kind}, which is not replaced by this" if kind else "exists and is no checkpoint, delta or adapter"
         raise FileError(path, f"{{path}} {what}; give a new folder, nothing was overwritten")
@@ -87,10 +87,10 @@ def replacing_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iter
 
 
 def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
-    """Refuse now a file that `replacing` could not write at the end, or would write over an input.
+    """Check now that `replacing` can write a file at the end, and that it would not overwrite an input.
 
     Args:
-        inputs: what it is called ("the model") -> file or folder that is read, for messages.
+        inputs: name for messages ("the model") -> file or folder that is read.
 
     Raises:
         FileError: `path` is one of the inputs or in a folder of them, is not an ordinary file, or cannot be written.
@@ -105,14 +105,14 @@ def check_file(path: Path, inputs: Mapping[str, Path] | None = None) -> None:
 
 
 def check_directory(path: Path, inputs: Mapping[str, Path] | None = None, over: Sequence[str] = BY_CHECKPOINT) -> None:
-    """Refuse now a folder that `replacing_directory` could not write at the end, or would delete an input with.
+    """Check now that `replacing_directory` can write a folder at the end, and that it would not delete an input.
 
     Args:
         inputs: as for `check_file`.
         over: as for `replacing_directory`.
 
     Raises:
-        FileError: `path` is one of the inputs or holds one; as `replacing_directory`; it cannot be written.
+        FileError: as for `replacing_directory`; `path` is one of the inputs or holds one; it cannot be written.
     """
     _refuse_inputs(path, inputs or {})
     with trying_directory(path, over):
@@ -121,20 +121,20 @@ def check_directory(path: Path, inputs: Mapping[str, Path] | None = None, over: 
 
 @contextmanager
 def trying_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iterator[Path]:
-    """The folder that `replacing_directory` would give; it vanishes, whatever was written to it, and `path` stays.
+    """Yield a folder as `replacing_directory` does, but delete it at the end and leave `path` as it is.
 
     Raises:
-        FileError: as `replacing_directory`; it cannot be written.
+        FileError: as for `replacing_directory`; it cannot be written.
     """
     with _trial(path, partial(replacing_directory, over=over), path) as temporary:
         yield temporary
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse now a folder in which no file could be written later, by writing one; nothing is left behind.
+    """Check now that files can be written to a folder, by writing one; nothing is left behind.
 
     Raises:
-        FileError: it cannot be made, or not be written.
+        FileError: the folder cannot be made, or not be written to.
     """
     with _trial(folder / "trial", replacing, folder):
         pass
@@ -142,12 +142,12 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder until the block ends, or this process does; inside it may be locked again.
+    """Lock a folder against other processes until the block or this process ends; this process may lock it again.
 
-    The folder is made, and is gone afterwards if nothing is in it. Where the system has no locks, nothing is kept out.
+    The folder is made if needed, and removed afterwards if it is empty. On a system without locks this does nothing.
 
     Raises:
-        FileError: another process is at work there, and which.
+        FileError: another process is using the folder; names it.
     """
     try:
         import fcntl
@@ -198,12 +198,12 @@ def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether it, or what it is a link to, is inside the folder or is it."""
+    """Whether a path, or the target of a link, is the folder or inside it."""
     places = path.resolve(), path.parent.resolve() / path.name
     return any(folder.resolve() in (place, *place.parents) for place in places)
 
 
-class _Possible(Exception):  # noqa: N818  # no error: it ends a trial before anything takes effect
+class _Possible(Exception):  # noqa: N818  # not an error: ends a trial before it takes effect
     pass
 
 
@@ -227,7 +227,7 @@ def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], name
 
 
 def _kind(path: Path) -> str | None:
-    """What a folder is, of the kinds above."""
+    """Which of the kinds above a folder is, or None."""
     if not path.is_dir():
         return None
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):

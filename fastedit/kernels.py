@@ -1,7 +1,7 @@
 """The Triton kernels of the top-level folder `kernels/`, as the package `fastedit.kernels`.
 
-A wheel carries that folder inside the package, a checkout beside it. It has no `__init__.py` (`kernels` is a package of
-PyPI too, which a regular one at the root would shadow), so that this module is the package.
+A wheel carries that folder inside the package, a checkout beside it. The folder has no `__init__.py`, because a regular
+package `kernels` at the root would shadow the PyPI package of that name. This module is the package instead.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Models from checkpoints."""
+"""Load models from checkpoints."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 def load_model(
     name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
 ) -> tuple[Any, Any]:
-    """Load model and tokenizer from a folder or by hub name; only safetensors, and no remote code.
+    """Load model and tokenizer from a folder or by hub name. Reads only safetensors and runs no remote code.
 
-    The path of a file that ends in ".gguf" is read by transformers' reader, and its weights are dequantized.
+    A path that ends in ".gguf" is read by transformers' GGUF reader, and its weights are dequantized.
 
     Args:
-        dtype: of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own, and of a GGUF file
-            fp32 on a CPU and bf16 elsewhere.
+        dtype: dtype of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own, and for a
+            GGUF file fp32 on a CPU and bf16 elsewhere.
         device: None is the GPU if there is one.
 
     Raises:
-        ModelError: not to be found or loaded, or not with the weights that its config.json says; a folder that holds
-            an adapter; a GGUF file without the packages that read it.
-        ConfigError: a dtype or a device that there is not.
+        ModelError: the model cannot be found or loaded, or its weights do not match its config.json; the folder holds
+            an adapter; the packages that read GGUF files are not installed.
+        ConfigError: an unknown dtype, or a device that cannot be used.
     """
     if not isinstance(name, str | Path):
         raise ConfigError(f"name is {name!r}; give a folder or a hub name")
@@ -59,9 +59,9 @@ def load_model(
     source, gguf, how = name, {}, {}
     if str(name).lower().endswith(".gguf"):
         _check_gguf(Path(name))
-        # the place of a link, not of what it points to: the hub's cache is all links, to files of other names
+        # the folder of a link, not of its target: the hub's cache consists of links to files with other names
         source, gguf = Path(name).absolute().parent, {"gguf_file": Path(name).name}
-        if (packed := getattr(transformers, "GgufConfig", None)) is not None:  # else they are always dequantized
+        if (packed := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always dequantize
             how = {"quantization_config": packed(dequantize=True)}
         if chosen == "auto":
             chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
@@ -83,7 +83,7 @@ def load_model(
     _check_weights(name, model, loading)
     if gguf:
         if (reader := getattr(model, "hf_quantizer", None)) is not None:
-            reader.remove_quantization_config(model)  # with which it would not be saved
+            reader.remove_quantization_config(model)  # with this left, the model could not be saved
         model.config._name_or_path = str(name)
         _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, chosen)
     if not has_quantized(model) or model.device.type != torch.device(device).type:
@@ -92,7 +92,7 @@ def load_model(
 
 
 def slow_dtype_note(network: Any) -> list[str]:
-    """A note on bf16 or fp16 weights on a CPU that has no units for them: there float32 is many times faster."""
+    """A note if the weights are bf16 or fp16 and the CPU has no units for them: float32 is many times faster there."""
     dtype = next(network.parameters()).dtype
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if network.device.type != "cpu" or dtype not in names:
@@ -109,13 +109,13 @@ def slow_dtype_note(network: Any) -> list[str]:
 def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> None:
     """Refuse a model whose weights are not those of its config.json."""
     if other := sorted(loading["mismatched_keys"]):
-        path, *shapes = [other[0]] if isinstance(other[0], str) else other[0]  # transformers 4 has names alone
+        path, *shapes = [other[0]] if isinstance(other[0], str) else other[0]  # transformers 4 gives only names
         said = ", but by its config.json it should be ".join(str(list(shape)) for shape in shapes)
         raise ModelError(f"{name}: {path} is {said or 'of another shape than its config.json says'}")
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(f"{name} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
     blocks = int(model.config.get_text_config().num_hidden_layers)
-    # others are left out for good reasons: masks and rotations in old checkpoints, say
+    # other unexpected weights are harmless, such as masks and rotations in old checkpoints
     if more := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
         raise ModelError(
             f"{name} has {len(more)} weights of blocks behind the {blocks} of its config.json, {more[0]} among "
@@ -124,7 +124,7 @@ def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> Non
 
 
 def _check_gguf(file: Path) -> None:
-    """Raises ModelError: no such file, or no packages to read it."""
+    """Raise ModelError if there is no such file, or the packages that read it are not installed."""
     if not file.is_file():
         raise ModelError(f"there is no file {file}; give the path of a GGUF file on this machine")
     if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:

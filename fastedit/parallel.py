@@ -1,7 +1,7 @@
 """Several processes that make one edit together, as torchrun starts them: the default group of torch.distributed.
 
-All of them run the same program. They exchange in the same order, and whatever they exchange goes with word of how the
-others fare, so that a process that fails stops all of them: nobody waits for it. In one process all of this is nothing.
+All of them run the same program and exchange values in the same order. With every value goes a word on errors, so that
+a process that fails stops all others, and none waits for it. In a single process nothing of this has an effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PATIENCE = timedelta(minutes=60)  # as long as the first process may take to wr
 class _Ours:
     inside = False
     of: Any = None  # the default group when `group` was made
-    group: Any = None  # for words between processes: on the CPU, whatever the default group computes on
+    group: Any = None  # for Python objects: on the CPU, whatever device the default group uses
 
 
 def world() -> int:
@@ -38,23 +38,23 @@ def rank() -> int:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes files and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
 def share(n: int) -> range:
-    """The consecutive ones of `n` things that are this process's; shares differ in size by one at most."""
+    """This process's share of `n` items, consecutive ones; sizes of shares differ by one at most."""
     return range(n * rank() // world(), n * (rank() + 1) // world())
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Do the work of the block in all processes, or in none: an error in one of them is raised in all.
+    """Make the block succeed in all processes or in none: an error in one of them is raised in all.
 
-    Inside another one it is nothing. It decorates functions, too.
+    Inside another `together` it has no effect. It is a decorator, too.
 
     Raises:
-        EditError: another process ended, or was silent for an hour.
+        EditError: another process ended, or did not answer for an hour.
     """
     if world() == 1 or _Ours.inside:
         yield
@@ -72,16 +72,16 @@ def together() -> Iterator[None]:
 
 
 def gathered(value: _Value) -> list[_Value]:
-    """The value that each process gives, in their order; tensors in it have to be on the CPU.
+    """The values that all processes give, in order of rank; tensors in them have to be on the CPU.
 
     Raises:
-        Exception: whatever another process has raised in the same `together`.
+        Exception: whatever another process raised in the same `together`.
     """
     return [value] if world() == 1 else _exchange(value)
 
 
 def of_first(make: Callable[[], _Value]) -> _Value:
-    """What `make` gives in the first process, which alone calls it; an error of it is raised in all."""
+    """Call `make` in the first process only, and return its value in all; its error is raised in all."""
     if world() == 1:
         return make()
     with together():
@@ -89,7 +89,7 @@ def of_first(make: Callable[[], _Value]) -> _Value:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of all processes' tensors, in place."""
+    """Sum a tensor over all processes, in place."""
     if world() > 1:
         gathered(None)
         with _answered():
@@ -98,7 +98,7 @@ def summed(x: Tensor) -> Tensor:
 
 
 def joined_rows(x: Tensor) -> Tensor:
-    """The rows [n, d] of all processes, in their order; each may have another n."""
+    """The rows [n, d] of all processes, in order of rank; n may differ between them."""
     if world() == 1:
         return x
     sizes = gathered(len(x))
@@ -141,13 +141,13 @@ def _answered() -> Iterator[None]:
 def _sendable(error: BaseException | None) -> BaseException | None:
     try:
         found: BaseException | None = pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a class says that cannot be pickled
+    except Exception:  # an error that cannot be pickled may raise anything here
         found = EditError(f"process {rank()}: {reason(error)}" if error is not None else "")
     return found
 
 
 def _known(error: BaseException | None) -> bool:
-    """Whether all processes know of it: it, or what it was raised for, came from an exchange."""
+    """Whether all processes know of an error: it, or its cause, came from an exchange."""
     while error is not None:
         if getattr(error, "_fastedit_known", False):
             return True

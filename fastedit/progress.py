@@ -1,4 +1,4 @@
-"""How long work reports what is done."""
+"""How long-running work reports its progress."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 LEARNED = "learned"
-"""No stage: of how many edits the targets became likely so far; for a progress with a true `takes_learned`."""
+"""Not a stage: reports how many targets are likely so far, but only to a progress with a true `takes_learned`."""
 
 
 class Progress(Protocol):
@@ -22,7 +22,7 @@ def no_progress(stage: str, done: int, total: int, loss: float | None = None) ->
 
 
 class StageClock:
-    """Take the seconds of each stage: what passes until a stage reports is its own.
+    """Measure the seconds of each stage: the time before a stage's report counts for that stage.
 
     Attributes:
         seconds: stage -> seconds, since the last `start`.
@@ -37,7 +37,7 @@ class StageClock:
         self._last = time.perf_counter()
 
     def report(self, stage: str, done: int, total: int, *loss: float | None) -> None:
-        """Be a `Progress`, and hand on."""
+        """Note the time and pass the report on; this is a `Progress`."""
         now = time.perf_counter()
         if stage != LEARNED:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
@@ -46,7 +46,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Take the seconds of a block."""
+        """Measure the seconds of a block."""
         started = time.perf_counter()
         try:
             yield
@@ -55,7 +55,7 @@ class StageClock:
 
 
 def counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """A callback that takes how much was just done, and reports the sum."""
+    """A callback that takes how much was just done, and reports the total so far."""
     done = 0
 
     def report(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Results of an Editor: an edit that the model holds, or independent edits of which none is written."""
+"""Results of an Editor: an edit that the model holds, or independent edits that the model does not hold."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ from fastedit.weights import oriented
 class EditResult:
     """The outcome of an edit.
 
-    `delta` can be saved, reverted and applied; `losses` holds the mean loss of each epoch; `conflicts` the
-    conflicting and duplicate requests; `notes` what was chosen automatically; `seconds` the time of the edit;
-    `interrupted` what was kept after Ctrl-C (`keep_partial`), else None; `probability` [N] that of each target when the
-    method last looked at it (exp of its tokens' mean log P), NaN where it did not. `learned` holds, beside each of the
-    losses, how many edits had been learned by then; `stages` the seconds of each stage of the work, with "plan" and
-    "rest"; `cached` the most bytes of cached states by tier ("device", "pinned", "host", "file").
+    Attributes:
+        delta: the edit as an object that can be saved, reverted and applied.
+        requests: the edits.
+        conflicts: the conflicting and duplicate requests.
+        losses: mean loss of each epoch, or of each batch of targets.
+        notes: what was chosen automatically.
+        seconds: time of the edit.
+        probability: [N], of each target when the method last computed it (exp of the mean log P of its tokens); NaN
+            where it did not.
+        interrupted: what was kept after Ctrl-C (`keep_partial`), else None.
+        learned: for each of the losses, how many edits had been learned by then.
+        stages: seconds of each stage of the work, with "plan" and "rest".
+        cached: peak bytes of cached states by tier ("device", "pinned", "host", "file").
     """
 
     delta: WeightDelta
@@ -49,13 +56,16 @@ class EditResult:
     _model: Model | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.learned:  # of requests with one prompt, an epoch counts all that are likely
+        if self.learned:  # an epoch counts every likely target, even several of one prompt
             last = len(self.requests) - len(self.unlearned)
             self.learned = [*self.learned[:-1], min(self.learned[-1], last)]
 
     @property
     def unlearned(self) -> dict[int, str]:
-        """The places of requests whose targets are less likely than not, or than another of that prompt; and why."""
+        """Place of each request that was not learned -> why.
+
+        Its target is less likely than not, or than another target of the same prompt, or the edit was left out.
+        """
         conflicting = {place for group in self.conflicts.conflicts for place in group}
         beaten = {place for group in self.conflicts.conflicts for place in self._beaten(group)}
         found = {}
@@ -71,9 +81,9 @@ class EditResult:
         return found
 
     def _beaten(self, group: Sequence[int]) -> list[int]:
-        """Those of requests with one prompt whose target is not the likeliest: the model can say one.
+        """Places of those requests in a group with one prompt whose target is not the likeliest.
 
-        Both may be likely in the mean of their tokens, of which EOS is one.
+        The model can say only one of them, but several may have a likely mean over their tokens, which include EOS.
         """
         best = self.requests[max(group, key=lambda place: self.probability[place].nan_to_num(-1.0).item())].target
         return [place for place in group if self.requests[place].target != best]
@@ -102,9 +112,9 @@ class EditResult:
 
 @dataclass
 class EachEditResult:
-    """N edits, each by itself; the model is as it was.
+    """N edits, each solved by itself; the model is unchanged.
 
-    `loss` and `probability` [N] are those of the targets; `dropped` the places of edits without a target; `notes` what
+    `loss` and `probability` [N] are of the targets; `dropped` holds the places of edits without a target; `notes` what
     was chosen automatically.
     """
 
@@ -150,10 +160,10 @@ class EachEditResult:
         return WeightDelta(updates, {**self._metadata, "edits": 1})
 
     def evaluate(self, *, generate: bool = True, batch_tokens: int | None = None) -> EvaluationReport:
-        """Measure every request under its own edit, and before it; no weight is written.
+        """Measure every request before and under its own edit, without changing the weights.
 
         Raises:
-            ModelError: the model was edited since.
+            ModelError: the model was edited after these edits were solved.
         """
         network = self._model.network
         if fingerprint(network) != self._metadata["fingerprint"]:

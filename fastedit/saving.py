@@ -1,4 +1,4 @@
-"""Checkpoints from models, which are read again before they count.
+"""Save models as checkpoints, and verify the written files.
 
 What transformers writes depends on the model's Python objects: an adapter, a shared tensor or a wrapped module changes
 the names in the files, or leaves weights out, without an error. So the files are compared with the architecture that
@@ -32,7 +32,7 @@ def save_model(model: Model, directory: str | Path) -> None:
 
     Raises:
         FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds what the
-            model was loaded from; the model cannot be saved so that it is read as it is; the disk is full.
+            model was loaded from; the model cannot be saved in a way that loads as the same model; the disk is full.
     """
     network: Any = model.network
     directory, source = Path(directory), str(network.config._name_or_path)
@@ -48,7 +48,7 @@ def save_model(model: Model, directory: str | Path) -> None:
 
 
 def check_saves(model: Model, directory: Path) -> None:
-    """See before the work that `write_checkpoint` could write the model at the end; `directory` stays as it is.
+    """Check before the work that `write_checkpoint` can write the model at the end; `directory` stays as it is.
 
     Raises:
         ModelError: quantized weights; the configuration, the settings of generation or the tokenizer cannot be
@@ -61,7 +61,7 @@ def check_saves(model: Model, directory: Path) -> None:
 
 
 def check_room(directory: Path, needed: int) -> None:
-    """See before the work that a folder has room for a model of so many bytes. Raises FileError."""
+    """Check before the work that the disk has room for a model of `needed` bytes. Raises FileError."""
     place = next(parent for parent in directory.resolve().parents if parent.is_dir())
     room = shutil.disk_usage(place)
     if room.total and room.free < needed:  # some file systems do not tell
@@ -70,10 +70,10 @@ def check_room(directory: Path, needed: int) -> None:
 
 
 def write_checkpoint(model: Model, folder: Path) -> None:
-    """Write model and tokenizer to a folder, and read the weights again.
+    """Write model and tokenizer to a folder, and verify the weights by reading them again.
 
     Raises:
-        ModelError: what `check_saves` refuses; other weights were written than the model has. OSError.
+        ModelError: as for `check_saves`; the files do not hold the model's weights. OSError: writing failed.
     """
     network: Any = model.network
     layout = _write_all_but_weights(model, folder)
@@ -84,13 +84,13 @@ def write_checkpoint(model: Model, folder: Path) -> None:
 
 
 def _write_index(folder: Path) -> None:
-    """Name the one file of weights in an index: without one some servers read all safetensors files, a delta too."""
+    """Write an index for a single file of weights: without one, some servers read all safetensors files, deltas too."""
     file, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists() or not file.exists():
         return
     with safe_open(file, "pt") as weights:
         places = {name: file.name for name in weights.keys()}  # noqa: SIM118  # not a mapping
-    with file.open("rb") as content:  # which begins with the length of its header
+    with file.open("rb") as content:  # it begins with the length of its header
         header = 8 + int.from_bytes(content.read(8), "little")
     about = {"metadata": {"total_size": file.stat().st_size - header}, "weight_map": places}
     index.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -101,10 +101,10 @@ class _Layout:
     """How a reader of a checkpoint sees its weights.
 
     Attributes:
-        shapes: of the weights of the architecture, by their names in the model.
-        names: these names -> those in the files; what transformers leaves out is not there. None if a weight is split
-            or joined on its way to the files, as fused experts are.
-        ties: groups of names that the architecture makes one tensor.
+        shapes: name in the model -> shape, for each weight of the architecture.
+        names: name in the model -> name in the files, without weights that transformers leaves out. None if it splits
+            or joins weights when it saves them, as it does with fused experts.
+        ties: groups of names that the architecture ties to one tensor.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -112,12 +112,12 @@ class _Layout:
     ties: tuple[frozenset[str], ...]
 
     def group(self, name: str) -> frozenset[str]:
-        """The names that are one tensor with this one, itself included."""
+        """The names that are tied to this one, itself included."""
         return next((group for group in self.ties if name in group), frozenset([name]))
 
 
 def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
-    """Write the tokenizer, write all the rest elsewhere as a trial, and look at what a reader will see."""
+    """Write the tokenizer, save all but the weights to a trial folder, and return the layout that a reader will see."""
     network: Any = model.network
     if has_quantized(network):
         raise ModelError(
@@ -141,27 +141,27 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
 
 
 def names_in_files(network: Any, trial: Path) -> dict[str, str] | None:
-    """Names of a model's weights -> those that transformers gives them in files; None if it splits or joins some.
+    """Name of each weight in the model -> its name in the files; None if transformers splits or joins weights.
 
     Args:
-        trial: an empty folder, which has all of a checkpoint then but its weights.
+        trial: an empty folder; afterwards it holds a checkpoint without its weights.
 
     Raises:
         ModelError: transformers cannot write the model.
     """
-    # numbers instead of weights: the numbers tell which is which
+    # save numbers in place of the weights, to see which weight has which name
     own = list(network.state_dict())
     marks = {name: torch.tensor([i]) for i, name in enumerate(own)}
     try:
         _attempt(network.save_pretrained, trial, state_dict=marks)
         return {own[int(tensor)]: saved for saved, tensor in _tensors(trial)}
     except ModelError:
-        _attempt(network.save_pretrained, trial, state_dict={})  # or it was not about the weights
+        _attempt(network.save_pretrained, trial, state_dict={})  # raises if the cause is something else
         return None
 
 
 def architecture_of(folder: Path) -> Any:
-    """The model, on the meta device, that a config.json describes. Raises ModelError."""
+    """The model that a folder's config.json describes, on the meta device. Raises ModelError."""
     return _attempt(_made_of_nothing, folder)
 
 
@@ -172,10 +172,10 @@ def _made_of_nothing(folder: Path) -> Any:
 
 
 def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
-    """The weights, of which only those share memory that a reader ties again.
+    """The weights by name; weights that share memory are cloned, unless the architecture ties them.
 
     Raises:
-        ModelError: they are not those of the architecture.
+        ModelError: they are not the weights of the architecture.
     """
     _compare_names(state, layout.shapes, "the model")
     other = [
@@ -202,10 +202,10 @@ def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]
 
 
 def _check_files(folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> None:
-    """See that the files hold exactly the weights of the architecture, with the bits of the model.
+    """Check that the files hold exactly the weights of the architecture, with the bits of the model.
 
     Raises:
-        ModelError: names what is missing, too much or different.
+        ModelError: names weights that are missing, unexpected or different.
     """
     if (names := layout.names) is None:
         _check_loaded(folder, state)
@@ -222,7 +222,7 @@ def _check_files(folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> 
 
 
 def _check_loaded(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """See that the files are read as the model is. Takes its memory once more; raises ModelError."""
+    """Check that loading the files gives the model's weights. Takes memory for a second model; raises ModelError."""
     loaded: Any = _attempt(AutoModelForCausalLM.from_pretrained, folder, dtype="auto", use_safetensors=True)
     again: Mapping[str, Tensor] = loaded.state_dict()
     _compare_names(again, state, "what was written")
@@ -232,7 +232,7 @@ def _check_loaded(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _compare_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    """Raises ModelError: names too few or too many."""
+    """Raise ModelError if names are missing or unexpected."""
     more, fewer = sorted({*found} - {*wanted}), sorted({*wanted} - {*found})
     problems = [f"lacks {len(fewer)} weights of its architecture: {listed(fewer)}"] if fewer else []
     problems += [f"has {len(more)} that are not of its architecture: {listed(more)}"] if more else []
@@ -252,7 +252,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN and the sign of zero too."""
+    """Whether two tensors have the same bits, those of NaN and of the sign of zero included."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if one.device == other.device and one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
@@ -262,10 +262,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a function of transformers returns; whatever it raises, beside OSError, is a ModelError."""
+    """Call a function of transformers; any exception that is not an OSError becomes a ModelError."""
     try:
         return function(*args, **kwargs)
     except OSError:
         raise
     except Exception as error:
-        raise ModelError(reason(error).rstrip(".")) from error  # the message goes on
+        raise ModelError(reason(error).rstrip(".")) from error  # callers continue the sentence

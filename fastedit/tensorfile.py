@@ -1,4 +1,4 @@
-"""The one container of tensors on disk: safetensors with a tag, metadata and a checksum of every tensor.
+"""The package's file format for tensors: safetensors with a tag, metadata and a checksum of every tensor.
 
 The tag says what the file holds and in which version of its layout, such as "fastedit-delta-2".
 """
@@ -30,8 +30,8 @@ def save_tensors(
 
     Args:
         tag: of the layout.
-        metadata: JSON-able.
-        what: how messages call the content, such as "the delta".
+        metadata: serializable to JSON.
+        what: name of the content in messages, such as "the delta".
 
     Raises:
         FileError: the file cannot be written (a full disk, say).
@@ -48,11 +48,11 @@ def load_tensors(path: str | Path, tags: Sequence[str], what: str) -> tuple[dict
     Files of version 0.1 may lack checksums; they are read as they are.
 
     Raises:
-        FileError: missing, truncated, of another tag, or changed since it was written.
+        FileError: the file is missing or truncated, has another tag, or was changed since it was written.
     """
     with _opened(path) as file:
         header = _header(file, path, tags, what)
-        # copies: a tensor that is mapped changes with the file, or crashes when it gets shorter
+        # copies: a memory-mapped tensor changes with the file, and reading it crashes if the file gets shorter
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  # not a mapping
         metadata = _parsed(header, "fastedit", path, what)
         if "checksums" in header and _parsed(header, "checksums", path, what) != checksums(tensors):
@@ -68,7 +68,7 @@ def load_metadata(path: str | Path, tags: Sequence[str], what: str) -> dict[str,
 
 @contextmanager
 def writing(path: str | os.PathLike[str], failure: str) -> Iterator[Path]:
-    """`files.replacing`, whose failures are FileErrors that begin with `failure`."""
+    """Do as `files.replacing`, but fail with a FileError that begins with `failure`."""
     try:
         with replacing(Path(path)) as temporary:
             yield temporary
@@ -104,17 +104,17 @@ def _parsed(header: Mapping[str, str], name: str, path: str | Path, what: str) -
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Texts that identify exactly these bits, with this dtype and shape."""
+    """Name of each tensor -> a text that identifies its bits, dtype and shape."""
     return {name: f"{t.dtype} {list(t.shape)} {checksum(t)}" for name, t in tensors.items()}
 
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> int:
-    """64 bits that depend on every bit of a tensor and on its place, and on nothing else.
+    """A 64-bit checksum that depends on every bit of a tensor and its position, and on nothing else.
 
-    Words of 32 bits are summed with random odd weights, modulo 2⁶⁴: neither the order of the sum nor the device
-    matters, as they would to a sum that rounds. One MiB at once, so that temporaries stay small; the sums of
-    such chunks are summed likewise.
+    Words of 32 bits are summed with random odd weights, modulo 2⁶⁴. Unlike a sum that rounds, this does not depend on
+    the order or on the device. Chunks of one MiB are summed at once, so that temporaries stay small; the sums of
+    the chunks are summed in the same way.
     """
     rng = torch.Generator().manual_seed(0)
 

@@ -1,7 +1,7 @@
-"""What it takes to get weights back from an edited checkpoint, bit for bit.
+"""Undo files, which restore the weights of an edited checkpoint bit for bit.
 
-Subtracting an update gives the weights up to a rounding. Those that differ then are kept, or all of a matrix if that
-is smaller. The update is subtracted in fp64, so that every machine finds the same ones.
+Subtracting an update restores the weights up to rounding. An undo file keeps the weights that come out different, or
+the whole matrix if that is smaller. The subtraction is in fp64, so that every machine finds the same ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastedit.tensorfile import checksums, load_tensors, save_tensors
 from fastedit.weights import LowRank, Update
 
 UNDO = "delta.undo"
-"""The file of a checkpoint that takes its last edit back; no *.safetensors, which some programs read as weights."""
-_EARLIER = re.compile(r"delta-(\d+)\.undo")  # of the edits below the last one; 1 is the first
+"""The file in a checkpoint that undoes its last edit. Not *.safetensors, which some programs would read as weights."""
+_EARLIER = re.compile(r"delta-(\d+)\.undo")  # of the edits before the last one; 1 is the first
 
 _TAG, _WHAT = "fastedit-undo-1", "what takes an edit back"
 _AT, _WAS = "..at", "..was"  # no parameter's path has two dots in a row
-_CHUNK = 2**22  # weights at once
+_CHUNK = 2**22  # weights that are subtracted at once
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def subtracted(weight: Tensor, update: Update) -> Tensor:
 
 
 class Undo:
-    """The weights that subtracting an edit would not give back, and the checksums of all that it changed.
+    """The weights that subtracting an edit does not restore, and checksums of everything that it changed.
 
     Attributes:
         originals: path of each parameter -> checksum of its weights before the edit.
@@ -59,7 +59,7 @@ class Undo:
 
     @torch.no_grad()
     def keep(self, path: str, before: Tensor, after: Tensor, update: Update) -> None:
-        """Note what the update of one parameter loses."""
+        """Keep what subtracting the update of one parameter would not restore."""
         wanted = before.detach().contiguous()
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wanted.itemsize]
         found = subtracted(after.detach().to(wanted.dtype), update)
@@ -74,12 +74,12 @@ class Undo:
         self.edit[path] = identity(update)
 
     def belongs_to(self, updates: Mapping[str, Update]) -> bool:
-        """Whether it is that of exactly these updates."""
+        """Whether it was made for exactly these updates."""
         return self.edit == {path: identity(update) for path, update in updates.items()}
 
     @torch.no_grad()
     def restored(self, path: str, weight: Tensor, update: Update) -> Tensor | None:
-        """The weights of one parameter before the edit; None if `weight` is not what it was right after it."""
+        """The weights of one parameter before the edit; None if `weight` is not as the edit left it."""
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
             return was if checksums({path: weight})[path] == self.edited.get(path) else None
@@ -96,7 +96,7 @@ class Undo:
 
     @classmethod
     def load(cls, path: str | Path) -> Undo:
-        """Read it from a file. Raises FileError: of one that is damaged, too."""
+        """Read it from a file. Raises FileError if the file is missing or damaged."""
         undo = cls()
         undo._kept, metadata, _ = load_tensors(path, [_TAG], _WHAT)
         about: list[Any] = [metadata.get(name) for name in ("originals", "edit", "edited")]
@@ -108,7 +108,7 @@ class Undo:
         return undo
 
     def _is_whole(self, path: str) -> bool:
-        """Whether what is kept of a parameter can be what was noted of it."""
+        """Whether the tensors that are kept of a parameter agree with its notes."""
         was, at = self._kept.get(path + _WAS), self._kept.get(path + _AT)
         if was is None or path not in self.originals:
             return False
@@ -124,18 +124,18 @@ def identity(update: Update) -> list[str]:
 
 
 def undo_files(folder: Path) -> list[Path]:
-    """The undo files of a checkpoint, that of its last edit first."""
+    """The undo files of a checkpoint, its last edit's first."""
     earlier = {int(found[1]): path for path in folder.glob("*.undo") if (found := _EARLIER.fullmatch(path.name))}
     files = [folder / UNDO, *(earlier[n] for n in sorted(earlier, reverse=True))]
     return [path for path in files if path.is_file()]
 
 
 def copy_undo_files(files: Sequence[Path], folder: Path, *, below: bool) -> None:
-    """Copy those of the edits that a new checkpoint still holds.
+    """Copy the undo files of the edits that a new checkpoint still holds.
 
     Args:
         files: in the order of `undo_files`.
-        below: whether another edit stands on them, whose file is `UNDO`.
+        below: whether another edit is made on top of them, so that `UNDO` will be its file.
     """
     names = [f"delta-{n}.undo" for n in range(len(files) - (not below), 0, -1)]
     for path, name in zip(files, names if below else [UNDO, *names], strict=False):
@@ -143,7 +143,7 @@ def copy_undo_files(files: Sequence[Path], folder: Path, *, below: bool) -> None
 
 
 def undo_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor], updates: Mapping[str, Update]) -> Undo:
-    """That of an edit which a model holds."""
+    """Make the undo of an edit that a model holds."""
     undo = Undo()
     for path, update in updates.items():
         undo.keep(path, before[path], after[path], update)

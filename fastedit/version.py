@@ -6,12 +6,12 @@ import os
 
 DISTRIBUTION = "fastedit-llm"
 _STRANGERS = {"Medias.py": "fastedit", "rome/rome_main.py": "pyfastedit"}
-"""A file that only they have -> distributions on PyPI, of others, that install a package called fastedit."""
+"""A file that only it has -> another distribution on PyPI that installs a package called fastedit."""
 
 
 def version_of(package: str, otherwise: str = "unknown") -> str:
-    """The version of an installed distribution, ours by the name it is imported by; `otherwise` if there is none."""
-    from importlib.metadata import PackageNotFoundError, version  # here: `import fastedit` needs none of it
+    """The version of an installed distribution, or `otherwise`; ours is given by its import name, "fastedit"."""
+    from importlib.metadata import PackageNotFoundError, version  # here, to keep `import fastedit` fast
 
     try:
         return version(DISTRIBUTION if package == "fastedit" else package)

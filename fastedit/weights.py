@@ -18,7 +18,7 @@ from fastedit.tensorfile import checksum
 class LowRank:
     """An update ``left @ right`` of a parameter [m, n]: left [m, k] and right [k, n], both fp32.
 
-    It is oriented as its parameter is: for a Conv1D, whose weight is [in, out], ``left`` is [in, k].
+    It has the orientation of its parameter: for a Conv1D, whose weight is [in, out], ``left`` is [in, k].
 
     Raises:
         ValueError: the factors are not matrices that can be multiplied.
@@ -34,7 +34,7 @@ class LowRank:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the parameter."""
+        """The shape of the parameter."""
         return torch.Size((self.left.shape[0], self.right.shape[1]))
 
     def dense(self) -> Tensor:
@@ -61,7 +61,7 @@ def add_(parameter: Tensor, update: Update) -> None:
 
 
 def summed(updates: Sequence[Update]) -> Update:
-    """The sum of updates of one parameter, which is the same in whatever order they are given.
+    """The sum of several updates of one parameter, whatever their order.
 
     Factors stay factors: they are put side by side.
     """
@@ -81,7 +81,7 @@ def summed(updates: Sequence[Update]) -> Update:
 
 
 def inner(one: Update, other: Update) -> float:
-    """The inner product of two updates of one parameter, in fp64; of factors without their products."""
+    """The inner product of two updates of one parameter, in fp64; factors are not multiplied out."""
     if isinstance(other, LowRank):
         if not isinstance(one, LowRank):
             return float(((one.cpu().double() @ other.right.cpu().double().T) * other.left.cpu()).sum())
@@ -96,9 +96,10 @@ def norm(update: Update) -> float:
 
 
 def truncated(update: Update, rank: int) -> tuple[LowRank, float]:
-    """The nearest update of at most this rank, and its relative error: the norm of what it lacks over that of all.
+    """The nearest update of at most this rank, and its relative error: norm of the difference over norm of the update.
 
-    Factors [m, k] and [k, n] are cut in [k, k], never in [m, n]; of a matrix the smaller Gram matrix is taken apart.
+    For factors [m, k] and [k, n] the SVD is of a [k, k] matrix. For a dense matrix the smaller Gram matrix is
+    decomposed.
     """
     if isinstance(update, LowRank):
         (q, a), (p, b) = (torch.linalg.qr(f.cpu().double()) for f in (update.left, update.right.T))
@@ -118,25 +119,25 @@ def truncated(update: Update, rank: int) -> tuple[LowRank, float]:
 
 
 def oriented(module: nn.Module, left: Tensor, right: Tensor) -> LowRank:
-    """ΔW = left [h, k] @ right [k, d] of the linear map y = W x as an update of the weight, which Conv1D transposes."""
+    """ΔW = left [h, k] @ right [k, d] of the map y = W x as an update of its weight, which Conv1D stores transposed."""
     return LowRank(right.T, left.T) if isinstance(module, Conv1D) else LowRank(left, right)
 
 
 @torch.no_grad()
 def put_back(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Give the parameters at some paths these values, bit for bit."""
+    """Set the parameters at these paths to these values, bit for bit."""
     for path, value in values.items():
         parameters[path].copy_(value)
 
 
 class Snapshot:
-    """Parameters as they are now, to be put back bit for bit.
+    """A copy of parameters, to put them back bit for bit.
 
-    As a context manager it puts them back when its block fails, on Ctrl-C too.
+    As a context manager it puts them back if its block fails, on Ctrl-C too.
 
     Args:
-        parameters: by path.
-        always: put them back when the block ends well, too.
+        parameters: path -> parameter.
+        always: put them back also if the block succeeds.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], *, always: bool = False) -> None:

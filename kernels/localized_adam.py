@@ -1,4 +1,4 @@
-"""One pass over a weight: its gradient is formed tile by tile and consumed by the optimizer, never stored.
+"""One pass over a weight: its gradient is formed tile by tile and used by the optimizer at once, never stored.
 
     D = AᵀB                                       A [T, M], B [T, N]: the gradient of W [M, N]
     g = clip · D + decay · w                      or w ← (1 − lr·decay) w first, and no decay in g (AdamW)
@@ -7,12 +7,12 @@
     w ← min(max(w, origin − bound), origin + bound)
 
 For a weight stored [out, in], A is the gradient of the outputs and B the inputs; for one stored [in, out], the reverse.
-A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile an eighth of its
-columns after the other, so that w, m and v of one eighth at a time share the registers with D. Tiles are visited in
-columns of GROUP tiles, so that their A and B stay in L2; w, m and v pass through it once and are marked to leave first.
+A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile in eight parts of
+its columns, so that only an eighth of w, m and v is in registers with D at a time. Tiles are visited in columns of
+GROUP tiles, so that their A and B stay in L2; w, m and v are read once and marked to be evicted first.
 
-bf16 is rounded by bit arithmetic: to the 16 bits that are dropped, half a unit is added (to nearest) or random bits
-(stochastic), which Philox makes from the seed as key and (row, column // 8, t, which tensor) as counter, eight at once.
+bf16 is rounded by bit arithmetic: half a unit (to nearest) or random bits (stochastic) are added to the 16 bits that
+are dropped. Philox makes eight of these at once, with the seed as key and (row, column // 8, t, tensor) as counter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     BLOCK_T: int
-    GROUP: int  # tiles in a column of the order in which tiles are visited
+    GROUP: int  # tiles that are visited in a column before the next column
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
@@ -176,10 +176,10 @@ def localized_adam_kernel(
 def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, target: GPUTarget | None) -> Config:
     """The tiles for products of this dtype on a target; None is the interpreter.
 
-    128 × 128 on eight warps: D takes 64 registers a thread, and an eighth of w, m and v beside it fits in the 128 that
-    let two programs share a Hopper multiprocessor, one loading while the other multiplies. It does so when `whole`: M,
-    N, the distances of rows and all addresses are multiples of 16, and columns lie side by side; else it would spill.
-    fp32 has no tensor cores on NVIDIA's: half the tile on four warps, 8 × 8 products a thread.
+    128 × 128 on eight warps: D takes 64 registers per thread, and with an eighth of w, m and v it fits into 128. So two
+    programs share a Hopper multiprocessor, and one loads while the other multiplies. This needs `whole`: M, N, row
+    strides and all addresses are multiples of 16, and columns are contiguous; otherwise it would spill.
+    NVIDIA has no tensor cores for fp32: half the tile on four warps, 8 × 8 products per thread.
     """
     if target is None:
         return Config(128, 128, 64, 16, 4, 1)
@@ -217,7 +217,7 @@ def localized_adam_(
     """Launch the kernel: weight [M, N] fp32 or bf16 is updated by AᵀB, a [T, M] and b [T, N] of one dtype.
 
     weight, moments, original and copy are [M, N] with contiguous rows; clip (fp32) and skip are scalars on the device,
-    as step may be. Without moments it is SGD. Shapes and dtypes are the caller's to check.
+    and step may be one. Without moments it is SGD. Shapes and dtypes are not checked here.
     """
     (T, M), N = a.shape, b.shape[1]
     interpreted = triton.knobs.runtime.interpret

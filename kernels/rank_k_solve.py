@@ -2,10 +2,10 @@
 
     S = ridge·I + Y Yᵀ = G Gᵀ        left = G⁻¹ R,  right = G⁻¹ Y,  so that  leftᵀ right = Rᵀ (ridge·I + Y Yᵀ)⁻¹ Y
 
-`_gram` forms S in parts of some columns of Y each, so that few groups fill a GPU too. `_invert` adds the parts of one
-group and turns them into G⁻¹ in registers: elimination without pivoting, which a positive definite S has no need of,
-takes S = M D Mᵀ to D in N steps and I to M⁻¹. M⁻¹ grows column by column where those of S vanish, so that one tile
-[N, N] holds both, and G⁻¹ = D^(−½) M⁻¹. `_apply` multiplies tiles of Y, then R, by it. No atomics: the same inputs give
+`_gram` forms S in parts of some columns of Y each, so that even few groups fill a GPU. `_invert` adds the parts of a
+group and turns them into G⁻¹ in registers: elimination without pivoting, which a positive definite S does not need,
+turns S = M D Mᵀ into D and I into M⁻¹ in N steps. Columns of M⁻¹ replace those of S that vanish, so that one tile
+[N, N] holds both; G⁻¹ = D^(−½) M⁻¹. `_apply` multiplies tiles of Y, then R, by it. No atomics: the same inputs give
 the same bits. Products of fp64 run on tensor cores if there are any; those of fp32 do not, because they would be tf32.
 """
 
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 DTYPES = (torch.float32, torch.float64)
 MOST = 128
 """Largest N: S [N, N] has to stay in registers."""
-_SPAN = 512  # least columns of a part of S
+_SPAN = 512  # fewest columns of Y for a part of S
 
 
 class Config(NamedTuple):
@@ -174,22 +174,22 @@ def _apply(
 
 
 def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """left = G⁻¹ R and right = G⁻¹ Y with G the lower Cholesky factor of ridge·I + Y Yᵀ, for each group.
+    """Compute left = G⁻¹ R and right = G⁻¹ Y for each group; G is the lower Cholesky factor of ridge·I + Y Yᵀ.
 
-    All arithmetic is in the dtype given. An error of ε in S is one of ε·κ in leftᵀ right, κ ≤ 1 + ‖Y‖²/ridge.
+    All arithmetic is in the given dtype. An error of ε in S becomes one of ε·κ in leftᵀ right, with κ ≤ 1 + ‖Y‖²/ridge.
 
     Args:
-        white: Y [..., N, d] fp32 or fp64, any strides, 1 ≤ N ≤ 128. Rows of zeros pad smaller groups.
+        white: Y [..., N, d] fp32 or fp64, any strides, 1 ≤ N ≤ 128. Smaller groups may be padded by rows of zeros.
         residuals: R [..., N, h], same dtype.
         ridge: a number, or one for each group [...]; ≥ 0.
 
     Returns:
-        (left [..., N, h], right [..., N, d], failed [...] int32): failed counts the pivots that rounding
-        alone has left, those not above N·eps of their diagonal; if it is not 0, left and right mean nothing. On the
-        device of white, without a sync.
+        (left [..., N, h], right [..., N, d], failed [...] int32): failed counts the pivots that are only
+        rounding, those not above N·eps of their diagonal; if it is not 0, left and right are meaningless. They are on
+        the device of white, without a synchronization.
 
     Raises:
-        ValueError: a shape or dtype is none of these.
+        ValueError: another shape or dtype.
     """
     *groups, N, d = white.shape
     h, dtype, device = residuals.shape[-1], white.dtype, white.device
@@ -203,7 +203,7 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
     B = math.prod(groups)
     Y, R = white.reshape(B, N, d), residuals.reshape(B, N, h)
     if not isinstance(ridge, Tensor):
-        ridge = torch.full((), ridge, dtype=dtype, device=device)  # in fp64 too, where a number would be fp32 in Triton
+        ridge = torch.full((), ridge, dtype=dtype, device=device)  # a tensor: Triton would make a number fp32
     ridge = ridge.to(dtype).expand(groups).reshape(-1).contiguous()
     right, left = torch.empty_like(Y, memory_format=torch.contiguous_format), R.new_empty(B, N, h)
     failed = torch.empty(B, dtype=torch.int32, device=device)
@@ -230,9 +230,9 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
 def config_for(dtype: torch.dtype, N: int, target: GPUTarget | None) -> Config:
     """The tiles for N rows on a target, None for the interpreter.
 
-    At fp64 halves keep the elimination within the registers; at fp32, where products are not on tensor cores, their
-    operands would take more of them than halves save. Where S takes 32 registers a thread or fewer, `maxnreg` grants
-    what four programs on a multiprocessor leave: ptxas aims for more of them by itself, and spills for it.
+    For fp64, halves keep the elimination within the registers. For fp32, where products are not on tensor cores, their
+    operands would take more registers than halves save. If S takes at most 32 registers per thread, `maxnreg` allows
+    as many as four programs per multiprocessor leave: ptxas by itself aims for more programs, and spills.
     """
     block = max(16, triton.next_power_of_2(N))
     cuda = target is not None and target.backend == "cuda"

@@ -3,11 +3,11 @@
     z_rv = cap(x_r · head_v + bias_v)          loss_r = w_r · (log Σ_v exp z_rv − z_r,label)
     ∂loss_r/∂x_r = w_r · (Σ_v≠label p_rv s_rv head_v − (1 − p_r,label) s_r,label head_label),   s = cap'(·)
 
-The sum over v is attention's softmax(x headᵀ) head, so the online softmax that serves attention serves here: a chunk of
-the vocabulary adds exp(z − top) head to an fp32 sum, which shrinks when a larger logit moves `top`. That makes two
-matrix products, as many as with all logits in memory. The label stands outside: 1 − p_label is the sum of the others,
-not a difference, and exact where p_label is nearly 1. `top` is a power of two, so that moving it rounds nothing. No
-atomics: the same inputs give the same bits.
+The sum over v is attention's softmax(x headᵀ) head, so the online softmax of attention works here, too: a chunk of the
+vocabulary adds exp(z − top) head to an fp32 sum, which is scaled down when a larger logit raises `top`. That takes two
+matrix products, as many as with all logits in memory. The label is left out: 1 − p_label is the sum of the others
+instead of a difference, and exact if p_label is nearly 1. Scales are powers of two, so that they do not round.
+No atomics: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_CHUNK = 4096  # least columns of the vocabulary between two passes over the sums
+_CHUNK = 4096  # fewest columns of the vocabulary between two passes over the sums
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_NOTHING = tl.constexpr(-1e30)  # exponent of an empty sum; finite, for −inf − −inf is NaN
+_NOTHING = tl.constexpr(-1e30)  # exponent of an empty sum; finite, because −inf − −inf is NaN
 
 
 class Config(NamedTuple):
-    """Tile of a product and how a program computes it, chosen by `config_for`."""
+    """Tile of a product and launch options, chosen by `config_for`."""
 
     BLOCK_R: int  # rows
     BLOCK_N: int  # columns of the result: vocabulary in the first product, hidden in the second
@@ -188,25 +188,25 @@ def target_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted negative log-likelihood of each row's label, and the gradient of their sum in the hidden states.
+    """Compute the weighted negative log-likelihood of each row's label, and the gradient of their sum in hidden.
 
-    Besides what it returns it takes 4·R·h bytes for sums in fp32, for each of the parts into which a chunk is cut where
-    the sums have fewer tiles than there are multiprocessors, and probabilities of `_CHUNK` columns, or one tile of
-    columns for each multiprocessor and row tile if that is more, in the dtype of hidden.
+    Beside the results it needs 4·R·h bytes for fp32 sums, times the number of parts into which a chunk is cut if the
+    sums have fewer tiles than there are multiprocessors. It also needs R rows of probabilities in the dtype of hidden,
+    of `_CHUNK` columns, or more if that gives every multiprocessor a tile.
 
     Args:
         hidden: [R, h] bf16, fp16 or fp32, any strides.
         head_weight: [V, h], same dtype, any strides.
-        labels: [R] int64 in [0, V); a row whose label is outside gets NaN.
+        labels: [R] int64 in [0, V); a row with another label gets NaN.
         sample_weight: [R], factor of each row's loss.
         bias: [V] or None.
         softcap: c of cap(z) = c·tanh(z/c); None for no cap.
 
     Returns:
-        (losses [R] fp32, grad [R, h] in the dtype of hidden), on their device, without a sync.
+        (losses [R] fp32, grad [R, h] in the dtype of hidden), on the device of hidden, without a synchronization.
 
     Raises:
-        ValueError: a shape or dtype is none of these.
+        ValueError: another shape or dtype.
     """
     R, h, V = *hidden.shape, len(head_weight)
     if hidden.dtype not in DTYPES or head_weight.dtype != hidden.dtype:
@@ -227,7 +227,7 @@ def target_cross_entropy(
     target = None if interpreted else triton.runtime.driver.active.get_current_target()
     first, second = config_for(hidden.dtype, R, softcap is not None, target)
     rows, columns, width = triton.cdiv(R, first.BLOCK_R), triton.cdiv(h, second.BLOCK_N), first.BLOCK_N
-    # a program of either product for each multiprocessor, and so many columns that the sums' traffic does not count
+    # enough programs of either product for all multiprocessors, and so many columns that reading the sums is cheap
     processors = _processors(hidden.device)
     tiles = min(triton.cdiv(V, width), max(_CHUNK // width, processors // rows))
     parts = max(1, processors // (rows * columns))
@@ -238,7 +238,7 @@ def target_cross_entropy(
     labels, weight = labels.contiguous(), sample_weight.float().contiguous()
     bias = None if bias is None else bias.contiguous()
     cap, strides = None if softcap is None else float(softcap), head_weight.stride()
-    precision = "tf32x3" if target is None or target.backend == "cuda" else "ieee"  # AMD multiplies fp32 as it is
+    precision = "tf32x3" if target is None or target.backend == "cuda" else "ieee"  # AMD multiplies fp32 natively
     how = {"PRECISION": precision, "UPCAST": upcast, "enable_fp_fusion": True}
     with torch.cuda.device_of(hidden):
         for start in range(0, V, tiles * width):
@@ -265,15 +265,15 @@ def _processors(device: torch.device) -> int:
 def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | None) -> tuple[Config, Config]:
     """Tiles of the two products on a target, None for the interpreter.
 
-    Up to 64 rows reading the head is all that counts. With more, Hopper's shared memory is what tiles of 128 × 128 wait
-    for: a step of 64 fills and reads 80 KiB of it in the time of 64 KiB, one of 128 × 256 fills and reads 128 in that
-    of 128. The first tile is so wide where z fits the registers, which it does not beside a soft-cap's slope.
+    With up to 64 rows, only reading the head counts. With more, tiles of 128 × 128 wait for Hopper's shared memory: a
+    step of 64 fills and reads 80 KiB in the time for 64 KiB, a step of 128 × 256 fills and reads 128 KiB in the time
+    for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's slope.
     The second is not: 512 rows and 4096 columns would be half as many programs as there are multiprocessors.
     """
     stages = 4 if target is None or target.backend == "cuda" else 2  # AMD's shared memory is 64 KiB
     generation = target.arch // 10 if target is not None and target.backend == "cuda" else 0
     if dtype == torch.float32:
-        return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # Blackwell's four would spill
+        return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # four would spill on Blackwell
     if R <= 64:
         return (Config(64, 128, 64, 4, stages),) * 2
     second = Config(128, 128, 64, 8, stages)

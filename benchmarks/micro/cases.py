@@ -1,4 +1,4 @@
-"""Every operation beside what one would write with torch, on a CPU, where torch serves most of them."""
+"""Cases for every operation against plain torch code, on a CPU, where torch serves most of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastedit import ops
 from fastedit.ops.registry import Backend
 
 _NAMES = {"localized_adam": "localized_adam_", "rank_k_solve": "rank_k_update"}
-N, D, H = 64, 512, 512  # keys, their width, that of the outputs
+N, D, H = 64, 512, 512  # number of keys, their width, width of the outputs
 
 
 def weights(outputs: Sequence[Any]) -> list[Tensor]:
-    """What is compared: updates as matrices, also those that come as two factors."""
+    """The outputs to compare; updates in two factors are multiplied out."""
     return [x[0] @ x[1] if isinstance(x, tuple) else x for x in outputs]
 
 
@@ -34,7 +34,7 @@ def syrk_case(name: str) -> Case:
 
     def ours(backend: Backend, rows: Tensor, total: Tensor, _: Tensor) -> Sequence[Tensor]:
         ops.syrk_(total, rows, backend=backend)
-        return [total]  # nothing is written above the diagonal, where it is 0
+        return [total]  # nothing is written above the diagonal: it stays 0
 
     def plain(rows: Tensor, _: Tensor, total: Tensor) -> Sequence[Tensor]:
         rows = rows.float()
@@ -72,7 +72,7 @@ def factor_case() -> Case:
 
 
 def null_space_case() -> Case:
-    """torch: the published R Kᵀ P (K Kᵀ P + l2·I)⁻¹, a d×d solve."""
+    """AlphaEdit's update; "torch" is the published R Kᵀ P (K Kᵀ P + l2·I)⁻¹, a d×d solve."""
     rank, l2 = D // 2, 10.0
 
     def setup() -> Inputs:
@@ -99,7 +99,7 @@ def null_space_case() -> Case:
 
 
 def localized_case(out: int, width: int, rows: int, steps: int = 8) -> Case:
-    """A training loop of one layer, forward, backward and step. torch: its fused Adam on the gradient of a backward."""
+    """A training loop of one layer: forward, backward and step; "torch" is its fused Adam with the layer's gradient."""
 
     def setup() -> Inputs:
         return torch.randn(out, width) / width**0.5, torch.randn(steps, rows, width), torch.randn(steps, rows, out)
@@ -135,7 +135,7 @@ def localized_case(out: int, width: int, rows: int, steps: int = 8) -> Case:
 
 
 def stream_case(batches: int = 8) -> Case:
-    """torch: a d×d solve for each batch."""
+    """A stream of batches; "torch" is a d×d solve for each batch."""
 
     def setup() -> Inputs:
         keys, residuals = (torch.randn(batches, N, n, dtype=torch.float64) for n in (D, H))
@@ -164,7 +164,7 @@ def stream_case(batches: int = 8) -> Case:
 
 
 def dependent_case(*, some: bool) -> Case:
-    """torch: whether the keys depend on one another at all, and not which."""
+    """Dependent keys; "torch" only tells whether there are any, not which."""
     groups = [[1, 7], [2, 3, 9]] if some else []
 
     def setup() -> Inputs:

@@ -1,4 +1,4 @@
-"""Times each way of each operation, after its result was compared: `make micro`; see CONTRIBUTING.md."""
+"""Check the result of each way of each operation, then time it: `make micro`; see CONTRIBUTING.md."""
 
 from __future__ import annotations
 

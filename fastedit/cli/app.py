@@ -1,8 +1,8 @@
 """The command line: `fastedit edit | evaluate | demo | locate | …`, also `python -m fastedit`.
 
-Exit codes: 0 it worked; 2 what failed before the work began, as bad usage and bad input do; 1 what failed after that,
-or Ctrl-C. A failure is one line on stderr. torch, transformers and matplotlib are imported inside commands only, so
-that `--help` is quick.
+Exit codes: 0 for success; 2 for a failure before the work began, such as bad usage or bad input; 1 for a failure after
+that, or Ctrl-C. A failure is one line on stderr. torch, transformers and matplotlib are imported only inside commands,
+so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ _log = logging.getLogger(__name__)
 
 
 class _Group(TyperGroup):
-    """The commands, whose errors become one line and an exit code."""
+    """The group of commands; turns their errors into one line and an exit code."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """`--help`, off if it is not given: for a value of None typer would import pydantic to read it."""
+        """`--help` with a default of False: for None, typer would import pydantic."""
         option = super().get_help_option(ctx)
         if option is not None:
             option.default = False
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = [*args]  # reading them takes them away
+        given = [*args]  # parsing empties the list
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if not given or not hasattr(error, "format_message"):  # without arguments it is the help
+            if not given or not hasattr(error, "format_message"):  # without arguments the error is the help
                 raise
             _leave(f"{error.format_message()} (--help lists the commands)", 2)
 
@@ -73,14 +73,14 @@ class _Group(TyperGroup):
         except FastEditError as error:
             message, code = phase.written(str(error)) + _rest(error), phase.exit_code()
         except Exception as error:
-            if not hasattr(error, "format_message"):  # click's, which typer brings along since 0.2x
+            if not hasattr(error, "format_message"):  # an error of click, which typer contains since 0.2x
                 raise
             message, code = f"{error.format_message()} (--help shows an example)", 2
         _leave(message, code)
 
 
 def _rest(error: FastEditError) -> str:
-    """Where those problems stand that the error does not quote: in the log, if it is on."""
+    """Log the problems that the error does not quote; without a log, say how to see them."""
     sentences = error.sentences if isinstance(error, RequestError) else ()
     if len(sentences) <= SHOWN:
         return ""
@@ -97,7 +97,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, which looks at the environment before anything else."""
+    """Wrap a command so that it checks FASTEDIT_BACKEND first."""
 
     @wraps(command)
     def run(**given: Any) -> Any:
@@ -108,7 +108,7 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_app() -> typer.Typer:
-    """The application, with a flag for each field of the methods' configurations."""
+    """Make the application, with a flag for each field of the methods' configurations."""
     app = typer.Typer(
         cls=_Group,
         help="Fast knowledge editing of large language models.",

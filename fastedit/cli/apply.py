@@ -29,9 +29,9 @@ def apply(
     output: Annotated[Path, typer.Option(help="Folder for the edited checkpoint; replaces a checkpoint.")],
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Put saved edits onto a checkpoint, a file at a time: the model is not loaded.
+    """Add saved edits to a checkpoint, one file at a time, without loading the model.
 
-    Deltas of one model are added up. One that was made on top of others comes right after them.
+    Deltas of one model are added up. A delta that was made on top of others comes right after them.
 
     Example: fastedit apply one.safetensors two.safetensors --model ./Llama-3-8B --output ./edited
     """

@@ -1,4 +1,4 @@
-"""Flags that several commands share, with one meaning everywhere, and how their files are read."""
+"""Flags that several commands share, with the same meaning everywhere, and the reading of their files."""
 
 from __future__ import annotations
 
@@ -102,15 +102,15 @@ VerboseFlag = Annotated[
 
 
 def check_backend() -> None:
-    """Refuse a backend of the environment that no operation has; the operations look only when they are called."""
-    if "FASTEDIT_BACKEND" in os.environ:  # else torch is not imported for it
+    """Raise ConfigError for an unknown FASTEDIT_BACKEND; operations would notice it only when they are called."""
+    if "FASTEDIT_BACKEND" in os.environ:  # otherwise there is no need to import torch
         from fastedit.ops.registry import environment_backend
 
         environment_backend()
 
 
 def read_requests(path: Path, skip_bad: bool) -> list[EditRequest]:
-    """The edits of a file; tells on stderr what cannot be reached or does not need to be edited."""
+    """Read the edits of a file; prints conflicts, duplicates and unchanged facts on stderr."""
     from fastedit.requests import find_conflicts, load_requests
 
     edits = load_requests(path, skip_bad=skip_bad)
@@ -120,7 +120,7 @@ def read_requests(path: Path, skip_bad: bool) -> list[EditRequest]:
 
 
 class BareEvaluate(TyperCommand):
-    """A command whose `--evaluate` may stand without a value, as it did in 0.1: it then means all."""
+    """A command whose `--evaluate` may be given without a value, as in version 0.1: it then means all."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = []
@@ -141,7 +141,7 @@ def sample_size(evaluate: str) -> int | None:
 
 
 def read_text(path: Path | None) -> list[str]:
-    """The documents of a file, for perplexity. Raises RequestError: it cannot be read or is empty."""
+    """Read the documents of a file, for perplexity. Raises RequestError if it cannot be read or is empty."""
     if path is None:
         return []
     if path.suffix in JSON_LINES:
@@ -161,13 +161,13 @@ def read_text(path: Path | None) -> list[str]:
 
 
 def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
-    """The inputs of a command, by their names in messages; a hub name is not a path."""
+    """The inputs of a command that are files or folders, by their names in messages."""
     found = {"the model": Path(model)} if os.path.exists(model) else {}
     return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
 def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
-    """`Editor.from_pretrained`, quietly; a model that is too large is a ModelError."""
+    """Load a model by `Editor.from_pretrained`, quietly. Raises ModelError if it is too large for the device."""
     from fastedit.editor import Editor
 
     with loading(model):
@@ -188,14 +188,14 @@ def tell_of_prompts(editor: Editor, edits: Sequence[EditRequest]) -> None:
 
 
 def tell_of_chat(change: WeightDelta, chat: bool) -> None:
-    """Say on stderr if an edit was made with the chat template and is measured without it, or the other way round."""
+    """Print a note on stderr if an edit was made with the chat template and is measured without it, or vice versa."""
     if change.metadata.get("chat_template", chat) != chat:
         way = "without the chat template; measure without --chat" if chat else "with --chat; measure with it"
         tell([f"this edit was made {way} to see it as it was made"])
 
 
 def load_network(model: str, dtype: Dtype, device: str | None) -> Any:
-    """The model by itself, quietly, with weights that can be edited; raises ModelError as `load` does."""
+    """Load a model without an Editor, quietly; raises ModelError as `load` does."""
     from fastedit.loading import load_model
 
     with loading(model):
@@ -203,7 +203,7 @@ def load_network(model: str, dtype: Dtype, device: str | None) -> Any:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint as files, quietly."""
+    """Open a checkpoint as files, quietly."""
     from fastedit.checkpoints import Checkpoint
 
     with loading(str(folder)):
@@ -226,9 +226,9 @@ def loading(model: str) -> Iterator[None]:
 def measure(
     editor: Editor, edits: Sequence[EditRequest], text: Sequence[str], bars: Bars, when: str, **options: Any
 ) -> Predictions:
-    """Measure the model as it is now on the prompts of the edits and on the text; `options` are those of `predict`.
+    """Measure the model on the prompts of the edits and on the text; `options` are those of `predict`.
 
-    Of an unedited model ("before") this is done once, and kept.
+    Measures of an unedited model ("before") are kept, and taken from there the next time.
     """
     from fastedit.evaluation.kept import predict_unedited
     from fastedit.evaluation.predict import predict

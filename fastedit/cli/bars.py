@@ -13,8 +13,8 @@ from fastedit.cli.status import Status, clock
 from fastedit.progress import LEARNED
 from fastedit.progress import Progress as Report
 
-_LINES = 60.0  # seconds between two lines where bars cannot be drawn
-# stage -> (what it says, what its speed counts); a training's total is in epochs, its speed in edits that are through
+_LINES = 60.0  # seconds between two lines if bars cannot be drawn
+# stage -> (its name, the unit of its speed); training counts epochs, but its speed is in edits
 _STAGES = {
     "prefix": ("frozen blocks", "edits"),
     "train": ("training", "edits"),
@@ -32,10 +32,10 @@ _STAGES = {
 
 
 class Bars:
-    """Bars on stderr, one for each stage, with speed, loss and time left; a line a minute if it is not a terminal.
+    """Bars on stderr, one for each stage, with speed, loss and time left; a line per minute if it is not a terminal.
 
     Attributes:
-        status: is told the same, if there is one.
+        status: gets the same figures, if there is one.
     """
 
     def __init__(self) -> None:
@@ -58,8 +58,8 @@ class Bars:
         """A callback for the stages of one piece of work.
 
         Args:
-            title: stands before each stage's name.
-            n_edits: that are through when "train", "epoch" or "locate" is.
+            title: text before each stage's name.
+            n_edits: number of edits that are done when "train", "epoch" or "locate" is done.
         """
         self._last = time.perf_counter()
 
@@ -94,7 +94,7 @@ class Bars:
     def _tell(
         self, stage: str, done: int, total: int, loss: float | None, shown: Mapping[str, str], now: float
     ) -> None:
-        """Tell those who do not see the bars."""
+        """Report to the status, and print a line now and then if there are no bars."""
         if self.status is not None:
             known = {} if loss is None else {"loss": loss}
             speed, left = shown["speed"], shown["left"]

@@ -52,7 +52,7 @@ def check(
 
     Example: fastedit check --model ./edited --base ./Llama-3-8B --requests facts.json --output ./checked
 
-    Facts are asked for plainly, behind up to 200 tokens of other text, negated, and among other answers. Without --text
+    Facts are asked for plainly, after up to 200 tokens of other text, negated, and as multiple choice. Without --text
     the unedited model writes the text. With --thresholds the exit code is 1 if one is missed.
     """
     if base and delta:
@@ -118,7 +118,7 @@ def _measured(
     tasks: list[str],
     **what: Any,
 ) -> CheckReport:
-    """Measure the unedited model, if there is one, and the edited one; `what` are bounds, and what else is reported."""
+    """Measure the unedited model, if there is one, and the edited one; `what` has bounds and other report fields."""
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.check import Check, broken_report
     from fastedit.evaluation.tasks import run_tasks
@@ -149,10 +149,10 @@ def _measured(
 
 
 def check_base(base: Model, edited: Model) -> None:
-    """Refuse a base that the edited model cannot have been made of, and say so if the two are equal.
+    """Check that the edited model can have been made from the base, and print a note if the two seem equal.
 
     Raises:
-        ModelError: other parameters or another vocabulary.
+        ModelError: the base has other parameters or another vocabulary.
     """
     from fastedit.models import fingerprint
 

@@ -24,9 +24,9 @@ def check_model(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Find out whether a model can be edited: its parts, and the numbers of a few samples against the model's own.
+    """Find out whether a model can be edited: show its parts, and compare numbers for a few samples with its own.
 
-    The exit code is 0 if it can. `edit` makes the same check for every type of model that the tests do not cover.
+    The exit code is 0 if it can. `edit` makes the same check for every model type that the tests do not cover.
 
     Example: fastedit check-model ./SmolLM3-3B
     """
@@ -68,7 +68,7 @@ def _rows(found: Topology, check: SelfCheck) -> list[tuple[str, str]]:
 
 
 def _parts(found: Topology, layer: int) -> list[tuple[str, str]]:
-    """The short names of a block's parts and their paths in it."""
+    """The short names of a block's parts, and their paths in the block."""
     parts = []
     for name in ("attn", "mlp", "gate_proj", "up_proj", "down_proj"):
         try:
@@ -80,7 +80,7 @@ def _parts(found: Topology, layer: int) -> list[tuple[str, str]]:
 
 
 def _applies(found: Topology, method: str) -> str:
-    """Where a method edits the model with its defaults, or why it does not."""
+    """Where a method edits the model with its defaults, or why it cannot."""
     from fastedit.methods import METHODS
     from fastedit.methods.locate_then_edit.recipes import resolve
     from fastedit.methods.locft_bf.choices import reads_facts

@@ -57,9 +57,9 @@ def covariance(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Collect what rome, memit, emmet and alphaedit need of a model: the second moments of its keys.
+    """Collect the statistics of a model that rome, memit, emmet and alphaedit need: the second moments of its keys.
 
-    A run that was interrupted goes on where it was last saved. Under torchrun each process reads its share of the text.
+    An interrupted run continues where it was last saved. Under torchrun each process reads its share of the text.
 
     Example: fastedit covariance --model ./Llama-3-8B --text wiki.jsonl --layers 4-8 --tokens 2000000 --until-converged
     """
@@ -70,7 +70,7 @@ def covariance(
     wanted = layer_list(layers)
     if next(read_documents(text, text_column), None) is None:
         raise RequestError(f"{text}: expected text, but it is empty")
-    if output and speaks():  # each process would take away the folders that another one tries
+    if output and speaks():  # only one: processes would remove folders that others try to make
         check_writable(output)
     editor = arguments.load(name, dtype, device)
     from fastedit.cli.bars import Bars
@@ -113,7 +113,7 @@ def covariance(
 
 @contextmanager
 def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], module: str) -> Iterator[None]:
-    """Tell after Ctrl-C, or if the disk is full, whether the same command goes on where it was."""
+    """Say after Ctrl-C, or if the disk is full, from where the same command would continue."""
     from safetensors import SafetensorError
 
     from fastedit.statistics.store import statistics_path
@@ -145,7 +145,7 @@ def _tell_doubling(found: Doubling) -> None:
 
 
 def _tell(moments: dict[int, StreamingCovariance], said: str, module: str, until_converged: bool) -> None:
-    """Say what there is now, and what it is not good for."""
+    """Print what was collected, with a warning if it is too little."""
     moment = min(moments.values(), key=lambda each: each.count)
     if moment.count < moment.dim:
         typer.echo(

@@ -24,7 +24,7 @@ def demo(
     ] = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Edit the small trained model that ships with the package, measure it, and take the edit back.
+    """Edit the small trained model that ships with the package, measure it, and revert the edit.
 
     Example: fastedit demo --n 500
     """
@@ -50,7 +50,7 @@ def demo(
     edited = {request.subject for request in edits}
     others = world.questions("trained", [fact for fact in world.facts if fact.subject not in edited])
     asked = [EditRequest(prompt, answer) for prompt, answer in Draw("demo").shuffled(others)[:500]]
-    # the weights are stored in bf16; CPUs compute in fp32 faster
+    # the weights are stored in bf16, but CPUs are faster in fp32
     editor = arguments.load(str(path), arguments.Dtype.float32, None)
 
     def accuracy(bars: Bars, when: str) -> float:

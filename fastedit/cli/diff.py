@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastedit.checkpoints import Checkpoint, Difference
     from fastedit.weights import Update
 
-_RANKED, _SHOWN = 8, 30  # the rank of a large matrix takes seconds
+_RANKED, _SHOWN = 8, 30  # parameters with a rank, which takes seconds for a large matrix; parameters that are listed
 
 
 def diff(
@@ -28,7 +28,7 @@ def diff(
     output: Annotated[Path | None, typer.Option(help="Write what leads from A to B to this file, as a delta.")] = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Tell which parameters of two checkpoints differ, and by how much; the models are not loaded.
+    """Show which parameters of two checkpoints differ, and by how much, without loading the models.
 
     Example: fastedit diff ./Llama-3-8B ./edited --output edit.safetensors
     """
@@ -68,7 +68,7 @@ def diff(
 def _write(
     a: Checkpoint, b: Checkpoint, found: list[Difference], updates: dict[str, Update], output: Path, undone: Path
 ) -> None:
-    """Write the delta and its undo file. Raises ModelError: there is nothing to write, or nothing that adds up."""
+    """Write the delta and its undo file. Raises ModelError if nothing differs, or differing weights are not finite."""
     from fastedit.delta import WeightDelta, versions
     from fastedit.undo import Undo
 

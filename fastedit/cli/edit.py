@@ -60,12 +60,12 @@ def edit(
     ] = None,
     **given: Any,
 ) -> None:
-    """Edit a model and write it as a checkpoint that appears whole or not at all.
+    """Edit a model and write it as a checkpoint, which appears whole or not at all.
 
     Example: fastedit edit --model ./Llama-3-8B --requests facts.json --output ./edited
 
-    The state of a long run is kept in OUTPUT.run every --save-every seconds. The same command again goes on from
-    there, to the same bits; so does --resume OUTPUT.
+    The state of a long run is saved to OUTPUT.run every --save-every seconds. The same command again continues from
+    there, and ends with the same bits; so does --resume OUTPUT.
 
     Several processes share the work: torchrun --nproc-per-node 2 -m fastedit edit …
 
@@ -76,7 +76,7 @@ def edit(
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
     inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
-    if speaks():  # each process would take away the folders that another one tries
+    if speaks():  # only one: processes would remove folders that others try to make
         check_directory(output, inputs, BY_DELTA if delta_only else BY_CHECKPOINT)
         if folders["targets"]:
             check_writable(Path(folders["targets"]))
@@ -123,7 +123,7 @@ def edit(
 
 
 def plan_of(editor: Editor, edits: list[EditRequest], skip_bad: bool) -> EditPlan:
-    """The plan of some edits; with `skip_bad`, without those that this model cannot take, which are told."""
+    """Plan some edits; with `skip_bad`, leave out those that this model cannot take, with a note."""
     from fastedit.methods.naming import edit_name
 
     try:
@@ -138,14 +138,14 @@ def plan_of(editor: Editor, edits: list[EditRequest], skip_bad: bool) -> EditPla
 
 
 def check_questions(editor: Editor, edits: list[Any], documents: list[str]) -> None:
-    """Refuse prompts that could not be measured, before the work begins."""
+    """Check before the work begins that all prompts can be measured. Raises RequestError."""
     from fastedit.evaluation.questions import ask
 
     ask(editor.parts, edits, text=documents)
 
 
 def show_last(report: EvaluationReport, output: Path) -> None:
-    """Print the table, of which a terminal may lack the characters; by now everything is written."""
+    """Print the table after everything is written, because a terminal may not support its characters."""
     try:
         show(report)
     except Exception as error:
@@ -153,7 +153,7 @@ def show_last(report: EvaluationReport, output: Path) -> None:
 
 
 def check_checkpoint(editor: Editor, output: Path, instead: str) -> None:
-    """Refuse a model that could not be written at the end, before the work begins; say what to do instead."""
+    """Check before the work begins that the model can be written at the end. The error says what to do instead."""
     from fastedit.saving import check_saves
 
     try:

@@ -24,7 +24,7 @@ def env() -> None:
     for name in ("fastedit", "torch", "triton", "transformers"):
         table.add_row(
             name, torch.__version__ if name == "torch" else version_of(name, "not installed")
-        )  # with its build, as in +cpu
+        )  # torch's own has the build, such as +cpu
     table.add_row("CPU", f"{torch.get_num_threads()} threads on {os.cpu_count()} cores")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

@@ -142,5 +142,5 @@ def _table(adapter: Adapter) -> Any:
 
 
 def _step(rank: int) -> int:
-    """The lowest rank that vLLM has kernels for, which are few."""
+    """The lowest of vLLM's few ranks that is at least this rank."""
     return next((step for step in (8, 16, 32, 64, 128, 256, 320, 512) if step >= rank), rank)

@@ -1,4 +1,4 @@
-"""Command-line flags made from the methods' configurations: a new field becomes a flag by itself."""
+"""Make command-line flags from the methods' configurations, so that every new field is a flag."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, unio
 from fastedit.errors import ConfigError, FileError
 from fastedit.methods import METHODS, method_of
 
-_SAME = {"layer": "layers"}  # fields that are one flag: where a method edits
+_SAME = {"layer": "layers"}  # fields that share a flag: where a method edits
 
 
 def configured(
     function: Callable[..., None], left_out: Sequence[str] = (), methods: Sequence[str] | None = None
 ) -> Callable[..., None]:
-    """`function` for typer: a flag for each field of the methods' configurations in the place of its `**config`.
+    """`function` for typer, with a flag for each field of the methods' configurations in place of its `**config`.
 
-    A field that several configurations have is one flag, whose help says what it means to each. Only the flags that
+    If several configurations have a field, it is one flag, and its help says what it means for each. Only flags that
     are given are passed on.
 
     Args:
         left_out: fields that do not become flags.
-        methods: whose fields they are; None is all methods.
+        methods: methods whose fields become flags; None is all methods.
     """
     flags = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -49,10 +49,10 @@ def configured(
 
 
 def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a method's configuration that flags have given, checked.
+    """The fields of a method's configuration from the given flags, checked.
 
     Raises:
-        ConfigError: an unknown method, a field that it has not, or a value that it cannot take.
+        ConfigError: an unknown method, a field that it does not have, or a value that the field cannot take.
     """
     config_type = method_of(method).config
     known = {field.name: field for field in fields(config_type)}
@@ -62,7 +62,7 @@ def config_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
         method_of(method, [name])
         layers = name in (*_SAME, *_SAME.values())
         config[name] = (value,) if layers and isinstance(value, int) else value
-    config_type(**config)  # refuses values before any work starts
+    config_type(**config)  # checks the values before any work starts
     return config
 
 
@@ -71,10 +71,10 @@ def configuration(
 ) -> tuple[str, bool, dict[str, Any]]:
     """The method, whether prompts go through the chat template, and the checked fields of the method's configuration.
 
-    They are from a file and from flags, which count more.
+    They come from a file and from flags; flags take precedence.
 
     Raises:
-        FileError: the file cannot be read or is not a JSON object. ConfigError: as `config_of`; the file is for
+        FileError: the file cannot be read or is not a JSON object. ConfigError: as for `config_of`; the file is for
             another method.
     """
     content: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def configuration(
 
 def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
     """Name of each flag -> its annotation for typer."""
-    owners: dict[type[Any], list[str]] = {}  # the methods of a configuration
+    owners: dict[type[Any], list[str]] = {}  # configuration -> its methods
     for method in methods:
         owners.setdefault(METHODS[method].config, []).append(method)
     having: dict[str, list[tuple[type[Any], Field[Any]]]] = {}
@@ -136,7 +136,7 @@ def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
 
 
 def _help(field: Field[Any]) -> str:
-    """A field's help, and its default."""
+    """A field's help with its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
     text = str(field.metadata.get("help", "")).replace("None is", "by default")
     return text + ("" if default in (None, MISSING) else f" (default {default})")

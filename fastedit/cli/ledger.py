@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LedgerArgument = Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder of the ledger.", show_default=False)]
 MeasureFlag = Annotated[bool, typer.Option("--evaluate", help="Measure the edited model on these facts.")]
-_OWN = ("state", "save_every", "keep_partial", "targets")  # the ledger keeps what is done in its own way
+_OWN = ("state", "save_every", "keep_partial", "targets")  # the ledger has its own ways for these
 _SHOWN = 10
 
 
@@ -48,12 +48,12 @@ def add(
     verbose: arguments.VerboseFlag = False,
     **given: Any,
 ) -> None:
-    """Add facts to a ledger, which is made if it is missing. A fact whose prompt stands already replaces the old one.
+    """Add facts to a ledger, which is made if it is missing. A fact replaces one with the same prompt.
 
     Example: fastedit ledger add ./ledger --model ./Llama-3-8B --requests facts.json --method memit
 
-    --model is the unedited model; it stays as it is. Method and settings are given once: later calls use those that the
-    ledger was begun with.
+    --model is the unedited model, which is not changed. Give the method and settings once: later calls use those that
+    the ledger was begun with.
     """
     from fastedit.requests import load_requests
 
@@ -77,7 +77,7 @@ def forget(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Take facts away: the model becomes the one in which they were never added.
+    """Remove facts: the model becomes the one in which they were never added.
 
     Example: fastedit ledger forget ./ledger f12 f13 --model ./Llama-3-8B
     """
@@ -108,7 +108,7 @@ def log(
     as_json: arguments.JsonFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """List all entries: what was added and taken away, when, and whether it was learned.
+    """List all entries: what was added and removed, when, and whether it was learned.
 
     Example: fastedit ledger log ./ledger --json log.json
     """
@@ -141,7 +141,7 @@ def blame(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """List the facts that a prompt is nearest to, by what the edited projection reads.
+    """List the facts that a prompt is nearest to, by the inputs of the edited projection.
 
     Example: fastedit ledger blame ./ledger "The capital of Portugal is" --model ./Llama-3-8B
     """
@@ -181,7 +181,7 @@ def export(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Write what stands as a delta, which `fastedit export` and `fastedit apply` read, or as a checkpoint.
+    """Write the facts that stand as a delta, for `fastedit export` and `fastedit apply`, or as a checkpoint.
 
     Example: fastedit ledger export ./ledger --output ./edited --model ./Llama-3-8B
     """
@@ -225,7 +225,7 @@ LEDGER: dict[str, Callable[..., None]] = {
 def _opened(
     folder: Path, model: str, dtype: arguments.Dtype, device: str | None, *, new: bool = True, **options: Any
 ) -> Iterator[Ledger]:
-    """The ledger with its model. The work begins with the first progress: what is refused before it is bad input."""
+    """Open the ledger with its model. The work begins with the first progress report; earlier errors are bad input."""
     _header(folder, new=new)
     from fastedit.cli.bars import Bars
     from fastedit.ledger import Ledger
@@ -257,18 +257,18 @@ def _records(folder: Path, *, write: bool = False) -> Iterator[Any]:
 
 
 def _header(folder: Path, *, new: bool = True) -> dict[str, Any] | None:
-    """That of a ledger; None of one that is not there yet, which may be refused."""
+    """The header of a ledger; None if there is no ledger yet and `new` allows that."""
     from fastedit.ledger.records import NAME
 
     if new and not (folder / NAME).is_file():
         return None
-    with _records(folder, write=new) as records:  # one that was cut off before its first entry has no tables
+    with _records(folder, write=new) as records:  # writing makes tables that an interrupted first run did not make
         header: dict[str, Any] | None = records.header
     return header
 
 
 def _tell(entry: Entry, ledger: Ledger) -> None:
-    """What an entry did, on stdout, and its notes on stderr."""
+    """Print what an entry did on stdout, and its notes on stderr."""
     arguments.tell(entry.notes, ledger.editor.method)
     learned = f", learned {learned}" if (learned := _learned(entry)) else ""
     said = f"{_changed(entry)}{learned}, {entry.standing} facts stand"

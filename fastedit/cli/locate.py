@@ -40,7 +40,7 @@ def locate(
     verbose: arguments.VerboseFlag = False,
     **config: Any,
 ) -> None:
-    """Find where to edit: make a sample of the edits at each layer and module, measure, take them back.
+    """Find where to edit: make a sample of the edits at each layer and module, measure, and revert them.
 
     Example: fastedit locate --model ./Llama-3-8B --requests facts.json --layers 0-31 --picture heat.png
     """

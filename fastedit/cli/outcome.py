@@ -1,6 +1,6 @@
-"""What an edit leaves on disk: its delta and report as soon as it is made, the checkpoint last.
+"""Write an edit to disk: its delta and report as soon as it is made, the checkpoint last.
 
-So nothing that comes after the edit can lose it: a measure that fails, a checkpoint that cannot be written, Ctrl-C.
+So the edit is not lost if something fails after it: a measurement, writing the checkpoint, or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DELTA, _REPORT, _PAGE = "delta.safetensors", "report.json", "report.html"
-# a progress's stages -> what the report calls them
+# stage of a progress -> its name in the report
 _STAGES = {"plan": "planning", "train": "training", "epoch": "training", "keys": "solving", "edits": "solving"}
 _STAGES |= {"covariance": "statistics", "rest": "other"}
 
@@ -38,17 +38,17 @@ _STAGES |= {"covariance": "statistics", "rest": "other"}
 def keeping(
     directory: Path, result: EditResult, about: Mapping[str, Any] | None = None, clock: StageClock | None = None
 ) -> Iterator[Outcome]:
-    """Write delta and report of an edit at once; the block then finishes the outcome.
+    """Write the delta and report of an edit immediately; the block then finishes the outcome.
 
-    If it fails, or is interrupted, they stay in the folder that the message names.
+    If the block fails or is interrupted, they stay in the folder that the message names.
 
     Args:
-        about: what else the report is to say of the edit.
-        clock: has the seconds of stages that are no part of the edit itself.
+        about: other fields of the report about the edit.
+        clock: has the seconds of stages that are not part of the edit itself.
 
     Raises:
-        FileError: not even the delta could be written, or the outcome not be finished.
-        EditError: Ctrl-C, or what else failed in the block.
+        FileError: the delta could not be written, or the outcome not be finished.
+        EditError: Ctrl-C, or another failure in the block.
     """
     outcome = Outcome(directory, result, about or {}, clock or StageClock(no_progress))
     try:
@@ -68,7 +68,7 @@ class Outcome:
     """An edit and the folder that it is to be written to.
 
     Args:
-        directory: where checkpoint, delta and report go. What stands there is replaced when all of them are written;
+        directory: folder for checkpoint, delta and report. Its old content is replaced when all of them are written;
             until then delta and report are beside it.
         result: the edit.
         about, clock: as for `keeping`.
@@ -88,10 +88,10 @@ class Outcome:
             self._report(None)
 
     def finish(self, report: EvaluationReport | None, model: Model | None) -> None:
-        """Write the report, then all of it to the folder: with the checkpoint of a model, if there is one.
+        """Write the report, then put everything into the folder, with a checkpoint of `model` if it is given.
 
         Raises:
-            FileError: it cannot be written, or not so that it is read as it is.
+            FileError: something cannot be written, or the checkpoint would not load as the same model.
         """
         from fastedit.saving import write_checkpoint
         from fastedit.undo import UNDO, copy_undo_files
@@ -110,14 +110,14 @@ class Outcome:
                         write_checkpoint(model, temporary)
                         copy_undo_files(_earlier(model), temporary, below=True)
                         self.result.delta.save_undo(temporary / UNDO)
-                    self._report(report)  # once more, for now it is known how long that took
+                    self._report(report)  # again, with the time that this took
                 for name in (_DELTA, _REPORT, _PAGE):
                     _link(self._place / name, temporary / name)
         if self._place != directory:
             shutil.rmtree(self._place, ignore_errors=True)
 
     def kept(self) -> str:
-        """What is on disk now, for messages."""
+        """What is on disk, for messages."""
         there = [name for name in (_DELTA, _REPORT) if (self._place / name).is_file()]
         if not there:
             return "nothing was written"
@@ -128,7 +128,7 @@ class Outcome:
         try:
             yield
         except (OSError, ModelError) as error:
-            why = error.__cause__ if isinstance(error, FileError) else None  # a FileError is about a part of the folder
+            why = error.__cause__ if isinstance(error, FileError) else None  # a FileError names a file inside it
             raise FileError(self.directory, f"could not be saved: {why or error}") from error
 
     def _report(self, report: EvaluationReport | None) -> None:
@@ -142,7 +142,7 @@ class Outcome:
             temporary.write_text(edit_page(did, report), encoding="utf-8")
 
     def _did(self) -> dict[str, Any]:
-        """What the report says of the edit."""
+        """The "edit" part of the report."""
         result, requests, found = self.result, self.result.requests, self.result.conflicts
         did: dict[str, Any] = {**result.delta.metadata, **self._about, "requested": len(requests)}
         did |= {"seconds": result.seconds, "losses": result.losses, "learned": result.learned, "notes": result.notes}
@@ -165,7 +165,7 @@ class Outcome:
 
 
 def _conflict(requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """The targets that one prompt has, each with the ids of its requests."""
+    """The targets of one prompt, each with the ids of its requests."""
     ids: dict[str, list[str | None]] = {}
     for request in requests:
         ids.setdefault(request.target, []).append(request.id)
@@ -182,7 +182,7 @@ def _earlier(model: Model) -> list[Path]:
 
 
 def _free(directory: Path) -> Path:
-    """The folder if nothing stands there, else one beside it that does not exist."""
+    """The folder if it is empty or does not exist, else a new one beside it."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return directory
     names = (f"{directory.name}.delta{n}" for n in ("", *(f"-{i}" for i in range(2, 10_000))))
@@ -190,7 +190,7 @@ def _free(directory: Path) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where a file has one name only."""
+    """Link a file under a second name, or copy it if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 def show(what: RenderableType) -> None:
-    """Print to the terminal's width, or to 120 columns of a file."""
+    """Print with the terminal's width, or with 120 columns to a file or pipe."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width that tables would have to fit
+    if not console.is_terminal:  # a file or a pipe has no width
         console = Console(width=120)
     console.print(what)
 
 
 def summary(result: EditResult) -> str:
-    """One line about an edit: how many, how fast, and what was kept if it was interrupted."""
+    """One line about an edit: how many edits, how fast, and what was kept if it was interrupted."""
     n = len(result.requests)
     if result.interrupted:
         return f"interrupted after {result.seconds:.1f} s, of {n} edits: {result.interrupted}"

@@ -1,4 +1,4 @@
-"""What a failure means by phase: exit code 2 until the work begins, 1 from then on; and what is on disk by then."""
+"""The phase of a command: a failure has exit code 2 before the work begins and 1 after; and what is written so far."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ class _Phase:
 
 
 def reset() -> None:
-    """Count from here what fails as bad usage or bad input."""
+    """From now on, a failure counts as bad usage or bad input."""
     _Phase.working, _Phase.written = False, ()
 
 
 def wrote(*paths: Path) -> None:
-    """Note files or folders that stay, whatever fails from here on."""
+    """Note files or folders that were written and stay, even if something fails later."""
     _Phase.written = tuple(dict.fromkeys((*_Phase.written, *paths)))
 
 
 def written(message: str) -> str:
-    """The message of a failure with the files that it leaves, unless it ends with one of them itself."""
+    """The message of a failure, with the files that were written before, unless it ends with one of them."""
     left = [str(path) for path in _Phase.written]
     if not left or message.endswith(tuple(f" {path}" for path in left)):
         return message
@@ -34,7 +34,7 @@ def interrupted() -> str:
 
 
 def work_begins() -> None:
-    """Count from here what fails as a failure of the work."""
+    """From now on, a failure counts as a failure of the work."""
     _Phase.working = True
 
 

@@ -1,4 +1,4 @@
-"""The processes of torchrun, of which the first one speaks and writes files."""
+"""The processes of torchrun; only the first one prints and writes files."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def several() -> bool:
 
 
 def speaks() -> bool:
-    """Whether this is the process that prints, and writes files."""
+    """Whether this is the process that prints and writes files."""
     return not several() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes of torchrun, each on a GPU of its own if there are some; all but the first are silent.
+    """Join the processes of torchrun, each with its own GPU if there are any; all but the first are silent.
 
-    None of them ends before the first has said why: torchrun would end that one, too.
+    After an error, they end only when the first has printed it, because torchrun would end that one, too.
     """
     if not several():
         yield
@@ -52,7 +52,7 @@ def joined() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if type(error).__module__.split(".")[0] in ("typer", "click"):  # an exit, about which all is said
+            if type(error).__module__.split(".")[0] in ("typer", "click"):  # an exit after the message
                 raise
             traceback.print_exc()
             sys.exit(1)
@@ -63,7 +63,7 @@ def joined() -> Iterator[None]:
 
 
 def in_all(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command, whose failure in one process is a failure of all."""
+    """Wrap a command so that a failure in one process is a failure in all."""
 
     @wraps(command)
     def run(**given: Any) -> Any:

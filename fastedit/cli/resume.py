@@ -1,4 +1,4 @@
-"""An edit that can go on after a crash: its command is kept beside its output, where its state is."""
+"""Resume an edit after a crash: its command is kept with its state, beside its output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Given:
 
 
 class ResumableCommand(BareEvaluate):
-    """A command that, after `--resume OUTPUT`, is the one that wrote there."""
+    """A command that, with `--resume OUTPUT`, runs again with the arguments of the command that wrote there."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if any(word.partition("=")[0] == "--resume" for word in args):
@@ -32,35 +32,35 @@ class ResumableCommand(BareEvaluate):
 
 
 def run_folder(output: Path) -> Path:
-    """Where the state of the edit is that is written to `output`."""
+    """The folder for the state of an edit that is written to `output`."""
     output = output.resolve()
     return output.with_name(f"{output.name}.run")
 
 
 def check_apart(state: Path, output: Path) -> None:
-    """Refuse a state that lies in the output, which is replaced as a whole, or around it. Raises FileError."""
+    """Raise FileError if one of the folders contains the other; the output is replaced as a whole."""
     state, output = state.resolve(), output.resolve()
     if state == output or state in output.parents or output in state.parents:
         raise FileError(state, f"--state {{path}} and --output {output} lie in one another; give two folders")
 
 
 def place_of(folder: Path, name: str) -> Path:
-    """A file of the state of an edit, whose output or state is `folder`."""
+    """A file of the state of an edit; `folder` is the edit's output or its state."""
     places = [run_folder(folder) / name, folder / name]
     return next(filter(Path.exists, places), places[0])
 
 
 @contextmanager
 def resumable(output: Path, folder: Path) -> Iterator[None]:
-    """Keep the command in a folder while the block runs, once for all processes; if it fails, it stays with the state.
+    """Keep the command in a folder while the block runs, once for all processes; after a failure it stays there.
 
     Raises:
-        EditError: Ctrl-C; says how to go on. FileError: another process is at work there.
+        EditError: Ctrl-C; says how to continue. FileError: another process is using the folder.
     """
     if not speaks():
         yield
         return
-    with locked(run_folder(output)), locked(folder):  # for two edits may have one output and two states
+    with locked(run_folder(output)), locked(folder):  # both: two edits may have one output and two states
         with _remembering(output, folder):
             yield
         _forget(folder)
@@ -68,7 +68,7 @@ def resumable(output: Path, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _remembering(output: Path, folder: Path) -> Iterator[None]:
-    with suppress(OSError):  # then the whole command goes on, but no --resume
+    with suppress(OSError):  # then the same command can continue, but not --resume
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _COMMAND) as temporary:
             temporary.write_text(json.dumps({"arguments": _Given.arguments, "folder": os.getcwd()}), encoding="utf-8")
@@ -87,13 +87,13 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
 
 
 def _forget(folder: Path) -> None:
-    from fastedit.methods.saved_run import remove_state  # which imports torch
+    from fastedit.methods.saved_run import remove_state  # imports torch
 
     remove_state(folder)
 
 
 def _remembered(rest: list[str]) -> list[str]:
-    """The arguments of the command that `--resume` names, in the folder where it ran."""
+    """The arguments of the command that `--resume` names; changes to the folder where it ran."""
     if len(rest) != 1:
         raise ConfigError(
             "--resume takes the folder of --output or of --state and no other flag, got "

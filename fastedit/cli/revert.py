@@ -31,10 +31,10 @@ def revert(
     ] = False,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """Take edits out of a checkpoint, bit for bit or not at all; give all that were put on together.
+    """Remove edits from a checkpoint, bit for bit or not at all; give all edits that were applied together.
 
-    Subtracting an edit gives the old weights up to a rounding. `fastedit edit` and `fastedit apply` write delta.undo
-    beside the checkpoint, and `fastedit diff` beside its delta: the weights that would be off.
+    Subtracting an edit restores the old weights only up to rounding. The weights that would be off are in delta.undo,
+    which `fastedit edit` and `fastedit apply` write into the checkpoint, and `fastedit diff` beside its delta.
 
     Example: fastedit revert edited/delta.safetensors --model ./edited --output ./as-before
     """
@@ -67,7 +67,7 @@ def revert(
 
 
 def _undos(model: Path, deltas: Sequence[Path], given: Path | None, approximate: bool) -> dict[Path, Undo]:
-    """Undo files that can be read, by path; those that cannot are told. Raises FileError: `given`, if it is needed."""
+    """The readable undo files, by path, with a note on others. Raises FileError if `given` is needed but unreadable."""
     from fastedit.undo import UNDO, Undo, undo_files
 
     beside = (path for delta in deltas if (path := delta.with_suffix(Path(UNDO).suffix)).is_file())

@@ -1,4 +1,4 @@
-"""What a running edit tells those who watch it: one small file beside its state."""
+"""The status of a running edit, for `fastedit watch`: one small file beside its state."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _OFTEN, _SELDOM = 1.0, 5.0  # seconds between two writes, with and without news
 
 
 class Status:
-    """The status of an edit in a folder while the block runs; a thread of its own writes it, at most once a second.
+    """The status of an edit, kept in a folder while the block runs; a separate thread writes it, at most once a second.
 
-    What cannot be written is left out: no edit fails for its status.
+    Errors of writing are ignored, so that no edit fails because of its status.
 
     Args:
-        about: what is known from the start, ready for JSON.
+        about: fields that are known from the start, serializable to JSON.
     """
 
     def __init__(self, folder: Path, **about: Any) -> None:
@@ -51,8 +51,8 @@ class Status:
         self._write()
 
     def update(self, **figures: Any) -> None:
-        """Note where the edit is now; costs a microsecond."""
-        self._content = {**self._content, **figures, "moved": time.time()}  # anew: the thread may be reading the old
+        """Set fields of the status; takes a microsecond."""
+        self._content = {**self._content, **figures, "moved": time.time()}  # anew: the thread may read the old
         self._news = True
 
     def _keep_writing(self) -> None:
@@ -71,7 +71,7 @@ class Status:
 
 
 def memory() -> dict[str, int | None]:
-    """The most bytes so far that this process took on the "host" and on its "device"; None where that is not known."""
+    """Peak bytes so far of this process on the "host" and on its "device"; None if not known."""
     host = device = None
     with suppress(ImportError):
         import resource

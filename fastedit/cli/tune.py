@@ -41,12 +41,12 @@ def tune(
     verbose: arguments.VerboseFlag = False,
     **given: Any,
 ) -> None:
-    """Find a configuration that writes your edits and spares the rest, by trying some on a sample.
+    """Find a configuration that writes your edits and preserves the rest, by trying some on a sample.
 
     Example: fastedit tune --model ./SmolLM2 --requests facts.json --text wiki.txt --output ./tuned
 
-    Then edit with it: fastedit edit --config ./tuned/config.json … The fields of the method's configuration are flags,
-    which all trials have in common.
+    Then edit with it: fastedit edit --config ./tuned/config.json … The fields of the method's configuration are flags;
+    all trials share the given ones.
     """
     config = config_of(method, given)
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)

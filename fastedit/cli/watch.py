@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _CODES = {"ended": 0, "failed": 1, "silent": 1, "running": 3}
-_EVERY = 0.5  # seconds between two looks
+_EVERY = 0.5  # seconds between two reads
 _ALWAYS = {"state", "method", "model", "edits", "output", "process", "began", "moved", "updated", "saved", "memory"}
 
 
 @dataclass
 class _Job:
-    """A running edit as its status shows it.
+    """A running edit, as its status file shows it.
 
     Attributes:
-        seen: the status as it was read last; None before that.
-        news: when it was seen to change, by our clock.
+        seen: the status as it was last read; None before the first time.
+        news: time of its last change, by our monotonic clock.
         kind: one of `_CODES`.
-        says: the same in words.
+        says: the kind in words.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class _Job:
     says: str = ""
 
     def look(self) -> None:
-        """Read the status and judge it. Raises FileError: there is none, and no edit that has ended."""
+        """Read the status and judge it. Raises FileError if there is neither a status nor a finished edit."""
         path = place_of(self.folder, STATUS)
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -51,12 +51,12 @@ class _Job:
         except FileNotFoundError:
             self._judge_gone(path)
             return
-        except (OSError, ValueError) as error:  # a part of it, perhaps, of a folder that is being synced
+        except (OSError, ValueError) as error:  # perhaps only a part of the file, while its folder is synced
             if self.seen is None:
                 raise FileError(path, f"{{path}} cannot be read: {error}; try again") from error
             found = self.seen
         if found != self.seen:
-            # how old it was when we first saw it, by the clock of the machine that wrote it
+            # its age when we first saw it; its time is by the clock of the machine that wrote it
             age = max(0.0, time.time() - found["updated"]) if self.seen is None else 0.0
             self.seen, self.news = found, time.monotonic() - age
         self._judge(found)
@@ -79,9 +79,9 @@ class _Job:
         return f"fastedit edit --resume {self.folder} {'goes on' if found['saved'] else 'begins anew'}"
 
     def _judge_gone(self, path: Path) -> None:
-        """The status goes with the state, when all is written or when nothing is left to go on from."""
+        """Judge an edit without a status: that is removed with the state, after success or if there is no state."""
         outputs, began = [self.folder], 0.0
-        if self.seen is not None:  # the output may have come here from another machine, where it has another path
+        if self.seen is not None:  # on another machine the output may have another path
             outputs, began = [Path(self.seen["output"]), self.folder], self.seen["began"]
         for output in outputs:
             report = output / "report.json"
@@ -97,7 +97,7 @@ class _Job:
         self.kind, self.says = "failed", f"gone: its state is no longer there, and nothing new is in {outputs[0]}"
 
     def lines(self) -> dict[str, str]:
-        """What the status says, for people."""
+        """The status as readable lines: name -> text."""
         found = self.seen or {}
         shown = {"state": self.says}
         if "stage" in found:
@@ -127,8 +127,8 @@ def watch(
 
     Example: fastedit watch ./edited
 
-    It reads one small file that the edit rewrites, so the edit may be another process, or run on another machine that
-    shares or syncs the folder OUTPUT.run. The exit code says how the edit ended: 0 well, 1 not.
+    It reads one small file that the edit rewrites. So the edit may run in another process, or on another machine that
+    shares or syncs the folder OUTPUT.run. The exit code says how the edit ended: 0 if well, 1 if not.
     """
     if not silent > 0:
         raise ConfigError(f"--silent {silent:g}: expected more than 0 seconds")
@@ -142,7 +142,7 @@ def watch(
 
 
 def _follow(job: _Job) -> None:
-    """Show the edit until it has ended or failed, or until Ctrl-C; a silent one may come back."""
+    """Show the edit until it has ended or failed, or until Ctrl-C; a silent one may continue."""
     from rich.console import Console
     from rich.live import Live
 

@@ -1,1 +1,1 @@
-"""Other people's editing code and formats: their calls, hyperparameters, requests and files, served by our methods."""
+"""Serve other editing code with our methods: its calls, hyperparameters, requests and files."""

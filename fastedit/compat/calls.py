@@ -1,4 +1,4 @@
-"""One call of other editing code: its arguments in, our method's plan and run, its values out."""
+"""One call of other editing code: it takes that code's arguments, runs our method, and returns that code's values."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variables:
-    """What other code keeps in variables of its modules.
+    """The values that other code keeps in variables of its modules.
 
     Attributes:
-        contexts: templates, flat or nested, the bare "{}" among them; None lets the model write its own.
-        second_moments: C by name of model and path of projection.
-        stats_dir: where statistics are if the hparams do not say it.
+        contexts: templates, flat or nested, including the bare "{}"; None lets the model write its own.
+        second_moments: C by name of the model and path of the projection.
+        stats_dir: folder of the statistics if the hparams do not give one.
     """
 
     contexts: Any
@@ -45,9 +45,9 @@ class Variables:
 
 @dataclass(frozen=True)
 class Edited:
-    """The outcome: the model, which holds the edit, and what the method says of it.
+    """The outcome: the model, which holds the edit, and the method's result.
 
-    `paths` are those of the edited projections, in the order of the layers.
+    `paths` are the paths of the edited projections, in the order of the layers.
     """
 
     model: nn.Module
@@ -57,14 +57,14 @@ class Edited:
     paths: Sequence[str]
 
     def weights_copy(self, wanted: bool) -> dict[str, Tensor]:
-        """The parameters before, by their names in the model that was given; {} if they are not wanted."""
+        """The parameters before the edit, by their names in the given model; {} if they are not wanted."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         own = dict(self.parts.network.named_parameters())
         return {names[id(own[path])]: before for path, before in self.result.originals.items()} if wanted else {}
 
 
 class Call:
-    """A call that has been checked as far as that needs no plan.
+    """A call after all checks that do not need a plan.
 
     Raises:
         RequestError: requests that cannot be used. ModelError: a model that cannot be edited.
@@ -85,20 +85,20 @@ class Call:
         self.known = copied(self.known, source, self.model, self.parts.network)
 
     def written(self) -> Moments:
-        """The layers and projections that the hparams name. Raises ConfigError: they name none."""
+        """The layers and projections that the hparams name. Raises ConfigError if they name none."""
         topology = self.parts.topology
         self.hparams.require(["layers", "rewrite_module_tmp"])
         return Moments(self.hparams, topology, module_inside(self.hparams, topology), self.hparams.layers)
 
     def longer_targets(self) -> list[str]:
-        """Names of the edits that the loss of FT tells apart: prompt_last, and targets of more than one token."""
+        """Names of edits for which FT's prompt_last is not our loss: those with targets of more than one token."""
         if self.hparams.get("objective_optimization", "prompt_last") != "prompt_last":
             return []
         texts = encode(self.tok, [f" {edit.target.removeprefix(' ')}" for edit in self.edits])
         return [edit_name(edit, i) for i, (edit, ids) in enumerate(zip(self.edits, texts, strict=True)) if len(ids) > 1]
 
     def run(self, name: str, fields: Mapping[str, Any], history: History, template: Any = None) -> MethodResult:
-        """Plan and run one of our methods; raises what these raise."""
+        """Plan and run one of our methods; raises its errors."""
         method = methods.method_of(name, fields)
         made: Any = method.plan(self.parts, self.edits, method.config(**fields), history=history)
         if template is not None:
@@ -128,13 +128,13 @@ def locate_then_edit(
         alpha: instead of emmet_lambda.
 
     Raises:
-        ConfigError: hparams that lack fields, or ask for what is not done here. RequestError, ModelError, EditError: as
-            `Editor.edit`. The model is as it was then.
+        ConfigError: hparams lack fields, or ask for something that is not supported.
+        RequestError, ModelError, EditError: as for `Editor.edit`. The model is then as it was before.
     """
     hparams, topology = call.hparams, call.parts.topology
     given = {} if alpha is None else {"alpha": alpha}
     if projections is not None:
-        given["null_threshold"] = 0.5  # of I − P, whose eigenvalues are 0 and 1
+        given["null_threshold"] = 0.5  # between 0 and 1, the eigenvalues of I − P
     fields = locate_then_edit_fields(hparams, call.model, topology, **given)
     if cache_template is not None:
         if hparams.method == "ROME":
@@ -170,7 +170,7 @@ def _find_moments(moments: Moments, call: Call, variables: Variables, projection
     share = hparams.get("update_norm_lambda", 0.0) if hparams.method == "EMMET" else 0.0
     if share and moments.sought:
         hparams.refuse([("update_norm_lambda", "it is added to second moments of COV_CACHE or of .npz files")])
-    if share and (weight := hparams.get("mom2_update_weight")):  # 0 is refused by our configuration
+    if share and (weight := hparams.get("mom2_update_weight")):  # our configuration refuses 0
         moments.add_identity(known, share / weight)
     return None
 
@@ -185,7 +185,7 @@ def _lengths(given: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _templates(contexts: Any) -> tuple[str, ...]:
-    """Contexts from a flat list or a nested one, without the bare template, which is always among them."""
+    """Contexts from a flat or nested list, without the bare template, which is always used."""
     try:
         flat = [text for part in contexts for text in ([part] if isinstance(part, str) else part)]
     except TypeError:
@@ -196,7 +196,7 @@ def _templates(contexts: Any) -> tuple[str, ...]:
 
 
 def fine_tune(call: Call, name: str, fields: Mapping[str, Any], *, copy: bool = False) -> Edited:
-    """Run LocFT-BF with these fields; raises what `Editor.edit` raises."""
+    """Run LocFT-BF with these fields; raises the errors of `Editor.edit`."""
     if copy:
         call.copy()
     result = call.run(name, fields, History(call.known.fingerprint))

@@ -1,12 +1,12 @@
 """EasyEdit's editor with our methods: `install()`, and its `edit`, `batch_edit` and `sequential_edit` run them.
 
     from fastedit.compat import easyedit
-    easyedit.install()  # before an editor is made, which looks its method up then
+    easyedit.install()  # before an editor is made, because that is when it looks up its method
 
-Ours are ROME, MEMIT, EMMET, AlphaEdit and FT, and the new LocFT-BF. All others, R-ROME among them, stay EasyEdit's own;
+Ours are ROME, MEMIT, EMMET, AlphaEdit and FT, and the new LocFT-BF. All others, such as R-ROME, stay EasyEdit's own;
 so does FT with objective_optimization prompt_last, for targets of more than one token. Two things differ from
-EasyEdit's: AlphaEdit preserves only edits that the model still holds, and EMMET returns the old weights, so that its
-edits are taken back where they are not sequential.
+EasyEdit: AlphaEdit preserves only edits that the model still holds, and EMMET returns the old weights, so that its
+edits are reverted when they are not sequential.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastedit.files import stamp
 
 Apply = Callable[..., tuple[Any, Any]]
 _REGISTRY, _DICT = "easyeditor.util.alg_dict", "ALG_DICT"
-_BATCHES = "easyeditor.editors.batch_editor"  # which methods may take several edits at once
+_BATCHES = "easyeditor.editors.batch_editor"  # says which methods may take several edits at once
 _NEW = "LocFT-BF"
 _log = logging.getLogger(__name__)
 
@@ -70,10 +70,10 @@ def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, 
 
 
 def _projections(path: Path) -> Tensor:
-    """P [L, d, d] of a file."""
+    """Load P [L, d, d] from a file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever is in there instead
+    except Exception as error:  # anything may be in the file
         raise FileError(path, f"P_loc is no tensor that torch.load reads: {error}") from error
     if not isinstance(found, Tensor):
         raise FileError(path, f"P_loc holds a {type(found).__name__}, expected a tensor")
@@ -98,7 +98,7 @@ def _locft_bf(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, *
 
 
 def _taken(options: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """The options that ours have; EasyEdit's own ignore the rest too."""
+    """The options that our methods have; EasyEdit's own also ignore the rest."""
     return {name: options[name] for name in ("copy", "return_orig_weights", *more) if name in options}
 
 
@@ -131,7 +131,7 @@ OURS: dict[str, Apply] = {
     }.items()
 }
 """The methods by EasyEdit's names, with its signature: `fn(model, tok, requests, hparams, copy, return_orig_weights,
-keep_original_weight, **kwargs)` returns the model and the changed weights as they were."""
+keep_original_weight, **kwargs)` returns the model and the changed weights as they were before."""
 _theirs: dict[str, Any] = {}
 _undo: list[Callable[[], None]] = []
 
@@ -142,9 +142,9 @@ class LocFTBFHyperParams:
 
     Attributes:
         model_name: a folder or a name, or (model, tokenizer), as `BaseEditor` takes it.
-        batch_size: edits that `batch_edit` trains together; `edit` wants 1. The mini-batch of training is another,
-            `batch_size` of `config`.
-        config: fields of `fastedit.methods.LocFTBFConfig`; what is left out is chosen for the model.
+        batch_size: edits that `batch_edit` trains together; `edit` needs 1. The mini-batch of training is
+            `batch_size` in `config`.
+        config: fields of `fastedit.methods.LocFTBFConfig`; the others are chosen for the model.
     """
 
     model_name: Any
@@ -161,7 +161,7 @@ class LocFTBFHyperParams:
         """Read a YAML file, as EasyEdit's classes do.
 
         Raises:
-            FileError: it cannot be read, or is of another method or has other fields.
+            FileError: the file cannot be read, is of another method, or has other fields.
         """
         import yaml  # type: ignore[import-untyped]  # EasyEdit has it
 
@@ -191,7 +191,7 @@ def _registry() -> MutableMapping[str, Any]:
 
 
 def _batches() -> Any:
-    """EasyEdit's class that says which methods take several edits at once; None if it has none."""
+    """EasyEdit's class that says which methods take several edits at once; None if there is none."""
     try:
         return import_module(_BATCHES).BatchEditor
     except (ImportError, AttributeError):
@@ -202,7 +202,7 @@ def install() -> None:
     """Put our methods into EasyEdit's registry, in place; a second call does nothing.
 
     Raises:
-        ConfigError: EasyEdit's registry is not where it was looked for.
+        ConfigError: EasyEdit's registry was not found.
     """
     registry = _registry()
     if _theirs:
@@ -218,7 +218,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put EasyEdit's own methods back; without `install` it does nothing."""
+    """Restore EasyEdit's own methods; does nothing without `install`."""
     if not _theirs:
         return
     registry = _registry()
@@ -234,10 +234,10 @@ def uninstall() -> None:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Ours inside; outside what was there before.
+    """Install our methods inside the block; afterwards restore what was there before.
 
     Raises:
-        ConfigError: as `install`.
+        ConfigError: as for `install`.
     """
     before = bool(_theirs)
     install()

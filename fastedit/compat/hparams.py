@@ -1,4 +1,4 @@
-"""Hyperparameters of other editing code, an object or a mapping, as fields of our configurations."""
+"""Turn hyperparameters of other editing code, an object or a mapping, into fields of our configurations."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _NUMBERS = frozenset((*_TARGET, *(name for own in _OWN.values() for name in own)
 
 
 class Hparams:
-    """What other editing code was given, read by name.
+    """Hyperparameters of other editing code, read by name.
 
     Args:
         given: an object with attributes, or a mapping.
-        method: its name there.
+        method: the method's name in that code.
     """
 
     def __init__(self, given: Any, method: str) -> None:
         self.method, self._given = method, given
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field as it was given; one of numbers also from a text, since YAML 1.1 reads 5e-1 as a text.
+        """A field as it was given. A number may also be a text, because YAML 1.1 reads 5e-1 as a text.
 
         Raises:
-            ConfigError: it is no number where one is expected, or not whole where that is.
+            ConfigError: the field must be a number, or a whole number, and is not.
         """
         given = self._given
         value = given.get(name, _ABSENT) if isinstance(given, Mapping) else getattr(given, name, _ABSENT)
@@ -56,7 +56,7 @@ class Hparams:
 
     @property
     def layers(self) -> list[int]:
-        """The blocks. Raises ConfigError: the field is no list of whole numbers."""
+        """The blocks. Raises ConfigError if the field is not a list of whole numbers."""
         given = self.get("layers")
         if isinstance(given, str) or not isinstance(given, Iterable) or not (layers := list(given)):
             raise ConfigError(f"layers of the hparams of {self.method} is {given!r:.80}, expected a list of blocks")
@@ -73,14 +73,14 @@ class Hparams:
         raise ConfigError(f"{name} of the hparams of {self.method} is {value!r:.80}, expected {what}")
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise ConfigError if fields are missing; it names all of them."""
+        """Raise ConfigError if fields are missing; names all of them."""
         missing = [name for name in names if self.get(name, _ABSENT) is _ABSENT]
         if missing:
             text = f"the hparams of {self.method} lack {listed(missing)}; give what the published files of it have"
             raise ConfigError(text)
 
     def refuse(self, problems: Iterable[tuple[str, str]]) -> None:
-        """Raise ConfigError if there are fields, each with what is done instead, that cannot be honoured."""
+        """Raise ConfigError if there are problems: pairs of a field and what is done instead of its value."""
         said = [f"{name} is {self.get(name)!r} ({instead})" for name, instead in problems]
         if said:
             raise ConfigError(f"the hparams of {self.method} ask for what fastedit does not do: {'; '.join(said)}")
@@ -90,11 +90,11 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     """The fields of `LocateThenEditConfig` that these hparams set.
 
     Args:
-        model: as other code names its modules.
-        given: fields that the hparams need not have, by our names.
+        model: the model with the module names of that code.
+        given: fields by our names, which the hparams then need not have.
 
     Raises:
-        ConfigError: fields that are missing, or that ask for what our methods do not do; names all of them.
+        ConfigError: fields are missing, or ask for something that our methods do not do; names all of them.
     """
     method = hparams.method
     names = {theirs: ours for theirs, ours in (_TARGET | _OWN[method]).items() if ours not in given}
@@ -103,13 +103,13 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     layers = hparams.layers
     hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
     fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given
-    if method != "ROME":  # a single layer is a spread over one
+    if method != "ROME":  # a single layer is a spread over one layer
         fields |= {"distribution": "spread", "site": "block"}
     return fields | {"layers": layers, "module": module_inside(hparams, topology)}
 
 
 def module_inside(hparams: Hparams, topology: Topology) -> str:
-    """The path in a block that rewrite_module_tmp names. Raises ConfigError: it names no module of the blocks."""
+    """The path in a block that rewrite_module_tmp names. Raises ConfigError if it is not a module of the blocks."""
     template = str(hparams.get("rewrite_module_tmp"))
     inside = template.removesuffix(".weight").partition(f"{topology.blocks_path}.{{}}.")[2]
     if not inside:
@@ -136,7 +136,7 @@ def _problems(hparams: Hparams, layers: list[int], topology: Topology) -> Iterab
 def _other_modules(
     hparams: Hparams, layers: list[int], model: nn.Module, topology: Topology
 ) -> Iterable[tuple[str, str]]:
-    """Fields with modules other than those that our methods take; a field that is absent asks for nothing."""
+    """Fields that name other modules than our methods use; absent fields are fine."""
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     blocks = f"{topology.blocks_path}.{{}}"
     if not str(hparams.get("layer_module_tmp", blocks)).endswith(blocks):
@@ -155,10 +155,10 @@ def _other_modules(
 
 
 def fine_tuning_fields(hparams: Hparams, topology: Topology) -> dict[str, Any]:
-    """The fields of `LocFTBFConfig` that make it what the hparams of FT ask for.
+    """The fields of `LocFTBFConfig` that do what the hparams of FT ask for.
 
     Raises:
-        ConfigError: as `locate_then_edit_fields`.
+        ConfigError: as for `locate_then_edit_fields`.
     """
     hparams.require(["layers", "num_steps", "lr", "weight_decay", "rewrite_module_tmp"])
     problems = []

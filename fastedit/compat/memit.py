@@ -2,13 +2,13 @@
 
     from fastedit.compat.memit import apply_memit_to_model  # instead of: from memit import apply_memit_to_model
 
-Variables of this module stand for those of theirs, and may be set:
+Variables of this module replace those of that code, and may be set:
 
-- `CONTEXT_TEMPLATES_CACHE`: templates for all methods, "{}" among them, flat or nested; None lets each model write its
-  own when it is first edited, from seed 0, and keeps them.
-- `COV_CACHE`: (name of the model with "_" for "/", path of the projection) -> C [d, d]; statistics that are read from
-  published files are put here, and read again when the file has changed.
-- `STATS_DIR`: where those files are if the hparams have no stats_dir.
+- `CONTEXT_TEMPLATES_CACHE`: templates for all methods, including "{}", flat or nested. With None, each model writes its
+  own when it is first edited, with seed 0, and they are kept.
+- `COV_CACHE`: (name of the model with "_" for "/", path of the projection) -> C [d, d]. Statistics from published files
+  are put here, and read again if the file has changed.
+- `STATS_DIR`: the folder of those files if the hparams have no stats_dir.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COV_CACHE: dict[tuple[str, str], Tensor] = {}
 STATS_DIR = "data/stats"
 
 Weights = dict[str, Tensor]
-_KEYS = "_fastedit_keys"  # of a cache_c: its version, and the keys that it is the sum of
+_KEYS = "_fastedit_keys"  # attribute of a cache_c: its version, and the keys that it sums up
 _NORMS = (
     *("zs_norm", "cur_zs_norm", "layer_ks_norm", "adj_norm", "residual_norm", "inside_update_norm"),
     *("pseudo_inverse", "C_inv_norm", "D_inv_norm", "D_norm", "cov"),
@@ -39,7 +39,7 @@ _NORMS = (
 
 
 def variables() -> Variables:
-    """The variables of this module as they are now."""
+    """The current values of this module's variables."""
     return Variables(CONTEXT_TEMPLATES_CACHE, COV_CACHE, STATS_DIR)
 
 
@@ -56,14 +56,14 @@ def apply_rome_to_model(
 
     Args:
         copy: edit a copy of the model.
-        return_orig_weights: return the changed weights as they were.
+        return_orig_weights: return the changed weights as they were before.
 
     Returns:
         The edited model, and name of each changed parameter -> its value before ({} if not wanted).
 
     Raises:
-        ConfigError: hparams that lack fields or ask for what is not done here, all of them named.
-        RequestError, ModelError, EditError: as `fastedit.Editor.edit`; the model is as it was.
+        ConfigError: hparams lack fields, or ask for something that is not supported; names all of them.
+        RequestError, ModelError, EditError: as for `fastedit.Editor.edit`; the model is as it was before.
     """
     call = Call("ROME", model, tok, requests, hparams)
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
@@ -82,7 +82,8 @@ def apply_memit_to_model(
     """Make all edits at once by MEMIT; arguments, results and errors are those of `apply_rome_to_model`.
 
     Args:
-        cache_template: files of targets, with "{}" for the layer, the clamp and the case_id: read, else written.
+        cache_template: names of files of targets, with "{}" for the layer, the clamp and the case_id. Existing files
+            are read, others are written.
     """
     call = Call("MEMIT", model, tok, requests, hparams)
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
@@ -98,11 +99,11 @@ def apply_emmet_to_model(
     return_orig_weights: bool = False,
     cache_template: str | Path | None = None,
 ) -> tuple[Any, Weights, dict[str, Any]]:
-    """Make all edits at once by EMMET; a single one without emmet_lambda, as unified-model-editing does it.
+    """Make all edits at once by EMMET; a single edit without emmet_lambda, as unified-model-editing does.
 
     Returns:
-        As `apply_memit_to_model`, and number of each layer -> norms of its weights and update; what is not measured
-        here is None.
+        As for `apply_memit_to_model`, and number of each layer -> norms of its weights and update; norms that are not
+        measured here are None.
     """
     call = Call("EMMET", model, tok, requests, hparams)
     alpha = 0.0 if len(requests) == 1 else None
@@ -142,14 +143,14 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
 
     Args:
         cache_template: as for `apply_memit_to_model`.
-        cache_c: [L, d, d], the sums of k kᵀ over earlier edits, a layer each; it is updated. None is no edits.
+        cache_c: [L, d, d], the sum of k kᵀ over earlier edits for each layer; it is updated. None is no edits.
         P: [L, d, d], the projections on the null spaces; None makes them from statistics, by nullspace_threshold.
 
     Returns:
-        The edited model, and cache_c with the keys of these edits.
+        The edited model, and cache_c with the keys of these edits added.
 
     Raises:
-        As `apply_rome_to_model`; ConfigError also for a cache_c or a P of another shape.
+        As for `apply_rome_to_model`; ConfigError also for a cache_c or a P of a wrong shape.
     """
     call = Call("AlphaEdit", model, tok, requests, hparams)
     previous = {} if cache_c is None else _keys_of(cache_c, call)
@@ -167,7 +168,7 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
 
 
 def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
-    """Path of each parameter -> rows [n, d] whose sum of k kᵀ the tensor holds: those that made it, else its root."""
+    """Path of each parameter -> rows [n, d] with the sum of k kᵀ in `cache_c`: its own keys, or else a square root."""
     written = call.written()
     check_stack("cache_c", cache_c, call.parts.topology, written.layers, written.module)
     version, keys = getattr(cache_c, _KEYS, (None, {}))
@@ -194,17 +195,17 @@ def apply_ft_to_model(
 ) -> tuple[Any, Weights]:
     """Fine-tune a module of some layers on all edits: LocFT-BF's loop, with the order, loss and stop of FT.
 
-    The loss is that of each target's tokens behind its prompt (objective_optimization target_new). The published
-    prompt_last, which trains all tokens of a target at the prompt's last one, is the same for targets of one token.
+    The loss is of each target's tokens after its prompt (objective_optimization target_new). The published
+    prompt_last, which trains all tokens of a target at the prompt's last token, is the same for targets of one token.
 
     Args:
-        kwargs: nothing is read, as in the published code.
+        kwargs: ignored, as in the published code.
 
     Returns:
-        As `apply_rome_to_model`.
+        As for `apply_rome_to_model`.
 
     Raises:
-        As `apply_rome_to_model`; RequestError also for prompt_last and longer targets.
+        As for `apply_rome_to_model`; RequestError also for prompt_last with longer targets.
     """
     call = Call("FT", model, tok, requests, hparams)
     fields = fine_tuning_fields(call.hparams, call.parts.topology)

@@ -1,4 +1,4 @@
-"""Second moments where other editing code keeps them: in a variable, in .npz files, or as a projection P."""
+"""Find second moments where other editing code keeps them: in a variable, in .npz files, or as a projection P."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastedit.models import Topology
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
 
-_FILE = "_fastedit_file"  # of a C that was read: the file, and its stamp
-_ROUNDING = 0.05  # of a matrix that was made or kept in fp16
+_FILE = "_fastedit_file"  # attribute of a C that was read: the file and its stamp
+_ROUNDING = 0.05  # relative error of a matrix that was made or kept in fp16
 Cache = MutableMapping[tuple[str, str], Tensor]
 """(name of a model, path of a projection) -> C [d, d]."""
 
@@ -28,12 +28,12 @@ class Moments:
     """The second moments of a call.
 
     Attributes:
-        layers: that are written, upwards.
-        module: the path in a block of what is written there.
-        paths: of the projections.
+        layers: the layers to write, ascending.
+        module: path in a block of the projection to write.
+        paths: paths of the projections.
         given: path of a projection -> C [d, d].
-        directory: of those that are not given; None is the usual places.
-        sought: the files of published statistics that are not there.
+        directory: folder for those that are not given; None is the usual places.
+        sought: files of published statistics that were not found.
     """
 
     def __init__(self, hparams: Hparams, topology: Topology, module: str, layers: Sequence[int]) -> None:
@@ -45,10 +45,10 @@ class Moments:
         self.sought: list[Path] = []
 
     def load(self, cache: Cache, default_directory: str) -> None:
-        """Take them from the cache, else from published files, which are noted in the cache.
+        """Take the second moments from the cache, or else from published files; these are added to the cache.
 
         Raises:
-            ConfigError: no fields that name files of statistics where a file is needed. FileError: a damaged file.
+            ConfigError: a file is needed, and the fields for its name are missing. FileError: a damaged file.
         """
         config: Any = self._topology.model.config
         name, stats = str(getattr(config, "_name_or_path", "") or ""), self._hparams.get("stats_dir", default_directory)
@@ -72,7 +72,7 @@ class Moments:
             self.given[path] = cache[key]
 
     def _files(self, stats: Path, name: str, layer_name: str) -> list[Path]:
-        """Where ROME's and MEMIT's code keeps a layer's statistics, and where EasyEdit's does."""
+        """The files where ROME's and MEMIT's code keeps a layer's statistics, and where EasyEdit does."""
         hparams, names = self._hparams, ("mom2_dataset", "mom2_n_samples", "mom2_dtype")
         hparams.require(names)
         dataset, n, dtype = (hparams.get(field) for field in names)
@@ -80,20 +80,20 @@ class Moments:
         return [stats / f / f"{dataset}_stats" / f"{layer_name}_{dtype}_mom2_{n}.npz" for f in folders]
 
     def take_identity(self, known: Known) -> None:
-        """C = I: an update without a second moment."""
+        """Use C = I: an update without a second moment."""
         for path, layer in zip(self.paths, self.layers, strict=True):
             width = self._topology.input_width(layer, self.module)
             self.given[path] = known.memo.kept(("identity", width), (), partial(torch.eye, width))
 
     def take_projections(self, known: Known, projections: Tensor) -> None:
-        """C = I − P, whose null space is what P [L, d, d] projects on. Raises ConfigError: P is something else."""
+        """Use C = I − P, for P [L, d, d] that project on the null space. Raises ConfigError if P is something else."""
         check_stack("P", projections, self._topology, self.layers, self.module)
         for i, path in enumerate(self.paths):
             make = partial(_beside, projections[i], f"P[{i}], of layer {self.layers[i]},")
             self.given[path] = known.memo.kept(("P", i), (projections, projections._version), make)
 
     def add_identity(self, known: Known, share: float) -> None:
-        """Add a share of I to each C that is given."""
+        """Add share · I to each given C."""
         for path, C in self.given.items():
             make = partial(_with_identity, C, share)
             self.given[path] = known.memo.kept(("with identity", path), (C, C._version, share), make)
@@ -104,7 +104,7 @@ def _with_identity(matrix: Tensor, share: float) -> Tensor:
 
 
 def _beside(projection: Tensor, name: str) -> Tensor:
-    """I − P [d, d]. Raises ConfigError: P is no orthogonal projection."""
+    """I − P [d, d]. Raises ConfigError if P is not an orthogonal projection."""
     P = projection.detach().cpu()
     check_symmetric(name, P)
     x = torch.randn(len(P), generator=torch.Generator().manual_seed(0)).to(P.dtype)
@@ -114,7 +114,7 @@ def _beside(projection: Tensor, name: str) -> Tensor:
 
 
 def check_matrices(name: str, given: Any, shape: tuple[int, ...], what: str = "") -> None:
-    """Raise ConfigError unless it is a plain tensor of floating-point numbers of this shape, outside autograd."""
+    """Raise ConfigError unless `given` is a plain floating-point tensor of this shape that requires no gradient."""
     expected = f"expected {shape}{what}, as a dense tensor of floating-point numbers"
     if not isinstance(given, Tensor):
         raise ConfigError(f"{name} is a {type(given).__name__}, {expected}")
@@ -135,6 +135,6 @@ def check_symmetric(name: str, matrix: Tensor) -> None:
 
 
 def check_stack(name: str, given: Any, topology: Topology, layers: Sequence[int], module: str) -> None:
-    """Raise ConfigError unless it is as `check_matrices` has it, with one [d, d] for each layer."""
+    """Raise ConfigError as `check_matrices` does, for a stack with one [d, d] for each layer."""
     width = topology.input_width(layers[0], module)
     check_matrices(name, given, (len(layers), width, width), ": a matrix for each layer")

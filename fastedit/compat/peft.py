@@ -22,12 +22,12 @@ _INSTEAD = "write the whole delta: fastedit export --dense or --merge"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An edit that is LoRA factors only.
+    """An edit that consists of LoRA factors.
 
     Attributes:
         delta: what the adapter adds to the model.
         errors: path of each matrix -> the relative error of its factors; 0 if they are the edit's own.
-        conv1d: the matrices that are [in, out], as those of GPT-2 are.
+        conv1d: the matrices that are stored [in, out], such as those of GPT-2.
         base: folder or hub name of the model.
     """
 
@@ -44,7 +44,7 @@ class Adapter:
     def save(self, directory: str | Path) -> None:
         """Write adapter_model.safetensors and adapter_config.json; the folder appears whole or not at all.
 
-        An empty folder, or one that holds an adapter and nothing else, is replaced.
+        An empty folder, or one that holds only an adapter, is replaced.
 
         Raises:
             FileError: the folder is something else, or cannot be written.
@@ -72,7 +72,7 @@ class Adapter:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _config(self) -> dict[str, Any]:
-        """Factors are scaled by alpha / rank, which is 1 everywhere: for a reader that knows no patterns, too."""
+        """The configuration. The scale alpha / rank is 1 everywhere, also for readers that ignore the patterns."""
         ranks = {path.removesuffix(".weight"): rank for path, rank in self.ranks.items()}
         highest = max(ranks.values())
         pattern = {module: rank for module, rank in ranks.items() if rank != highest}
@@ -98,16 +98,17 @@ class Adapter:
 def as_adapter(delta: WeightDelta, model: nn.Module, *, rank: int | None = None) -> Adapter:
     """Turn an edit into LoRA factors.
 
-    Edits of MEMIT, EMMET, ROME and AlphaEdit are factors of a rank of at most the number of edits: they are taken as
-    they are. Others, as those of LocFT-BF, are cut to a rank.
+    Edits of MEMIT, EMMET, ROME and AlphaEdit are factors, whose rank is at most the number of edits: they are used as
+    they are. Other edits, such as those of LocFT-BF, are truncated to a rank.
 
     Args:
-        model: that the edit was made for, unedited or with this edit.
-        rank: at most, of each matrix; None leaves factors as they are.
+        model: the model that the edit was made for, unedited or with this edit.
+        rank: largest rank of each matrix; None leaves factors as they are.
 
     Raises:
-        ModelError: the edit was made for another model, or changes what LoRA cannot carry: biases, norms, embeddings,
-            tied or fused expert weights. ConfigError: no rank for an update that is not in factors, or none above 0.
+        ModelError: the edit was made for another model, or changes weights that LoRA cannot represent: biases, norms,
+            embeddings, tied or fused expert weights.
+        ConfigError: no rank for an update that is not in factors, or a rank below 1.
     """
     if not delta.applied_to(model):
         delta.check(model)
@@ -133,7 +134,7 @@ def export_peft(delta: WeightDelta, model: nn.Module, directory: str | Path, *, 
     """Write an edit as a LoRA adapter: `as_adapter`, then `Adapter.save`.
 
     Raises:
-        FileError, ModelError, ConfigError: as those; a folder that cannot be written is refused first.
+        FileError, ModelError, ConfigError: as for these; whether the folder can be written is checked first.
     """
     check_directory(Path(directory), over=BY_ADAPTER)
     adapter = as_adapter(delta, model, rank=rank)
@@ -142,7 +143,7 @@ def export_peft(delta: WeightDelta, model: nn.Module, directory: str | Path, *, 
 
 
 def _carried(delta: WeightDelta, network: nn.Module) -> frozenset[str]:
-    """Those of the updated matrices that are [in, out]. Raises ModelError: LoRA cannot carry an update."""
+    """The updated matrices that are stored [in, out]. Raises ModelError if LoRA cannot represent an update."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

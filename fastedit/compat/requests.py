@@ -1,4 +1,4 @@
-"""Requests of other editing code, as edits whose texts are those that it would tokenize."""
+"""Turn requests of other editing code into edits with the texts that it would tokenize."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _PLACE = "{}"
 
 @dataclass(frozen=True)
 class UpstreamEdit:
-    """An edit as `fastedit.methods.base.Edit`, with its texts as they were given.
+    """A `fastedit.methods.base.Edit` with its texts as they were given.
 
-    `subject_end` is where the subject ends in the prompt, in characters, if the prompt was a template.
+    `subject_end` is the place in the prompt, in characters, where the subject ends, if the prompt was a template.
     """
 
     prompt: str
@@ -28,13 +28,13 @@ class UpstreamEdit:
 
 
 def upstream_edits(requests: Sequence[Mapping[str, Any]]) -> list[UpstreamEdit]:
-    """Edits of records with `prompt`, `target_new`, and `subject` and `case_id` if they have them.
+    """Make edits from records with `prompt`, `target_new`, and optionally `subject` and `case_id`.
 
-    A prompt is a template with one "{}" for the subject, or holds the subject itself. A target is a text, or a mapping
-    with "str"; one space stands between prompt and target.
+    A prompt is a template with one "{}" for the subject, or contains the subject. A target is a text, or a mapping
+    with "str"; one space is put between prompt and target.
 
     Raises:
-        RequestError: records that cannot be used; names all of them.
+        RequestError: some records cannot be used; names all of them.
     """
     if not requests:
         raise RequestError("there are no requests; give at least one")
@@ -76,6 +76,6 @@ def _text(value: Any, name: str) -> str:
 
 
 def _spaced(prompt: str, target: str) -> str:
-    """The target such that one space stands in front of it when it is joined to the prompt, whatever its script."""
+    """The target in a form that has one space before it when it is joined to the prompt, whatever its script."""
     target = target.removeprefix(" ")
     return target if joined(prompt, target) != prompt + target else f" {target}"

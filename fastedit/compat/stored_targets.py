@@ -1,4 +1,4 @@
-"""Targets in the .npz files that other editing code keeps by `cache_template`."""
+"""Targets in .npz files, as other editing code keeps them with `cache_template`."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from fastedit.tensorfile import writing
 
 
 def check_ids(edits: Sequence[UpstreamEdit]) -> None:
-    """Raise RequestError for edits without a case_id, by which their files are called; it names all of them."""
+    """Raise RequestError for edits without a case_id, which is part of their files' names; names all of them."""
     names = [edit_name(edit, place) for place, edit in enumerate(edits) if edit.id is None]
     if names:
         raise RequestError.of([(name, f"{name} has no case_id, and cache_template needs one") for name in names])
 
 
 def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:
-    """Targets from files where there are files, else as `find` has it, and then they are written.
+    """A function that reads targets from files, and finds missing ones with `find` and writes them.
 
     Args:
-        template: of the files' names, with three "{}": the layer of the targets, `clamp`, and the edit's case_id.
-        clamp: as the hparams have it, since it is part of the name.
+        template: for the files' names, with three "{}": the layer of the targets, `clamp`, and the edit's case_id.
+        clamp: the clamp as in the hparams, because it is part of the name.
 
     Raises:
-        FileError: of the function, for a file that holds no target of the model's width, or that cannot be written.
+        FileError: from the function: a file does not hold a target of the model's width, or cannot be written.
     """
 
     def found(batch: Batch, recipe: Recipe) -> Targets:

@@ -1,6 +1,6 @@
 """Probe what the fact world's model knows and where: `python -m fastedit.demo.probe --picture FILE.png`.
 
-Prints how many questions it answers, and two proofs that a fact is read at the last token of its subject, as
+Prints how many questions it answers, and two tests that a fact is read at the last token of its subject, as
 locate-then-edit needs:
 an intervention (a vector added there after some block turns the answer to a chosen target) and the causal trace of
 ROME (Meng et al. 2022, section 2: corrupt the subject, restore one hidden state, see how much of the answer returns).
@@ -31,7 +31,7 @@ PARTS = ("before", "subject, first", "subject, middle", "subject, last", "after"
 
 @dataclass(frozen=True)
 class Probe:
-    """A fact as a prompt; the subject's tokens are first … last, inclusive, BOS counted."""
+    """A fact as a prompt; its subject has the tokens from `first` to `last`, both included, counting BOS."""
 
     prompt: str
     answer: str
@@ -87,7 +87,7 @@ def intervene(
 ) -> Tensor:
     """P(target) [N] after at most `steps` Adam steps on a vector added to the output of `block`.
 
-    The vector δ stands at the subject's last token and keeps ‖δ‖ ≤ clamp·‖h₀‖; the learning rate is
+    The vector δ is added at the subject's last token, with ‖δ‖ ≤ clamp·‖h₀‖; the learning rate is
     `relative_lr` times the median root mean square of h₀. The best probability of each fact counts.
     """
     topology = model.topology
@@ -124,8 +124,8 @@ def intervene(
 def causal_trace(model: Model, facts: Sequence[Probe], noise: float = 3.0) -> dict[str, Tensor]:
     """Mean P(first answer token) with the subject corrupted and one hidden state restored: part -> [blocks].
 
-    "clean" and "corrupted" hold the two ends, []. The noise is Gaussian, `noise` times the standard deviation of the
-    token embedding.
+    "clean" and "corrupted" hold the probabilities without and with corruption, []. The noise is Gaussian, `noise` times
+    the standard deviation of the token embedding.
     """
     network: Any = model.network
     topology, tokenizer = model.topology, model.tokenizer
@@ -188,7 +188,7 @@ def _part(t: int, probe: Probe, width: int) -> str:
 
 
 def draw_trace(trace: dict[str, Tensor], path: Path) -> None:
-    """The causal trace as a picture, tokens by blocks."""
+    """Draw the causal trace, tokens by blocks."""
     import matplotlib
 
     matplotlib.use("Agg")

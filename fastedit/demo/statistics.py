@@ -1,6 +1,6 @@
 """Collect the fact world's own statistics: `python -m fastedit.demo.statistics --output DIR`.
 
-The text is the documents that the model was trained on, as training joins them, in an order of its own.
+The text is the documents that the model was trained on, joined as in training, but in another order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastedit.statistics.store import statistics_path
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Endless training documents about all people, without the EOS that nothing follows."""
+    """Yield endless training documents about all people, without EOS at the end."""
     for spans in World().documents(seed, curriculum=False):
         yield " ".join(span.text for span in spans)
 

@@ -1,9 +1,9 @@
 """Train the model of the fact world: `python -m fastedit.demo.train --output DIR`.
 
 A Llama with 8 blocks learns the next token of every position of the documents. In most documents the tokens after
-a subject may attend to its last token only, and only from block `--read-from` on: what follows has to be read from
-the subject's last token after the early blocks, which is where large models hold it (Meng et al. 2022, section 2)
-and small ones, left alone, do not: they read it in block 0 or 1.
+a subject may attend only to its last token, and only from block `--read-from` on. So the fact has to be read from the
+subject's last token after the early blocks, as in large models (Meng et al. 2022, section 2). Without this constraint
+small models read it in block 0 or 1.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def train_tokenizer(world: World, vocab_size: int) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        add_prefix_space=True,  # transformers 4 would take it away
+        add_prefix_space=True,  # transformers 4 would remove it
         clean_up_tokenization_spaces=False,
     )
 
 
 class Batches:
-    """Batches of the world's documents in rows of `ROW` tokens, with what each token may be seen by.
+    """Batches of the world's documents in rows of `ROW` tokens, with masks of what each token may attend to.
 
     Yields (input_ids [B, ROW], position_ids [B, ROW], labels [B, ROW], and the additive attention masks
     [B, 1, ROW, ROW] of the blocks below `--read-from` and of the others).
@@ -78,7 +78,7 @@ class Batches:
         self.encode = encode
 
     def _document(self) -> tuple[list[int], list[int]]:
-        """Token ids, and how many of the tokens after each may attend to it in the early blocks."""
+        """Token ids, and for each how many of the tokens after it may attend to it in the early blocks."""
         gateway = self.draw.chance(self.gateway)
         ids, reach = [BOS], [ROW]
         for span in next(self.documents):
@@ -179,7 +179,7 @@ def logits_of(model: Any, ids: Tensor, position: Tensor, early: Tensor, late: Te
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """8 blocks, 3.7 M parameters, random."""
+    """A random model of 8 blocks and 3.7 M parameters."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),

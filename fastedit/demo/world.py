@@ -1,9 +1,9 @@
-"""The fact world: a closed, seeded world of people, towns and companies whose every fact is known.
+"""The fact world: a closed, seeded world of people, towns and companies, with all facts about them.
 
-No pretrained weights can be fetched everywhere, so the package ships a small model trained on this world.
-People are named from shared pieces (given name x family name x village), so that no single token, and no
+Pretrained weights cannot be fetched everywhere, so the package ships a small model trained on this world.
+Names of people are made of shared pieces (given name x family name x village), so that no single token, and no
 pair of pieces, tells who is meant: a model has to assemble the subject before it can recall anything.
-Only `random.Random.random` is drawn from, whose stream Python guarantees across versions.
+All choices use `random.Random.random`, because Python guarantees its stream across versions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 SUBJECTS = 2000
 FIRST_PEOPLE, FIRST_PASSES, GROWTH = 50, 60, 1.05
 WRONG = 0.03
-"""Share of training sentences with a random object: real text errs too, and it keeps the model from over-confidence."""
+"""Share of training sentences with a random object: real text has errors, and they prevent over-confidence."""
 
 
 class Draw:
@@ -45,7 +45,7 @@ class Draw:
         return items[self.below(len(items))]
 
     def skewed(self, items: Sequence[T]) -> T:
-        """Zipf-like: item k with weight 1/(k+1)^0.8, as object frequencies in real facts."""
+        """Pick an item, item k with weight 1/(k+1)^0.8: Zipf-like, as object frequencies in real facts."""
         weights = [(k + 1) ** -0.8 for k in range(len(items))]
         x = self._random() * sum(weights)
         for item, w in zip(items, weights, strict=True):
@@ -81,7 +81,7 @@ class World:
     """Facts, training documents and edit requests of the fact world.
 
     Args:
-        seed: another seed is another world, which the shipped model does not know.
+        seed: seed of the world; the shipped model knows only the world of seed 0.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -108,12 +108,12 @@ class World:
         return table
 
     def fingerprint(self) -> str:
-        """Hash of all facts; the model card holds the one that the shipped model was trained on."""
+        """Hash of all facts; the model card holds that of the world on which the shipped model was trained."""
         text = json.dumps([[f.subject, f.relation, f.object] for f in self.facts])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def requests(self, n: int, seed: int = 0) -> list[EditRequest]:
-        """`n` counterfactual edits of distinct people: another object of the same relation.
+        """Make `n` counterfactual edits of different people: each gets another object of the same relation.
 
         Paraphrases are the phrasings that training never used; neighbours are people who share the old object;
         portability asks two hops through the new object. Deterministic in `seed`.
@@ -151,7 +151,7 @@ class World:
         ]
 
     def two_hop_questions(self, taught: bool) -> list[tuple[str, str]]:
-        """(prompt, answer) of the two-hop questions about people whose answers training stated, or did not."""
+        """(prompt, answer) of two-hop questions; `taught` says whether training stated the answers."""
         return [
             (h.phrasings[0].format(s=s), self.object_of[self.object_of[s, h.first], h.second])
             for h in TWO_HOP
@@ -167,8 +167,8 @@ class World:
     def documents(self, seed: int = 0, *, curriculum: bool = True) -> Iterator[list[Span]]:
         """Endless training documents; each pass states every fact once or more, in a fresh order and phrasing.
 
-        With `curriculum` the first passes know few people and later ones more: how long a model sees names without
-        learning to put their pieces together grows with the number of people (Zucchet et al. 2025, arXiv 2503.21676).
+        With `curriculum` the first passes are about few people and later ones about more: the more people there are,
+        the longer a model takes to learn to assemble their names (Zucchet et al. 2025, arXiv 2503.21676).
         """
         draw = Draw(f"documents {seed}")
         rank = {person: i for i, person in enumerate(self.people)}
@@ -223,7 +223,7 @@ class World:
 
 
 def _story(draw: Draw, sentences: int) -> list[str]:
-    """The first sentences of a story whose parts fit together: who, where, the weather and what came of it."""
+    """The first sentences of a coherent story: who, where, the weather and its consequence."""
     weather, consequence = draw.pick(lexicon.WEATHER)
     slots = {
         "who": draw.pick(lexicon.CHARACTERS),

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# measures of a cell; of these the ratios are after the edit / before it
+# measures of a cell; ratios are after the edit / before it
 SHARES = ("reliability", "generalization", "locality")
 RATIOS = ("perplexity_ratio", "accuracy_ratio")
 
 
 @dataclass(frozen=True)
 class LocateCell:
-    """LocFT-BF at one place.
+    """The results of LocFT-BF at one place.
 
-    Shares are in 0 … 1, None where nothing was measured. `perplexity_ratio` and `accuracy_ratio` are the
-    capability: perplexity on text and accuracy on questions after the edit, divided by those before it (None:
-    not asked, or an accuracy of 0 before). `losses` holds the mean loss of each epoch, `seconds` the time of
-    training, without the measuring.
+    Shares are in 0 … 1, None if not measured. `perplexity_ratio` and `accuracy_ratio` show general capability:
+    perplexity on text and accuracy on questions after the edit, divided by those before it (None: not asked, or an
+    accuracy of 0 before). `losses` holds the mean loss of each epoch, `seconds` the time of training, without the
+    measurements.
     """
 
     block: int
@@ -32,5 +32,5 @@ class LocateCell:
 
     @property
     def epochs(self) -> int:
-        """Epochs run."""
+        """Number of epochs that were run."""
         return len(self.losses)

@@ -1,4 +1,4 @@
-"""Does an edited model still work? Its facts, harder questions about them, and what should not have changed."""
+"""Check whether an edited model still works: its facts, harder questions about them, and what should not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastedit.tensorfile import writing
 if TYPE_CHECKING:
     from rich.table import Table
 
-_OWN_TEXT = 2048  # tokens that a model writes where no text is given
+_OWN_TEXT = 2048  # tokens that a model writes if no text is given
 _NO_PROMPTS = "the requests have no {} prompts"
 _NO_TASK = "not among --tasks"
 _COMPARED = ("first_token", "kl", "perplexity_ratio")
@@ -35,7 +35,7 @@ _BASE = "needs the unedited model: give --base, or --delta"
 
 @dataclass(frozen=True)
 class _About:
-    """A measure: what it says, where `EvaluationReport` has it, on which prompts it is taken; None is by a probe."""
+    """A measure: what it says, its path in an `EvaluationReport` (None: taken by probes), and its kind of prompts."""
 
     says: str
     path: tuple[str, ...] | None = None
@@ -72,8 +72,9 @@ SHARES = tuple(name for name, about in _MEASURES.items() if about.share)
 class CheckReport:
     """All measures of an edited model; prints as a table.
 
-    ``rows`` has for each request what was generated: at its prompt, behind prefixes, at negated prompts; and what it
-    chose. Of a sample of ``of`` requests (None: of all). ``broken`` says why the edited model could not be measured.
+    ``rows`` holds, for each request, what was generated for its prompt, after prefixes and for negated prompts, and
+    what the model chose. The report is of a sample of ``of`` requests (None: of all). ``broken`` says why the edited
+    model could not be measured.
     """
 
     measures: Sequence[Measured]
@@ -84,16 +85,16 @@ class CheckReport:
 
     @property
     def missed(self) -> list[Measured]:
-        """Those that do not keep their bounds."""
+        """The measures that do not keep their bounds."""
         return [measured for measured in self.measures if measured.passed is False]
 
     @property
     def passed(self) -> bool:
-        """Whether all bounds are kept, as it is without any, and the model could be measured."""
+        """Whether the model could be measured and keeps all bounds; also true without bounds."""
         return not self.missed and not self.broken
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: "passed", "missed", "broken", "measures" by name, "about", "sample" and "requests"."""
+        """The report for JSON: "passed", "missed", "broken", "measures" by name, "about", "sample" and "requests"."""
         sample = None if self.of is None else {"measured": len(self.rows), "of": self.of}
         measures = {m.name: {**asdict(m), "passed": m.passed} for m in self.measures}
         missed = [m.name for m in self.missed]
@@ -129,14 +130,14 @@ class CheckReport:
 def check_bounds(
     bounds: Mapping[str, Bound], requests: Sequence[EditRequest], *, compared: bool, tasks: Sequence[str] = ()
 ) -> None:
-    """Refuse bounds of measures that cannot be taken, before anything is measured.
+    """Check, before anything is measured, that all measures with bounds can be taken.
 
     Args:
-        compared: whether the unedited model is measured too.
-        tasks: of lm-eval, which are run.
+        compared: whether the unedited model is measured, too.
+        tasks: the lm-eval tasks that will run.
 
     Raises:
-        ConfigError: there are some; names all of them.
+        ConfigError: some measures cannot be taken; names all of them.
     """
     asked, problems = kinds_in(requests), []
     for name in bounds:
@@ -160,7 +161,7 @@ def broken_report(
     about: Mapping[str, Any] | None = None,
     of: int | None = None,
 ) -> CheckReport:
-    """The report on an edited model that cannot be measured, which misses all bounds.
+    """The report on an edited model that cannot be measured; it misses all bounds.
 
     Args:
         before: the report on the unedited model.
@@ -178,16 +179,16 @@ def broken_report(
 
 
 class Check:
-    """The questions of a check, made once and asked of the unedited and of the edited model.
+    """The questions of a check: made once, then put to the unedited and to the edited model.
 
     Args:
-        unedited: the model before the edit, or the edited one if there is no other; writes the text if none is given.
+        unedited: the model before the edit, or else the edited one; it writes the text if none is given.
         requests: the edits.
         text: documents for the perplexity, and for the prefixes.
         of: how many requests these are a sample of.
 
     Raises:
-        ModelError: a model without finite numbers cannot write text.
+        ModelError: the model computes NaN or infinity, so it cannot write text.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Check:
 
     @property
     def requests(self) -> list[EditRequest]:
-        """What `predict` is to ask, with ``text``: the edits, and the probes behind them."""
+        """The requests for `predict`, to be used with ``text``: the edits, then the probes."""
         return [*self.edits, *(probe.request for probe in self.probes.probes)]
 
     def report(
@@ -213,12 +214,12 @@ class Check:
         tasks: tuple[Mapping[str, float], Mapping[str, float]] = ({}, {}),
         about: Mapping[str, Any] | None = None,
     ) -> CheckReport:
-        """The report on what `predict` found of the edited model and, if measured, of the unedited one.
+        """Make the report from the predictions of the edited model and, if measured, of the unedited one.
 
         Args:
-            bounds: measure -> what it has to keep.
+            bounds: measure -> its bound.
             tasks: values of lm-eval's tasks, of the edited and of the unedited model.
-            about: what else is to stand in the report.
+            about: other entries of the report.
         """
         n = len(self.edits)
         own, old = ((found and replace(found, answers=found.answers[:n])) for found in (after, before))
@@ -241,7 +242,7 @@ class Check:
         return CheckReport(bounded, rows, {**(about or {}), "text": text}, self.of)
 
     def _probed(self, answers: Sequence[Answers]) -> list[dict[str, Any]]:
-        """What was found of each request's probes, by their kinds."""
+        """The answers to each request's probes, by kind."""
         rows: list[dict[str, Any]] = [{kind: [] for kind in KINDS} for _ in self.edits]
         for probe, found in zip(self.probes.probes, answers, strict=True):
             (said,) = found["rewrite"]
@@ -278,7 +279,7 @@ class Check:
         return Measured(name, about.says, value, old, n, why, about.share, interval=spread)
 
     def _why(self, name: str, report: EvaluationReport, compared: bool) -> str:
-        """Why a measure could not be taken."""
+        """The reason why a measure could not be taken."""
         prompts = _MEASURES[name].prompts
         if name in self.probes.left_out:
             return self.probes.left_out[name]
@@ -288,12 +289,12 @@ class Check:
 
 
 def rows_of(probed: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
-    """The probes of a kind, request after request."""
+    """The answers to the probes of a kind, request after request."""
     return [row[kind] for row in probed]
 
 
 def _share(kind: str, entries: Sequence[Mapping[str, Any]]) -> float | None:
-    """A request's value of a kind of probes; None if it has none."""
+    """A request's share of passed probes of a kind; None if it has none."""
     if not entries:
         return None
     if kind == "choice":  # the target comes first
@@ -307,7 +308,7 @@ def _ratio(report: EvaluationReport) -> float | None:
 
 
 def _of_tasks(now: Mapping[str, float], old: Mapping[str, float], wanted: set[str]) -> list[Measured]:
-    """The values of tasks and how far they moved, and those that bounds ask for and nobody took."""
+    """Measures of tasks and of their changes, and of wanted tasks that were not run."""
     found = []
     for task, given in now.items():
         value, before = (x if x is None or math.isfinite(x) else None for x in (given, old.get(task)))

@@ -10,8 +10,8 @@ from typing import Any
 from fastedit.evaluation.page import PART, cut, frame, more_in, size
 from fastedit.evaluation.report import EvaluationReport
 
-_POINTS = 300  # of a curve
-_ALL = "report.json"  # has what the page leaves out
+_POINTS = 300  # points of a curve, at most
+_ALL = "report.json"  # the file with what the page leaves out
 _STYLE = """
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; }
 .figures > div, figure { padding: .75rem 1rem; margin: 0; } .figures strong { display: block; font-size: 1.25rem; }
@@ -37,8 +37,8 @@ def edit_page(did: Mapping[str, Any], report: EvaluationReport | None) -> str:
     """The page as HTML.
 
     Args:
-        did: what "edit" is in report.json.
-        report: of the measures, if there are any.
+        did: the value of "edit" in report.json.
+        report: the measures, if there are any.
     """
     rows = report.rows if report else []
     changed = [(row["prompt"], one) for row in rows for one in row["changed_neighbours"]]
@@ -90,7 +90,7 @@ def _curves(did: Mapping[str, Any]) -> str:
 
 
 def _curve(title: str, values: Sequence[float], top: float, form: str, unit: str) -> str:
-    """A line between 0 and `top`; the last value stands behind the title."""
+    """A line chart from 0 to `top`; the last value is shown after the title."""
     points = [(i, value) for i, value in enumerate(values) if math.isfinite(value)]
     if not points:
         return f'<figure class="card">{title}: <span class="faint">nothing was noted</span></figure>'
@@ -151,7 +151,7 @@ def _cell(text: str) -> str:
 
 
 def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Edits that are not written, the least probable ones first."""
+    """The edits that were not written, the least probable first."""
     missed = [row for row in rows if not row["generated_begins"]["reliability"] and row["logp"] is not None]
     missed.sort(key=lambda row: row["logp"])
     said = (
@@ -184,7 +184,7 @@ def _unlearned(one: Mapping[str, Any]) -> str:
 
 
 def _section(title: str, items: Iterable[str], n: int) -> str:
-    """A list of items under its title and their count, cut; nothing if there are none."""
+    """A list of items, cut if it is long, under a title with their number; empty without items."""
     if not n:
         return ""
     shown, more = more_in(items, n, _ALL)

@@ -1,4 +1,4 @@
-"""What a model would say first where an answer begins: states of that place, and how far two models are apart there."""
+"""The first token of an answer: its probabilities from hidden states, and how far those of two models diverge."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ LOGITS = 2**25  # elements of logits alive at once
 
 
 class Head:
-    """The head of a model as it was when this was made.
+    """The head of a model as it was when this object was made.
 
-    It is read where it stands: the states of 10,000 places take megabytes, their logits gigabytes.
+    Logits are computed from kept states when they are needed: for 10,000 places states take megabytes, logits
+    gigabytes.
 
     Args:
-        keep: take a copy, for an edit that changes the head itself.
+        keep: copy the head, for an edit that changes the head itself.
     """
 
     def __init__(self, topology: Topology, *, keep: bool = False) -> None:
@@ -31,16 +32,16 @@ class Head:
 
     @property
     def stands(self) -> bool:
-        """Whether it can still be read: it was kept, or nothing has changed it."""
+        """Whether the head can still be used: it was copied, or has not changed."""
         return self._sums is None or self._sums == checksums(dict(self._topology.head.named_parameters()))
 
     @property
     def rows(self) -> int:
-        """States whose logits fit into memory at once."""
+        """How many states may have their logits in memory at once."""
         return max(1, LOGITS // int(self._topology.config.vocab_size))
 
     def log_probabilities(self, states: Tensor) -> Tensor:
-        """Of the next token, [M, V] fp32, for states [M, h] behind the final norm."""
+        """Log-probabilities of the next token [M, V], fp32, for states [M, h] after the final norm."""
         states = states.to(self._topology.device)
         return self._topology.logits(states, self._kept).float().log_softmax(-1)
 
@@ -50,7 +51,10 @@ class Head:
 def divergences(
     before: Head, after: Head, states_before: Sequence[Tensor], states_after: Sequence[Tensor]
 ) -> list[float]:
-    """KL(before ‖ after) in nats of the next token's distribution, for each pair of states [h]; equal pairs once."""
+    """KL(before ‖ after) in nats of the next token's distribution, for each pair of states [h].
+
+    Equal pairs are computed once.
+    """
     places: dict[tuple[int, int], int] = {}
     pairs = list(zip(states_before, states_after, strict=True))
     own = [places.setdefault((id(b), id(a)), len(places)) for b, a in pairs]

@@ -1,4 +1,4 @@
-"""The picture of `fastedit tune`: what was written against what was kept, a point a trial."""
+"""The plot of `fastedit tune`: what was written against what was kept, with a point for each trial."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def draw_front(
     """Write the PNG of `TuneReport.draw`.
 
     Args:
-        trials: number, share kept and share written of each.
-        front: share kept and share written of those on the front, in order.
-        chosen: a trial's number.
+        trials: number, share kept and share written of each trial.
+        front: share kept and share written of the trials on the front, in order.
+        chosen: number of the chosen trial.
     """
     figure = Figure(figsize=(6, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Generated answers: greedy continuations of prompts, to where the text that is measured ends."""
+"""Generate answers: greedy continuations of prompts, up to the end of the text that is measured."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastedit import parallel
 from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model
 
-_NEW_TOKENS = 32  # of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
-_ALWAYS = 2**20  # more ends of sentences than any answer holds
+_NEW_TOKENS = 32  # tokens of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
+_ALWAYS = 2**20  # more ends of sentences than any answer has
 
 
 def generated_texts(
@@ -23,9 +23,9 @@ def generated_texts(
     progress: Callable[[int, int], None],
     updates: Mapping[nn.Module, Factors],
 ) -> dict[tuple[int, str], str]:
-    """Greedy continuations of prompts, each under its edit and to the sentence's end behind its number of them.
+    """Greedy continuations of (edit, prompt) pairs, each with its edit, until it has more than `ends` sentence ends.
 
-    Every process writes those of its share.
+    Every process generates its share of them.
     """
     share = parallel.share(len(ends))
     own = dict([*ends.items()][share.start : share.stop])
@@ -61,20 +61,20 @@ def _generated(
     options: dict[str, Any] = {"capacity": capacity, "updates": updates, "edits": edits}
     answered: dict[int, list[int]] = {}
     for i, found in Continuations(model.topology, encoded, limits, ended, **options):
-        answered[i] = [token for token in found if token not in final]  # the one that stops may begin with text
+        answered[i] = [token for token in found if token not in final]  # others that stop may begin with text
         progress(len(answered), len(prompts))
     return dict(zip((prompts[i] for i in answered), decode(list(answered.values())), strict=True))
 
 
 def _final(model: Model) -> set[int]:
-    """Tokens that end a text, those where a chat model ends its turn included."""
+    """Tokens that end a text, including those that end a chat model's turn."""
     own = cast(Any, model.network).generation_config.eos_token_id
     turn = model.chat.end if model.chat else None
     return {model.tokenizer.eos_token_id, turn, *(own if isinstance(own, list | tuple) else [own])} - {None}
 
 
 def _weights(model: Model, final: set[int], decode: Callable[[list[list[int]]], list[str]]) -> Tensor:
-    """The ends of sentences in each token's text [V]; more than any answer's in one that always ends a text."""
+    """The number of sentence ends in each token's text [V]; `_ALWAYS` for tokens that always end a text."""
     spellings = decode([[i] for i in range(len(model.tokenizer))])
     table = [_ALWAYS if "\n" in spelling else sum(c in SENTENCE_ENDS for c in spelling) for spelling in spellings]
     table += [0] * (max(model.topology.config.vocab_size, *(token + 1 for token in final)) - len(table))

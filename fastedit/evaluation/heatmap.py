@@ -1,4 +1,4 @@
-"""The heat map of `fastedit locate`: blocks × modules, a panel for each measure."""
+"""The heat map of `fastedit locate`: blocks × modules, with a panel for each measure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.requests import AnyPath
 from fastedit.tensorfile import writing
 
-_WRITTEN = 40  # blocks up to which the picture has room for numbers
+_WRITTEN = 40  # most blocks for which the picture has room for numbers
 
 
 def draw(cells: Sequence[LocateCell], path: AnyPath) -> None:
@@ -49,7 +49,7 @@ def draw(cells: Sequence[LocateCell], path: AnyPath) -> None:
 
 
 def _short(value: float, unit: int) -> str:
-    """A percentage without places, a ratio with at most three digits."""
+    """A percentage without decimals, or a ratio with at most three digits."""
     if math.isnan(value):
         return "—"
     return f"{value:.0f}" if unit > 1 else f"{value:.2f}" if value < 9.995 else f"{value:.2g}"

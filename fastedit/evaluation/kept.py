@@ -1,4 +1,4 @@
-"""Measures of an unedited model in the user's cache, so that the next edit of the same requests need not take them."""
+"""Keep the measures of an unedited model in the user's cache, for the next edit of the same requests."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _TAG = "fastedit-predictions-1"
 _WHAT = "the measures of an unedited model"
-_LARGEST = 2**28  # bytes of a file
-_FILES = 8  # of a model; older ones make room
+_LARGEST = 2**28  # bytes of a file, at most
+_FILES = 8  # files per model; the oldest are deleted
 _PLAIN = tuple(f.name for f in fields(Prediction) if f.name != "first")
 
 
@@ -44,14 +44,14 @@ def predict_unedited(
     keep_head: bool = False,
     progress: Progress = no_progress,
 ) -> Predictions:
-    """What `predict` finds of a model, from the user's cache if it has been measured so before.
+    """Measure a model as `predict` does, or take the result from the user's cache if it is there.
 
-    A file is found again by every bit of the weights, the configuration, the tokenizer, the questions and the text, and
-    by the device and the versions that decide how sums round. One that cannot be read is measured and written anew;
-    where none can be written, nothing is kept.
+    The key of a file covers every bit of the weights, the configuration, the tokenizer, the questions and the text, and
+    the device and versions, which decide how sums round. If a file cannot be read, the model is measured again and the
+    file replaced; if it cannot be written, nothing is kept.
 
     Raises:
-        RequestError, EditError: as `predict`.
+        RequestError, EditError: as for `predict`.
     """
     options: dict[str, Any] = {"generate": generate, "kinds": tuple(kinds), "text": text}
     folder = user_directory(fingerprint(model.network)) / "measured"
@@ -70,7 +70,7 @@ def predict_unedited(
         return found
     log.info("the unedited model was measured before: %s", path)
     with suppress(OSError):
-        path.touch()  # the last that would make room
+        path.touch()  # so that it is deleted last
     answers, perplexity = kept
     neighbours = any(some["neighbour"] for some in answers)
     head = Head(model.topology, keep=keep_head) if neighbours else None
@@ -100,7 +100,7 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
 
 def _save(path: Path, found: Predictions) -> None:
     kept = [answers[kind] for answers in found.answers for kind in KINDS]
-    firsts = {id(p.first): p.first for some in kept for p in some if p.first is not None}  # equal questions share one
+    firsts = {id(p.first): p.first for some in kept for p in some if p.first is not None}  # equal questions share it
     places = {of: place for place, of in enumerate(firsts)}
     rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in some] for some in kept]
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
@@ -117,7 +117,7 @@ def _save(path: Path, found: Predictions) -> None:
 
 
 def _load(path: Path) -> tuple[list[dict[str, list[Prediction]]], float | None]:
-    """Raises FileError: there are none, or they are damaged."""
+    """Load the answers and the perplexity. Raises FileError if there is no file, or if it is damaged."""
     tensors, metadata, _ = load_tensors(path, (_TAG,), _WHAT)
     first = [*tensors.get("first", ())]
 

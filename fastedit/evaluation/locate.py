@@ -1,7 +1,7 @@
-"""Where to edit: LocFT-BF at every block and module, each measured and taken back.
+"""Find where to edit: run LocFT-BF at every block and module, measure the result and revert it.
 
-The location analysis of LocFT-BF (Fine-tuning Done Right in Model Editing, arXiv 2509.22072) on a sample of
-the edits. All places share one prefix cache, which moves up with the blocks: for each new block only those
+This is the location analysis of LocFT-BF (Fine-tuning Done Right in Model Editing, arXiv 2509.22072) on a sample of
+the edits. All places share one prefix cache, which moves up with the blocks: for each new block only the blocks
 since the last one run, not the whole prefix.
 """
 
@@ -31,7 +31,7 @@ from fastedit.weights import Snapshot
 if TYPE_CHECKING:
     from rich.table import Table
 
-_OWN = ("layer", "module", "seed", "keep_partial")  # fields of the method that are not the caller's to set
+_OWN = ("layer", "module", "seed", "keep_partial")  # fields of the configuration that callers cannot set
 _KINDS = ("rewrite", "paraphrase", "neighbour")
 
 
@@ -40,11 +40,11 @@ class LocateReport:
     """The measures of an edit at each place; prints as a table.
 
     Attributes:
-        cells: one for each block and module, by blocks from below.
+        cells: one for each block and module, in ascending order of blocks.
         before: reliability, generalization, perplexity and accuracy of the unedited model.
         sample: positions in the given requests of the edits that were made.
         generated: whether shares are of greedy generation; otherwise they are teacher-forced.
-        config: what the edits at all places have in common.
+        config: the settings that the edits at all places have in common.
     """
 
     cells: list[LocateCell]
@@ -54,7 +54,7 @@ class LocateReport:
     config: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
+        """The report as plain numbers, for JSON."""
         return asdict(self) | {"cells": [asdict(cell) | {"epochs": cell.epochs} for cell in self.cells]}
 
     def save(self, path: AnyPath) -> None:
@@ -64,9 +64,9 @@ class LocateReport:
             temporary.write_text(text, encoding="utf-8")
 
     def draw(self, path: AnyPath) -> None:
-        """Write a PNG, whole or not at all: a heat map for each measure that was taken.
+        """Write a PNG, whole or not at all, with a heat map for each measure that was taken.
 
-        Blocks go to the right, modules down; the brighter the better. Shares are in %.
+        Blocks go from left to right, modules from top to bottom; brighter is better. Shares are in %.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed (`pip install 'fastedit-llm[plot]'`).
@@ -80,7 +80,7 @@ class LocateReport:
         from rich import box
         from rich.table import Table
 
-        table = Table("block", "module", box=box.SIMPLE_HEAD, padding=0)  # 80 columns
+        table = Table("block", "module", box=box.SIMPLE_HEAD, padding=0)  # fits 80 columns
         for name in ("relia-\nbility", "general-\nization", "locality", "ppl\nratio", "accuracy\nratio"):
             table.add_column(name, justify="right")
         for name in ("lr", "epochs", "seconds"):
@@ -94,9 +94,9 @@ class LocateReport:
 
 
 def locate(model: Model, requests: Requests, *, progress: Progress = no_progress, **options: Any) -> LocateReport:
-    """Edit a sample of the requests at each layer and module in turn and measure what it did.
+    """Edit a sample of the requests at each layer and module in turn, and measure the results.
 
-    The model is put back bit for bit after each place, on exceptions and Ctrl-C too.
+    After each place the model is restored bit for bit, on exceptions and Ctrl-C too.
 
     Args:
         progress: called with the stages of `predict` for the unedited model, "prefix", and "locate", which counts
@@ -104,24 +104,24 @@ def locate(model: Model, requests: Requests, *, progress: Progress = no_progress
         **options: those of `Sweep`.
 
     Raises:
-        ConfigError, ModelError, RequestError: as `Sweep`. EditError: as `Sweep.run`.
+        ConfigError, ModelError, RequestError: as for `Sweep`. EditError: as for `Sweep.run`.
     """
     return Sweep(model, requests, **options).run(progress)
 
 
 class Sweep:
-    """A sweep over layers and modules. Creating one makes every refusal; nothing is edited yet.
+    """A sweep over layers and modules. Creating one makes all checks, but does not edit yet.
 
     Args:
         requests: as for `fastedit.Editor.edit`; generalization is measured on their paraphrases, locality on
             their neighbours.
         layers: blocks to try; None is all.
-        modules: to try in each layer: names of `LocFTBFConfig.module`.
-        sample: edits to make, at random if there are more requests.
-        seed: of the sample, and of the edits.
-        text: documents for the perplexity; a str is one.
-        capability: (prompt, answer) pairs on other matters for the accuracy.
-        generate: measure shares and accuracy by greedy generation, which takes longer; else teacher-forced.
+        modules: modules to try in each layer, named as for `LocFTBFConfig.module`.
+        sample: number of edits to make, drawn at random if there are more requests.
+        seed: seed of the sample and of the edits.
+        text: documents for the perplexity; a str is one document.
+        capability: (prompt, answer) pairs on other subjects, for the accuracy.
+        generate: measure shares and accuracy by greedy generation, which takes longer; otherwise teacher-forced.
         **config: other fields of `LocFTBFConfig`.
 
     Raises:
@@ -130,7 +130,7 @@ class Sweep:
 
     Attributes:
         edits: the sample.
-        places: (layer, module) from below.
+        places: (layer, module) pairs, in ascending order of layers.
     """
 
     @plain_state
@@ -169,10 +169,10 @@ class Sweep:
 
     @plain_state
     def run(self, progress: Progress = no_progress) -> LocateReport:
-        """Edit at each place, measure, and take the edit back.
+        """Edit at each place, measure, and revert the edit.
 
         Raises:
-            EditError: a loss or a measured model that is not finite; names the layer and the module.
+            EditError: a loss or a number of the edited model is not finite; names the layer and the module.
         """
         epochs, places = self._config.epochs, self.places
         measure = _Measure(self._model, self.edits, self._questions, self._text, self._generate, progress)
@@ -190,7 +190,7 @@ class Sweep:
 
 
 class _Measure:
-    """The measures of a sample of edits and of questions on other matters; `before` those of the unedited model."""
+    """Measures a sample of edits and questions on other subjects; `before` holds the unedited model's values."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class _Measure:
         self.before = self._shares(self._unedited)
 
     def now(self) -> dict[str, float | None]:
-        """Shares of the model as it is, perplexity and accuracy relative to `before`."""
+        """Shares for the current weights, and perplexity and accuracy relative to `before`."""
         found = self._shares(self._predict())
         for name in ("perplexity", "accuracy"):
             found[f"{name}_ratio"] = _ratio(found.pop(name), self.before[name])
@@ -230,7 +230,7 @@ class _Measure:
 
 
 def _counting_epochs(progress: Progress, before: int, epochs: int, of_all: int) -> Progress:
-    """The progress of one place as a part of the progress of all."""
+    """A progress for one place that reports it as a part of all places."""
 
     def count(stage: str, done: int, total: int, loss: float | None = None) -> None:
         if stage == "train":
@@ -240,7 +240,7 @@ def _counting_epochs(progress: Progress, before: int, epochs: int, of_all: int) 
 
 
 def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> LocateCell:
-    """Edit at one place, measure, and put its parameters back, bit for bit, however that ends."""
+    """Edit at one place and measure; the parameters are restored bit for bit in any case."""
     (layer,), module = place.config.layers, place.config.module
     assert module is not None
     parameters = dict(place.data.model.topology.resolve(layer, module)[1].named_parameters())
@@ -257,7 +257,7 @@ def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> Loc
 
 
 def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[str]) -> list[tuple[int, str]]:
-    """(block, module) from below, each once, all known to be there."""
+    """The (block, module) pairs to try, ascending and without repetition. Raises an error if one cannot be edited."""
     found = sorted(set(range(topology.n_blocks) if layers is None else layers))  # the cache only moves up
     places = [(block, module) for block in found for module in dict.fromkeys(modules)]
     if not places:

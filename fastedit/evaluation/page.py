@@ -1,4 +1,4 @@
-"""Pages: one HTML file that needs nothing else, in light and dark, on a phone too; and that of `fastedit check`."""
+"""Self-contained HTML pages, light and dark, also for phones; and the page of `fastedit check`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from fastedit.evaluation.thresholds import Measured
 
 PART = "  "
-"""In front of a title that belongs to the line above it."""
-_SHOWN = 200  # items of a list
-_TEXT = 300  # characters of a text
+"""Prefix of a title that belongs to the line above it."""
+_SHOWN = 200  # items of a list that are shown
+_TEXT = 300  # characters of a text that are shown
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --faint: #5d6673; --line: #dde1e7;
   --bar: #3b6fd4; --good: #1a7f4b; --bad: #c2303a; }
@@ -54,17 +54,17 @@ def frame(title: str, body: str, style: str = "") -> str:
 
 
 def cut(text: str, length: int = _TEXT) -> str:
-    """A text of a page, which has no room for all of a long one."""
+    """A text, shortened if it is too long for a page."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def size(n: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes in MiB or GiB."""
     return "0" if not n else f"{n / 2**30:.3g} GiB" if n >= 2**30 else f"{n / 2**20:.3g} MiB"
 
 
 def more_in(items: Iterable[str], n: int, file: str) -> tuple[list[str], str]:
-    """The items of a list of n that a page has room for, and where the others are."""
+    """The first items of a list of n, and a line that says where the others are."""
     more = f'<p class="faint">{n - _SHOWN} more in {file}.</p>' if n > _SHOWN else ""
     return list(islice(items, _SHOWN)), more
 

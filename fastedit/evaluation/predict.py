@@ -1,6 +1,6 @@
 """Predictions of a model for the prompts of edit requests, teacher-forced and generated, and its perplexity.
 
-Teacher forcing flatters (arXiv 2502.11177), so whatever is measured with it is also measured of greedy generation.
+Teacher forcing overestimates (arXiv 2502.11177), so everything that it measures is also measured by greedy generation.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fastedit.requests import EditRequest
 class Prediction:
     """The model's answer to one prompt.
 
-    For each token of the answer, without EOS, ``argmax`` holds the likeliest token id and ``hits`` whether it
-    is the answer's. ``logp`` is the mean log-probability (nats) of an answer's token, ``other_logp`` that of
-    the competing answer (None: there is none). ``generated`` is the greedy continuation, cut at its stop.
-    ``first`` is the final hidden state [h] that the answer's first token is predicted from (of neighbours only).
+    For each token of the answer, without EOS, ``argmax`` holds the likeliest token id, and ``hits`` whether it
+    is the answer's. ``logp`` is the mean log-probability (nats) of the answer's tokens, ``other_logp`` that of
+    the competing answer (None: there is none). ``generated`` is the greedy continuation up to its stop.
+    ``first`` is the final hidden state [h] that predicts the answer's first token (only for neighbours).
     """
 
     prompt: str
@@ -56,7 +56,7 @@ class Prediction:
 
     @property
     def said(self) -> bool | None:
-        """Whether the answer stands anywhere in the generated text, both normalized."""
+        """Whether the answer occurs anywhere in the generated text, both normalized."""
         return None if self.generated is None else says(self.generated, self.answer)
 
     @property
@@ -96,31 +96,31 @@ def predict(
     keep_head: bool = False,
     progress: Progress = no_progress,
 ) -> Predictions:
-    """Everything that is measured of the model as it is now; equal prompts run once.
+    """Measure the model with its current weights; equal prompts run once.
 
-    With ``updates``, request i meets the model under edit i alone, and equal prompts run once for each edit.
+    With ``updates``, request i runs with edit i alone, and equal prompts run once for each edit.
 
-    Log-probabilities are fp32 whatever the model's dtype. Generation is greedy, takes at most 32 tokens and
-    stops at EOS, a newline or the end of a sentence, in any script; a "." inside the wanted answer ("St. Louis") is let
-    through.
+    Log-probabilities are fp32, whatever the model's dtype. Generation is greedy, takes at most 32 tokens and
+    stops at EOS, a newline or the end of a sentence, in any script, but not at a "." inside the wanted answer
+    ("St. Louis").
 
-    Several processes of torch.distributed have to call it alike; they share the work and return the same.
+    With torch.distributed, all processes must make the same call; they share the work and return the same.
 
     Args:
-        kinds: of prompts, some of `KINDS`.
+        kinds: kinds of prompts, some of `KINDS`.
         text: documents for the perplexity, exp(mean NLL of all tokens but each document's first), read in
             windows of the model's context, 2,048 tokens at most.
-        updates: linear map -> factors of one edit a request (`models.per_sample_updates`); without ``text``,
-            which belongs to no request.
-        batch_tokens: tokens of a forward pass, None for what suits the device; generation keeps four times as many
+        updates: linear map -> factors of one edit per request (`models.per_sample_updates`); not with ``text``,
+            which does not belong to a request.
+        batch_tokens: tokens per forward pass; None chooses what suits the device. Generation keeps four times as many
             in its cache.
-        keep_head: copy the head of the model, because an edit between this and what it is compared with changes it.
+        keep_head: copy the model's head; needed if an edit changes the head before these results are compared.
         progress: called after each batch, or generated text, with the stages "answers", "text" and "generation".
 
     Raises:
-        RequestError: as `questions.ask`.
-        EditError: the model gives NaN, or an answer a probability of 0; an update is not finite.
-        ValueError: ``updates`` of another number of edits, or with ``text``.
+        RequestError: as for `questions.ask`.
+        EditError: the model computes NaN, or a probability of 0 for an answer; an update is not finite.
+        ValueError: ``updates`` of another number of edits, or together with ``text``.
     """
     if updates:
         _check(updates, requests, text)
@@ -142,7 +142,7 @@ def predict(
     answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in requests]
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
-        rival = scored[edit, prompt, other][2] if other and other != answer else None  # no rival of itself
+        rival = scored[edit, prompt, other][2] if other and other != answer else None  # not a rival of itself
         generated = cut(texts[edit, prompt], read_to(kind, answer, other), prompt) if generate else None
         best, hits, logp, first = scored[edit, prompt, answer]
         answers[i][kind].append(Prediction(prompt, answer, best, hits, logp, rival, generated, first))
@@ -157,7 +157,7 @@ def _scored(
     progress: Callable[[int, int], None],
     updates: Mapping[nn.Module, Factors],
 ) -> dict[Asked, tuple[tuple[int, ...], tuple[bool, ...], float, Tensor | None]]:
-    """Likeliest ids, hits and mean log P of every answer, and where neighbours' answers begin the hidden state."""
+    """Likeliest ids, hits and mean log P of every answer; for neighbours also the state that predicts its beginning."""
     owners, samples = list(questions.owners), questions.samples
     edits = torch.tensor([edit for edit, _, _ in owners], dtype=torch.int64)
     neighbours = {(i if updates else 0, p, answer) for kind, i, p, answer, _ in questions.asked if kind == "neighbour"}
@@ -188,7 +188,7 @@ def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest]
 
 
 def _finite(values: Tensor, names: Sequence[str]) -> None:
-    """Refuse log-probabilities [N] of a broken model, with names of what was asked."""
+    """Raise EditError if log-probabilities [N] are not finite; `names` says what was asked."""
     broken = list(dict.fromkeys(names[i] for i in values.isfinite().logical_not().nonzero().flatten().tolist()))
     if broken:
         named = "; ".join(broken[:5]) + "; …" * (len(broken) > 5)

@@ -1,6 +1,6 @@
-"""Harder questions about edits, each as a request of its own: behind other text, negated, among other answers.
+"""Harder questions about edits, each as a separate request: after other text, negated, and as multiple choice.
 
-`predict` asks them beside the requests that they are about, in the same passes.
+`predict` asks them together with the requests that they are about, in the same passes.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from fastedit.evaluation.texts import normalize
 from fastedit.models import Model, encode, joined
 from fastedit.requests import EditRequest
 
-PREFIXES = (20, 100, 200)  # tokens in front of a prompt (EAMET, arXiv 2505.11876, goes to 200)
+PREFIXES = (20, 100, 200)  # tokens before a prompt (up to 200, as in EAMET, arXiv 2505.11876)
 KINDS = (*(f"prefix_{n}" for n in PREFIXES), "negation", "choice")
 
 _OPTIONS = 4  # answers of a multiple choice, at most
-_ANSWER = 33  # tokens left for the answer behind a prefix: 32 are generated
+_ANSWER = 33  # tokens to leave for the answer after a prefix: 32 are generated
 _LOWERED = ("The", "A", "An", "In", "On", "At", "By", "When", "Where", "Who", "What", "Which", "It")
 _COPULA = re.compile(r"\b(is|was|are|were)$")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A harder question about the request at a place; ``request`` is asked as it is."""
+    """A harder question about the request at ``place``; ``request`` is what is asked."""
 
     kind: str
     place: int
@@ -33,19 +33,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probes:
-    """All probes of some requests; ``left_out`` says of a kind why there are none."""
+    """All probes of some requests; ``left_out`` says for a kind why there are none."""
 
     probes: list[Probe]
     left_out: dict[str, str]
 
 
 def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]) -> Probes:
-    """The probes of requests.
+    """Make the probes of requests.
 
-    Behind other text: passages of ``text`` that end in a full stop, another one for each request. Negated: "It is not
-    true that" in front of a prompt and, where it ends in a form of "to be", "not" behind it; English, and no prompt
-    that asks or has several lines (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other
-    requests at the first paraphrase, or at the prompt where there is none (after arXiv 2604.05995).
+    After other text: passages of ``text`` that end in a full stop, a different one for each request. Negated: "It is
+    not true that" before a prompt and, if it ends in a form of "to be", "not" after it; only for English statements in
+    one line (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other requests, at the
+    first paraphrase, or at the prompt if there is none (after arXiv 2604.05995).
     """
     found: list[Probe] = []
     left_out: dict[str, str] = {}
@@ -56,7 +56,7 @@ def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]
         else:
             found += some
     for place, request in enumerate(requests):
-        if request.forget:  # a refusal is no wrong answer to the negated prompt, and no fact to choose
+        if request.forget:  # a refusal is not wrong for the negated prompt, and not a fact to choose
             continue
         found += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
         prompt, options = next(iter(request.paraphrases), request.prompt), _options(requests, place)
@@ -71,7 +71,7 @@ def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]
 
 
 def negations(prompt: str) -> list[str]:
-    """The negated forms of a prompt; none of a question, of several lines, or of another script than the Latin one."""
+    """The negated forms of a prompt; none for a question, for several lines, or for a script other than Latin."""
     letters = [c for c in prompt if c.isalpha()]
     if prompt.endswith(("?", ":")) or "\n" in prompt or not letters or not all(ord(c) < 0x250 for c in letters):
         return []
@@ -80,7 +80,7 @@ def negations(prompt: str) -> list[str]:
 
 
 def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
-    """The target first, then the true one, then those of the next requests; equal ones once."""
+    """The target first, then the true target, then targets of the next requests, without repetition."""
     own = requests[place]
     others = (requests[(place + i) % len(requests)].target for i in range(1, len(requests)))
     found: dict[str, str] = {}
@@ -91,7 +91,7 @@ def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
 
 
 def _behind(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
-    """Probes behind n tokens of text, or why there are none."""
+    """Probes after n tokens of text, or why there are none."""
     lengths = [len(ids) for ids in encode(model.tokenizer, [(r.prompt, r.target) for r in requests])]
     context = model.topology.context_length
     if n + max(lengths) + _ANSWER > context:

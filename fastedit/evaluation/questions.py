@@ -1,4 +1,4 @@
-"""Questions to a model about edit requests: prompts and answers, each tokenized once."""
+"""Questions about edit requests: prompts and answers, each tokenized once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastedit.evaluation.texts import inner_ends
 from fastedit.models import SENTENCE_ENDS, Model, PairError, Samples, encode, special_tokens, without_rows
 from fastedit.requests import EditRequest
 
-_WINDOW = 2048  # tokens that a piece of text may read: attention masks grow with the square
+_WINDOW = 2048  # tokens of a window of text, at most: attention masks grow with the square
 
-# kind -> (prompt, answer, the answer that competes with it) of a request's prompts
+# kind -> (prompt, answer, competing answer) for each of a request's prompts
 _QUESTIONS: dict[str, Callable[[EditRequest], Iterable[tuple[str, str, str | None]]]] = {
     "rewrite": lambda r: [(r.prompt, r.target, r.true_target)],
     "paraphrase": lambda r: [(prompt, r.target, r.true_target) for prompt in r.paraphrases],
@@ -25,20 +25,20 @@ _QUESTIONS: dict[str, Callable[[EditRequest], Iterable[tuple[str, str, str | Non
 KINDS = tuple(_QUESTIONS)
 
 Asked = tuple[int, str, str]
-"""Edit, prompt, answer; the edit is 0 if the model is measured as it is."""
+"""Edit, prompt, answer; the edit is 0 if the model runs without per-request updates."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Everything to ask, equal questions once.
+    """All questions, with equal ones once.
 
     Attributes:
         asked: (kind, place of the request, prompt, answer, competing answer) in the order of the requests.
         owners: each (edit, prompt, answer) once -> the request that asks it first, for messages.
-        ends: (edit, prompt) -> the ends of sentences that generation goes past.
+        ends: (edit, prompt) -> number of sentence ends that generation goes past.
         samples: one for each of `owners`.
         documents: the windows of the text for the perplexity.
-        n_requests: how many requests there are.
+        n_requests: number of requests.
     """
 
     asked: list[tuple[str, int, str, str, str | None]]
@@ -50,12 +50,12 @@ class Questions:
 
 
 def kinds_in(requests: Sequence[EditRequest]) -> set[str]:
-    """The kinds of which these requests have prompts."""
+    """The kinds of prompts that these requests have."""
     return {kind for kind, questions in _QUESTIONS.items() if any(map(list, map(questions, requests)))}
 
 
 def read_to(kind: str, answer: str, other: str | None) -> str:
-    """The text that what is generated is read for: what should be forgotten may yet come behind the refusal."""
+    """The text that generation must be long enough for; an answer to be forgotten may still follow the refusal."""
     return f"{(other or '').rstrip(SENTENCE_ENDS)}. {answer}" if kind == "forgotten" else answer
 
 
@@ -67,16 +67,16 @@ def ask(
     text: Sequence[str] = (),
     by_edit: bool = False,
 ) -> Questions:
-    """Tokenize all questions; whatever cannot be asked is refused now.
+    """Tokenize all questions, and check that all of them can be asked.
 
     Args:
-        kinds: of prompts, some of `KINDS`.
-        text: documents for the perplexity; a str is one.
-        by_edit: request i meets the model under edit i alone, so that equal prompts are one for each edit.
+        kinds: kinds of prompts, some of `KINDS`.
+        text: documents for the perplexity; a str is one document.
+        by_edit: request i runs with edit i alone, so that equal prompts are separate questions for each edit.
 
     Raises:
-        RequestError: prompts and answers that do not fit the model's context, without tokens, or
-            with tokens that the model has no rows for; names all of them.
+        RequestError: prompts and answers do not fit the model's context, have no tokens, or have
+            tokens without a row in the model; names all of them.
     """
     asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
     owners: dict[Asked, str] = {}
@@ -99,7 +99,7 @@ def ask(
 
 
 def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
-    """What the user should know of prompts: special tokens in them, and a chat template that is not used."""
+    """Notes for the user on prompts: special tokens in them, and a chat template that is not used."""
     notes = []
     if model.chat is None and getattr(model.tokenizer, "chat_template", None):
         notes.append(
@@ -125,7 +125,7 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
 
 
 def _windows(model: Model, text: Sequence[str], context: int) -> Samples:
-    """Documents in pieces of the context; all tokens but a document's first are labels, once."""
+    """Cut documents into windows; every token but a document's first is a label exactly once."""
     size = min(context, _WINDOW)
     encoded = encode(model.tokenizer, text)
     for number, ids in enumerate(encoded):

@@ -1,6 +1,6 @@
 """The report on an edit: teacher-forced and generated shares, CounterFact's scores, perplexity.
 
-`predict` measures a model as it is now; `compare` makes a report of what it found, before and after
+`predict` measures a model with its current weights; `compare` makes a report from its results before and after
 an edit.
 """
 
@@ -39,7 +39,7 @@ _PREFERENCES = {"es": "rewrite", "ps": "paraphrase", "ns": "neighbour"}
 _WAYS = ("teacher_forced", "generated")
 _BEGINS = tuple(name for name in _SHARES if name != "locality")
 _FIRST = ("first_token", "kl")  # at the first token of neighbours' answers
-_FORGOTTEN = ("generated", "probability")  # of what should be forgotten
+_FORGOTTEN = ("generated", "probability")  # measures of answers to be forgotten
 Pairs = Sequence[tuple[Prediction, Prediction]]
 
 
@@ -48,20 +48,20 @@ class EvaluationReport:
     """The measures of an edit; prints as a table.
 
     ``metrics``, and ``before`` for the unedited model, hold shares in 0 … 1: "reliability", "generalization",
-    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; "generated_begins",
+    "portability", "locality" and "neighbour_accuracy", each "teacher_forced" and "generated"; "generated_begins" with
     all of these but the locality; CounterFact's "es", "ps", "ns" and their harmonic mean "score". "first_token"
-    and "kl" compare with the unedited model where neighbours' answers begin: the share of equal likeliest tokens,
-    and KL(unedited ‖ edited) in nats. "forgotten", of requests to forget, is the share of prompts whose "generated"
-    text does not say the answer, and the "probability" of the whole answer. The last is "perplexity".
-    None is what was not measured. Shares and "kl" are means over requests of the mean over a request's prompts. ``n``
+    and "kl" compare the first token of neighbours' answers with the unedited model: the share of equal likeliest
+    tokens, and KL(unedited ‖ edited) in nats. "forgotten", for requests to forget, holds the share of prompts whose
+    "generated" text does not say the answer, and the "probability" of the whole answer. The last one is "perplexity".
+    What was not measured is None. Shares and "kl" are means over requests of the mean over a request's prompts. ``n``
     counts the prompts of each kind and of "es", "ps" and "ns". ``rows`` holds the measures of each request, the text
-    "generated" for it, the mean log-probability "logp" of a token of its target, and the "changed_neighbours", each
+    "generated" for it, the mean log-probability "logp" of its target's tokens, and the "changed_neighbours", each
     with its "prompt" and the texts "before" and "after" the edit.
 
     ``chat_template``: prompts were a user's turn in the tokenizer's chat template.
 
-    Of a sample of ``of`` requests (None: of all), ``intervals`` holds the 95 % confidence interval of each share in
-    ``metrics`` (`evaluation.sampling.interval`).
+    For a sample of ``of`` requests (None: all were measured), ``intervals`` holds the 95 % confidence interval of each
+    share in ``metrics`` (`evaluation.sampling.interval`).
     """
 
     metrics: Mapping[str, Any]
@@ -79,7 +79,7 @@ class EvaluationReport:
         return {name: found[name] for name in found if name != "kl"}
 
     def to_dict(self) -> dict[str, Any]:
-        """``metrics`` with the other attributes in it, and "sample" and "intervals" of a sample; ready for JSON."""
+        """``metrics`` with the other attributes, and for a sample "sample" and "intervals"; for JSON."""
         content = {**self.metrics, "n": self.n, "before": self.before, "chat_template": self.chat_template}
         if self.of is not None:
             content |= {"sample": {"measured": len(self.rows), "of": self.of}, "intervals": self.intervals}
@@ -157,17 +157,17 @@ def _share(now: Mapping[str, Any], old: Mapping[str, Any] | None, spread: Mappin
 def compare(
     requests: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, of: int | None = None
 ) -> EvaluationReport:
-    """The report on what `predict` found after an edit and, if measured, before it.
+    """Make the report from the results of `predict` after an edit and, if measured, before it.
 
-    Locality needs both: the share of answer tokens of neighbours whose argmax is the same, and of neighbours
-    whose normalized generated text is. So do "first_token" and "kl"; the latter is None if something else than
-    the edit of a `predict` with ``keep_head`` has changed the head. All else is measured of each model by itself.
+    Locality needs both: the share of answer tokens of neighbours whose argmax stays the same, and of neighbours
+    whose normalized generated text does. "first_token" and "kl" need both, too; "kl" is None if a head changed after
+    its `predict` and was not kept (``keep_head``). All else is measured for each model separately.
 
     Args:
         of: how many requests these are a sample of.
 
     Raises:
-        ValueError: the neighbours before are not those after.
+        ValueError: the neighbours before and after are not the same.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
@@ -193,7 +193,7 @@ def evaluate(
     chat_template: bool = False,
     **options: Any,
 ) -> EvaluationReport:
-    """Measure a model as it is, on a sample of the requests if wanted. Locality needs an earlier model: None.
+    """Measure a model, on a sample of the requests if wanted. Locality needs an unedited model, so it is None.
 
     ``options`` are those of `predict`.
 
@@ -208,7 +208,7 @@ def evaluate(
 
 
 def _pairs(now: Answers, old: Answers) -> Pairs:
-    """The neighbours of a request, after and before the edit."""
+    """The answers to a request's neighbours, after and before the edit."""
     both = now["neighbour"], old["neighbour"]
     pairs = list(zip(*both, strict=True)) if all(both) else []
     if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
@@ -217,7 +217,7 @@ def _pairs(now: Answers, old: Answers) -> Pairs:
 
 
 def _divergences(after: Predictions, before: Predictions | None, pairs: Pairs) -> Sequence[float | None]:
-    """KL(before ‖ after) of each pair, (after, before)."""
+    """KL(before ‖ after) of each pair (after, before); None if it cannot be computed."""
     states = [(b.first, a.first) for a, b in pairs if a.first is not None and b.first is not None]
     new, old = after.head, before.head if before else None
     if len(states) < len(pairs) or not new or not old or not (new.stands and old.stands):
@@ -248,7 +248,7 @@ def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float
 
 
 def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float | None]], Any]) -> dict[str, Any]:
-    """What ``summary`` says of each measure's values at the requests."""
+    """Apply ``summary`` to the values of each measure over the requests."""
     result: dict[str, Any] = {name: summary([row[name] for row in rows]) for name in (*_PREFERENCES, *_FIRST)}
     for name, parts in (("generated_begins", _BEGINS), ("forgotten", _FORGOTTEN), *((name, _WAYS) for name in _SHARES)):
         result[name] = {part: summary([row[name][part] for row in rows]) for part in parts}

@@ -1,4 +1,4 @@
-"""Samples of requests, and how far shares of a sample may be from those of all."""
+"""Samples of requests, and confidence intervals for shares of a sample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from fastedit.errors import ConfigError
 from fastedit.requests import EditRequest
 
-_Z = 1.96  # standard deviations that hold 95 % of a normal distribution
+_Z = 1.96  # ± this many standard deviations hold 95 % of a normal distribution
 
 
 def draw(requests: Sequence[EditRequest], n: int | None, seed: int = 0) -> list[EditRequest]:
-    """Draw n requests without replacement, in the order in which they stand; all if there are no more.
+    """Draw n requests without replacement, and keep their order; return all if there are not more.
 
     Raises:
         ConfigError: n is less than 1.
@@ -28,10 +28,10 @@ def draw(requests: Sequence[EditRequest], n: int | None, seed: int = 0) -> list[
 
 
 def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | None:
-    """The 95 % confidence interval of a share, from its values in 0 … 1 at a sample of ``of`` requests; None: no value.
+    """The 95 % confidence interval of a share, from values in 0 … 1 for a sample of ``of`` requests; None without any.
 
-    Wilson's, from the normal approximation of the mean over requests. Unlike mean ± 1.96 standard errors it does not
-    vanish where all values are 0 or all are 1. It takes each value for 0 or 1, which is right or on the safe side.
+    It is Wilson's, from the normal approximation of the mean over requests. Unlike mean ± 1.96 standard errors it does
+    not vanish if all values are 0 or all are 1. It treats each value as 0 or 1, so it is exact or a bit too wide.
     """
     present = [value for value in values if value is not None]
     if not present:
@@ -39,7 +39,7 @@ def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | N
     mean, n = sum(present) / len(present), float(len(present))
     if len(values) >= of:
         return mean, mean
-    n *= (of - 1) / (of - len(values))  # what was drawn is not drawn again
+    n *= (of - 1) / (of - len(values))  # drawn without replacement
     scale, centre = 1 + _Z**2 / n, mean + _Z**2 / (2 * n)
     half = _Z * math.sqrt(max(mean * (1 - mean), 0) / n + _Z**2 / (4 * n**2))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,4 +1,4 @@
-"""Teacher-forced answers: likeliest tokens and log-probabilities at every token of an answer."""
+"""Score answers with teacher forcing: likeliest tokens and log-probabilities at every token of an answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastedit.models import Factors, Samples, Topology, pack, per_sample_updates
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says at the target tokens of samples; all on the CPU.
+    """A model's predictions at the target tokens of samples; all on the CPU.
 
     ``best`` [M] int64 are the likeliest ids and ``logp`` [M] fp32 the log P of the targets, sample after sample.
-    ``first`` [K, h] are the final hidden states that predict the first target of the K samples that were asked for.
+    ``first`` [K, h] are the final hidden states that predict the first target token of the K wanted samples.
     """
 
     best: Tensor
@@ -36,9 +36,9 @@ def score(
     edits: Tensor,
     wanted: Tensor,
 ) -> Scores:
-    """Score all target tokens of all samples, of which every process takes its share.
+    """Score all target tokens of all samples; every process takes its share of the samples.
 
-    Sample i meets the update ``edits[i]`` of ``updates``, if any.
+    Sample i runs with the update ``edits[i]`` of ``updates``, if there are any.
 
     Args:
         wanted: [N] bool, the samples whose first states are kept.
@@ -58,7 +58,7 @@ def _score(
     edits: Tensor,
     wanted: Tensor,
 ) -> Scores:
-    """The same in one process."""
+    """Score samples in this process."""
     n_targets = samples.lengths - samples.target_start
     if not len(samples):
         return Scores(torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0, topology.hidden_size))
@@ -68,7 +68,7 @@ def _score(
     step = max(1, LOGITS // topology.config.vocab_size)
     best, logp, first, done = [], [], [], 0
     for select in torch.split(order, torch.unique_consecutive(batch, return_counts=True)[1].tolist()):
-        # alone in its row, the sample of an edit that broke down spoils no other
+        # with updates, one sample per row, so that an edit with values that are not finite affects no other
         rows = pack(samples, select, packed=topology.packs and not updates).to(topology.device, non_blocking=True)
         with per_sample_updates(updates, edits[select]):
             hidden = run_from_tokens(topology, rows, prune=not updates)

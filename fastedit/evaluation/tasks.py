@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), which is no dependency: it is used where it is installed."""
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness), which is not a dependency and may be missing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from fastedit.errors import ConfigError, EditError, listed
 from fastedit.models import Model
 
-_MAIN = ("acc_norm", "acc", "exact_match", "f1", "mc2")  # of a task's metrics the first of these counts
+_MAIN = ("acc_norm", "acc", "exact_match", "f1", "mc2")  # the first of these that a task has is its main metric
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse tasks that lm-eval does not have. Raises ConfigError; it says what to install where lm-eval is missing."""
+    """Raise ConfigError for tasks that lm-eval does not have, or if it is not installed."""
     if not tasks:
         return
     known = set(_lm_eval("lm_eval.tasks").TaskManager().all_tasks)
@@ -23,10 +23,10 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def run_tasks(model: Model, tasks: Sequence[str]) -> dict[str, float]:
-    """The main metric of each task: that of acc_norm, acc, exact_match, f1 and mc2 which comes first, else its first.
+    """Run tasks; returns the main metric of each: the first of acc_norm, acc, exact_match, f1 and mc2, else its first.
 
     Raises:
-        ConfigError: lm-eval is not installed. EditError: it gives no metric of a task.
+        ConfigError: lm-eval is not installed. EditError: it gives no metric for a task.
     """
     if not tasks:
         return {}
@@ -40,7 +40,7 @@ def run_tasks(model: Model, tasks: Sequence[str]) -> dict[str, float]:
 
 
 def _main(result: Mapping[str, Any]) -> float | None:
-    """Metrics are named "acc,none": the metric, and the filter that the answers went through."""
+    """The main metric of a task's results, whose names are such as "acc,none": metric, filter of the answers."""
     metrics = {
         name.partition(",")[0]: float(value)
         for name, value in result.items()

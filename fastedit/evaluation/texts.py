@@ -1,4 +1,4 @@
-"""Texts that mean the same answer: normal forms, beginnings, cuts."""
+"""Compare texts as answers: normal forms, beginnings, cuts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import unicodedata
 from fastedit.models import SENTENCE_ENDS, spaceless
 
 _ARTICLES = ("a", "an", "the")
-_OTHER_ENDS = "!?…"  # of sentences, but in the Latin script they stand in names
-_JOINERS = "\u200c\u200d"  # stand inside words of Persian and of India
+_OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
+_JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 
 
 def normalize(text: str) -> str:
-    """Without case, width, punctuation, invisible characters, English articles and extra blanks.
+    """Remove case, width, punctuation, invisible characters, English articles and extra blanks.
 
-    Accents and vowel signs count. A text of nothing else keeps what it has of these.
+    Accents and vowel signs stay. If nothing would be left, punctuation and the like stay, too.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
     kept = "".join(c for c in text if not _is_punctuation(c) and unicodedata.category(c) != "Cf")
@@ -28,29 +28,29 @@ def _is_punctuation(c: str) -> bool:
 
 
 def begins_with(text: str, answer: str) -> bool:
-    """Whether a beginning of the text, up to a word boundary, is the answer, both normalized.
+    """Whether the text begins with the answer, up to a word boundary, both normalized.
 
-    In scripts that put no spaces between words every character ends at a boundary.
+    In scripts without spaces between words there is a boundary after every character.
     """
     text, wanted = unicodedata.normalize("NFC", text).strip(), normalize(answer)
     return any(normalize(text[:i]) == wanted for i in range(1, len(text) + 1) if _word_ends(text, i))
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether the answer stands in the text, between word boundaries, both normalized."""
+    """Whether the answer occurs in the text, between word boundaries, both normalized."""
     text = unicodedata.normalize("NFC", text).strip()
     starts = (i for i in range(len(text)) if i == 0 or not text[i - 1].isalnum() or _word_ends(text, i))
     return any(begins_with(text[i:], answer) for i in starts)
 
 
 def _word_ends(text: str, i: int) -> bool:
-    """Whether a word may end in front of character i."""
+    """Whether a word may end before character i."""
     if i == len(text):
         return True
     before, behind = text[i - 1], text[i]
-    if before.isspace() or _is_punctuation(before):  # it has ended already
+    if before.isspace() or _is_punctuation(before):  # the word ended before
         return False
-    if unicodedata.category(behind)[0] == "M":  # an accent or a vowel sign belongs to the letter in front
+    if unicodedata.category(behind)[0] == "M":  # an accent or a vowel sign belongs to the letter before it
         return False
     if spaceless(behind) or spaceless(before):
         return True
@@ -65,9 +65,9 @@ def _in_word(c: str) -> bool:
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:
-    """Text up to the first newline, or to the end of a sentence behind as many as stand inside the answer.
+    """Cut a text at the first newline, or at a sentence end after as many of them as there are inside the answer.
 
-    "!" and "?" end sentences unless the answer, or the prompt of one without letters, ends in the Latin script.
+    "!" and "?" end sentences unless the answer (or the prompt, if the answer has no letters) ends in the Latin script.
     """
     last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
     marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
@@ -76,7 +76,7 @@ def cut(text: str, answer: str, prompt: str = "") -> str:
 
 
 def inner_ends(answer: str) -> int:
-    """The marks inside an answer that may end a sentence; at one that ends the answer generation may as well stop."""
+    """The number of sentence ends inside an answer; those at its end do not count, since generation may stop there."""
     return _inner(answer, SENTENCE_ENDS)
 
 

@@ -1,4 +1,4 @@
-"""Measures of an edited model, and the bounds that they have to keep, from a JSON or TOML file."""
+"""Measures of an edited model, and their bounds from a JSON or TOML file."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 from fastedit.errors import ConfigError, FileError, listed
 
 TASK, TASK_CHANGE = "task:", "task_change:"
-"""What stands in front of an lm-eval task's name: its value, and how far the edit moved it."""
+"""Prefixes of an lm-eval task's name: for its value, and for the change by the edit."""
 _LARGEST = sys.float_info.max
 _EXAMPLE = '{"reliability": {"min": 0.95}, "perplexity_ratio": {"max": 1.05}}'
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The least and the largest value that a measure may have; None is no bound."""
+    """The smallest and the largest value that a measure may have; None is no limit."""
 
     min: float | None = None
     max: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a value keeps it; NaN keeps none."""
+        """Whether a value keeps the bound; NaN does not keep any limit."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measure of the edited model, and of the unedited one (None: not taken).
+    """A measure of the edited model, and its value ``before`` for the unedited one (None: not taken).
 
-    ``value`` is None if it could not be taken, which ``why`` tells. ``n`` counts the prompts. ``interval`` is the 95 %
-    confidence interval of a share of a sample.
+    ``value`` is None if it could not be taken; ``why`` says why. ``n`` counts the prompts. ``interval`` is the 95 %
+    confidence interval if this is a share of a sample.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Measured:
 
     @property
     def passed(self) -> bool | None:
-        """Whether it keeps its bound, which a measure that was not taken does not; None without a bound."""
+        """Whether the measure was taken and keeps its bound; None without a bound."""
         return None if self.bound is None else self.value is not None and self.bound.holds(self.value)
 
     def shown(self, value: float | None) -> str:
@@ -69,12 +69,12 @@ def load_thresholds(path: Path, names: Collection[str], shares: Collection[str])
     """The bounds of a file: {measure: {"min": …, "max": …}}.
 
     Args:
-        names: measures that there are; those of tasks are known by how they begin.
+        names: the known measures; those of tasks are recognized by their prefix.
         shares: those of ``names`` that lie in 0 … 1.
 
     Raises:
-        FileError: it cannot be read, or is not JSON or TOML. ConfigError: it holds no bounds, unknown measures, or
-            something else than bounds; names all of them.
+        FileError: the file cannot be read, or is not JSON or TOML. ConfigError: it has no bounds, unknown measures, or
+            values that are not bounds; names all of them.
     """
     return thresholds_of(_content(path), names, shares, str(path))
 
@@ -98,7 +98,7 @@ def thresholds_of(content: Any, names: Collection[str], shares: Collection[str],
 
 
 def _problem(bounds: Any, share: bool, task: bool) -> str:
-    """What is wrong with one measure's bounds; empty if nothing is."""
+    """What is wrong with the bounds of one measure; empty if nothing is."""
     if not isinstance(bounds, Mapping) or not bounds or bounds.keys() - {"min", "max"}:
         return f'expected {{"min": …}}, {{"max": …}} or both, got {json.dumps(bounds, default=str):.60}'
     for end, value in bounds.items():

@@ -1,8 +1,8 @@
-"""A budgeted search for the configuration that writes a sample of the edits and spares the rest.
+"""A budgeted search for the configuration that writes a sample of the edits and preserves the rest.
 
-It begins with the method's own choices and climbs: from the best configuration so far it goes to those that differ
-from it in one value, such as twice the rate or the next blocks. Each one edits the sample, is measured, and is taken
-back. Finished trials are kept in a file, so that a search that was cut off goes on where it was.
+It is a hill climb that begins with the method's own choices: from the best configuration so far it goes to those that
+differ in one value, such as twice the rate or the next blocks. Each trial edits the sample, is measured, and is
+reverted. Finished trials are kept in a file, so that an interrupted search continues where it was.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SPARED = ("paraphrase", "neighbour")
-# configurations to begin with, besides the method's own choices
+# configurations to begin with, beside the method's own choices
 _STARTS: dict[str, list[dict[str, Any]]] = {"locft-bf": [{"published": True}, {"preserve": "both"}]}
-# fields that follow the number of edits or the machine, and are not written down unless they were given or tried
+# fields that depend on the number of edits or the machine; left out of settings unless they were given or tried
 _OPEN = ("batch_size", "seed", "cache_bytes", "keep_partial", "targets", "published", "state", "save_every")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration and what it did to the sample.
+    """A configuration and its results on the sample.
 
     Attributes:
-        config: what `fastedit.Editor` takes, the method's name included.
+        config: arguments of `fastedit.Editor`, including the method's name.
         resolved: the value of every field, as the method chose it.
-        reliability: share of the edits that are written, generated.
+        reliability: share of the edits that are written, by generation.
         generalization: share of the paraphrases' target tokens, teacher-forced (None: there are none).
-        first_token: share of neighbours whose answers begin as they did (None: there are none).
+        first_token: share of neighbours whose answers begin as before (None: there are none).
         perplexity_ratio: after the edit / before it (None: no text).
-        seconds: of the edit, without the measuring.
+        seconds: time of the edit, without the measurements.
         error: why the edit failed; its shares are then 0.
     """
 
@@ -63,9 +63,9 @@ class Trial:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What `fastedit.Editor` takes to make the same choices, whatever the edits are.
+        """Arguments of `fastedit.Editor` for the same choices, for any edits.
 
-        The batch size is not among them unless it was given: it follows the number of edits.
+        They leave out the batch size unless it was given, because it depends on the number of edits.
         """
         if not self.resolved:
             return self.config
@@ -73,12 +73,12 @@ class Trial:
         defaults = {f.name: f.default for f in fields(METHODS[method].config)}
         plain: dict[str, Any] = json.loads(json.dumps(self.resolved))
         chosen = {n: v for n, v in plain.items() if v != defaults[n] and _matters(n, plain)}
-        chosen.pop("published", None)  # its choices stand there by now
+        chosen.pop("published", None)  # its choices are among the fields
         return {"method": method} | {n: v for n, v in chosen.items() if n not in _OPEN or n in self.config}
 
     @property
     def kept(self) -> float:
-        """What the edit left as it was: the share of first tokens, divided by the perplexity's ratio if that grew."""
+        """How much the edit preserved: the share of first tokens, over the perplexity ratio if that is above 1."""
         share = 1.0 if self.first_token is None else self.first_token
         return share / max(1.0, self.perplexity_ratio or 1.0)
 
@@ -94,8 +94,8 @@ class TuneReport:
     """All trials of a search, in their order; prints as a table, the best first.
 
     Attributes:
-        trials: at least one.
-        finished: whether nothing was left to try; else the budget ended the search.
+        trials: the trials, at least one.
+        finished: whether nothing was left to try; otherwise the budget ended the search.
     """
 
     trials: list[Trial]
@@ -103,12 +103,12 @@ class TuneReport:
 
     @property
     def best(self) -> Trial:
-        """The trial of the highest score, of equal ones the fastest; one that failed only if all have."""
+        """The trial with the highest score, the fastest of equal ones; a failed one only if all failed."""
         return max(self.trials, key=lambda trial: (trial.error is None, trial.score, -trial.seconds))
 
     @property
     def front(self) -> list[Trial]:
-        """Trials than which none writes more without keeping less, from the one that keeps most."""
+        """The Pareto front of written against kept, beginning with the trial that keeps most."""
         front: list[Trial] = []
         for trial in sorted(self.trials, key=lambda t: (-t.kept, -t.reliability)):
             if trial.error is None and (not front or trial.reliability > front[-1].reliability):
@@ -116,7 +116,7 @@ class TuneReport:
         return front
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
+        """The report as plain numbers, for JSON."""
         return {
             "finished": self.finished,
             "best": self.trials.index(self.best),
@@ -125,7 +125,7 @@ class TuneReport:
         }
 
     def draw(self, path: AnyPath) -> None:
-        """Write a PNG of what was written against what was kept, a point a trial, whole or not at all.
+        """Write a PNG of what was written against what was kept, with a point per trial, whole or not at all.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed (`pip install 'fastedit-llm[plot]'`).
@@ -160,36 +160,36 @@ class TuneReport:
 
 
 def tune(model: Model, requests: Requests, *, progress: Progress = no_progress, **options: Any) -> TuneReport:
-    """Search for a configuration on a sample of the requests. The model is put back bit for bit after each trial.
+    """Search for a configuration on a sample of the requests. After each trial the model is restored bit for bit.
 
     Args:
         progress: called with the stage "tune" and trials, and with the stages of each trial.
         **options: those of `Search`.
 
     Raises:
-        ConfigError, ModelError, RequestError, FileError: as `Search`. EditError: as `Search.run`.
+        ConfigError, ModelError, RequestError, FileError: as for `Search`. EditError: as for `Search.run`.
     """
     return Search(model, requests, **options).run(progress)
 
 
 class Search:
-    """A search over a method's configurations. Creating one makes every refusal; nothing is edited yet.
+    """A search over a method's configurations. Creating one makes all checks, but does not edit yet.
 
     Args:
         requests: as for `fastedit.Editor.edit`; what is kept is measured on their neighbours, or on `text`.
         method: one of `fastedit.methods.METHODS`.
-        sample: edits to make, drawn with `seed` if there are more requests.
-        minutes: begin no trial that would likely end later; at least one trial is made.
-        trials: make at most so many, those of `journal` included.
-        seed: of the sample, and of the edits.
-        text: documents for the perplexity; a str is one.
-        journal: a file that keeps finished trials, and whose trials are not made again.
+        sample: number of edits to make, drawn with `seed` if there are more requests.
+        minutes: begin no trial that would likely end after this time; at least one trial is made.
+        trials: make at most this many trials, including those of `journal`.
+        seed: seed of the sample and of the edits.
+        text: documents for the perplexity; a str is one document.
+        journal: a file that keeps finished trials; its trials are not made again.
         **config: fields of the method's configuration that all trials have in common.
 
     Raises:
-        ConfigError, ModelError, RequestError: a field, a value or a request that cannot be used; nothing to measure
-            what is kept by.
-        FileError: the journal cannot be read, or is that of another search.
+        ConfigError, ModelError, RequestError: a field, a value or a request cannot be used; there are neither
+            neighbours nor text to measure what is kept.
+        FileError: the journal cannot be read, or belongs to another search.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Search:
             found: called after each trial with the report so far.
 
         Raises:
-            EditError: not one trial could be made.
+            EditError: all trials failed.
         """
         started, made = time.perf_counter(), {_key(trial.config): trial for trial in self.trials}
         self.trials, finished = [], True
@@ -256,7 +256,7 @@ class Search:
         return report
 
     def _candidates(self) -> Iterator[dict[str, Any]]:
-        """Configurations to try next, which follow from the trials so far and from nothing else."""
+        """Yield the configurations to try; they depend only on the trials so far."""
         own = {name: value for name, value in self._common.items() if name != "seed"}
         for start in ({}, *_STARTS.get(self._method, [])):
             if not start.keys() & own.keys():
@@ -271,7 +271,7 @@ class Search:
             yield following
 
     def _neighbours(self, trial: Trial) -> Iterator[dict[str, Any]]:
-        """The configurations that differ from a trial's in one value. A field that all have in common stays."""
+        """The configurations that differ from a trial's in one value; fields that all trials share stay."""
         plain: dict[str, Any] = json.loads(json.dumps(trial.resolved))
         for name, steps in _STEPS.items():
             if plain.get(name) is not None and name not in self._common and _matters(name, plain):
@@ -279,7 +279,7 @@ class Search:
                     yield {**trial.settings, name: value}
 
     def _try(self, config: dict[str, Any], unedited: tuple[Predictions, Predictions], progress: Progress) -> Trial:
-        """Edit, measure, and put the parameters back, bit for bit, however that ends."""
+        """Edit and measure; the parameters are restored bit for bit in any case."""
         model, method = self._model, METHODS[self._method]
         given = {name: value for name, value in config.items() if name != "method"}
         started, resolved = time.perf_counter(), {}
@@ -288,7 +288,7 @@ class Search:
             result = method.plan(model, self.edits, made, progress=progress).run()
             try:
                 seconds, resolved = time.perf_counter() - started, result.config
-                if result.interrupted:  # what a run keeps of itself is no trial
+                if result.interrupted:  # a partial edit (keep_partial) is not a trial
                     raise KeyboardInterrupt
                 (written, spared), before = self._measure(progress), unedited[1]
             finally:
@@ -302,10 +302,10 @@ class Search:
         return Trial(config, resolved, reliability, *shares, ratio, seconds)
 
     def _measure(self, progress: Progress) -> tuple[Predictions, Predictions]:
-        """Of the edits, generated; and of what should be spared, teacher-forced."""
+        """Measure the edits by generation, and what should be preserved by teacher forcing."""
         written = predict(self._model, self.edits, kinds=("rewrite",), progress=progress)
         spared = predict(self._model, self.edits, kinds=_SPARED, generate=False, text=self._text, progress=progress)
-        return written, replace(spared, head=None)  # whose divergences nobody asks for
+        return written, replace(spared, head=None)  # KL is not needed
 
     def _read(self) -> list[Trial]:
         """The trials of the journal. Raises FileError."""
@@ -344,7 +344,7 @@ def _times(factor: float, *, whole: bool = False, below: float = math.inf) -> Ca
 
 
 def _other_blocks(layers: int | list[int], n_blocks: int) -> list[Any]:
-    """The same pattern of blocks a twelfth of the depth higher and lower."""
+    """The same pattern of blocks, a twelfth of the depth higher and lower."""
     found = []
     for step in (max(1, n_blocks // 12), -max(1, n_blocks // 12)):
         moved = [layer + step for layer in (layers if isinstance(layers, list) else [layers])]
@@ -353,7 +353,7 @@ def _other_blocks(layers: int | list[int], n_blocks: int) -> list[Any]:
     return found
 
 
-# field -> values to try beside one; what matters most comes first
+# field -> function from a value to others to try; the most important field comes first
 _STEPS: dict[str, Callable[[Any, int], list[Any]]] = {
     "lr": _times(2.0),
     "layer": _other_blocks,
@@ -368,7 +368,7 @@ _STEPS: dict[str, Callable[[Any, int], list[Any]]] = {
 
 
 def _matters(name: str, resolved: Mapping[str, Any]) -> bool:
-    """Whether a field takes part in an edit with this configuration."""
+    """Whether a field has an effect in this configuration."""
     if name == "null_space":
         return str(resolved.get("preserve")) in ("null-space", "both")
     if name in ("l2", "cov_weight"):
@@ -381,5 +381,5 @@ def _key(config: Mapping[str, Any]) -> str:
 
 
 def _difference(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """The fields that the base does not give so."""
+    """The fields in which a configuration differs from the base, as text."""
     return ", ".join(f"{name} {value}" for name, value in config.items() if base.get(name) != value)

@@ -1,4 +1,4 @@
-"""The ledger: all facts that were ever edited into a model, and the model after each change of them."""
+"""The ledger: all facts that were ever edited into a model, and the model's delta after each change."""
 
 from fastedit.ledger.blame import Likeness
 from fastedit.ledger.ledger import Ledger

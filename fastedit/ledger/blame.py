@@ -1,4 +1,4 @@
-"""Which facts a prompt is near to, by what the edited projection reads."""
+"""Find the facts that a prompt is near to, by the inputs of the edited projection."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Likeness:
 
     Attributes:
         fact: the fact.
-        cosine: of the two keys.
-        at: where the prompt's key was read: a subject in it, or its last token (None).
+        cosine: cosine of the two keys.
+        at: the subject at which the prompt's key was read; None is the prompt's last token.
     """
 
     fact: Fact
@@ -37,13 +37,13 @@ def likenesses(
 ) -> list[Likeness]:
     """The likeness of a prompt to each fact, the nearest first.
 
-    A key is what the lowest edited module reads: of a fact at the last token of its subject, or of the prompt if no
-    subject stands in it. The prompt is read at its last token and at each subject of a fact that stands in it, and its
-    nearest key counts. What is read there does not depend on the edits.
+    A key is the input of the lowest edited module. A fact's key is read at the last token of its subject, or of its
+    prompt if the subject is not in it. The prompt's keys are read at its last token and at each fact's subject that it
+    contains; the nearest one counts. The edits do not change these keys.
 
     Args:
-        config: of the edit that the model holds.
-        subject: read the prompt there and nowhere else.
+        config: configuration of the edit that the model holds.
+        subject: read the prompt only at this subject.
     """
     places = config.get("layers") or config["layer"]
     layer = min(places) if isinstance(places, Sequence) else int(places)

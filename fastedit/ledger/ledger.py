@@ -1,4 +1,4 @@
-"""The Ledger: facts that are added, forgotten and replaced, and a model that holds those that stand."""
+"""The Ledger: add, forget and replace facts, and keep a model that holds the current ones."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from fastedit.methods import METHODS
 from fastedit.models import fingerprint, plain_state
 from fastedit.requests import EditRequest, as_requests
 
-# fields of a configuration that say where a machine keeps things, not what an edit is
+# fields of a configuration about folders and memory, which do not change an edit
 PLACES = ("statistics", "targets", "state", "save_every", "cache_bytes", "keep_partial")
 
 
 class Ledger:
-    """All facts that were ever edited into a model, in a folder; the Editor's model holds those that stand.
+    """All facts that were ever edited into a model, in a folder; the Editor's model holds the current ones.
 
-    An entry's total delta to the unedited model depends on that model, the facts that stand and the configuration, and
-    on nothing else. So a fact that is forgotten leaves nothing behind. The solvers (rome, memit, emmet, alphaedit) keep
-    the target z of each fact, which is sought once, and solve again over all facts that stand. LocFT-BF trains all
-    facts that stand anew, from the unedited model; or, ``buffered``, only the new ones, from the weights before, and
-    trains the later ones again when one is forgotten.
+    A fact stands from when it is added until it is forgotten, replaced or rolled back. An entry's total delta to the
+    unedited model depends only on that model, the facts that stand and the configuration, so a forgotten fact leaves
+    nothing behind. The solvers (rome, memit, emmet, alphaedit) optimize the target z of each fact once, keep it, and
+    solve again for all facts that stand. LocFT-BF starts again from the unedited model and trains all of them. With
+    ``buffered`` it trains only the new ones, on the current weights; if one is forgotten, later ones are trained again.
 
     The folder is locked until `close`, or the end of a ``with`` block. An entry that was cut off leaves nothing.
 
     Args:
-        folder: of the ledger; it is made if it is missing.
-        editor: of the unedited model, with the method and the configuration of the ledger.
-        buffered: of a new ledger with locft-bf: train new facts alone. None is what the ledger does, else no.
-        at: go back to this entry first, as `rollback` does; for a ledger whose newest delta is damaged.
+        folder: the folder of the ledger; it is made if it is missing.
+        editor: an Editor of the unedited model, with the method and the configuration of the ledger.
+        buffered: for locft-bf: train only new facts. None is what the ledger was begun with, else False.
+        at: go back to this entry first, as `rollback` does; for a ledger with a damaged newest delta.
 
     Raises:
         ModelError: the model is edited, or is not the ledger's. ConfigError: another method or configuration; several
             processes of torch.distributed.
-        FileError: in use by another process, which is named; of a newer format; a damaged file.
+        FileError: another process is using the folder (names it); a newer format; a damaged file.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Ledger:
         at: int | None = None,
         **options: Any,
     ) -> Ledger:
-        """Load the model and open the ledger, with its own method and configuration unless others are given.
+        """Load the model and open the ledger, with the ledger's method and configuration unless others are given.
 
         Args:
             model: folder or hub name of the unedited model.
             options: those of `Editor.from_pretrained`, and fields of the configuration.
 
         Raises:
-            As the class, and as `Editor.from_pretrained`.
+            As for the class, and for `Editor.from_pretrained`.
         """
         kept = None
-        if (Path(folder) / NAME).is_file():  # in use, damaged or too new is said before the model is loaded
+        if (Path(folder) / NAME).is_file():  # errors about the ledger come before the model is loaded
             records = Records(folder, write=True)
             kept = records.header
             records.close()
@@ -112,11 +112,11 @@ class Ledger:
 
     @property
     def facts(self) -> list[Fact]:
-        """Those that stand, in the order in which they were added."""
+        """The facts that stand, in the order in which they were added."""
         return self._records.standing()
 
     def log(self) -> list[Entry]:
-        """All entries, the first one first."""
+        """All entries, oldest first."""
         return self._records.entries()
 
     def delta(self, entry: int | None = None) -> WeightDelta | None:
@@ -128,16 +128,16 @@ class Ledger:
         return self._records.delta(self._records.last if entry is None else entry)
 
     def add(self, requests: Requests, *, source: str | None = None, evaluate: bool = False) -> Entry:
-        """Add facts. One whose prompt has another target already replaces that fact, and the entry's notes say so.
+        """Add facts. A fact with the prompt of one that stands replaces it, and the entry's notes say so.
 
         Args:
             requests: as for `Editor.edit`. The ledger gives an id ("f1", "f2", …) to those without one.
-            source: where they are from; of a file its path.
-            evaluate: measure the edited model on these facts; the entry's checks then have it.
+            source: where the facts are from; by default the path, if `requests` is one.
+            evaluate: measure the edited model on these facts, and keep the result in the entry's checks.
 
         Raises:
-            RequestError: unusable requests; ids of other facts; nothing that does not stand already.
-            ConfigError, ModelError, EditError, FileError: as `Editor.edit`; the model and the ledger are as they were.
+            RequestError: requests that cannot be used; ids of other facts; all of these facts stand already.
+            ConfigError, ModelError, EditError, FileError: as for `Editor.edit`; model and ledger are as they were.
         """
         if isinstance(requests, str | Path):
             source = source or str(requests)
@@ -146,25 +146,25 @@ class Ledger:
         return self._enter("add", new, replaced, source, evaluate, notes)
 
     def forget(self, facts: str | Sequence[str], *, evaluate: bool = False) -> Entry:
-        """Take facts away: the model becomes the one in which they were never added.
+        """Remove facts: the model becomes the one in which they were never added.
 
         Args:
             facts: ids or prompts.
 
         Raises:
-            RequestError: some do not stand; the nearest are named. Others as `add`.
+            RequestError: some facts do not stand; similar ones are named. Others as for `add`.
         """
         gone = self._records.find([facts] if isinstance(facts, str) else facts)
         return self._enter("forget", [], gone, None, evaluate, [])
 
     def replace(self, fact: str, target: str, *, source: str | None = None, evaluate: bool = False) -> Entry:
-        """Give a fact another target: it is forgotten, and added anew under its id.
+        """Give a fact another target: it is forgotten, and added again under the same id.
 
         Args:
             fact: its id or its prompt.
 
         Raises:
-            RequestError: it does not stand, or has this target. Others as `add`.
+            RequestError: the fact does not stand, or has this target already. Others as for `add`.
         """
         (old,) = self._records.find([fact])
         new, replaced, _ = sorted_out([replace(old.request, target=target)], self.facts)
@@ -186,7 +186,7 @@ class Ledger:
         """How near the key of a prompt is to those of the facts that stand, the nearest first.
 
         Args:
-            subject: where in the prompt; by default its last token, or the subject of a fact that stands in it.
+            subject: read the prompt's key there; by default at its last token or a fact's subject, whatever is nearer.
 
         Raises:
             RequestError: the subject is not in the prompt.
@@ -206,7 +206,7 @@ class Ledger:
         evaluate: bool,
         notes: list[str],
     ) -> Entry:
-        """Make the entry that takes some facts away and adds others."""
+        """Make an entry that removes some facts and adds others."""
         records, started = self._records, time.perf_counter()
         left = {fact.serial for fact in gone}
         stay = [fact for fact in self.facts if fact.serial not in left]
@@ -228,11 +228,10 @@ class Ledger:
             return records.commit(kind, state, file, about, **changes, header=self._header)
 
     def _make(self, facts: list[Fact], number: int) -> tuple[str, str | None, dict[str, Any], list[Fact]]:
-        """Let the model hold these facts.
+        """Let the model hold exactly these facts.
 
         Returns:
-            Their state, the file of the total delta, what an entry has about it, and the facts whose targets were
-            sought.
+            Their state, the file of the total delta, what an entry says about it, and the facts with new targets.
         """
         records, rounds = self._records, self._rounds(facts)
         about: dict[str, Any] = {"config": asdict(self.editor.config), "notes": [], "checks": {}}
@@ -243,7 +242,7 @@ class Ledger:
                 continue
             try:
                 total, file, done = records.delta(entry.number), entry.delta, n
-            except FileError:  # it is made again
+            except FileError:  # damaged: it is made again
                 continue
             about["config"], about["checks"] = entry.about["config"], dict(entry.about["checks"])
             break
@@ -269,7 +268,7 @@ class Ledger:
         return state, file, about, sought
 
     def _rounds(self, facts: list[Fact]) -> list[list[Fact]]:
-        """The facts that are written together."""
+        """The facts in groups that are written together."""
         if not self._header["buffered"]:
             return [facts] if facts else []
         rounds: dict[int, list[Fact]] = {}
@@ -278,12 +277,12 @@ class Ledger:
         return list(rounds.values())
 
     def _on_top(self, below: WeightDelta, delta: WeightDelta) -> WeightDelta:
-        """The total of two deltas, of which the second was made on top of the first."""
+        """The sum of two deltas; the second was made on top of the first."""
         metadata = delta.metadata | {"fingerprint": self._header["fingerprint"]}
         return WeightDelta(added([below, delta]), metadata)
 
     def _hold(self, total: WeightDelta | None) -> None:
-        """Let the model hold a total delta and no other. Raises ModelError: it was changed by something else."""
+        """Let the model hold a total delta and no other. Raises ModelError if something else has changed it."""
         while self._held:
             self._held[-1].revert()
             self._held.pop()
@@ -292,10 +291,10 @@ class Ledger:
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """On an exception the model holds what the newest entry has."""
+        """On an exception in the block, let the model hold the delta of the newest entry."""
         before, number = self._held[-1].deltas[0] if self._held else None, self._records.last
         header = dict(self._header)
-        self._hold(before)  # a model that something else has changed is refused now
+        self._hold(before)  # raises if something else has changed the model
         try:
             yield
         except BaseException:
@@ -304,7 +303,7 @@ class Ledger:
             raise
 
     def _checked_header(self, buffered: bool | None) -> dict[str, Any]:
-        """What all entries share, as the ledger has it or as a new one will; differences are refused."""
+        """The settings that all entries share, of this ledger or for a new one. Raises an error if they differ."""
         editor, kept = self.editor, self._records.header
         config = {name: value for name, value in asdict(editor.config).items() if name not in PLACES}
         if kept is None and buffered and METHODS[editor.method].solves_each:

@@ -1,4 +1,4 @@
-"""Deltas from facts: solved again from their targets, or trained."""
+"""Make deltas from facts: solve again from their targets, or train."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TAG, _WHAT = "fastedit-ledger-targets-1", "the targets"
 
 @dataclass(frozen=True)
 class Written:
-    """Facts that were written.
+    """The result of writing facts.
 
     Attributes:
-        result: of the edit, which the model does not hold any more.
-        sought: the facts whose targets were sought for it, with the places of these.
+        result: the edit, which the model no longer holds.
+        sought: the facts whose targets were optimized for it, with the places of the targets.
         statistics: digests of the second moments that were read, by the layer's number.
-        lr: the rate at which targets are sought, None if the method has none.
+        lr: the learning rate of targets, None if the method has none.
     """
 
     result: EditResult
@@ -41,15 +41,16 @@ class Written:
 
 
 def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mapping[str, Any], file: str) -> Written:
-    """Write facts into the model as it is, and take them off again.
+    """Write facts into the model with its current weights, and revert that again.
 
     Args:
-        header: of the ledger: the rate at which targets were sought ("lr") and digests of the "statistics" so far.
-        file: where new targets are kept.
+        header: header of the ledger; has the learning rate of targets ("lr") and digests of the "statistics" so far.
+        file: name of the file for new targets.
 
     Raises:
-        RequestError, ConfigError, ModelError, EditError: as `Editor.edit`; EditError for facts without a target, too.
-        ModelError: other statistics than those of the facts before.
+        RequestError, ConfigError, ModelError, EditError: as for `Editor.edit`; EditError also for facts without a
+            target.
+        ModelError: the statistics are not those of the earlier facts.
     """
     plan, lr = editor.plan([fact.request for fact in facts]), header["lr"]
     statistics = _statistics(plan.made)
@@ -94,9 +95,9 @@ def _statistics(made: Any) -> dict[str, str]:
 def _targets(
     made: LocateThenEditPlan, facts: Sequence[Fact], records: Records, file: str
 ) -> tuple[Targets, list[Fact], list[str]]:
-    """The targets of the facts, in their order; those that are in no file are sought and kept in a new one.
+    """The targets of the facts, in their order; missing ones are optimized and kept in a new file.
 
-    They are sought in the unedited model, whatever stands.
+    They are optimized with the unedited model, whatever facts stand.
     """
     device, notes = made.batch.model.device, list[str]()
     files: dict[str, list[int]] = {}
@@ -139,7 +140,7 @@ def _tagged(targets: Targets) -> tuple[dict[str, Tensor], str, dict[str, Any], s
 def sorted_out(
     requests: Sequence[EditRequest], standing: Sequence[Fact]
 ) -> tuple[list[EditRequest], list[Fact], list[str]]:
-    """What there is to add: of requests with one prompt the last, and none that stands already.
+    """Sort out what to add: the last request of each prompt, unless it stands already.
 
     Returns:
         The requests to add, the standing facts that they replace, and notes that say so.
@@ -169,7 +170,7 @@ def sorted_out(
 
 
 def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
-    """The requests with an id each: "f1", "f2", … for those without one, by the serials of their facts."""
+    """Give each request without an id one: "f1", "f2", …, by the serials of their facts."""
     used, found = {*taken, *(str(request.id) for request in requests)}, []
     for number, request in enumerate(requests, serial):
         id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
@@ -179,7 +180,7 @@ def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) ->
 
 
 def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
-    """Raise RequestError for ids that name two facts; all of them are named."""
+    """Raise RequestError if an id would name two facts; names all such ids."""
     owner: dict[str, str] = {fact.id: fact.request.prompt for fact in standing}
     problems = []
     for request in requests:
@@ -194,5 +195,5 @@ def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> N
 
 
 def told(facts: Sequence[Fact]) -> str:
-    """Ids for a message."""
+    """The ids of facts, for a message."""
     return listed([fact.id for fact in facts])

@@ -1,7 +1,7 @@
 """The records of a ledger on disk: SQLite for facts and entries, safetensors for deltas and targets.
 
-An entry counts from the moment in which SQLite commits it. Its tensors are on disk by then; those of an entry that was
-cut off belong to nothing, and the next process removes them. Files are written once and never changed.
+An entry counts as soon as SQLite has committed it. Its tensors are on disk by then. Tensors of an entry that was cut
+off belong to no entry, and the next process removes them. Files are written once and never changed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastedit.files import check_writable, locked
 from fastedit.requests import EditRequest
 
 NAME = "ledger.sqlite"
-_FILE = re.compile(r"\.?\d+\.(delta|targets)\.safetensors(\.[0-9a-f]+)?")  # or one that has no name yet
-_OPEN: set[Path] = set()  # by this process, to write: a lock keeps only others out
+_FILE = re.compile(r"\.?\d+\.(delta|targets)\.safetensors(\.[0-9a-f]+)?")  # also with a temporary name
+_OPEN: set[Path] = set()  # ledgers that this process writes: a lock keeps out only other processes
 _VERSION = 1
 _SCHEMA = (
     "CREATE TABLE header (one INTEGER PRIMARY KEY CHECK (one = 1), content TEXT NOT NULL)",
@@ -39,7 +39,7 @@ _SCHEMA = (
     "CREATE INDEX of_entry ON changes (entry)",
     f"PRAGMA user_version = {_VERSION}",
 )
-# the last word on each fact up to an entry
+# the facts whose last change up to an entry says that they stand
 _STANDING = (
     "SELECT facts.* FROM facts JOIN changes ON changes.fact = facts.serial WHERE changes.stands AND changes.entry = "
     "(SELECT max(entry) FROM changes WHERE fact = facts.serial AND entry <= ?) ORDER BY facts.serial"
@@ -52,11 +52,11 @@ class Fact:
 
     Attributes:
         serial: its number among all facts that were ever added, from 1.
-        request: what was asked for, whole.
+        request: the whole request.
         source: where it is from, such as a file.
-        entry: the entry that added it.
+        entry: number of the entry that added it.
         targets: the file of its target z, if the method has targets.
-        place: its row there.
+        place: its row in that file.
     """
 
     serial: int
@@ -68,7 +68,7 @@ class Fact:
 
     @property
     def id(self) -> str:
-        """Its name: that of the request, which the ledger gives if there is none."""
+        """The id of its request; the ledger gives one if there is none."""
         return str(self.request.id)
 
 
@@ -80,14 +80,13 @@ class Entry:
         number: from 1; 0 is the unedited model.
         kind: add, forget, replace or rollback.
         time: UTC, ISO 8601.
-        added: facts that stand since then; after a rollback, those that stand again.
-        gone: facts that stand no longer.
+        added: facts that stand since this entry; after a rollback, those that stand again.
+        gone: facts that no longer stand.
         standing: how many facts stand after it.
-        state: a digest of which facts these are, and in which order they were written.
+        state: a digest of the facts that stand, and of the order in which they were written.
         delta: the file of the total delta to the unedited model; None if no fact stands.
-        about: JSON-able: "config" with every choice made, "seconds", "notes", and in "checks" what the edits did: how
-            many were looked at ("edits"), which of them are "unlearned" and why, and the "measures" if they were asked
-            for.
+        about: serializable to JSON: "config" with every choice made, "seconds", "notes", and "checks": how many edits
+            were made ("edits"), which of them are "unlearned" and why, and the "measures" if they were asked for.
     """
 
     number: int
@@ -102,11 +101,11 @@ class Entry:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of it."""
+        """Notes on the entry for the user."""
         return list(self.about.get("notes", ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """The entry for JSON."""
         found = asdict(self)
         for name, facts in (("added", self.added), ("gone", self.gone)):
             found[name] = [asdict(fact.request) | {"id": fact.id, "source": fact.source} for fact in facts]
@@ -117,10 +116,10 @@ class Records:
     """The folder of a ledger.
 
     Args:
-        write: hold the lock, make a ledger where there is none, and remove what a process that was cut off left.
+        write: hold the lock, make a ledger if there is none, and remove what an interrupted process left.
 
     Raises:
-        FileError: no ledger, a damaged one, one of a newer version; another process holds the lock.
+        FileError: there is no ledger, it is damaged or of a newer version, or another process holds the lock.
     """
 
     def __init__(self, folder: str | Path, *, write: bool = False) -> None:
@@ -129,7 +128,7 @@ class Records:
         if not write and not path.is_file():
             raise FileError(self.folder, f"{{path}} is no ledger: it holds no {NAME}; `fastedit ledger add` makes one")
         self._db: sqlite3.Connection | None = None
-        self._kept = ExitStack()  # what `close` lets go of, the last one first
+        self._kept = ExitStack()  # what `close` releases, in reverse order
         try:
             if write:
                 self._lock()
@@ -151,7 +150,7 @@ class Records:
         if place in _OPEN:
             raise FileError(self.folder, "{path} is open in this process already; use that ledger, or close it first")
         check_writable(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)  # where the system has no locks, `locked` does not
+        self.folder.mkdir(parents=True, exist_ok=True)  # `locked` does not make it on a system without locks
         self._kept.enter_context(locked(self.folder))
         _OPEN.add(place)
         self._kept.callback(_OPEN.discard, place)
@@ -172,13 +171,13 @@ class Records:
                 self._all(statement)
 
     def close(self) -> None:
-        """Let other processes write. What failed leaves no file behind, and a ledger without entries no folder."""
+        """Release the lock; remove files of failed entries, and the ledger if it has no entry."""
         self._kept.close()
         self._db = None
 
     @property
     def header(self) -> dict[str, Any] | None:
-        """Of which model the ledger is, and how it edits; None as long as it has no entry."""
+        """The ledger's model and settings; None while it has no entry."""
         rows = self._all("SELECT content FROM header")
         return json.loads(rows[0][0]) if rows else None
 
@@ -190,12 +189,12 @@ class Records:
 
     @property
     def last_serial(self) -> int:
-        """That of the newest fact; 0 if there is none."""
+        """The serial of the newest fact; 0 if there is none."""
         ((serial,),) = self._all("SELECT ifnull(max(serial), 0) FROM facts")
         return int(serial)
 
     def entries(self, only: int | None = None) -> list[Entry]:
-        """All of them, the first one first; or one of them, none if there is no such one."""
+        """All entries, oldest first; or only one of them, as a list that is empty if it does not exist."""
         where, values = ("", ()) if only is None else ("WHERE {} = ?", (only,))
         changes: dict[int, tuple[list[Fact], list[Fact]]] = {}
         for entry, stands, *fact in self._all(
@@ -214,14 +213,14 @@ class Records:
         return found
 
     def entry(self, number: int) -> Entry:
-        """Raises RequestError: there is no such entry."""
+        """An entry by its number. Raises RequestError if there is none."""
         found = self.entries(number)
         if not found:
             raise RequestError(f"there is no entry {number}; the entries are 1 to {self.last}, 0 is the unedited model")
         return found[0]
 
     def with_state(self, state: str) -> Entry | None:
-        """The newest entry after which exactly these facts stand."""
+        """The newest entry with this state, or None."""
         rows = self._all("SELECT max(number) FROM entries WHERE state = ?", state)
         return None if rows[0][0] is None else self.entry(rows[0][0])
 
@@ -230,7 +229,7 @@ class Records:
         return [_fact(row) for row in self._all(_STANDING, self.last if number is None else number)]
 
     def find(self, names: Sequence[str]) -> list[Fact]:
-        """Standing facts by their ids or prompts. Raises RequestError: some do not stand; the nearest are named."""
+        """Find facts that stand by id or prompt. Raises RequestError if some do not stand; names similar ones."""
         standing = self.standing()
         known = {fact.request.prompt: fact for fact in standing} | {fact.id: fact for fact in standing}
         problems = []
@@ -251,7 +250,7 @@ class Records:
         """The total delta after an entry; None if no fact stands there.
 
         Raises:
-            RequestError: there is no such entry. FileError: its file is damaged; what to do then.
+            RequestError: there is no such entry. FileError: its file is damaged; says what to do.
         """
         if number == 0 or (file := self.entry(number).delta) is None:
             return None
@@ -276,14 +275,14 @@ class Records:
         sought: Iterable[Fact] = (),
         header: Mapping[str, Any] | None = None,
     ) -> Entry:
-        """Make an entry, whole or not at all; its files have been written.
+        """Make an entry, whole or not at all; its files must be written already.
 
         Args:
             new: facts that were never added before.
             back: facts that stand again.
-            gone: facts that stand no longer.
+            gone: facts that no longer stand.
             sought: facts whose targets are in other files now.
-            header: of the ledger, with its first entry.
+            header: header of the ledger, for its first entry.
         """
         number, back, gone = self.last + 1, list(back), list(gone)
         standing = len(self.standing()) + len(new) + len(back) - len(gone)
@@ -306,12 +305,12 @@ class Records:
         return self.entry(number)
 
     def roll_back(self, number: int) -> Entry:
-        """Make the entry that goes back to an earlier one, to the same file.
+        """Make an entry that goes back to an earlier one, with the same file.
 
         Raises:
-            RequestError, FileError: as `delta`.
+            RequestError, FileError: as for `delta`.
         """
-        self.delta(number)  # a damaged one is refused
+        self.delta(number)  # raises if it is damaged
         then = self.entry(number) if number else None
         before, now = ({fact.serial: fact for fact in self.standing(n)} for n in (number, None))
         about = dict(then.about) if then else {}
@@ -322,7 +321,7 @@ class Records:
         return self.commit("rollback", state, delta, about, back=back, gone=gone)
 
     def _sweep(self) -> None:
-        """Remove files that no entry and no fact has: those of an entry that was cut off."""
+        """Remove files that belong to no entry and no fact, such as those of an interrupted entry."""
         rows = self._all("SELECT delta FROM entries UNION SELECT targets FROM facts")
         used = {name for (name,) in rows}
         for file in self.tensors("").glob("*"):
@@ -369,5 +368,5 @@ def _fact(row: Sequence[Any]) -> Fact:
 
 
 def state_of(rounds: Sequence[Sequence[Fact]]) -> str:
-    """A digest of facts and of the rounds in which they are written."""
+    """A digest of facts and of the groups in which they are written."""
     return sha256(json.dumps([[fact.serial for fact in some] for some in rounds]).encode()).hexdigest()[:32]

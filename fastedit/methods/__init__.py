@@ -1,6 +1,6 @@
-"""The editing methods by name: a configuration class each, and a plan that makes every refusal before the work.
+"""The editing methods by name: each has a configuration class, and a plan that makes every check before the work.
 
-Importing this package takes no torch; `Method.plan` imports what it runs.
+Importing this package does not import torch; `Method.plan` imports what it runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Method:
 
     Attributes:
         config: its configuration class.
-        module: of the package, with a function `plan`.
-        recipe: what the method chooses of that configuration, if several methods share it.
+        module: the module that has its function `plan`.
+        recipe: the fields that the method itself sets, if several methods share one configuration class.
     """
 
     config: type[Any]
@@ -48,10 +48,10 @@ class Method:
         history: History | None = None,
         progress: Progress = no_progress,
     ) -> Plan:
-        """Make every choice and every refusal; `plan.run()` then does the work.
+        """Make every choice and check; `plan.run()` then does the work.
 
         Raises:
-            ConfigError, ModelError, RequestError: what cannot be done; all offending edits and layers are named.
+            ConfigError, ModelError, RequestError: the edits cannot be made; all offending edits and layers are named.
         """
         chosen = {} if self.recipe is None else {"method": self.recipe}
         function = import_module(self.module).plan
@@ -70,7 +70,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(name: str, given: Iterable[str] = ()) -> Method:
-    """The method of that name, whose configuration has the given fields. Raises ConfigError, which lists the known."""
+    """The method of that name. Raises ConfigError if there is none, or if its configuration lacks a given field."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}")
     known = [field.name for field in fields(METHODS[name].config)]

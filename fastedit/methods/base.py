@@ -1,4 +1,4 @@
-"""The common terms of all editing methods: the edits they take, the plan they make, the result they return."""
+"""What all editing methods have in common: the edits they take, the plan they make, the result they return."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LIKELY = 0.5
 
 
 class Edit(Protocol):
-    """An edit, as far as methods need to know it; `fastedit.EditRequest` is one."""
+    """The part of an edit that methods need; `fastedit.EditRequest` has it."""
 
     @property
     def prompt(self) -> str: ...
@@ -29,20 +29,20 @@ class Edit(Protocol):
 
 
 class Memo:
-    """What the next edit would have to make again: for each place what was made last."""
+    """A cache of tensors that the next edit may need again; it keeps the last one for each place."""
 
     def __init__(self) -> None:
         self._held: dict[Hashable, tuple[list[Any], Tensor]] = {}
 
     def kept(self, place: Hashable, source: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that is made anew only if its source is another than last time.
+        """The tensor of a place, made anew only if its source has changed.
 
         Args:
-            source: what it is made of; tensors of it are compared by identity, and not kept alive.
+            source: what the tensor is made from; tensors in it are compared by identity, and not kept alive.
         """
         parts = [ref(part) if isinstance(part, Tensor) else part for part in source]
         if place in self._held and not all(map(_same, self._held[place][0], parts)):
-            del self._held[place]  # before the new one takes as much
+            del self._held[place]  # frees its memory before the new one is made
         if place not in self._held:
             self._held[place] = parts, make()
         return self._held[place][1]
@@ -57,10 +57,10 @@ class History:
     """Earlier edits of a model.
 
     Attributes:
-        fingerprint: of the model without the edits of this Editor, to which its statistics belong.
-        keys: path of an edited parameter -> keys [n, d] of the edits that stand, which later edits should preserve.
-        second_moments: path of a projection -> C [d, d], the mean of k kᵀ; they go before those in files.
-        memo: the method's own, for what the next edit would have to make again.
+        fingerprint: fingerprint of the model before this Editor's edits; its statistics belong to that model.
+        keys: path of an edited parameter -> keys [n, d] of edits that are in place, which later edits should preserve.
+        second_moments: path of a projection -> C [d, d], the mean of k kᵀ; used instead of those in files.
+        memo: cache of what the next edit may need again.
     """
 
     fingerprint: str
@@ -75,18 +75,18 @@ class MethodResult:
 
     Attributes:
         updates: path of each edited parameter -> its fp32 additive update, a tensor of its shape or factors.
-        originals: path of each -> its value before, in its own dtype.
+        originals: path of each edited parameter -> its value before, in its own dtype.
         config: the method's configuration with every automatic choice filled in.
         losses: mean loss of each epoch, or of each batch of targets.
         notes: what the user should know.
-        keys: path of each -> the edits' keys [N, d], if the method has keys.
+        keys: path of each edited parameter -> the edits' keys [N, d], if the method has keys.
         dropped: the places of edits that were left out.
         interrupted: after Ctrl-C, what was kept, such as "kept the first 20 edits".
-        probability: [N] fp32 on the CPU, of each edit's target when it was last looked at (exp of its tokens' mean
-            log P); NaN for an edit that was left out or not looked at. The solvers look at it before they write.
-        kept_edits: after Ctrl-C, how many edits were kept, unless all of them took part.
-        learned: beside each of the losses, how many edits had been learned by then, as far as they were looked at.
-        cached: tier -> the most bytes that cached states took there at one time.
+        probability: [N] fp32 on the CPU, of each edit's target when it was last computed (exp of the mean log P of its
+            tokens); NaN for an edit that was left out or not computed. The solvers compute it before they write.
+        kept_edits: after Ctrl-C, how many edits were kept; None if all of them took part.
+        learned: for each of the losses, how many edits had been learned by then, as far as was computed.
+        cached: tier -> peak bytes of cached states there.
     """
 
     updates: Mapping[str, Update]
@@ -105,7 +105,7 @@ class MethodResult:
 
 @dataclass
 class EachResult:
-    """The outcome of N independent edits, none of which is written.
+    """The outcome of N independent edits, which are not written to the model.
 
     Attributes:
         factors: path of each updated weight W [h, d] (as a linear map: y = W x) -> left [N, h, k] and right
@@ -124,11 +124,11 @@ class EachResult:
 
 
 class Plan(Protocol):
-    """An edit that is ready to run. Making a plan makes every refusal, writes nothing and takes seconds."""
+    """An edit that is ready to run. Making a plan makes every check, writes nothing and takes seconds."""
 
     @property
     def notes(self) -> list[str]:
         """Automatic choices, and whatever else the user should know before the work starts."""
 
     def run(self) -> MethodResult:
-        """Edit the model in place. Raises EditError; on every exception the model is as it was."""
+        """Edit the model in place. Raises EditError; on every exception the model is as it was before."""

@@ -17,8 +17,8 @@ _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> list[str]:
     """`n` short texts that end a sentence, such as "The river was cold that year.".
 
-    Continuations of five openings, sampled among the 5 likeliest tokens (Meng et al. 2023, MEMIT, appendix B).
-    Reproducible from `seed`; the caller's random state is left alone.
+    They continue five openings, sampled among the 5 likeliest tokens (Meng et al. 2023, MEMIT, appendix B).
+    They are reproducible from `seed`; the caller's random state does not change.
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
@@ -35,12 +35,12 @@ def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> l
 
 
 def context_templates(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> list[str]:
-    """Templates with one "{}" each, where the prompt goes after a text of `sample_contexts`."""
+    """Templates made of the texts of `sample_contexts`; each ends with one "{}", where the prompt goes."""
     texts = sample_contexts(model, n, seed=seed, n_tokens=n_tokens)
     return [joined(text.translate({ord(c): None for c in BARE}), BARE) for text in texts]
 
 
 def _ended(text: str) -> str:
-    """The text with one full stop at its end, or another mark there that ends a sentence."""
+    """The text with one full stop at its end, or with the other mark that ends its sentence."""
     text = text.rstrip(".")
     return text if text.endswith(tuple(SENTENCE_ENDS)) else f"{text}."

@@ -1,4 +1,4 @@
-"""How messages call edits."""
+"""Names of edits in messages."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def edit_name(edit: Edit, place: int) -> str:
 
 
 def edit_names(edits: Sequence[Edit], places: Sequence[int]) -> str:
-    """Names of the edits at some places, the first ten if they are many."""
+    """Names of the edits at some places: the first ten, and how many more there are."""
     return listed([edit_name(edits[i], i) for i in places])
 
 
 def check_rows(model: Model, edits: Sequence[Edit]) -> None:
-    """Refuse edits with tokens that the model has no rows for, before it runs.
+    """Check that the model's embedding and head have rows for all tokens of the edits.
 
     Raises:
-        RequestError: there are some, or edits without tokens; names all of them.
+        RequestError: edits with tokens that have no row, or without tokens; names all of them.
     """
     if not isinstance(model.tokenizer, Sized) or len(model.tokenizer) <= model.vocabulary:
         return
@@ -35,10 +35,10 @@ def check_rows(model: Model, edits: Sequence[Edit]) -> None:
 
 
 def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int], tuple[int, str]]) -> RequestError:
-    """The error about pairs as an error about the edits that they were made of, each named once.
+    """Turn an error about pairs into one about the edits that they were made from, each named once.
 
     Args:
-        source: gives for a pair the place of its edit, and the context in front of the prompt ("" for none).
+        source: returns the place of a pair's edit, and the context in front of its prompt ("" for none).
     """
     problems: dict[int, tuple[str, str]] = {}
     for problem in error.problems:

@@ -1,4 +1,4 @@
-"""Published settings of the published models, recognized by their shapes; rules for all others."""
+"""Published settings, for models that are recognized by their shapes; rules for all others."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _LOCFT_BF: dict[tuple[str, int, int, int], LocFTBFPreset] = {
 
 
 def locft_bf_preset(topology: Topology) -> tuple[LocFTBFPreset, bool]:
-    """The preset of a published model and True, or 22/32 of the depth (the paper's general rule) and False."""
+    """The preset of a published model and True; for other models 22/32 of the depth (the paper's rule) and False."""
     key = (topology.config.model_type, topology.hidden_size, topology.n_blocks, topology.config.vocab_size)
     preset = _LOCFT_BF.get(key)
     return preset or LocFTBFPreset(22 * topology.n_blocks // 32), preset is not None
 
 
 def scaled_learning_rate(weights: Sequence[torch.Tensor]) -> float:
-    """Adam's step in proportion to the weights it moves: 5e-4 at an RMS of 0.02.
+    """A learning rate for Adam in proportion to the RMS of the weights: 5e-4 at an RMS of 0.02.
 
-    5e-4 is the published rate and 0.02 the initial scale of the published models' weights. A rate is absolute:
-    Adam moves every weight by about that much a step, whatever the weight's size.
+    5e-4 is the published rate and 0.02 the initial scale of the published models' weights. Adam moves every weight by
+    about the rate in each step, whatever the weight's size.
     """
     norms = torch.stack([w.detach().float().norm() for w in weights])
     rms: float = norms.norm().item() / math.sqrt(sum(w.numel() for w in weights))
@@ -64,7 +64,7 @@ class LocateThenEditPreset:
     l2: float = 10.0
 
     def cov_weight(self, objective: str) -> float:
-        """λ on C; equality's is larger, as published."""
+        """λ, the weight of C; that of equality is larger, as published."""
         return self.equality_cov_weight if objective == "equality" else self.least_squares_cov_weight
 
 
@@ -90,16 +90,16 @@ _LOCATE_THEN_EDIT: dict[tuple[str, int, int, int], LocateThenEditPreset] = {
 
 
 def locate_then_edit_preset(topology: Topology) -> tuple[LocateThenEditPreset, bool]:
-    """The preset of a published model and True, or a rule for all others and False.
+    """The preset of a published model and True; for other models a rule and False.
 
-    Layers from an eighth to a quarter of the depth, as 4 to 8 of 32; a rate in proportion to the states (`lr` None);
-    and λ = d, the key width: on the distribution that C was collected from kᵀC⁻¹k is d in the mean, so that a usual
-    key takes half of its residual, about as the published 15,000 at widths of 11,008 to 16,384; AlphaEdit writes in the
-    quarter of the directions that C knows least.
+    The rule: layers from an eighth to a quarter of the depth, such as 4 to 8 of 32; a rate in proportion to the states
+    (`lr` None); λ = d, the key width. On the text that C was collected from, the mean of kᵀC⁻¹k is d, so a usual key
+    takes half of its residual, about as with the published 15,000 at widths of 11,008 to 16,384. AlphaEdit writes in
+    the quarter of the directions that have the smallest eigenvalues of C.
     """
     key = (topology.config.model_type, topology.hidden_size, topology.n_blocks, topology.config.vocab_size)
     if key in _LOCATE_THEN_EDIT:
         return _LOCATE_THEN_EDIT[key], True
-    last = max(0, min(max(1, topology.n_blocks // 4), topology.n_blocks - 2))  # nothing reads behind the last block
+    last = max(0, min(max(1, topology.n_blocks // 4), topology.n_blocks - 2))  # no block reads the last one's output
     layers = tuple(range(topology.n_blocks // 8, last + 1))
     return LocateThenEditPreset(layers, last, lr=None, clamp=4.0, weight_decay=1e-3, null_threshold=None), False

@@ -1,4 +1,4 @@
-"""The state of a run on disk, from which the same run goes on to the same bits after a crash."""
+"""The state of a run on disk. After a crash the same run continues from it and ends with the same bits."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ from fastedit.version import version_of
 
 _TAG = "fastedit-run-1"
 _ABOUT = "run.json"
-# what may lie in the folder: of a run and of the command that began it; written in part, if the process was killed
+# files that may be in the folder: of a run, of the command that started it, and unfinished ones of a killed process
 _OURS = re.compile(r"\.?(command\.json|run\.json|status\.json|lock|\d+\.safetensors)(\.[0-9a-f]+)?")
 _WHAT = "the state of the run"
 State = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what else there is to know, JSON-able."""
+"""Tensors by name, and everything else, serializable to JSON."""
 
 
 class SavedRun:
-    """A folder of numbered states of one run; a state appears whole or not at all.
+    """A folder with the numbered states of one run; each state appears whole or not at all.
 
-    Of several processes the first one reads and writes. A run may go on in another number of processes: sums are then
-    made in another order, and a note says so.
+    With several processes, the first one reads and writes. A run may continue with another number of processes: sums
+    are then in another order, and a note says so.
 
     Args:
-        folder: of this run alone; it is made with the first state.
-        depends: JSON-able, by name: all that the bits of the run depend on.
+        folder: used by this run alone; it is made with the first state.
+        depends: everything that the bits of the run depend on, by name; serializable to JSON.
         every: seconds between two states.
 
     Attributes:
-        notes: states that were damaged, for the user.
+        notes: notes for the user, such as on damaged states.
 
     Raises:
-        FileError: the folder holds another run that is not finished, and which of its parts differs, or files that are
-            no part of a run; another process is at work there; it cannot be written.
+        FileError: the folder holds another unfinished run (names what differs), or files that do not belong to a run;
+            another process is using it; it cannot be written.
     """
 
     def __init__(self, folder: str | Path, depends: Mapping[str, Any], every: float) -> None:
@@ -62,7 +62,7 @@ class SavedRun:
         if parallel.first():
             check_alone(self._folder)
             check_writable(self._folder)
-            with locked(self._folder):  # from here to its end, a run is kept alone by who runs it
+            with locked(self._folder):  # fails if another process is using the folder; the caller of `run` locks it
                 pass
             if self._files():
                 same, self.notes = _same(self._folder / _ABOUT, self._depends)
@@ -84,13 +84,13 @@ class SavedRun:
         history: History,
         statistics: Callable[[], Mapping[str, str]] = dict,
     ) -> SavedRun | None:
-        """The saved run of these edits as a configuration has it; None if it has no folder for one.
+        """The saved run of these edits with this configuration; None if the configuration has no folder for it.
 
         Args:
-            statistics: gives the digests of the second moments that the run reads.
+            statistics: returns the digests of the second moments that the run reads.
 
         Raises:
-            FileError: as the class.
+            FileError: as for the class.
         """
         if config.state is None:
             return None
@@ -120,9 +120,9 @@ class SavedRun:
         return time.monotonic() - self._saved >= self._every
 
     def replace(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Write a state that stands for all before it, of which one stays in case that this one is damaged.
+        """Write a state that replaces all before it; only the previous one is kept, in case this one is damaged.
 
-        If it cannot be written (a full disk, say), the run goes on without it, and a note says so.
+        If it cannot be written (a full disk, say), the run continues without it, and a note says so.
         """
         if self._write(tensors, about):
             for old in self._files()[:-2]:
@@ -130,7 +130,7 @@ class SavedRun:
                     old.unlink()
 
     def newest(self) -> State | None:
-        """The newest state that is whole, or None."""
+        """The newest state that is not damaged, or None."""
         return parallel.of_first(self._newest)
 
     def _newest(self) -> State | None:
@@ -138,9 +138,9 @@ class SavedRun:
         return next((state for state in states if state is not None), None)
 
     def next(self) -> State | None:
-        """The next of the states that were appended before the run was cut off, or None behind the last one.
+        """The next of the states that were appended before the run was cut off, or None after the last one.
 
-        A damaged one ends them: it and those behind it are removed.
+        A damaged state ends the list: it and those after it are removed.
         """
         return parallel.of_first(self._next_appended)
 
@@ -150,19 +150,19 @@ class SavedRun:
         return self._appended.popleft() if self._appended else None
 
     def append(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Add a state to those before it; it is written with the next ones when that is due, or by `flush`."""
+        """Add a state after those before; it is written together with others when that is due, or by `flush`."""
         self._pending.append((dict(tensors), dict(about)))
         if self.due:
             self.flush()
 
     def flush(self) -> None:
-        """Write the states that were appended; those that cannot be are tried again with the next ones."""
+        """Write the appended states; those that cannot be written are tried again with the next ones."""
         tensors = {f"{i}/{name}": x for i, (some, _) in enumerate(self._pending) for name, x in some.items()}
         if self._pending and self._write(tensors, {"appended": [about for _, about in self._pending]}):
             self._pending = []
 
     def finish(self) -> None:
-        """Note that the run is done: its state stays, for the same run, until another one needs the folder."""
+        """Note that the run is finished. Its state stays for the same run, until another run needs the folder."""
         if parallel.first() and self._files():
             with suppress(FileError):
                 self._describe(done=True)
@@ -184,7 +184,7 @@ class SavedRun:
         return found
 
     def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
-        """Whether the state was written."""
+        """Write a state; returns whether it was written."""
         self._saved = time.monotonic()
         if not parallel.first():
             return True
@@ -214,13 +214,13 @@ class SavedRun:
         except FileError as error:
             self.notes.append(f"a state of the run is damaged, the one before it is used: {error}")
             return None
-        if about.pop("run") != self._run:  # begun after this one was planned
+        if about.pop("run") != self._run:  # another run began after this one was planned
             raise FileError(file.parent, "{path} by now holds the state of another run; give a folder of its own")
         return tensors, about
 
 
 def check_alone(folder: Path) -> None:
-    """Refuse a folder with files that are no part of a run. Raises FileError."""
+    """Raise FileError if a folder holds files that do not belong to a run."""
     others = sorted(file.name for file in folder.iterdir() if not _OURS.fullmatch(file.name)) if folder.is_dir() else []
     if others:
         raise FileError(
@@ -238,7 +238,7 @@ def remove_state(folder: Path) -> None:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """That of a tokenizer's rules; of one that is not by the tokenizers package, of its class and its size."""
+    """Digest of a tokenizer's rules; if it is not by the tokenizers package, of its class and size."""
     rules: Any = getattr(tokenizer, "backend_tokenizer", None)
     return _digest(rules.to_str() if rules is not None else f"{type(tokenizer).__name__} {len(tokenizer)}")
 
@@ -248,10 +248,10 @@ def _digest(text: str) -> str:
 
 
 def _same(path: Path, wanted: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether the run that a folder holds is this one, with a note if its processes were others; if not, it is done.
+    """Whether a folder holds this run, with a note if the number of processes changed; otherwise its run is finished.
 
     Raises:
-        FileError: it is another run that is not done.
+        FileError: it holds another run that is not finished.
     """
     notes = []
     try:
@@ -259,7 +259,7 @@ def _same(path: Path, wanted: Mapping[str, Any]) -> tuple[bool, list[str]]:
         done = found.pop("done")
         before, now = found.pop("processes", 1), wanted.get("processes", 1)
         wanted = {name: value for name, value in wanted.items() if name != "processes"}
-        if before != now:  # which have fewer threads each
+        if before != now:  # threads are counted per process, so they may differ
             notes = [f"the run was begun by {before} processes and goes on in {now}: the same edit, but not to the bit"]
             found["threads"] = wanted.get("threads")
         differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))

@@ -1,4 +1,4 @@
-"""Where the subjects of edits stand in their prompts."""
+"""Where the subjects of edits are in their prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastedit.methods.naming import edit_name
 
 
 def repeated_note(names: Sequence[str]) -> list[str]:
-    """The note on edits whose subject stands in the prompt more than once; no note for no names."""
+    """The note on edits whose subject is in the prompt more than once; no note without names."""
     note = f"the subject stands in the prompt more than once, the last place counts: {listed(names)}"
     return [note] if names else []
 
@@ -19,10 +19,10 @@ def repeated_note(names: Sequence[str]) -> list[str]:
 def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
     """The end of each edit's subject in its prompt, in characters, and the places of edits that repeat their subject.
 
-    The last occurrence counts; one that stands as whole words goes before one inside other words.
+    The last occurrence counts; whole words take precedence over parts of words.
 
     Raises:
-        RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
+        RequestError: edits without a subject, or with one that is not in the prompt; names all of them.
     """
     ends: list[int] = []
     repeated: list[int] = []
@@ -47,10 +47,10 @@ def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
 
 
 def subject_ends(edit: Edit) -> list[int]:
-    """The ends of an edit's subject in its prompt, in characters, in their order; none if it does not stand there.
+    """The ends of all occurrences of an edit's subject in its prompt, in characters, ascending; empty without any.
 
-    If it stands there as whole words, those inside other words do not count. An edit that was made of a template may
-    know the one place itself, as `subject_end`.
+    If some occurrences are whole words, those inside other words do not count. An edit that was made from a template
+    may know its one place, as `subject_end`.
     """
     if not edit.subject:
         return []

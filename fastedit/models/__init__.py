@@ -1,4 +1,4 @@
-"""Transformers as fastedit sees them: their parts, the packing of samples, the prefix cache."""
+"""Transformers for fastedit: the parts of a model, the packing of samples, the prefix cache."""
 
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.chat import special_tokens

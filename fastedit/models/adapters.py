@@ -1,7 +1,7 @@
-"""Adapters that are not merged. A model that carries one is saved without its edits, or under names of no architecture.
+"""Detect adapters that are not merged: a model with one would be saved without its edits, or under wrong names.
 
-They are told by what peft leaves in a model, and peft is not imported: wrappers with a `peft_config`, layers with a
-`base_layer` or an `original_module`, and the mark that transformers sets for adapters of its own.
+Adapters are recognized without importing peft, by what it leaves in a model: wrappers with a `peft_config`, layers with
+a `base_layer` or an `original_module`, and the mark that transformers sets for its own adapters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import nn
 
 from fastedit.errors import ModelError, listed
 
-_INSIDE = ("base_layer", "original_module")  # where an adapter's layer keeps the one that it stands for
+_INSIDE = ("base_layer", "original_module")  # where an adapter's layer keeps the layer that it replaces
 _WHAT_TO_DO = (
     "edits would not be saved with it. Merge it first, by model = model.merge_and_unload() of the PeftModel (which "
     "peft.PeftModel.from_pretrained makes of a model and a folder of its adapter), or load the model without it"
@@ -20,11 +20,11 @@ _WHAT_TO_DO = (
 
 
 def check_no_adapter(model: nn.Module, network: nn.Module) -> None:
-    """Refuse a model that carries an adapter.
+    """Raise ModelError if a model carries an adapter.
 
     Args:
-        model: as it was given.
-        network: the Hugging Face model in it, or itself.
+        model: the model as it was given.
+        network: the Hugging Face model inside it, or `model` itself.
 
     Raises:
         ModelError: names the adapters and their modules, and says what to do.
@@ -44,7 +44,7 @@ def check_no_adapter(model: nn.Module, network: nn.Module) -> None:
 def _wrappers(model: nn.Module, network: nn.Module) -> Iterator[nn.Module]:
     """The modules around the network that have a `peft_config` of their own.
 
-    The network itself keeps one after `merge_and_unload`, and a wrapper such as torch.compile's shows it as its own.
+    The network itself keeps one after `merge_and_unload`, and a wrapper such as torch.compile's passes it on.
     """
     for module in model.modules():
         if module is network:

@@ -1,4 +1,4 @@
-"""Calls of the blocks that are recorded once and made again, without the backbone around them."""
+"""Calls of the blocks, recorded once and repeated without the backbone around them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastedit.models.topology import Topology
 
 
 class BlockCalls:
-    """How the backbone calls its blocks from ``layer`` on for some rows, to call them so again.
+    """A record of how the backbone calls its blocks from ``layer`` on for some rows, to repeat these calls.
 
-    ``resume`` of this class is that of the package. The first one goes through the backbone and keeps the
-    arguments of each block (masks, rotary embeddings) and the modules behind the last one; later ones call these
-    directly. That saves the backbone's own work, and on a GPU a wait: recent transformers look at the positions. All
-    go through the backbone of a model whose blocks cannot be called so.
+    ``resume`` does what `forward.resume` does. The first call goes through the backbone and keeps the arguments of
+    each block (masks, rotary embeddings) and the modules after the last one; later calls run these directly. That
+    saves the backbone's own work, and on a GPU a synchronization, because recent transformers read the positions. If
+    the blocks of a model cannot be called directly, every call goes through the backbone.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The parts of one block, found by what they are: the child that takes an attention mask, the MLP, its projections.
+"""Find the parts of a block by their structure: the child that takes an attention mask, the MLP, its projections.
 
-Of a block with a router it is the shared expert, which every token passes, that counts as the MLP.
+In a block with a router the shared expert, which every token passes through, counts as the MLP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class BlockParts:
     """The modules of a block by their short names.
 
     ``mlp_maps`` are the linear maps of the MLP; ``experts`` is the path of the experts among which a router chooses,
-    None if there is none. Such a block has an MLP only if an expert is shared by all tokens.
+    None without a router. A block with a router has an MLP only if all tokens share an expert.
     """
 
     named: dict[str, nn.Module]
@@ -29,11 +29,11 @@ class BlockParts:
 
 
 class UnknownPartsError(Exception):
-    """A block whose parts cannot be told apart; says why."""
+    """The parts of a block cannot be told apart; says why."""
 
 
 def find_parts(block: nn.Module, hidden_size: int) -> BlockParts:
-    """The parts of a block.
+    """Find the parts of a block.
 
     Raises:
         UnknownPartsError: it has no attention, or no MLP that ends in a projection to ``hidden_size`` and no router.
@@ -62,7 +62,7 @@ def find_parts(block: nn.Module, hidden_size: int) -> BlockParts:
 
 
 def _with_router(parts: dict[str, nn.Module], others: list[nn.Module], experts: str, hidden_size: int) -> BlockParts:
-    """The parts of a block whose tokens go to experts of a router's choice."""
+    """Find the parts of a block with a router, which sends tokens to experts."""
     shared = []
     for module in (m for other in others for m in (other, *other.children())):
         found = dict(projections(module))
@@ -76,13 +76,13 @@ def _with_router(parts: dict[str, nn.Module], others: list[nn.Module], experts: 
 
 
 def _named(found: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module] | None:
-    """The short names of an MLP's linear maps; None if they are no MLP's."""
+    """The short names of an MLP's linear maps; None if these are not the maps of an MLP."""
     down_name, down = list(found.items())[-1]
     inner, width = widths(down)
     ups = {name: module for name, module in found.items() if name != down_name}
     if width != hidden_size or any(widths(up)[0] != width for up in ups.values()):
         return None
-    if len(ups) != 1:  # equal shapes: only the exact names tell the gate from the other
+    if len(ups) != 1:  # with equal shapes, only exact names tell the gate from the up projection
         return {"down_proj": down} | {name: ups[name] for name in ("gate_proj", "up_proj") if name in ups}
     (up,) = ups.values()
     both = widths(up)[1] == 2 * inner  # one matrix holds both
@@ -90,9 +90,9 @@ def _named(found: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module
 
 
 def _experts(module: nn.Module) -> str | None:
-    """The path in ``module`` of the experts among which a router chooses ("" if it is them), None without any.
+    """The path in ``module`` of the experts among which a router chooses ("" for ``module`` itself); None without any.
 
-    They are a list of modules, or one module that holds the matrices of all of them as a tensor of three dimensions.
+    Experts are a list of modules, or one module that holds all their matrices as a three-dimensional tensor.
     """
     for path, child in module.named_modules():
         fused = not isinstance(child, nn.Conv1d) and any(p.ndim == 3 for p in child.parameters(recurse=False))
@@ -107,7 +107,7 @@ def holds_experts(module: nn.Module) -> bool:
 
 
 def maps_alone(module: nn.Module) -> bool:
-    """Whether the ``forward`` of a module takes its input and nothing else."""
+    """Whether the ``forward`` of a module requires only its input."""
     module_type: Any = type(module)
     return _takes_one(module_type)
 
@@ -125,7 +125,7 @@ def _takes_mask(module_type: Any) -> bool:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a module is a linear map, be its weight quantized, as in layers that are no `nn.Linear`."""
+    """Whether a module is a linear map, including quantized layers that are not an `nn.Linear`."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))

@@ -1,4 +1,4 @@
-"""Prompts as a user's turn in the chat template of a tokenizer, as instruct models were trained to read them."""
+"""Put prompts into a tokenizer's chat template as a user's turn, as instruct models were trained to read them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from fastedit.errors import ConfigError, reason
 
-_MARK, _SPACE = "Xq7ZkW", "\t\t"  # stand for what is said, to see what a template puts around it
+_MARK, _SPACE = "Xq7ZkW", "\t\t"  # placeholders for the user's text, to see what a template puts around it
 _OPEN_THOUGHT = re.compile(r"<((?:\w+:)?think(?:ing)?)>\s*$")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What a chat template makes of a prompt: its own text in front of it, and behind it up to the model's answer.
+    """What a chat template puts around a prompt: the text before it, and the text after it up to the model's answer.
 
-    Where the template lets a model think, the empty thought stands in ``after``. ``trims``: the template takes
-    whitespace around the prompt away. ``bos`` is not repeated where a prompt begins with it. ``end`` is the token that
-    ends an answer, None if that is EOS.
+    If the template lets a model think, ``after`` holds an empty thought. ``trims``: the template removes whitespace
+    around the prompt. ``bos`` is not repeated if a prompt begins with it. ``end`` is the token that ends an answer,
+    None if that is EOS.
     """
 
     before: str
@@ -42,7 +42,7 @@ class Chat:
             )
         user = {"role": "user", "content": _SPACE + _MARK + _SPACE}
         try:
-            # enable_thinking: a template that does not know it ignores it
+            # templates that do not know enable_thinking ignore it
             text = _rendered(tokenizer, [user], add_generation_prompt=True, enable_thinking=False)
         except Exception as error:  # whatever a template raises
             raise ConfigError(f"the tokenizer's chat template cannot be used: {reason(error)}") from error
@@ -59,11 +59,11 @@ class Chat:
         return cls(before, after, trims, tokenizer.bos_token or "", _end(tokenizer, user))
 
     def turn(self, prompt: str) -> str:
-        """The text up to the model's answer."""
+        """The whole text up to the model's answer."""
         return self.before + self._said(prompt) + self.after
 
     def place(self, prompt: str, character: int) -> int:
-        """The place in the prompt's turn of a place in the prompt."""
+        """The place in `turn(prompt)` of a character of the prompt."""
         said = self._said(prompt)
         return len(self.before) + min(max(0, character - prompt.index(said)), len(said))
 
@@ -78,17 +78,17 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any
 
 
 def _end(tokenizer: Any, user: dict[str, str]) -> int | None:
-    """The special token that a template puts behind an answer, None if it puts none there."""
+    """The special token that a template puts after an answer; None if it puts none."""
     try:
         text = _rendered(tokenizer, [user, {"role": "assistant", "content": _MARK}])
-    except Exception:  # a template that is for prompts only
+    except Exception:  # some templates are for prompts only
         return None
     behind = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
     return int(behind[0]) if behind and behind[0] in special_tokens(tokenizer).values() else None
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The tokens of a tokenizer that are no text, but signs of its own."""
+    """The special tokens of a tokenizer -> their ids."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     found = {str(token): int(place) for place, token in added.items() if token.special}
     return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

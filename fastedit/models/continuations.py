@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts of any lengths: one batch, which a prompt leaves as soon as its text has ended."""
+"""Greedy continuations of prompts of any lengths, in one batch that a prompt leaves as soon as its text has ended."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastedit.models.topology import Topology
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts that are being continued; their rows end together, so pads come first.
+    """Prompts that are being continued, padded on the left.
 
-    ``which`` [B] on the CPU are places in the list of prompts; ``tokens`` [B, L] are what stands there by now, and
-    ``mask`` [B, L] says which of them are no pads. ``cache`` holds what the model has read of them (None: it reads all
-    of them each time).
+    ``which`` [B] on the CPU are places in the list of prompts; ``tokens`` [B, L] are the prompts and continuations so
+    far, and ``mask`` [B, L] is false at pads. ``cache`` holds the keys and values of the tokens that the model has read
+    (None: it reads all tokens each time).
     """
 
     which: Tensor
@@ -31,7 +31,7 @@ class _Batch:
     cache: DynamicCache | None
 
     def kept(self, going: Tensor) -> _Batch:
-        """The rows [K] that are going on, without columns that hold nothing but pads."""
+        """The rows `going` [K], without columns that hold only pads."""
         rows = going.to(self.tokens.device)
         mask = self.mask[rows]
         first = int(mask.any(0).int().argmax())
@@ -39,7 +39,7 @@ class _Batch:
         return _Batch(self.which[going], self.tokens[rows, first:], mask[:, first:], cache)
 
     def joined(self, other: _Batch) -> _Batch:
-        """The rows of both."""
+        """The rows of both batches."""
         assert self.cache is not None
         assert other.cache is not None
         width = max(self.tokens.shape[1], other.tokens.shape[1])
@@ -55,7 +55,7 @@ class _Batch:
         return _Batch(torch.cat([self.which, other.which]), tokens, mask, cache)
 
     def read(self, topology: Topology) -> Tensor:
-        """The final hidden state [B, h] behind the last token of each row; the cache has then read all of them."""
+        """Read the unread tokens; returns the final hidden state [B, h] at the last token of each row."""
         start = self.cache.get_seq_length() if self.cache is not None else 0
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         with eval_mode(topology.backbone):
@@ -69,7 +69,7 @@ class _Batch:
         return topology.for_head(states[:, -1])
 
     def followed_by(self, tokens: Tensor) -> _Batch:
-        """The rows with one more token [B] each, which is unread."""
+        """The rows with one more, unread token [B] each."""
         tokens = torch.cat([self.tokens, tokens[:, None]], 1)
         return replace(self, tokens=tokens, mask=pad(self.mask, (0, 1), value=True))
 
@@ -87,7 +87,7 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 
 def _cache(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """A cache of whole keys and values: the masks of layers with a window leave out what such a layer may not see."""
+    """A cache of all keys and values; in layers with a window, the mask hides what the layer may not see."""
     cache = DynamicCache()
     for i, (keys, values) in enumerate(layers):
         cache.update(keys, values, i)
@@ -95,9 +95,9 @@ def _cache(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
 
 
 def reads_caches(topology: Topology) -> bool:
-    """Whether the model reads caches and takes left pads for nothing, so that prompts of all lengths share a batch.
+    """Whether the model reads caches and ignores left pads, so that prompts of all lengths can share a batch.
 
-    Measured on three tokens: their last state behind two pads and from a cache is the state of a plain pass.
+    Measured on three tokens: their last state after two pads and from a cache must be that of a plain pass.
     """
     prompt = [topology.config.vocab_size // n for n in (4, 2, 3)]
     plain = _batch([prompt], [0], topology.device, False).read(topology).float()
@@ -105,7 +105,7 @@ def reads_caches(topology: Topology) -> bool:
         state = _read_behind_pads(topology, prompt)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a block raises that wants a cache of its own kind, as recurrent ones do
+    except Exception:  # blocks that need their own kind of cache, such as recurrent ones, may raise anything
         return False
     if state is None:
         return False
@@ -113,12 +113,12 @@ def reads_caches(topology: Topology) -> bool:
 
 
 def _read_behind_pads(topology: Topology, prompt: list[int]) -> Tensor | None:
-    """The state of a prompt's last token, read behind two pads and from a cache; None if no block asks for one."""
-    begun = _batch([prompt[:1] * 4, prompt[:2]], [0, 1], topology.device, True)  # the second stands behind two pads
+    """The state of a prompt's last token, read after two pads and from a cache; None if a block does not use one."""
+    begun = _batch([prompt[:1] * 4, prompt[:2]], [0, 1], topology.device, True)  # the second has two pads in front
     begun.read(topology)
     assert begun.cache is not None
     if len(begun.cache.layers) != topology.n_blocks or any(x.get_seq_length() != 4 for x in begun.cache.layers):
-        return None  # some block's attention asks no cache
+        return None  # the attention of some block does not use the cache
     last = torch.tensor(prompt[2:] * 2, device=topology.device)
     return begun.followed_by(last).read(topology)[1].float()
 
@@ -126,14 +126,14 @@ def _read_behind_pads(topology: Topology, prompt: list[int]) -> Tensor | None:
 class Continuations:
     """Greedy continuations of prompts.
 
-    Prompts of all lengths share a batch, and new ones take the places of those that have ended. A model that does not
-    read caches runs prompts of equal lengths, with all their tokens for each new one.
+    Prompts of all lengths share a batch, and new ones take the places of those that have ended. For a model that does
+    not read caches, only prompts of equal lengths share a batch, and every new token runs all tokens again.
 
     Args:
-        limits: the most tokens behind each prompt, at least 1.
-        ended: called with places of prompts [B] (on the CPU) and the token [B] that each goes on with; bools [B].
-        capacity: tokens of prompts and continuations that are alive at once.
-        updates, edits: prompt i meets the update ``edits[i]``, if there are any.
+        limits: the most tokens to add to each prompt, at least 1.
+        ended: called with places of prompts [B] (on the CPU) and the next token [B] of each; returns bools [B].
+        capacity: tokens of prompts and continuations that are in the batch at once.
+        updates, edits: prompt i runs with the update ``edits[i]``, if there are any.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Continuations:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        """Yield the place of a prompt and the tokens that follow it, the one that ends them included, as texts end."""
+        """Yield, as texts end, the place of a prompt and the tokens that follow it, including the one that ends it."""
         lengths = [len(prompt) for prompt in self._prompts]
         waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         if reads_caches(self._topology):
@@ -164,7 +164,7 @@ class Continuations:
                 yield from self._run(list(group), False)
 
     def _run(self, waiting: list[int], cached: bool) -> Iterator[tuple[int, list[int]]]:
-        """The continuations of prompts, the longest first."""
+        """The continuations of prompts, which are in order of length, the longest first."""
         longest = int(self._limits.max())
         batch: _Batch | None = None
         while waiting or batch:
@@ -181,7 +181,7 @@ class Continuations:
                 yield from done
 
     def _step(self, batch: _Batch) -> tuple[list[tuple[int, list[int]]], _Batch | None]:
-        """Texts that end with the next token, and the batch of the others."""
+        """Add a token to each row; returns the texts that end with it, and the batch of the others."""
         which = batch.which
         with per_sample_updates(self._updates, self._edits[which]):
             states = batch.read(self._topology)

@@ -1,4 +1,4 @@
-"""Whether the weights of a model are such as this package can edit."""
+"""Whether this package can edit the weights of a model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ _OUTSIDE = (
 
 
 def check_editable(found: Topology) -> None:
-    """See that the weights are such as this package can edit: whole, on one device, and of floating point.
+    """Check that this package can edit the weights: they are whole, on one device, and in floating point.
 
-    Linear maps of the blocks may be quantized; whether those that are edited are is another question
-    (`quantized.check_plain`).
+    Linear maps of the blocks may be quantized, unless they are to be edited (`quantized.check_plain`).
 
     Raises:
-        ModelError: other quantized weights, sharded or offloaded ones, or weights on several devices; names the
+        ModelError: other weights are quantized, or weights are sharded, offloaded or on several devices; names the
             parameter.
     """
     parameters = dict(found.model.named_parameters())

@@ -1,4 +1,4 @@
-"""Tokens of texts, and of prompts with what comes after them."""
+"""Tokens of texts, and of pairs of a prompt and a target."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastedit.errors import listed
 from fastedit.models.scripts import joined
 
 Text = str | tuple[str, str]
-"""A text, or a prompt and what comes after it, which are joined."""
+"""A text, or a prompt and what comes after it, to be joined."""
 Span = tuple[int, int]
-"""Characters of a token, from the first one to the one behind it; (0, 0) for a special token."""
+"""Characters of a token: the first one, and the one after the last; (0, 0) for a special token."""
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) -> list[list[int]]:
-    """Tokens of texts, those included that the tokenizer puts around them; its settings stay as they are.
+    """Tokens of texts, including the special tokens that the tokenizer adds; its settings stay as they are.
 
-    ``templated``: prompts are whole up to the answer (`chat.Chat`), so that no tokens are put around them, and no space
-    behind.
+    ``templated``: the prompts are already in a chat template (`chat.Chat`), so no special tokens are added around
+    them, and no space after them.
     """
     found = _call(tokenizer, _whole(texts, templated), templated=templated)
     ids: list[list[int]] = found["input_ids"]
@@ -29,11 +29,11 @@ def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) ->
 def encode_with_spans(
     tokenizer: Any, texts: Sequence[Text], *, templated: bool = False
 ) -> tuple[list[list[int]], list[list[Span]]]:
-    """The same of a fast tokenizer, with the characters of each token.
+    """As `encode`, with the characters of each token; for fast tokenizers.
 
-    Where no space stands between a prompt and its target, a token could reach across the border: the prompt then has
-    the tokens that it has alone, as the model meets it when it answers. A templated one always has them, because the
-    line breaks that it ends with could split in another way in front of a target.
+    If there is no space between a prompt and its target, a token could reach across the border. The prompt then gets
+    the tokens that it has by itself, as when the model answers it. A templated prompt always gets these, because the
+    line breaks at its end could be tokenized differently before a target.
     """
     whole = _whole(texts, templated)
     encoded = _call(tokenizer, whole, spans=True, templated=templated)
@@ -55,8 +55,8 @@ def _whole(texts: Sequence[Text], templated: bool) -> list[str]:
 def _in_parts(
     tokenizer: Any, prompt: str, target: str, ids: list[int], spans: list[Span], templated: bool
 ) -> tuple[list[int], list[Span]]:
-    """Tokens of a pair none of which reaches across the border; those that are given if the tokenizer has none."""
-    # behind a newline nothing is put in front of the target, and nothing grows together with it
+    """Tokens of a pair of which none crosses the border; the given ones if the tokenizer cannot separate the target."""
+    # after a newline, a tokenizer puts nothing in front of the target and does not merge anything with it
     parts = _call(tokenizer, [prompt, f"\n{target}"], spans=True, templated=templated)
     (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
     if any(first < 1 < end for first, end in tail_spans):
@@ -71,7 +71,7 @@ def _in_parts(
 
 
 def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:
-    """What is wrong with tokens that a model of so many tokens has no rows for, and what to do; empty without any."""
+    """What is wrong if tokens have no row in a model with `vocabulary` rows, and what to do; empty if all have one."""
     if not ids or max(ids) < vocabulary:
         return ""
     found = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]
@@ -82,7 +82,7 @@ def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:
 
 
 def trailing(ids: Sequence[int], token: int | None) -> int:
-    """How many times a token stands at the end; some tokenizers end every text with EOS."""
+    """How many times a token is repeated at the end; some tokenizers end every text with EOS."""
     return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
 
 
@@ -109,7 +109,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
 
 @contextmanager
 def _settings_kept(tokenizer: Any) -> Iterator[None]:
-    """Give a fast tokenizer its truncation and padding back, which a call takes away that asks for none."""
+    """Restore the truncation and padding of a fast tokenizer; a call that asks for none resets them."""
     core: Any = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = (core.truncation, core.padding) if core is not None else (None, None)
     try:

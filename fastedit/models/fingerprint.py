@@ -1,4 +1,4 @@
-"""The fingerprint that tells one checkpoint from another."""
+"""The fingerprint, which tells checkpoints apart."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fastedit.models.topology import topology
 
 _SAMPLED = 256
 FP16 = "in fp16 a model has another fingerprint than in bf16 or fp32"
-"""For messages that fingerprints differ."""
+"""For messages about fingerprints that differ."""
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter, and of what
-    quantized maps keep.
+    """Hash of the names, shapes and up to 256 evenly spaced values of every parameter, and of the buffers of
+    quantized maps.
 
-    Values are taken in bf16, so that one checkpoint has one fingerprint whether it is loaded in fp32 or bf16. In fp16
-    it has another: what is below 6e-5 has lost digits there, and the rest was rounded twice if it came from fp32.
+    Values are converted to bf16, so that a checkpoint has the same fingerprint in fp32 and bf16. In fp16 it has another
+    one: values below 6e-5 have lost digits there, and the others were rounded twice if they came from fp32.
 
     Raises:
         ModelError: weights that this package cannot edit.
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """That of a model with these parameters, by their paths."""
+    """The fingerprint of a model with these parameters, given as (path, values)."""
     digest = hashlib.sha256()
     values = []
     found = ((path, tuple(p.shape), _sample(p)) for path, p in parameters)

@@ -1,8 +1,8 @@
-"""Passes of rows of samples through a part of the model.
+"""Run rows of samples through a part of the model.
 
-Everything runs through the model's own backbone: the blocks that need not run become identities, and the state that
-they would have made is put in front of the first block that runs. Masks, rotary embeddings, attention types of single
-layers and soft-caps therefore stay the model's own.
+Every pass goes through the model's own backbone: blocks that need not run become identities, and the state that they
+would have made is the input of the first block that runs. Masks, rotary embeddings, attention types of single layers
+and soft-caps therefore stay the model's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastedit.models.topology import Topology
 
 # Attention that reads restarting positions in every row of a batch; varlen attention needs a single row.
 _BATCHED_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
-# Tokens of a forward pass. On a CPU buffers of over 32 MiB are fresh pages every time; products of few rows are slow.
+# Tokens per forward pass. A CPU gets new pages for every buffer over 32 MiB, but products of few rows are slow.
 _PASS_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
@@ -38,7 +38,7 @@ def _identity_tuple(*args: Any, **kwargs: Any) -> tuple[Tensor]:
 
 
 def at_rows(module: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """``module.forward`` at the given rows [A] of its flattened input; zeros at others."""
+    """``module.forward`` at the given rows [A] of its flattened input; zeros at the other rows."""
     forward = module.forward
 
     def run(x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def at_rows(module: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def pruned(topology: Topology, rows: Rows) -> list[Override]:
-    """The row-independent parts of the last block, at the target rows only."""
+    """Overrides that run the row-independent parts of the last block at the target rows only."""
     last = topology.rowwise(topology.n_blocks - 1)
     return [(module, at_rows(module, rows.target_rows)) for module in last]
 
@@ -66,25 +66,25 @@ def run_blocks(
     overrides: Sequence[Override] = (),
     past: Any = None,
 ) -> Tensor:
-    """Run blocks ``layer`` … and the final norm on ``hidden`` [B, R, h], or end with block ``stop``'s input.
+    """Run blocks ``layer`` … and the final norm on ``hidden`` [B, R, h], or stop at the input of block ``stop``.
 
-    Behind the final norm the states are what the head reads (``Topology.for_head``).
+    After the final norm the states are what the head reads (``Topology.for_head``).
 
     Without ``hidden`` the embedding's output enters block 0. ``prune``: row-independent parts of the last
     block run at the target rows only. ``overrides`` replace ``forward`` of modules. ``past``: a cache of
-    keys and values in front of the rows, with the ``mask`` of both. Returns [B, R, h].
+    keys and values of earlier tokens, with a ``mask`` for these and the rows. Returns [B, R, h].
     """
     blocks = topology.blocks
     shape = rows.input_ids.shape
     single_row = topology.packs and topology.config._attn_implementation not in _BATCHED_ATTENTION
     input_ids: Tensor = rows.input_ids
-    # a sample alone in its row stands where the model itself counts; masks made from positions wait for the GPU
+    # without packing the model's own positions are right; masks made from given positions wait for the GPU
     position_ids = rows.position_ids if rows.packed or past is not None else None
     if single_row and rows.packed and position_ids is not None:
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         hidden = None if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
 
-    overrides = list(overrides)  # of several for one module the last counts
+    overrides = list(overrides)  # the last one for a module counts
     if layer:
         identity = _identity_tuple if topology.blocks_return_tuples else _identity
         overrides += [(block, identity) for block in blocks[:layer]]
@@ -132,14 +132,14 @@ def resume(
         hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``), in the model's dtype.
         rows: on the model's device.
         layer: the first block to run.
-        overrides: modules whose ``forward`` something else stands in for.
-        past: keys and values of tokens in front of the rows (``HeldTokens.remaining``).
+        overrides: replacements for the ``forward`` of modules.
+        past: keys and values of tokens before the rows (``HeldTokens.remaining``).
 
     Returns:
         What the head reads [M, h] at ``rows.target_rows``: the hidden states after the final norm, in some families
-        times a factor; ``topology.logits`` takes them on.
+        times a factor; the input of ``topology.logits``.
         Differentiable in ``hidden`` and in the weights of blocks ``layer`` … n-1. In the last block, parts
-        that treat rows independently run at those rows only: nobody reads the others.
+        that treat rows independently run at those rows only, because the others are not read.
 
     Raises:
         ModelError: the model has no such block.
@@ -162,11 +162,11 @@ def run_from_tokens(topology: Topology, rows: Rows, *, prune: bool = True) -> Te
 def observe(
     topology: Topology, hidden: Tensor, rows: Rows, layer: int, module: nn.Module, *, output: bool = False
 ) -> Tensor:
-    """Observe the input or the output of ``module`` at the target rows; nothing after it runs.
+    """The input or the output of ``module`` at the target rows; nothing after the module runs.
 
     Args:
         hidden: [B, R, h], the input of block ``layer`` (``PrefixCache.hidden``).
-        module: a module of block ``layer`` or of a later one, or such a block itself.
+        module: a module of block ``layer`` or of a later block, or such a block itself.
 
     Returns:
         [M, width] at ``rows.target_rows``, in the model's dtype.
@@ -182,14 +182,14 @@ def observe(
 
 
 def at_tokens(topology: Topology, rows: Rows, layer: int) -> list[Override]:
-    """Overrides that run the linear maps of blocks ``layer`` … n-1 at tokens alone, not at pads."""
+    """Overrides that run the linear maps of blocks ``layer`` … n-1 only at tokens, not at pads."""
     tokens = rows.token_rows.to(rows.index.device)
     linear = (m for i in range(layer, topology.n_blocks) for m in topology.rowwise(i) + topology.attended(i))
     return [(module, at_rows(module, tokens)) for module in linear]
 
 
 def in_passes(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
-    """Ranges of consecutive samples of at most ``batch_tokens`` tokens, one sample at least."""
+    """Ranges of consecutive samples with at most ``batch_tokens`` tokens, but at least one sample each."""
     first, total = 0, 0
     for i, n in enumerate(lengths.tolist()):
         if total and total + n > batch_tokens:
@@ -201,5 +201,5 @@ def in_passes(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
 
 
 def pass_tokens(device: torch.device) -> int:
-    """Tokens of a forward pass that suit ``device``."""
+    """The number of tokens per forward pass that suits ``device``."""
     return _PASS_TOKENS.get(device.type, 4096)

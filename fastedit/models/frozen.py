@@ -1,4 +1,4 @@
-"""The frozen part of the edited block: it is the same in every epoch, so it runs once, before training."""
+"""Cache the frozen part of the edited block: it is the same in every epoch, so it runs once, before training."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from fastedit.models.topology import Topology
 
 
 class FrozenPart:
-    """Cache of what a block's frozen modules give for each token of all samples, which stands in for them in a pass.
+    """Cache of what a block's frozen modules compute for each token of all samples; in a pass it replaces them.
 
-    They are the attention, where ``trained`` is the MLP or a part of it, and all of the MLP but its last projection
-    where that is ``trained``. Nothing is kept of the last block, whose passes leave out rows, nor what does not fit
-    where the model computes: to fetch it would take as long.
+    If ``trained`` is the MLP or a part of it, the attention is cached; if it is the MLP's last projection, the rest of
+    the MLP as well. Nothing is cached for the last block, whose passes leave out rows, nor what does not fit into the
+    memory of the model's device, because fetching it would take as long as computing it.
 
-    Like the prefix cache it runs in the order of the samples, so that its bits do not depend on that of training.
+    Like the prefix cache it runs in the order of the samples, so that its bits do not depend on the order of training.
 
     Args:
-        cache: gives the block, the samples, and the budget that is left.
+        cache: gives the block, the samples, and the remaining budget.
         trained: the one module whose weights change.
     """
 
@@ -45,7 +45,7 @@ class FrozenPart:
         self._mlp = mlp if known and trained is parts["down_proj"] else None
         self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
         self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
-        self._returned = 0  # by the attention, if that is a tuple
+        self._returned = 0  # length of the tuple that the attention returns, 0 if it returns none
         self._run(topology, cache)
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class FrozenPart:
                 run_blocks(topology, rows, cache.layer, cache.hidden(rows), stop=cache.layer + 1)
 
     def overrides(self, rows: Rows) -> list[Override]:
-        """What stands in for the frozen modules in a pass over these rows."""
+        """Overrides that replace the frozen modules in a pass over these rows."""
 
         def stored(module: nn.Module, like: Tensor) -> Tensor:
             return self._states[module].read(rows).view(*like.shape[:-1], -1)
@@ -76,7 +76,7 @@ class FrozenPart:
         return overrides
 
     def _recorders(self, rows: Rows) -> Iterator[RemovableHandle]:
-        """Hooks that keep what the frozen modules give in a pass."""
+        """Hooks that keep what the frozen modules compute in a pass."""
         last: list[Tensor] = []
 
         def note_attention(module: nn.Module, _: Any, output: Any) -> None:
@@ -92,13 +92,13 @@ class FrozenPart:
             last.append(output)
 
         def compare(_: nn.Module, __: Any, output: Tensor) -> None:
-            if not (last and output is last[-1]):  # the projection is not all that is left of this MLP
+            if not (last and output is last[-1]):  # the MLP does more after its last projection
                 self._mlp = None
 
         if self._attn is not None:
             yield self._attn.register_forward_hook(note_attention)
         if self._mlp is not None:
-            # first of all: the stand-in calls the projection with them, and other hooks may change them there
+            # before other hooks: the override calls the projection with these inputs, and the hooks apply again
             yield self._trained.register_forward_pre_hook(note_inputs, prepend=True)
             yield self._trained.register_forward_hook(note_projection)
             yield self._mlp.register_forward_hook(compare)

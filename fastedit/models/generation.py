@@ -1,4 +1,4 @@
-"""Generation by a given configuration and nothing else."""
+"""Generation with a given configuration only, without the model's own defaults."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NOT_FINITE = (
 
 
 def sampling(tokenizer: Any, n_tokens: int, *, top_k: int = 0, texts: int = 1) -> GenerationConfig:
-    """Exactly ``n_tokens`` more tokens, sampled at temperature 1.
+    """A configuration that samples exactly ``n_tokens`` more tokens at temperature 1.
 
     Args:
-        top_k: likeliest tokens to sample from; 0 is all of them.
-        texts: for each row.
+        top_k: number of likeliest tokens to sample from; 0 is all of them.
+        texts: number of texts for each row.
     """
     return GenerationConfig(
         do_sample=True,
@@ -38,13 +38,13 @@ def sampling(tokenizer: Any, n_tokens: int, *, top_k: int = 0, texts: int = 1) -
 
 
 def generate_by(model: Any, config: GenerationConfig, input_ids: Tensor, **options: Any) -> Tensor:
-    """Tokens [B, R + K] that the model continues ``input_ids`` [B, R] with, no dropout; all rows are whole.
+    """Continue ``input_ids`` [B, R], which have no pads, without dropout; returns tokens [B, R + K].
 
-    ``generate`` would fill what a given configuration leaves open from the model's own: penalties, suppressed tokens,
-    beams.
+    The model's own configuration is set aside meanwhile: ``generate`` would fill gaps from it, such as penalties,
+    suppressed tokens or beams.
 
     Raises:
-        ModelError: the model gives NaN or infinity, of which nothing can be sampled.
+        ModelError: the model computes NaN or infinity, so that nothing can be sampled.
     """
     own, model.generation_config = model.generation_config, config
     try:

@@ -1,4 +1,4 @@
-"""Tokens that a loop cannot change, recorded as the keys and values that the tokens after them read."""
+"""Tokens that a loop cannot change: their keys and values are recorded once, for the tokens after them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastedit.models.topology import Topology
 
 
 class _Recorder(DynamicCache):  # type: ignore[misc]  # transformers is not typed
-    """Recorder of keys and values [K, heads, width] of the tokens at some flat places; nothing stands in front."""
+    """Recorder of keys and values [K, heads, width] of the tokens at some flat places; as a cache it is empty."""
 
     mask = None
 
@@ -32,10 +32,10 @@ class _Recorder(DynamicCache):  # type: ignore[misc]  # transformers is not type
 
 
 class HeldTokens:
-    """Tokens whose states in the blocks behind a prefix cache stay what they are: others read their keys and values.
+    """Tokens whose states in the blocks after a prefix cache do not change; others only read their keys and values.
 
-    Such are the tokens in front of the first one that a loop changes, since attention is causal. ``record`` runs
-    them and keeps what each block's attention reads; ``remaining`` is what then remains to run, without them.
+    These are the tokens before the first one that a loop changes, since attention is causal. ``record`` runs them and
+    keeps the keys and values of each block; ``remaining`` gives the tokens that are left to run.
 
     Args:
         counts: [N] int64, how many tokens at the beginning of each sample are held.
@@ -46,17 +46,17 @@ class HeldTokens:
         self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
         self.supported = topology.replays_blocks
-        """False for blocks that cannot be replayed, and once one was seen whose attention asks no cache: ``remaining``
-        is then all."""
+        """False if blocks cannot be replayed, or once a block's attention did not use the cache: ``remaining`` then
+        gives all tokens."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the recorded keys and values; what ``remaining`` lays out takes about as much again."""
+        """Bytes of the recorded keys and values; ``remaining`` needs about as much again."""
         return sum(recorded.nbytes for pair in self._recorded.values() for recorded in pair)
 
     @torch.no_grad()
     def record(self, select: Tensor) -> None:
-        """Run the tokens of these samples that are held."""
+        """Run the held tokens of these samples and record their keys and values."""
         if not self.supported:
             return
         select = select[self._counts[select] > 0]
@@ -81,9 +81,9 @@ class HeldTokens:
         return rows.host_index.view(-1)[rows.token_rows], recorder.seen
 
     def remaining(self, select: Tensor) -> tuple[Rows, Past | None]:
-        """The rows of the tokens of these samples that are not held, on the CPU, and what stands in front.
+        """The rows of these samples' tokens that are not held, on the CPU, and the keys and values before them.
 
-        Recorded tokens of other samples are forgotten.
+        Recorded tokens of other samples are dropped.
         """
         if not self.supported:
             return pack(self._samples, select, packed=False), None
@@ -96,7 +96,7 @@ class HeldTokens:
         self._tokens = tokens
         n, width = len(counts), int(counts.max())
         total = width + rows.index.shape[1]
-        places = owner * total + width - counts[owner] + within  # next to the rows: pads come first
+        places = owner * total + width - counts[owner] + within  # directly before the rows; pads come first
         ours = (self._samples.lengths[select] - 1 - counts)[:, None]
         masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
         known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
@@ -108,6 +108,6 @@ class HeldTokens:
 
 
 def _laid_out(recorded: Tensor, places: Tensor, n: int, width: int) -> Tensor:
-    """Keys or values [K, heads, d] at flat places of n rows: [n, heads, width, d], zeros elsewhere."""
+    """Put keys or values [K, heads, d] at flat places of n rows: [n, heads, width, d], zeros elsewhere."""
     flat = recorded.new_zeros(n * width, *recorded.shape[1:]).index_copy(0, places, recorded)
     return flat.view(n, width, *recorded.shape[1:]).transpose(1, 2).contiguous()

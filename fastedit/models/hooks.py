@@ -1,4 +1,4 @@
-"""Ways to change a pass through a model: hooks, stand-ins for modules, evaluation mode, what trains, plain state."""
+"""Ways to change a pass through a model: hooks, replaced modules, evaluation mode, gradients, torch's global state."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 Override = tuple[nn.Module, Callable[..., Any]]
-"""A module and what stands in for its ``forward`` during a pass."""
+"""A module, and the function that replaces its ``forward`` during a pass."""
 
 
 @contextmanager
 def forwards(overrides: Iterable[Override]) -> Iterator[None]:
-    """Replace ``forward`` on module instances; what stood on the instance before stands there afterwards."""
+    """Replace ``forward`` on module instances; afterwards the instances are as before."""
     undo: list[tuple[dict[str, Any], Any]] = []
     try:
         for module, forward in overrides:
@@ -48,8 +48,8 @@ def forwards(overrides: Iterable[Override]) -> Iterator[None]:
                 attributes["forward"] = before
 
 
-class Stopped(Exception):  # noqa: N818  # not an error: it ends a forward pass that has shown what was wanted
-    """Raised by a hook, with what the hook has seen."""
+class Stopped(Exception):  # noqa: N818  # not an error: it ends a forward pass early
+    """Raised by a hook to end a pass, with what the hook has seen."""
 
     def __init__(self, seen: Any) -> None:
         self.seen = seen
@@ -57,7 +57,7 @@ class Stopped(Exception):  # noqa: N818  # not an error: it ends a forward pass 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside; every sub-module gets its own flag back."""
+    """Set evaluation mode (no dropout) inside the block; afterwards every sub-module has its own flag again."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False
@@ -70,7 +70,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Only the chosen parameters require gradients inside; every flag and gradient is put back."""
+    """Let only the chosen parameters require gradients inside the block; then restore all flags and gradients."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
         for p, _, _ in before:
@@ -86,11 +86,11 @@ def only_trainable(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterator
 
 
 def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function in torch's state as it is at the start of a program, whatever its caller has made of that.
+    """Run a function with torch's global state as at the start of a program, whatever its caller has set.
 
-    fp32 is the default dtype and the CPU the default device, gradients are recorded, no inference mode, no autocast
-    (which would keep the first cast of a weight that then changes). What only chooses kernels stays the caller's:
-    deterministic algorithms, the precision of products, threads, anomaly detection.
+    The default dtype is fp32, the default device the CPU, gradients are on, and inference mode and autocast are off
+    (autocast would keep the first cast of a weight that then changes). Settings that only choose kernels stay the
+    caller's: deterministic algorithms, the precision of products, threads, anomaly detection.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model with its tokenizer and its structure: what every method takes."""
+"""A Hugging Face causal language model with its tokenizer and its structure, as every method takes it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastedit.models.topology import Topology, topology
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model's topology and its tokenizer; with ``chat`` prompts are a user's turn, else plain text."""
+    """A model's topology and its tokenizer. With ``chat``, prompts are a user's turn, else plain text."""
 
     topology: Topology
     tokenizer: Any
@@ -32,14 +32,14 @@ class Model:
 
         Args:
             network: a causal language model, as it is or inside wrappers that keep it as a sub-module.
-            tokenizer: the model's.
-            chat_template: prompts are a user's turn in the tokenizer's chat template.
+            tokenizer: the model's tokenizer.
+            chat_template: treat prompts as a user's turn in the tokenizer's chat template.
 
         Raises:
-            ModelError: no causal language model, or one with which this package does not compute what it does itself;
-                an adapter that is not merged; offloaded weights, or weights on several devices;
-                quantized weights elsewhere than in frozen maps of the blocks.
-            ConfigError: not a tokenizer, or one without a chat template.
+            ModelError: not a causal language model, or one for which this package computes other numbers than the
+                model itself; an adapter that is not merged; offloaded weights, or weights on several devices;
+                quantized weights outside the linear maps of the blocks.
+            ConfigError: not a tokenizer, or one without a chat template if `chat_template` is set.
         """
         found = topology(network)
         check_editable(found)
@@ -49,16 +49,16 @@ class Model:
         return cls(checked(found), tokenizer, Chat.of(tokenizer) if chat_template else None)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], *, append_eos: bool) -> Samples:
-        """`tokens.tokenize` for this model: its context, its rows, and prompts as it reads them."""
+        """`tokens.tokenize` with this model's context length, vocabulary and chat template."""
         limits: dict[str, Any] = {"max_length": self.topology.context_length, "vocabulary": self.vocabulary}
         return tokenize(self.tokenizer, pairs, append_eos=append_eos, chat=self.chat, **limits)
 
     def last_tokens(self, texts: Sequence[Text], ends: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        """`tokens.last_tokens` of prompts as this model reads them."""
+        """`tokens.last_tokens` with this model's chat template."""
         return last_tokens(self.tokenizer, texts, ends, chat=self.chat)
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        """`tokens.prompt_tokens` of prompts as this model reads them."""
+        """`tokens.prompt_tokens` with this model's chat template."""
         return prompt_tokens(self.tokenizer, prompts, chat=self.chat)
 
     @property
@@ -68,7 +68,7 @@ class Model:
 
     @property
     def vocabulary(self) -> int:
-        """The tokens that the model has rows for, in its embedding and in its head; a tokenizer may have more."""
+        """How many tokens have a row in both embedding and head; the tokenizer may have more tokens."""
         network: Any = self.network
         head: Any = self.topology.head
         return min(len(network.get_input_embeddings().weight), len(head.weight))

@@ -1,4 +1,4 @@
-"""Keys and values of tokens in front of the rows that run, and the attention of the rows to both."""
+"""Keys and values of tokens before the rows that run, and the attention of the rows to these and to themselves."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import DynamicCache
 
 
 class _Behind(torch.autograd.Function):
-    """A buffer [B, heads, P + R, width] whose last R columns are written: a ``cat`` of its own would copy all of it.
+    """Write the last R columns of a buffer [B, heads, P + R, width]; ``torch.cat`` would copy all of it.
 
-    What stands there before is overwritten, so autograd refuses a backward pass through an earlier call.
+    Earlier content is overwritten, so autograd refuses a backward pass through an earlier call.
     """
 
     @staticmethod
@@ -31,9 +31,9 @@ class _Behind(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale · Q K_allᵀ + mask) V_all [B, heads, Q, width]; gradients in Q and the rows' own K, V alone.
+    """softmax(scale · Q K_allᵀ + mask) V_all [B, heads, Q, width]; gradients only in Q and in the rows' own K, V.
 
-    Transformers may give the queries of one row that share a key head as several: Q is not always R.
+    Q need not be R: transformers may pass the queries of one row that share a key head as several queries.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, own_keys: Tensor, _: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float
     ) -> Tensor:
         scores = (query @ keys.transpose(2, 3)).mul_(scale)  # [B, heads, Q, P + R]
-        # finite, as the models' own masks are: a row without tokens must not become NaN
+        # finite like the models' own masks, so that a row without tokens does not become NaN
         if mask.dtype == torch.bool:
             scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         else:
@@ -78,11 +78,10 @@ class _Attend(TorchFunctionMode):
 
 
 class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
-    """Keys and values of the tokens in front of some rows, given to each block that asks; nothing is added.
+    """A cache with the keys and values of the tokens before some rows; it does not grow.
 
-    ``held`` has each block's [B, heads, P + R, width], of which the last R columns are for what a pass puts there:
-    one pass at a time. ``mask`` [B, P + R] bool is true at tokens and false at pads, of what is in front and of the
-    rows.
+    ``held`` has, for each block, keys and values [B, heads, P + R, width]; the last R columns are filled by a pass, one
+    pass at a time. ``mask`` [B, P + R] bool is true at tokens and false at pads, for the tokens before and the rows.
     """
 
     def __init__(self, held: dict[int, tuple[Tensor, Tensor]], mask: Tensor, length: int) -> None:
@@ -91,7 +90,7 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         self._given: tuple[Tensor, ...] = ()
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """All keys and values [B, heads, P + R, width] of a block, from those of its rows."""
+        """All keys and values [B, heads, P + R, width] of a block, given those of its rows."""
         if not self.length:
             return keys, values
         buffers = self.held[layer_idx]
@@ -101,8 +100,8 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         return given
 
     def attention(self) -> AbstractContextManager[Any]:
-        """On a CPU, attention by plain products: for few rows and many columns the fused kernel takes 2.5 times as
-        long, mostly for gradients of columns that need none."""
+        """On a CPU, a context in which attention uses plain matrix products: for few rows and many columns the fused
+        kernel takes 2.5 times as long, mostly for gradients of columns that need none."""
         return _Attend(self) if self.length and self.mask.device.type == "cpu" else nullcontext()
 
     def attend(
@@ -116,8 +115,8 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor | None:
-        """The attention [B, heads, Q, width] to what ``update`` gave last; None for what is left to torch: other keys
-        (shared among heads they are copies), half precision, dropout, no mask."""
+        """The attention [B, heads, Q, width] to what ``update`` returned last; None for calls that are left to torch:
+        other keys (if heads share them, they are copies), half precision, dropout, no mask."""
         given = self._given
         if not given or key is not given[0] or value is not given[1] or attn_mask is None or dropout_p:
             return None

@@ -1,4 +1,4 @@
-"""A batch in which every token meets the weights of its own edit, none of which is written."""
+"""Run a batch in which every token uses its own edit's weights, without writing these to the model."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from fastedit.models.hooks import hooked
 
 Factors = tuple[Tensor, Tensor]
-"""left [N, out, k] and right [N, k, in] of N edits of a linear map: edit e adds ``left[e] @ right[e]`` to y = W x."""
+"""left [N, out, k] and right [N, k, in] of N edits of a linear map y = W x: edit e adds ``left[e] @ right[e]`` to W."""
 
 
 @contextmanager
 def per_sample_updates(updates: Mapping[nn.Module, Factors], owner: Tensor) -> Iterator[None]:
-    """Let linear maps add ``left[e] @ (right[e] @ x)`` to what they make of a token x of edit e.
+    """Let linear maps add ``left[e] @ (right[e] @ x)`` to their output for a token x of edit e.
 
-    The sum is fp32 (fp64 in a model of fp64) and rounded once more to the model's dtype; edits that are written are
-    rounded with the weights. What runs inside must show the maps all tokens: no `resume`, nor a `run_from_tokens` that
-    prunes.
+    The sum is in fp32 (fp64 in an fp64 model) and rounded once more to the model's dtype, whereas a written edit is
+    rounded with the weights. All tokens must pass through the maps inside the block: do not use `resume` there, or
+    `run_from_tokens` with `prune`.
 
     Args:
-        updates: linear map (a Conv1D too) -> factors, on any device.
+        updates: linear map (nn.Linear or Conv1D) -> factors, on any device.
         owner: [O] int64 on the CPU: the edit of each of O equal pieces of a map's flattened input. Pieces are
-            tokens, where samples of several edits share a row, or whole rows.
+            tokens, if samples of several edits share a row, or else whole rows.
 
     Raises:
-        ValueError: a pass over a number of tokens that O does not divide.
+        ValueError: O does not divide the number of tokens of a pass.
     """
     edits, local = owner.unique(return_inverse=True)  # [n], [O]
     with hooked(m.register_forward_hook(_adding(*factors, edits, local)) for m, factors in updates.items()):
@@ -37,7 +37,7 @@ def per_sample_updates(updates: Mapping[nn.Module, Factors], owner: Tensor) -> I
 
 
 def _adding(left: Tensor, right: Tensor, edits: Tensor, local: Tensor) -> Callable[..., Tensor]:
-    """The hook of a map; one product with all edits of the batch is quicker than a small one for each."""
+    """The hook of a map. One product with all edits of the batch is faster than a small one for each edit."""
     lefts, rights = (factor.index_select(0, edits.to(factor.device)) for factor in (left, right))
     n, out, k = lefts.shape
     lefts, rights = lefts.transpose(1, 2).reshape(n * k, out), rights.reshape(n * k, -1)

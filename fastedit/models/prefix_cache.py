@@ -1,4 +1,4 @@
-"""The prefix cache: run the blocks below an edited one once, keep their output, resume from there."""
+"""The prefix cache: run the blocks below an edited one once, keep their output, and resume from there."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastedit.models.topology import Topology
 class PrefixCache:
     """The input of block ``layer`` for every token of all samples, in one flat buffer [T, h].
 
-    The state has the dtype that the model itself has there. Use it as a context manager.
+    The state has the dtype that the model itself uses there. Use it as a context manager.
 
     Args:
         topology: of the model.
         samples: all samples; rows given to ``hidden`` index into them.
-        layer: blocks below it run once, now.
+        layer: the blocks below it run once, now.
         budget: decides the tier.
-        batch_tokens: tokens of a forward pass; None is what suits the device.
-        packed: several samples a row. Otherwise no sample can spoil another with values that are not finite.
+        batch_tokens: tokens per forward pass; None chooses what suits the device.
+        packed: put several samples into a row. If False, no sample can affect another with values that are not finite.
         progress: called with the number of samples just done.
 
     Raises:
@@ -67,7 +67,7 @@ class PrefixCache:
 
     @property
     def tier(self) -> str:
-        """Where the state is, as `TokenStates` says."""
+        """Where the state is kept (see `TokenStates`)."""
         return self._states.tier
 
     @property
@@ -81,11 +81,11 @@ class PrefixCache:
         return self._states.left(self._budget)
 
     def hidden(self, rows: Rows) -> Tensor:
-        """The cached state of the rows' tokens [B, R, h] on the model's device; pads hold some token's."""
+        """The cached state of the rows' tokens [B, R, h] on the model's device; pads get some token's state."""
         return self._states.read(rows)
 
     def ahead(self, select: Tensor) -> None:
-        """Let the system begin to read the state of these samples [N], if it is in a file."""
+        """Ask the system to prefetch the state of these samples [N], if it is in a file."""
         begin = self.samples.offsets[select]
         self._states.ahead(begin, begin + self.samples.lengths[select])
 
@@ -97,10 +97,10 @@ class PrefixCache:
     ) -> None:
         """Run blocks ``self.layer`` … ``layer - 1`` on the cached state, in place.
 
-        A cache whose advance fails is closed: a part of its state would belong to another block.
+        If this fails, the cache is closed, because parts of its state would belong to different blocks.
 
         Args:
-            around: gives, for the samples [B] of each pass, the context in which it runs.
+            around: returns, for the samples [B] of each pass, the context in which it runs.
 
         Raises:
             ModelError: no such block, or one below the cached one.
@@ -118,7 +118,7 @@ class PrefixCache:
         self.layer = layer
 
     def close(self) -> None:
-        """Free the state, and with it its file."""
+        """Free the state and its file."""
         self._kept = None
 
     def __enter__(self) -> PrefixCache:
@@ -137,7 +137,7 @@ class PrefixCache:
         progress: Callable[[int], None] | None,
         around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """Fill the buffer with the input of block ``stop``, from block ``start``'s or from the tokens."""
+        """Fill the buffer with the input of block ``stop``, from the input of block ``start`` or from the tokens."""
         topology = self._topology
         for select in in_passes(self.samples.lengths, self._batch_tokens):
             rows = pack(self.samples, select, packed=self._packed).to(topology.device)

@@ -1,7 +1,7 @@
-"""Linear maps whose weights are quantized, by whatever package: they can stand frozen around an edited matrix.
+"""Linear maps with quantized weights, by any package: they may stay frozen while another matrix is edited.
 
-They are told by what they keep: a weight that is no plain tensor of floating point (bitsandbytes, torchao), or none of
-that name (GPTQ and its relatives).
+They are recognized by their weight: it is not a plain floating-point tensor (bitsandbytes, torchao), or there is no
+parameter of that name (GPTQ and its relatives).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def is_quantized(module: nn.Module) -> bool:
     """Whether a module is a linear map that computes with a quantized weight."""
     if not is_projection(module):
         return False
-    weight = getattr(module, "weight", None)  # no parameter of its own where it is made of others
+    weight = getattr(module, "weight", None)  # some layers have no such parameter
     if weight is None or type(weight.data) is not Tensor:
         return True
-    if type(module) in (nn.Linear, Conv1D):  # they compute with the weight as it is
+    if type(module) in (nn.Linear, Conv1D):  # these compute with the weight as it is stored
         return False
     return weight.dtype not in EDITABLE or tuple(weight.shape) != widths(module)[::-1]
 
@@ -36,10 +36,10 @@ def has_quantized(model: nn.Module) -> bool:
 
 
 def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
-    """See that no linear map at, or under, these paths is quantized.
+    """Check that no linear map at or below these paths is quantized.
 
     Raises:
-        ModelError: names all that are, and says how to load the model.
+        ModelError: some are; names all of them, and says how to load the model.
     """
     found: dict[str, nn.Module] = {}
     for path in paths:
@@ -56,13 +56,13 @@ def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def plain(parameter: nn.Parameter) -> Tensor:
-    """The values of a parameter, dequantized where they are no plain tensor."""
+    """The values of a parameter, dequantized if they are not a plain tensor."""
     values = parameter.detach()
     return values if type(parameter.data) is Tensor else values.dequantize()
 
 
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all parameters, and of the buffers that quantized maps keep, as plain tensors."""
+    """Paths and values of all parameters, and of the buffers of quantized maps, as plain tensors."""
     for path, parameter in model.named_parameters():
         yield path, plain(parameter)
     for path, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""A matrix in a file, read and written by runs of rows.
+"""A matrix in a file, read and written in runs of consecutive rows.
 
-A mapping would do it in less code, but where the file is larger than the memory that is left, every fault of a mapped
-page waits for a few KiB: batches of samples were read thirty times as fast by run.
+A memory map would need less code. But if the file is larger than the free memory, every page fault waits for a few KiB:
+batches of samples were read thirty times as fast in runs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastedit.errors import ModelError
 
 
 class RowsFile:
-    """Rows [T, width] of zeros in a new file without a name: however the process ends, its space is free then.
+    """Rows [T, width] of zeros in a new file without a name, so that its space is freed however the process ends.
 
-    The space is reserved: a full disk is an error here, and none later.
+    The space is reserved now, so that a full disk is an error here and not later.
 
     Raises:
-        ModelError: it does not fit on its disk.
+        ModelError: the file does not fit on its disk.
     """
 
     def __init__(self, size: tuple[int, int], dtype: torch.dtype, directory: Path) -> None:
@@ -52,17 +52,17 @@ class RowsFile:
                     os.unlink(path)
 
     def read(self, rows: Tensor, *, pinned: bool = False) -> Tensor:
-        """The rows at some places [N], which ascend, as a tensor [N, width] in host memory."""
+        """The rows at some ascending places [N], as a tensor [N, width] in host memory."""
         found = torch.empty((len(rows), self.size[1]), dtype=self.dtype, pin_memory=pinned)
         self._move(os.preadv, rows, found)
         return found
 
     def write(self, rows: Tensor, values: Tensor) -> None:
-        """Set the rows at some places [N], which ascend, to values [N, width] in host memory."""
+        """Set the rows at some ascending places [N] to values [N, width] in host memory."""
         self._move(os.pwritev, rows, values.contiguous())
 
     def ahead(self, begin: Tensor, end: Tensor) -> None:
-        """Let the system begin to read rows ``begin`` to ``end`` [N] each."""
+        """Ask the system to prefetch the rows from ``begin`` [N] to ``end`` [N]."""
         if hasattr(os, "posix_fadvise"):
             for first, last in zip((begin * self._row).tolist(), (end * self._row).tolist(), strict=True):
                 os.posix_fadvise(self._file.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
@@ -79,7 +79,7 @@ class RowsFile:
 
 
 def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(place among `rows`, first row, how many) of each run of consecutive rows."""
+    """(place among `rows`, first row, number of rows) of each run of consecutive rows."""
     if not len(rows):
         return
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), (rows.diff() != 1).nonzero()[:, 0] + 1])

@@ -1,4 +1,4 @@
-"""What scripts do: whether spaces stand between their words, and how their sentences end."""
+"""Rules of scripts: whether they put spaces between words, and how their sentences end."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 SENTENCE_ENDS = ".。．｡！？।॥۔؟։።፧။។༎‼⁇⁈⁉"
-"""Marks that end a sentence whatever the language; "!" and "?" are not among them, which names in English hold."""
+"""Marks that end a sentence in any language; without "!" and "?", which also occur in English names."""
 
 _SPACELESS = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "FULLWIDTH"),
@@ -21,12 +21,11 @@ def spaceless(c: str) -> bool:
 
 
 def joined(prompt: str, target: str) -> str:
-    """The prompt and what comes after it as one text, with a space between them where their script has one.
+    """Join a prompt and what comes after it, with a space between them if their script uses one.
 
-    There is none where both are of scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Khmer,
-    Burmese, Tibetan), as told by the last letter of the prompt and the first one of the target, if it has any; nor in
-    front of a mark that closes what stands before it, such as a comma. Whitespace at the border is text like any other:
-    the space is put beside it.
+    There is no space if both are in scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer,
+    Burmese, Tibetan), judged by the last letter of the prompt and the first letter of the target, if it has one. Nor is
+    there one before a closing mark such as a comma. Whitespace at the border does not matter: the space is added to it.
     """
     last = next((c for c in reversed(prompt) if c.isalpha()), " ")
     first = next((c for c in target if c.isalpha()), last)

@@ -1,9 +1,9 @@
-"""Whether this package computes with a model what the model computes itself: a few samples, both ways.
+"""Check on a few samples that this package computes the same as the model itself.
 
-Types of models on the list are covered by the tests. Any other is measured when it is loaded: logits and a gradient
+The tests cover the model types in the list below. Any other type is measured when it is loaded: logits and a gradient
 of a small ragged batch, by the passes that an edit makes, against the model's own forward pass, one sample at a time.
-What changes the numbers is left out (shared rows, blocks in parts, replayed blocks); a model whose numbers still
-differ is refused.
+Shortcuts that change the numbers are turned off (shared rows, blocks in parts, replayed blocks); if the numbers still
+differ, the model is refused.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ VERIFIED = (
     "qwen2",
     "qwen3",
 )
-"""Types of models that the tests cover, so that they are not measured when they are loaded."""
+"""Model types that the tests cover; they are not measured when they are loaded."""
 _LENGTHS = (21, 4, 33, 9, 2, 14)  # tokens of the samples; they fill two rows
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What a pass may do with a model; `Topology` says what they mean."""
+    """What a pass may do with a model; see `Topology`."""
 
     shares_rows: bool = True
     runs_in_parts: bool = True
     replays_blocks: bool = True
 
     def of(self, found: Topology) -> Topology:
-        """The parts of the model with these flags."""
+        """The topology with these flags."""
         return replace(
             found,
             shares_rows=self.shares_rows,
@@ -72,14 +72,15 @@ class Flags:
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What was measured of a model.
+    """The results for a model.
 
     Attributes:
-        layer: the block from which passes resumed, and whose matrix ``path`` had its gradient compared.
+        layer: the block from which passes resumed.
+        path: the matrix in that block whose gradient was compared.
         flags: what a pass may do with the model.
         logits, gradient: largest difference from the model's own, as a share of the largest value.
         problem: why the model cannot be edited; None if it can.
-        notes: why a flag was taken back.
+        notes: why flags were turned off.
     """
 
     layer: int
@@ -101,17 +102,17 @@ class _Own:
 
 
 class _DiffersError(Exception):
-    """Numbers that are not the model's own; says which."""
+    """Numbers differ from the model's own; says which."""
 
 
 _known: dict[tuple[str, ...], SelfCheck] = {}
 
 
 def checked(found: Topology) -> Topology:
-    """The model's parts with what a pass may do; a type of model that is not verified is measured.
+    """The topology with what a pass may do; a model type that is not in `VERIFIED` is measured.
 
     Raises:
-        ModelError: this package does not compute what the model does; says what differs.
+        ModelError: this package computes other numbers than the model; says which.
     """
     if found.config.model_type in VERIFIED and not has_quantized(found.model):
         return found
@@ -123,13 +124,13 @@ def checked(found: Topology) -> Topology:
 
 @plain_state
 def self_check(found: Topology) -> SelfCheck:
-    """Measure a model; once in a process for the same weights in the same dtype at the same place.
+    """Measure a model, once per process for the same weights in the same dtype on the same device.
 
     Raises:
-        ModelError: no block has a matrix to edit; weights that this package cannot edit.
+        ModelError: no block has a matrix to edit; this package cannot edit the weights.
     """
     dtype = next(found.backbone.parameters()).dtype
-    config = found.config  # the same weights are another model in another family
+    config = found.config  # the same weights with another config are another model
     key = (
         fingerprint(found.model),
         config.to_json_string(),
@@ -154,7 +155,7 @@ def _measure(found: Topology) -> SelfCheck:
             flags = Flags(shared, parts)
             candidate = flags.of(found)
             if shared and not candidate.packs:
-                continue  # that is known without a pass
+                continue  # known without a pass
             numbers = _Numbers(candidate, samples, layer, module, own)
             why = numbers.problem(numbers.compare_training)
             if why is None:
@@ -177,20 +178,20 @@ class _Numbers:
         self.logits = self.gradient = 0.0
 
     def problem(self, compare: Callable[[], None]) -> str | None:
-        """What differs, or why there are no numbers; None if they are the model's own."""
+        """What differs, or why nothing could be computed; None if all numbers agree."""
         try:
             compare()
         except _DiffersError as error:
             return str(error)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a module raises that is not called as it wants to be
+        except Exception as error:  # a module that is called in the wrong way may raise anything
             said = next(iter(str(error).splitlines()), "")
             return f"its blocks cannot be run by themselves ({type(error).__name__}: {said})"
         return None
 
     def compare_training(self) -> None:
-        """The logits from the tokens and from a block on, and the gradient of the module, with its frozen parts too."""
+        """Compare the logits from the tokens and from a block on, and the module's gradient, also with a FrozenPart."""
         topology, layer, module, samples = self._topology, self._layer, self._module, self._samples
         weight: Any = module.weight
         select = torch.arange(len(samples))
@@ -210,7 +211,7 @@ class _Numbers:
 
     @torch.no_grad()
     def compare_replayed(self) -> None:
-        """The logits of blocks that are called again, behind tokens of which keys and values are held."""
+        """Compare the logits of blocks that are replayed after tokens whose keys and values are held."""
         topology, layer, samples = self._topology, self._layer, self._samples
         select = torch.arange(len(samples))
         with PrefixCache(topology, samples, layer) as cache:
@@ -223,7 +224,7 @@ class _Numbers:
                 self._compare(calls.resume(cache.hidden(rows)), rows, f"the logits from block {layer} on")
 
     def _compare(self, states: Tensor, rows: Rows, what: str) -> Tensor:
-        """The logits [M, V] of states [M, h]."""
+        """Compare the logits [M, V] of states [M, h], and return them."""
         logits = self._topology.logits(states).float()
         apart = _difference(logits, self._own.logits)
         self.logits = max(self.logits, apart)
@@ -231,7 +232,7 @@ class _Numbers:
         return logits
 
     def _expect(self, difference: float, what: str) -> None:
-        # models round to fp32 inside, whatever they are in; NaN is a difference too
+        # models compute some parts in fp32, whatever their dtype; `not <=` counts NaN as a difference
         precision = max(torch.finfo(dtype).eps for dtype in (self._own.dtype, torch.float32))
         if not difference <= precision**0.5:
             verb = "differs" if what.startswith("the gradient") else "differ"
@@ -245,7 +246,7 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
-    """By the model's own forward pass, one sample at a time; raises ModelError for numbers that are not finite."""
+    """Run the model's own forward pass, one sample at a time. Raises ModelError for numbers that are not finite."""
     kept, gradient = [], torch.zeros_like(weight, dtype=torch.float32)
     for i, start in enumerate(samples.target_start.tolist()):
         ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].to(found.device)
@@ -255,7 +256,7 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
         (part,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
         gradient += part.float()
         kept.append(logits.detach())
-    # to what quantized maps round is their own affair, and may depend on the rows beside one
+    # quantized maps round in their own way, which may depend on other rows: allow for bf16
     dtype = torch.bfloat16 if has_quantized(found.model) else weight.dtype
     own = _Own(torch.cat(kept), gradient, dtype)
     if not (own.logits.isfinite().all() and gradient.isfinite().all()):
@@ -264,7 +265,7 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
 
 
 def _samples(found: Topology) -> Samples:
-    """Random samples of a few tokens, half of them targets."""
+    """Random samples of a few tokens; half of each is the target."""
     lengths = torch.tensor([min(n, found.context_length) for n in _LENGTHS])
     embedding: Any = found.model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = min(found.config.vocab_size, len(embedding.weight))
@@ -274,10 +275,10 @@ def _samples(found: Topology) -> Samples:
 
 
 def _place(found: Topology) -> tuple[int, str, nn.Module]:
-    """A block, as MEMIT's rule for the lowest quarter has it, and a matrix of it: the MLP's last, else an attention's.
+    """A block at a quarter of the depth, or the next one that fits, and its MLP's last matrix, else its attention's.
 
     Raises:
-        ModelError: there is none.
+        ModelError: no block has such a matrix.
     """
     paths = {module: path for path, module in found.model.named_modules()}
     quantized: list[str] = []

@@ -1,4 +1,4 @@
-"""Hidden states of all tokens of all samples in one flat buffer, on the GPU, in host memory or in a file, by size."""
+"""Hidden states of all tokens of all samples in a flat buffer; by its size on the GPU, in host memory or in a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastedit.models.rows_file import RowsFile
 from fastedit.models.tokens import Rows
 
 _GROUPS = Path("/sys/fs/cgroup")
-# by version: where the limit is, what is used, and how much of that is file cache
+# for each version of cgroups: folder, limit, usage, and the part of the usage that is file cache
 _CONTROL_GROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -25,10 +25,10 @@ _CONTROL_GROUPS = (
 
 
 class Tally:
-    """Bytes that cached states take.
+    """Counter of the bytes that cached states take.
 
     Attributes:
-        most: tier -> the most that was taken at one time.
+        most: tier -> peak bytes.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Tally:
         self._now: Counter[str] = Counter()
 
     def count(self, states: TokenStates) -> TokenStates:
-        """Count some states until they are gone."""
+        """Count some states until they are freed."""
         tier, taken = states.tier, states.nbytes
         self._now[tier] += taken
         self.most[tier] = max(self.most.get(tier, 0), self._now[tier])
@@ -46,9 +46,9 @@ class Tally:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that cached states may take on the GPU and in host memory; None is half of what is free now.
+    """Bytes that cached states may take on the GPU and in host memory; None is half of what is free when they are made.
 
-    What fits neither is a file in ``directory`` (None: the system's temporary one).
+    States that fit neither go to a file in ``directory`` (None: the system's temporary one).
     For a model on the CPU only ``host_bytes`` counts. ``tally`` counts what is taken.
     """
 
@@ -62,7 +62,7 @@ class TokenStates:
     """States [T, width] of T tokens, zeros before they are written.
 
     Their ``tier`` is ``"device"`` (GPU memory), ``"pinned"`` (host memory, sent to the GPU through pinned staging),
-    ``"host"`` (a model on the CPU) or ``"file"`` (whose space is free when they are).
+    ``"host"`` (host memory, for a model on the CPU) or ``"file"`` (deleted with the states).
     """
 
     def __init__(self, tier: str, buffer: Tensor | RowsFile, device: torch.device) -> None:
@@ -72,10 +72,10 @@ class TokenStates:
     def allocate(
         cls, size: tuple[int, int], dtype: torch.dtype, device: torch.device, budget: Budget, *, near: bool = False
     ) -> TokenStates | None:
-        """In the first tier that the budget allows, for a model on ``device``.
+        """Allocate states in the first tier that the budget allows, for a model on ``device``.
 
         Args:
-            near: None instead of a tier that is not in the memory where the model computes.
+            near: return None instead of using a tier outside the memory of ``device``.
 
         Raises:
             ModelError: the file does not fit on its disk.
@@ -100,7 +100,7 @@ class TokenStates:
         return self._buffer.nbytes
 
     def left(self, budget: Budget) -> Budget:
-        """The budget without what these states take."""
+        """The budget that remains after these states."""
         device, host = budget.device_bytes, budget.host_bytes
         if self.tier == "device":
             return replace(budget, device_bytes=device and max(0, device - self.nbytes))
@@ -108,7 +108,7 @@ class TokenStates:
         return replace(budget, host_bytes=host and max(0, host - taken))
 
     def read(self, rows: Rows) -> Tensor:
-        """The states of the rows' tokens [B, R, width] on the model's device; pads hold some token's."""
+        """The states of the rows' tokens [B, R, width] on the model's device; pads get some token's state."""
         state, device = self._buffer, self._device
         if isinstance(state, RowsFile):
             places, index = rows.host_index.view(-1).unique(return_inverse=True)
@@ -126,7 +126,7 @@ class TokenStates:
         return flat.view(*rows.index.shape, -1)
 
     def ahead(self, begin: Tensor, end: Tensor) -> None:
-        """Let the system begin to read the states of tokens ``begin`` to ``end`` [N] each, if they are in a file."""
+        """Ask the system to prefetch the states of the tokens from ``begin`` [N] to ``end`` [N], if in a file."""
         if isinstance(self._buffer, RowsFile):
             self._buffer.ahead(begin, end)
 
@@ -143,7 +143,7 @@ class TokenStates:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free where ``device`` computes."""
+    """Free memory of ``device``, in bytes."""
     return _free_device_bytes(device) if device.type == "cuda" else _free_host_bytes()
 
 
@@ -153,7 +153,7 @@ def _free_device_bytes(device: torch.device) -> int:
 
 
 def _free_host_bytes() -> int:
-    """Memory that the machine has available, or that the control group still allows if that is less."""
+    """Available memory of the machine, or what the control group still allows if that is less."""
     free = []
     with suppress(OSError, StopIteration):
         line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))

@@ -1,6 +1,6 @@
 """Token samples in flat buffers, exact target masks, and their packing into rows.
 
-A sample is prompt and target (`scripts.joined`) and, if wanted, EOS (LocFT-BF, arXiv 2509.22072, section 4). All
+A sample is a prompt with its target (`scripts.joined`) and optionally EOS (LocFT-BF, arXiv 2509.22072, section 4). All
 samples lie end to end in one buffer; a batch is a small set of rows of indices into it.
 """
 
@@ -17,14 +17,14 @@ from fastedit.errors import ModelError, RequestError
 from fastedit.models.chat import Chat
 from fastedit.models.encode import Text, encode, encode_with_spans, trailing, without_rows
 
-_CHUNK = 8192  # texts a tokenizer call: bounds the Python lists of offsets that are alive at once
+_CHUNK = 8192  # texts per tokenizer call, to bound the memory of Python lists of offsets
 
 
 @dataclass(frozen=True)
 class Samples:
     """Tokenized samples, end to end; all tensors are int64 on the CPU.
 
-    ``input_ids`` [T] holds every token of every sample, its last one (EOS or the last target token) included.
+    ``input_ids`` [T] holds all tokens of all samples, including the last one of each (EOS or the last target token).
     Sample ``i`` is ``input_ids[offsets[i]:offsets[i + 1]]``, with ``offsets`` [N+1]. ``target_start`` [N] is
     the index inside the sample of its first target token, at least 1.
     """
@@ -38,7 +38,7 @@ class Samples:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each sample [N], the last one included."""
+        """Number of tokens of each sample [N], including the last one."""
         return self.offsets.diff()
 
     def take(self, index: Tensor) -> Samples:
@@ -49,7 +49,7 @@ class Samples:
         return Samples(self.input_ids[self.offsets[index][owner] + within], offsets, self.target_start[index])
 
     def join(self, other: Samples) -> Samples:
-        """These samples, then the others."""
+        """These samples followed by the others."""
         return Samples(
             torch.cat([self.input_ids, other.input_ids]),
             torch.cat([self.offsets, other.offsets[1:] + self.offsets[-1]]),
@@ -61,7 +61,8 @@ class Samples:
 class PairProblem:
     """Why a (prompt, target) pair cannot be tokenized.
 
-    ``too_long`` is "prompt" or "target" if that one has to be shortened, else None; ``remedy`` is what to do then.
+    ``too_long`` is "prompt" or "target" if that has to be shortened. Otherwise it is None, and ``remedy`` says what to
+    do.
     """
 
     pair: int
@@ -81,7 +82,7 @@ class PairProblem:
 
 
 class PairError(RequestError):
-    """Pairs that cannot be tokenized; ``problems`` has all of them."""
+    """Pairs that cannot be tokenized; ``problems`` lists all of them."""
 
     def __init__(self, problems: Sequence[PairProblem]) -> None:
         sentences = [(str(p.pair), f"pair {p.pair}: {p.sentence()}") for p in problems]
@@ -102,20 +103,20 @@ def tokenize(
 ) -> Samples:
     """Tokenize (prompt, target) pairs, joined as `scripts.joined` says (+ EOS), and find where each target begins.
 
-    The target begins at the first token that covers a character behind the prompt: by character offsets in
-    the joint text for fast tokenizers, otherwise where the joint text's tokens leave those of the prompt.
-    BOS is what the tokenizer adds itself; an EOS that it adds is neither doubled nor kept against
+    The target begins at the first token that covers a character after the prompt: by character offsets in
+    the joint text for fast tokenizers, otherwise where the joint text's tokens differ from those of the prompt.
+    BOS is added if the tokenizer adds it. An EOS that the tokenizer adds is not doubled, and is removed without
     ``append_eos``.
 
     Args:
-        max_length: the most tokens the model can read; a sample reads all its tokens but the last.
-        vocabulary: the tokens that the model has rows for (`Model.vocabulary`).
-        chat: prompts are a user's turn, and what ends an answer there is appended in the place of EOS.
+        max_length: the most tokens that the model can read; it reads all tokens of a sample but the last.
+        vocabulary: how many tokens have rows in the model (`Model.vocabulary`).
+        chat: treat prompts as a user's turn, and append the token that ends an answer there instead of EOS.
 
     Raises:
         PairError: empty targets, prompts without tokens (nothing could predict the target), samples longer
-            than ``max_length``, or tokens outside ``vocabulary``; it has all of them.
-        ModelError: ``append_eos`` and a tokenizer that has no EOS token, or one outside ``vocabulary``.
+            than ``max_length``, or tokens outside ``vocabulary``; lists all of them.
+        ModelError: with ``append_eos``, the tokenizer has no EOS token, or one outside ``vocabulary``.
     """
     eos: int | None = tokenizer.eos_token_id
     last = eos if chat is None or chat.end is None else chat.end
@@ -152,7 +153,7 @@ def tokenize(
 def _problem(
     pair: int, prompt: str, target: str, start: int, end: int, n_read: int, max_length: int | None
 ) -> PairProblem | None:
-    """The problem of a pair whose tokens end before ``end`` and whose target begins at ``start``, if it has one."""
+    """The problem of a pair, or None; its target has the tokens from ``start`` up to, not including, ``end``."""
     if start >= end or not target.strip():
         return PairProblem(pair, f"the target {target!r} is empty")
     if start == 0:
@@ -188,7 +189,7 @@ def _starts_by_prompt(
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[str], *, chat: Chat | None = None) -> list[list[int]]:
-    """What a model reads before it answers: the tokens of each prompt, at least one, without an EOS behind them."""
+    """The tokens of each prompt that a model reads before it answers: at least one, without EOS at the end."""
     if chat is not None:
         return encode(tokenizer, [chat.turn(prompt) for prompt in prompts], templated=True)
     return [ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))] for ids in encode(tokenizer, prompts)]
@@ -199,9 +200,9 @@ def last_tokens(
 ) -> tuple[list[list[int]], list[int]]:
     """Tokens of each text, and the index of the last one that begins before character ``ends[i]``.
 
-    By character offsets for fast tokenizers; otherwise it is the last token of the text cut at the end, or
-    the one where the whole text's tokens leave those of the cut text. The end of a pair's is in its prompt, and where
-    prompts are a user's turn (``chat``) it is in what the user says.
+    Found by character offsets for fast tokenizers. Otherwise it is the last token of the text cut at that character,
+    or the first one in which the whole text differs from the cut text. For a pair, ``ends[i]`` counts in its prompt;
+    with ``chat``, in the prompt without the template.
     """
     templated = chat is not None
     if chat is not None:
@@ -229,13 +230,13 @@ def last_tokens(
 
 
 def _last_shared(ids: list[int], part: list[int], eos: int | None) -> int:
-    """Index of the last token of ``part``, an EOS apart, or of the first of ``ids`` that differs from it."""
+    """Index of the last token of ``part``, without EOS, or of the first of ``ids`` that differs from it."""
     length = len(part) - trailing(part, eos)
     return next((t for t in range(min(length, len(ids))) if ids[t] != part[t]), length - 1)
 
 
 def prompt_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:
-    """Samples that read up to a token, such as a subject's last one; it is their one target row, without a label."""
+    """Samples that end with a token, such as a subject's last one; it is their only target row, without a label."""
     kept = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
     flat = torch.tensor([token for tokens in kept for token in tokens])
     offsets = torch.tensor([0, *(len(tokens) for tokens in kept)]).cumsum(0)
@@ -247,14 +248,14 @@ class Rows:
     """A batch of samples laid out in B rows of R tokens; all tensors int64.
 
     ``index`` [B, R]: place of each token in the flat buffers (pads point to 0, or to the first token of the
-    sample if it has the row for itself); ``input_ids`` [B, R];
+    sample if the row has only one); ``input_ids`` [B, R];
     ``position_ids`` [B, R], counted from the beginning of each sample and 0 at every pad, so that a pad is a
-    sequence of its own; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after
-    sample; ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of the sample of each.
+    separate sequence; ``target_rows`` [M]: flat places ``b * R + r`` that predict a target token, sample after
+    sample; ``labels`` [M]: those target tokens; ``sample_of`` [M]: the place in ``select`` of each one's sample.
 
-    Two tensors stay on the CPU whatever the device: ``host_index`` [B, R], a copy of ``index`` for caches in
+    Two tensors stay on the CPU, whatever the device: ``host_index`` [B, R], a copy of ``index`` for caches in
     host memory, and ``token_rows`` [K], the flat places that hold a token and not a pad. ``packed``: several
-    samples may share a row; otherwise each has its own, from its first place on.
+    samples may share a row; otherwise each has its own row and begins at its first place.
     """
 
     index: Tensor
@@ -268,7 +269,7 @@ class Rows:
     packed: bool
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
-        """The same rows on ``device``: one copy, from pinned memory when ``non_blocking`` and to a GPU."""
+        """The same rows on ``device``, in one copy; from pinned memory if ``non_blocking`` and to a GPU."""
         device = torch.device(device)
         if self.index.device.type == device.type and device.index in (None, self.index.device.index):
             return self
@@ -298,12 +299,12 @@ def pack(
 
     Args:
         select: indices of samples; one sample may occur more than once.
-        packed: several samples a row (first-fit decreasing into rows of max(longest, ``min_row``) tokens, cut
-            to the fullest row); otherwise one sample a row, padded at its end.
+        packed: put several samples into a row (first-fit decreasing into rows of max(longest, ``min_row``) tokens, cut
+            to the fullest row); otherwise one sample per row, padded at its end.
         min_row: rows are filled up to this many tokens. Longer rows mean fewer pads and more attention.
-        start: [N] tokens at the beginning of each selected sample to leave out, none that predicts its target;
-            positions count them.
-        stop: [N] tokens that each selected sample ends with, all its inputs otherwise.
+        start: [N], how many tokens at the beginning of each selected sample to leave out, none of which predicts its
+            target; positions still count them.
+        stop: [N], after how many tokens each selected sample ends; None is all its inputs.
 
     Returns:
         Rows on the CPU.
@@ -326,7 +327,7 @@ def pack(
 
     owner, within = ragged(inputs)  # [K]
     token_rows = corner[owner] + within
-    # alone in its row, a sample is padded with its own first token: no pad brings another's values there
+    # a sample alone in its row is padded with its own first token, so that no other sample's values get there
     index = torch.zeros(n_rows * width, dtype=torch.int64) if packed else first.repeat_interleave(width)
     index[token_rows] = first[owner] + within
     position_ids = torch.zeros_like(index)
@@ -350,14 +351,14 @@ def pack(
 
 
 def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """For pieces of the given lengths [N]: the piece of each element and its place in the piece."""
+    """The piece of each element, and its place in the piece, for consecutive pieces of the given lengths [N]."""
     owner = torch.repeat_interleave(lengths)
     within = torch.arange(owner.numel()) - (lengths.cumsum(0) - lengths)[owner]
     return owner, within
 
 
 def first_fit_decreasing(lengths: Tensor, min_row: int) -> tuple[Tensor, Tensor, int, int]:
-    """Bin of each length, its start in the bin, the number of bins and the fill of the fullest one."""
+    """The bin of each length, its start in the bin, the number of bins, and the fill of the fullest bin."""
     ordered, order = lengths.sort(descending=True, stable=True)
     sizes = ordered.tolist()
     capacity = max(sizes[0], min_row)
@@ -365,7 +366,7 @@ def first_fit_decreasing(lengths: Tensor, min_row: int) -> tuple[Tensor, Tensor,
     bins, starts = [], []
     current, previous = 0, 0
     for size in sizes:
-        if size != previous:  # a bin too full for this size stays so: only another size starts again
+        if size != previous:  # bins that were too full for this size stay too full
             current, previous = 0, size
         while current < len(filled) and filled[current] + size > capacity:
             current += 1

@@ -1,8 +1,8 @@
 """Where a Hugging Face causal language model keeps its parts, found from its structure and its config.
 
-Modules are found by what they are: the list of equal blocks beside the token embedding, the child of a block that
-takes an attention mask, the projection back to the model's width. Whether a pass through them is the model's own is
-another question (``self_check``).
+Modules are found by what they do: the list of equal blocks beside the token embedding, the child of a block that
+takes an attention mask, the projection back to the model's width. ``self_check`` then checks that passes through these
+parts compute the same as the model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fastedit.models.block_parts import (
 from fastedit.models.hooks import Stopped, eval_mode, hooked
 
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
-_CONTEXTS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")  # in a config, of which the first
-_CONTEXT = 2048  # tokens of a model that does not count positions
+_CONTEXTS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")  # the first in a config counts
+_CONTEXT = 2048  # tokens, for a model without a limit on positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,10 @@ class Topology:
     ``head`` projects them to the vocabulary, times ``logit_scale``; ``logit_softcap`` bounds the logits (None: no
     bound). ``context_length`` is in tokens.
 
-    Three flags say what a pass may do with the model; ``self_check`` takes back what changes its numbers.
+    Three flags say what a pass may do with the model; ``self_check`` turns off what changes its numbers.
     ``shares_rows``: samples may share a row, if positions restart (``packs``). ``runs_in_parts``: a block may run at
-    some of its rows, or with kept outputs of its frozen parts. ``replays_blocks``: blocks may be called without the
-    backbone, and with keys and values of tokens in front.
+    some of its rows, or with cached outputs of its frozen parts. ``replays_blocks``: blocks may be called without the
+    backbone, and with keys and values of earlier tokens.
     """
 
     model: nn.Module
@@ -92,11 +92,11 @@ class Topology:
         return self._part(layer, "attn")
 
     def mlp(self, layer: int) -> nn.Module:
-        """The MLP module of a block. Raises ModelError if the block has none of its own (OPT)."""
+        """The MLP module of a block. Raises ModelError if the block has no such module (OPT)."""
         return self._part(layer, "mlp")
 
     def resolve(self, layer: int, module: str) -> tuple[str, nn.Module]:
-        """Full dotted path in ``model`` and the module that ``module`` names in block ``layer``.
+        """The full dotted path in ``model``, and the module, for a name ``module`` in block ``layer``.
 
         Args:
             layer: 0 … n_blocks - 1.
@@ -104,7 +104,7 @@ class Topology:
                 relative to the block or to the model.
 
         Raises:
-            ModelError: no such block in the model or no such module in the block; the message lists what is.
+            ModelError: no such block in the model or no such module in the block; the message lists what there is.
         """
         block = self.block(layer)
         prefix = f"{self.blocks_path}.{layer}"
@@ -123,7 +123,7 @@ class Topology:
         )
 
     def input_width(self, layer: int, module: str) -> int:
-        """Width of the rows that a projection of a block reads: d, if those rows are the keys.
+        """Input width d of a projection of a block, which is the width of its keys.
 
         Raises:
             ModelError: no such block or module, or one that is not a projection.
@@ -134,25 +134,25 @@ class Topology:
         return widths(found)[0]
 
     def for_head(self, states: Tensor) -> Tensor:
-        """What the head reads [..., h] of hidden states [..., h] after the final norm."""
+        """The head's input [..., h] for hidden states [..., h] after the final norm: scaled by ``logit_scale``."""
         return states if self.logit_scale == 1 else states * self.logit_scale
 
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
-        """Logits [M, V] of what the head reads [M, h] (``for_head``): head, then soft-cap if there is one.
+        """Logits [M, V] for the head's input [M, h] (``for_head``): the head, then the soft-cap if there is one.
 
-        Another ``head`` may stand in for the model's own.
+        Another ``head`` may replace the model's own.
         """
         logits: Tensor = (head or self.head)(hidden)
         cap = self.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def rowwise(self, layer: int) -> tuple[nn.Module, ...]:
-        """Sub-modules of a block that treat each row of their input [..., in] by itself.
+        """Sub-modules of a block that treat each row of their input [..., in] independently.
 
-        They are the MLP (its projections where the block has no MLP module, or one that takes more than its input),
-        the attention's output projection, and its query projection if that is a module of its own. A caller that
-        reads only some rows of the block's output may run them at those rows alone. Empty where a block does not run
-        in parts, or where these are not recognized, because somebody has rebuilt it.
+        They are the MLP (its projections if the block has no MLP module, or one that takes more than its input),
+        the attention's output projection, and its query projection if that is a separate module. A caller that
+        reads only some rows of the block's output may run them at those rows alone. Empty if blocks do not run in
+        parts, or if the block was rebuilt so that they are not recognized.
         """
         parts = self._found(layer) if self.runs_in_parts else None
         if parts is None:
@@ -183,7 +183,7 @@ class Topology:
     def attended(self, layer: int) -> tuple[nn.Module, ...]:
         """The projections of a block's attention that make its keys and values, fused ones included.
 
-        Empty if they are not recognized, because somebody has rebuilt the block.
+        Empty if the block was rebuilt so that they are not recognized.
         """
         rowwise = self.rowwise(layer)
         if not rowwise:
@@ -197,7 +197,7 @@ class Topology:
         """Whether samples may share a row (``tokens.pack``).
 
         They may if a position that restarts begins a new sequence. Some families ignore that (OPT, and
-        GPT-J in transformers 4), so it is measured once: a token must not see the sequence in front of it.
+        GPT-J in transformers 4), so it is measured once: a token must not see the sequence before it.
         """
         return self.shares_rows and self._probe[0]
 
@@ -212,15 +212,15 @@ class Topology:
         outputs = [self._first_block([first, n // 3]) for first in (n // 4, n // 2)]
         tuples = isinstance(outputs[0], tuple)
         one, other = (output[0] if tuples else output for output in outputs)
-        # equal shapes run equal kernels and a masked token weighs exactly 0: no tolerance is needed
+        # no tolerance: equal shapes run the same kernels, and a masked token has weight exactly 0
         return torch.equal(one[0, 1], other[0, 1]), tuples
 
     @cached_property
     def mlp_adds(self) -> bool:
-        """Whether the residual stream behind a block moves as the output of its ``down_proj`` does.
+        """Whether a change of a block's ``down_proj`` output changes the residual stream after the block by as much.
 
-        It does not if a norm stands between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT), or a factor. Measured
-        once, in block 0.
+        It does not if there is a norm in between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT), or a factor.
+        Measured once, in block 0.
         """
         tokens = [self.config.vocab_size // 4]
         before = self._hidden(self._first_block(tokens))
@@ -232,13 +232,13 @@ class Topology:
         return bool((moved - shift).norm() < 0.1 * (moved + shift).norm())
 
     def _hidden(self, output: Any) -> Tensor:
-        """The hidden states in fp32 among what a block returns."""
+        """The hidden states, in fp32, from what a block returns."""
         hidden: Tensor = output[0] if self.blocks_return_tuples else output
         return hidden.float()
 
     @torch.no_grad()
     def _first_block(self, tokens: list[int]) -> Any:
-        """The output of block 0 for a row of tokens that are a sequence each."""
+        """The output of block 0 for a row of tokens, each of which is its own sequence."""
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
             raise Stopped(output)
@@ -268,7 +268,7 @@ class Topology:
         raise ModelError(f"block {layer} of {self.name} has no {name}; it has {', '.join(self._short_names(layer))}")
 
     def check_trainable(self, layer: int, module: str) -> None:
-        """See that what ``module`` names in block ``layer`` can be trained.
+        """Check that the module that ``module`` names in block ``layer`` can be trained.
 
         Raises:
             ModelError: no such block or module; a module without weights, or one that holds experts among which a
@@ -307,7 +307,7 @@ def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: no causal language model, or one without the expected parts, or with an adapter.
+        ModelError: not a causal language model, or one without the expected parts, or with an adapter.
     """
     # torch.compile's wrapper has the attributes of what it wraps
     modules = model.modules() if isinstance(model, nn.Module) else iter(())
@@ -345,7 +345,7 @@ def topology(model: nn.Module) -> Topology:
         blocks_path=path,
         head=head,
         logit_scale=_logit_scale(config),
-        # a composite model (text and images) does not cap its logits, whatever its text config says
+        # a composite model (text and images) ignores the soft-cap in its text config
         logit_softcap=getattr(config, "final_logit_softcapping", None) if config is inner.config else None,
         hidden_size=config.hidden_size,
         context_length=next((n for name in _CONTEXTS if (n := getattr(config, name, None))), _CONTEXT),
@@ -353,7 +353,7 @@ def topology(model: nn.Module) -> Topology:
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor of the logits in families that have one, each with its own name for it."""
+    """The factor of the logits, which each family names in its own way; 1 without one."""
     factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     return float(factor) / float(getattr(config, "logits_scaling", None) or 1.0)
 

@@ -1,4 +1,4 @@
-"""One public function an operation, its plain torch reference beside it."""
+"""The operations: one public function for each, with its plain torch reference beside it."""
 
 from fastedit.ops.cholesky import DependentKeysError, factor_covariance, find_dependent
 from fastedit.ops.localized import LocalizedAdam, localized

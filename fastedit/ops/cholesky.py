@@ -1,6 +1,6 @@
-"""The factor of the second moment, C = L Lᵀ, and keys in its coordinates: what every solve is made of.
+"""The factor of the second moment, C = L Lᵀ, and keys in its coordinates: the parts of every solve.
 
-Whitened keys Y = L⁻¹K are rows in the code: Kᵀ and Yᵀ [N, d].
+In the code keys K and whitened keys Y = L⁻¹K are rows: Kᵀ and Yᵀ [N, d].
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.nn.functional import normalize
 from fastedit.errors import ConfigError, EditError, TensorError
 
 DUPLICATE = 1e-6
-"""Squared sine of the angle between two whitened keys below which they are one: a subject met twice, in fp32."""
+"""Squared sine of the angle between two whitened keys below which they count as one: fp32 keys of one subject."""
 DEPENDENT = 1e-11
-"""Least eigenvalue of the Gram matrix of whitened unit keys down to which equality is solved, to 1e-8."""
+"""Smallest eigenvalue of the Gram matrix of whitened unit keys for which equality is solved, to 1e-8."""
 _ASYMMETRY = 1e-4
 _SHRINKAGE = 1e-6
 
 
 class FewTokensError(TensorError):
-    """C is the mean over fewer tokens than it is wide, and therefore singular.
+    """C is the mean over fewer tokens than its width, and therefore singular.
 
     Args:
-        count: the tokens.
+        count: number of tokens.
         dim: width of C.
-        remedy: the name of the option that goes on nevertheless.
+        remedy: name of the option that allows it.
     """
 
     def __init__(self, count: int, dim: int, remedy: str) -> None:
@@ -42,11 +42,11 @@ class FewTokensError(TensorError):
 
 
 class DependentKeysError(EditError):
-    """Keys are so nearly combinations of one another that no update gives each its own value.
+    """Keys are so nearly linearly dependent that no update gives each its own value.
 
     Attributes:
         groups: rows of the keys that depend on one another, as `find_dependent` returns them.
-        problem: which problem of a batched call, None for a single one.
+        problem: number of the problem in a batched call, None for a single one.
     """
 
     def __init__(self, groups: list[list[int]], problem: int | None) -> None:
@@ -62,17 +62,17 @@ class DependentKeysError(EditError):
 
 @torch.no_grad()
 def factor_covariance(covariance: Tensor, *, count: int | None = None, allow_few: bool = False) -> Tensor:
-    """The lower Cholesky factor L of C = L Lᵀ, [d, d] fp64, or an error that says what is wrong with C.
+    """Compute the lower Cholesky factor L of C = L Lᵀ, [d, d] fp64, after checks of C.
 
     Args:
         covariance: C [d, d], the second moment of the keys, any floating dtype.
         count: tokens that C was averaged over, if known.
-        allow_few: go on with a C that is singular, as it must be for count < d: 1e-6 of its mean diagonal is added to
-            the diagonal, and a RuntimeWarning says so. Otherwise C is never changed.
+        allow_few: accept a singular C, as it must be for count < d: 1e-6 of its mean diagonal is added to the
+            diagonal, with a RuntimeWarning. Otherwise C is never changed.
 
     Raises:
-        TensorError: C is not square, not finite (the row is named), not symmetric, made of fewer tokens than d, or not
-            positive definite to the precision it is stored in.
+        TensorError: C is not square, not finite (names the row), not symmetric, made from fewer tokens than d, or not
+            positive definite to the precision that it is stored in.
     """
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise TensorError(f"C is {list(covariance.shape)}, expected [d, d], d the width of the keys")
@@ -112,31 +112,31 @@ def find_dependent(
 ) -> list[list[int]]:
     """Groups of keys that make KᵀC⁻¹K near-singular: duplicates, and combinations of other keys.
 
-    Pairs by their angle, combinations by a pivoted Cholesky factorization of the whitened keys' cosines: it takes keys
-    while one is left that is not a combination of those taken, and each of the rest forms a group with the keys it is
-    made of. Groups that share a key are one; a key of zeros is a group by itself.
+    Duplicates are found by the angle of two keys, combinations by a pivoted Cholesky factorization of the whitened
+    keys' cosines: it takes keys while one is left that is not a combination of those taken, and each of the rest forms
+    a group with the keys that it is made of. Groups that share a key are joined; a key of zeros is its own group.
 
     Args:
         keys: [N, d].
         cov_factor: L [d, d], lower.
-        duplicate: squared sine of the angle below which two keys are one.
-        dependent: squared length of what is outside the span of others below which a key is a combination.
+        duplicate: two keys are one if the squared sine of their angle is below this.
+        dependent: a key is a combination if its squared length outside the span of others is below this.
 
     Returns:
-        Rows of each group, ascending, groups by their first row; empty when all keys are independent.
+        The rows of each group, ascending, in the order of their first rows; empty if all keys are independent.
 
     Raises:
-        TensorError, EditError: as in `rank_k_update`.
+        TensorError, EditError: as for `rank_k_update`.
     """
     rows, _, factor = checked(keys, keys, cov_factor, batched=False)
     return _groups(normalize(whiten(rows, factor), dim=-1), duplicate, dependent)
 
 
 def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """G [n, n] and Q [n, m] with (rows [n, m] | √ridge·I) = G (Q | √ridge·G⁻¹), whose last factor has orthonormal rows.
+    """G [n, n] and Q [n, m] with (rows [n, m] | √ridge·I) = G (Q | √ridge·G⁻¹); the last factor has orthonormal rows.
 
-    One Cholesky factorization of the Gram matrix errs with its condition number; if that counts, a second one, of
-    what the first has made nearly orthonormal, leaves the error of a Householder QR.
+    The error of one Cholesky factorization of the Gram matrix grows with its condition number. If that matters, a
+    second one, of the nearly orthonormal result of the first, reduces the error to that of a Householder QR.
     """
     root = cholesky(plus_diagonal(rows @ rows.mT, ridge), keys)
     part = solve_triangular(root, rows, upper=False)
@@ -148,7 +148,7 @@ def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor
 
 
 def delicate(rows: Tensor, ridge: float) -> bool:
-    """Whether the condition number of rows·rowsᵀ + ridge·I may cost more than six of the sixteen digits."""
+    """Whether the condition number of rows·rowsᵀ + ridge·I may lose more than six of the sixteen digits."""
     return bool((rows.square().sum((-2, -1)) > 1e6 * ridge).any())
 
 
@@ -158,10 +158,10 @@ def inverse(root: Tensor) -> Tensor:
 
 
 def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor:
-    """Kᵀ L⁻ᵀ of Kᵀ [N, d], or back: rows L⁻¹; one solve for all problems of a batch."""
+    """Kᵀ L⁻ᵀ for Kᵀ [N, d], or with `back` rows L⁻¹; one solve for all problems of a batch."""
     if factor is None:
         return rows
-    # from the left: LAPACK's solves from the right take two to three times as long
+    # solve from the left: LAPACK takes two to three times as long from the right
     system, flat = factor.T if back else factor, rows.reshape(-1, len(factor))
     white: Tensor = solve_triangular(system, flat.T, upper=back).T
     if not _finite(white):
@@ -170,7 +170,7 @@ def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor
 
 
 def cholesky(system: Tensor, rows: Tensor) -> Tensor:
-    """The root of a system made of rows [N, d], or the error that names those it fails on."""
+    """The root of a system made of rows [N, d]. Raises DependentKeysError, which names the rows that fail."""
     root, sound = _root(system)
     failed = sound < system.shape[-1]
     if failed.any():
@@ -181,11 +181,11 @@ def cholesky(system: Tensor, rows: Tensor) -> Tensor:
 
 
 def _groups(unit: Tensor, duplicate: float, dependent: float) -> list[list[int]]:
-    """`find_dependent` of whitened keys [N, d] of unit length."""
+    """`find_dependent` for whitened keys [N, d] of unit length."""
     gram = (unit @ unit.T).cpu()
     outside = gram.diagonal().clone()  # [N], squared length outside the span of the keys taken
     root = torch.zeros_like(gram)
-    # most often one factorization, shifted by the limit, shows that no pivot is below it
+    # usually a single factorization, shifted by the limit, shows that no pivot is below it
     taken = [] if cholesky_ex(plus_diagonal(gram.clone(), -dependent)).info else list(range(len(gram)))
     while len(taken) < len(gram) and outside.max() > dependent:
         k, pivot = len(taken), int(outside.argmax())
@@ -206,7 +206,7 @@ def _groups(unit: Tensor, duplicate: float, dependent: float) -> list[list[int]]
 
 
 def _root(system: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor, and how many leading dimensions [...] precede the first that only rounding has left."""
+    """The Cholesky factor, and the number [...] of leading dimensions before the first whose pivot is only rounding."""
     root, info = cholesky_ex(system)
     n = system.shape[-1]
     pivots, diagonal = (x.diagonal(dim1=-2, dim2=-1) for x in (root, system))
@@ -218,7 +218,7 @@ def _root(system: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
 def checked(
     keys: Tensor, residuals: Tensor, cov_factor: Tensor | None = None, *, batched: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, residuals and factor in fp64, or what can be told to be wrong with them before a solve."""
+    """Check keys, residuals and factor as far as that needs no solve, and return them in fp64."""
     factor = None if cov_factor is None else checked_factor(cov_factor)
     if keys.ndim not in (2, 2 + batched):
         raise EditError(f"keys is {list(keys.shape)}, expected [N, d]{' or [B, N, d]' * batched}")
@@ -252,7 +252,7 @@ def _require_finite(x: Tensor, name: str, advice: str, error: type[TensorError] 
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all of x is; most often a sum shows it, in one pass that writes nothing."""
+    """Whether all of x is finite; usually a sum shows this, in one pass that writes nothing."""
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 

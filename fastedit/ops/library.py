@@ -1,7 +1,7 @@
-"""The operations as torch knows them, `torch.ops.fastedit.*`: what torch.compile puts into its graphs.
+"""The operations as torch operators, `torch.ops.fastedit.*`, for the graphs of torch.compile.
 
-An eager call does not pass here, as torch's dispatcher takes microseconds. In a graph an operation is one opaque call:
-its checks run when it runs, with the errors that an eager call has.
+Eager calls do not use them, because torch's dispatcher takes microseconds. In a graph an operation is one opaque call:
+its checks run when the graph runs, with the same errors as an eager call.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _LIBRARY = torch.library.Library("fastedit", "DEF")
 
 
 def define(schema: str, serve: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Make `serve` known to torch by this schema; returns the operator.
+    """Register `serve` with torch under this schema; returns the operator.
 
     Args:
-        serve: does the work, on any device; gives contiguous tensors that share no memory with what it is given.
-        fake: gives tensors like those of `serve`, and reads and checks none of the values.
+        serve: does the work, on any device; returns contiguous tensors that share no memory with its arguments.
+        fake: returns tensors like those of `serve`, without reading or checking values.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,4 +1,4 @@
-"""Adam in the backward pass: one linear map's weight is updated there, and its gradient is never stored."""
+"""Adam in the backward pass: it updates the weight of one linear map, whose gradient is never stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastedit.ops.localized_adam import localized_adam_
 from fastedit.ops.registry import Backend
 
 Rows = list[tuple[Tensor, Tensor]]
-"""Of each call of the linear map: gradient in its output [T, out], input [T, in]."""
+"""For each call of the linear map: gradient of its output [T, out], input [T, in]."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
@@ -30,12 +30,12 @@ _OWNERS: WeakValueDictionary[int, LocalizedAdam] = WeakValueDictionary()
 class LocalizedAdam(torch.optim.Optimizer):
     """The optimizer of one linear map that `localized` returns.
 
-    Learning-rate schedules, checkpoints and a `Trainer` take it as any other. `state_dict()` has the moments and the
-    number of steps by the names of `torch.optim.Adam`, and the fp32 master if there is one.
+    It works with learning-rate schedules, checkpoints and a `Trainer` like any optimizer. `state_dict()` has the
+    moments and the number of steps under the names of `torch.optim.Adam`, and the fp32 master if there is one.
 
     Args:
         module: as in `localized`.
-        options: of `localized_adam_`, from `lr` to `seed`: the entries of `param_groups[0]`.
+        options: those of `localized_adam_` from `lr` to `seed`, which are the entries of `param_groups[0]`.
         accumulate, allow_tf32, backend: as in `localized`.
     """
 
@@ -46,7 +46,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         self._module, self._kind = module, cast(Any, type(module))
         weight = self._weight = module.get_parameter("weight")
         super().__init__([weight], dict(options))
-        self._options = tuple(options)  # a group may have more: of schedules, or of torch when it is loaded
+        self._options = tuple(options)  # a group may have more entries: from schedules, or from torch when it is loaded
         self._accumulate, self._allow_tf32, self._backend = accumulate, allow_tf32, backend
         kept = self.state[weight]
         kept["step"] = torch.zeros((), device=weight.device)
@@ -54,9 +54,9 @@ class LocalizedAdam(torch.optim.Optimizer):
         if weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and options["seed"] is None):
             kept["master"] = weight.detach().float()
         self._version = weight._version
-        self._noted: list[tuple[int, Tensor, Tensor]] = []  # by the number of the backward pass
+        self._noted: list[tuple[int, Tensor, Tensor]] = []  # with the number of the backward pass
         self._rows: Rows = []  # of the backward passes since the last step
-        # its gradient is whole once every call of the module in the graph has given its rows: autograd counts them
+        # autograd completes its gradient after every call of the module in the graph has given its rows
         anchor = torch.zeros(1, device=weight.device, requires_grad=True)
         anchor.register_post_accumulate_grad_hook(self._after_backward)
         key = next(_KEYS)
@@ -68,7 +68,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         module.__dict__["_tap"] = anchor, key, self._transposed, weight.dtype
 
     def remove(self) -> None:
-        """Make the module what it was before `localized`, but for the weight's values; nothing is updated any more."""
+        """Undo `localized`, except for the weight's values; the weight is no longer updated."""
         if "_tap" in self._module.__dict__:
             del self._module.__dict__["_tap"]
             self._module.__class__ = self._kind
@@ -77,7 +77,7 @@ class LocalizedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """With ``accumulate`` update the weight by all rows since the last step; otherwise that has been done."""
+        """With ``accumulate``, update the weight by all rows since the last step; otherwise it is updated already."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -87,25 +87,25 @@ class LocalizedAdam(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the rows that `step` has not used."""
+        """Drop the rows that `step` has not used."""
         self._rows = []
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict()` of such an optimizer gave.
+        """Load what `state_dict()` of such an optimizer returned.
 
         Raises:
-            TensorError: it has other tensors, or tensors of other shapes, than those of this weight.
+            TensorError: it has other tensors than this weight, or tensors of other shapes.
         """
         mine, given = self.state[self._weight], state_dict["state"].get(0, {})
         sizes = [{name: list(x.shape) for name, x in kept.items()} for kept in (mine, given)]
         if sizes[0] != sizes[1]:
             raise TensorError(f"the state holds {sizes[1]}, expected {sizes[0]}: it is of another weight or dtype")
-        super().load_state_dict(state_dict)  # which rounds moments to the dtype of the weight
+        super().load_state_dict(state_dict)  # this rounds moments to the dtype of the weight
         self.state[self._weight] = {name: torch.empty_like(x).copy_(given[name]) for name, x in mine.items()}
         self._version = self._weight._version
 
     def note(self, grad: Tensor, input: Tensor) -> None:
-        """Keep what a call of the module adds to the gradient, until its backward pass has seen all calls."""
+        """Keep what one call of the module adds to the gradient, until the backward pass has seen all calls."""
         task = torch._C._current_graph_task_id()
         self._noted.append((task, grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])))
 
@@ -113,7 +113,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         anchor.grad = None
         now = torch._C._current_graph_task_id()
         rows = [(grad, input) for task, grad, input in self._noted if task == now]
-        self._noted = []  # what is left is of a pass that has failed, or that was asked for other gradients
+        self._noted = []  # others are of a pass that failed, or that was for other gradients
         if self._accumulate:
             self._rows += rows
         else:
@@ -127,7 +127,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         grads, inputs = rows[0] if len(rows) == 1 else (torch.cat(x) for x in zip(*rows, strict=True))
         kept, group, weight = self.state[self._weight], self.param_groups[0], self._weight.detach()
         master = kept.get("master")
-        if master is not None and self._weight._version != self._version:  # others have written the weight
+        if master is not None and self._weight._version != self._version:  # something else wrote to the weight
             master.copy_(weight)
         kept["step"] += 1
         stored = [weight if master is None else master, kept["exp_avg"], kept["exp_avg_sq"]]
@@ -137,7 +137,7 @@ class LocalizedAdam(torch.optim.Optimizer):
             target, grads, inputs, first, second, kept["step"], **{name: group[name] for name in self._options},
             copy=copy[0] if copy else None, allow_tf32=self._allow_tf32, backend=self._backend,
         )  # fmt: skip
-        torch.autograd.graph.increment_version(self._weight)  # kernels do not: a graph that needs the old one may tell
+        torch.autograd.graph.increment_version(self._weight)  # kernels do not, and autograd must notice
         self._version = self._weight._version
 
 
@@ -155,33 +155,33 @@ def localized(
     allow_tf32: bool = False,
     backend: Backend = "auto",
 ) -> LocalizedAdam:
-    """Train the weight of one linear map by Adam in the backward pass of your own loop.
+    """Train the weight of one linear map with Adam in the backward pass of your own loop.
 
-    A backward pass that reaches the module updates the weight once, when the last call of the module in its graph has
-    been passed: `loss.backward()` is the whole step. `weight.grad` stays None, and the weight requires no gradient any
-    more; the gradient is made of its two factors inside `localized_adam_`. A bias gets its gradient as ever.
+    A backward pass that reaches the module updates the weight once, after the last call of the module in its graph:
+    `loss.backward()` is the whole step. `weight.grad` stays None, and the weight no longer requires a gradient; the
+    gradient is formed from its two factors inside `localized_adam_`. A bias gets its gradient as usual.
 
     Works under autocast, activation checkpointing (`use_reentrant=False`) and `torch.compile`, in any order. It is for
-    one process and one device, without a `GradScaler`; move and cast the model before. Uses of the weight that do not
-    call the module, such as a head tied to it, add nothing to its gradient. A copy of the model (`copy.deepcopy`,
+    one process and one device, without a `GradScaler`; move and cast the model first. Uses of the weight that do not
+    call the module, such as a tied head, add nothing to its gradient. A copy of the model (`copy.deepcopy`,
     `torch.save`) has the plain module; to load the file of a whole model, fastedit must be installed.
 
     Args:
         module: nn.Linear, or Conv1D of transformers; fp32, bf16 or fp16.
-        lr, betas, eps, weight_decay, decoupled, max_norm: as in `localized_adam_`; `optimizer.param_groups[0]` has
-            them, so that learning-rate schedules work.
-        seed: round a bf16 weight stochastically. Without it a weight that is not fp32 has an fp32 master, which is
-            updated and then rounded into it.
-        accumulate: collect the rows of several backward passes until `step()`, which makes one update of them.
-            `zero_grad()` forgets them.
+        lr, betas, eps, weight_decay, decoupled, max_norm: as in `localized_adam_`; they are in
+            `optimizer.param_groups[0]`, so that learning-rate schedules work.
+        seed: round a bf16 weight stochastically. Without a seed, a weight that is not fp32 has an fp32 master, which
+            is updated and then rounded into it.
+        accumulate: collect the rows of several backward passes until `step()`, which makes one update from them.
+            `zero_grad()` drops them.
         allow_tf32, backend: as in `localized_adam_`.
 
     Returns:
-        An optimizer of this weight. Its `step()` does nothing without `accumulate`; its `remove()` gives back the plain
+        An optimizer of this weight. Its `step()` does nothing without `accumulate`; its `remove()` restores the plain
         module.
 
     Raises:
-        ConfigError: an option has a value it cannot take (names all); the module is no plain linear map, or is
+        ConfigError: options have values that they cannot take (names all); the module is not a plain linear map, or is
             localized already; there are several processes.
         TensorError: the weight has another dtype, or (in a forward pass) the module was moved or cast afterwards.
     """
@@ -191,7 +191,7 @@ def localized(
 
 
 class _Tapped(nn.Module):
-    """Stands before `nn.Linear` or `Conv1D` among the bases of a module that is trained in the backward pass."""
+    """The first base class of a module that is trained in the backward pass, before `nn.Linear` or `Conv1D`."""
 
     _tap: tuple[Tensor, int, bool, torch.dtype]
 
@@ -210,13 +210,13 @@ class _Tapped(nn.Module):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copies and pickles are plain modules: a copy's rows are not those of this weight."""
+        """Make copies and pickles plain modules: rows of a copy do not belong to this weight."""
         kept = {name: value for name, value in self.__dict__.items() if name != "_tap"}
         return _plain, (type(self).__mro__[2], self.weight, _OWNERS[self._tap[1]]._flag), kept
 
 
 def _plain(kind: type[nn.Module], weight: nn.Parameter, flag: bool) -> nn.Module:
-    """A bare module for `pickle` and `copy`; its weight, if it is a copy, is trained as before `localized`."""
+    """A bare module for `pickle` and `copy`; a copied weight requires gradients as before `localized`."""
     if all(owner._weight is not weight for owner in _OWNERS.values()):
         weight.requires_grad_(flag)
     return kind.__new__(kind)
@@ -228,14 +228,14 @@ def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Linear(torch.autograd.Function):
-    """The linear map; backward notes the rows in place of a gradient of the weight."""
+    """The linear map; backward keeps the rows instead of forming a gradient of the weight."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, key: int, transposed: bool
     ) -> Tensor:
         y = nn.functional.linear(x, weight.T if transposed else weight, bias)
-        ctx.save_for_backward(x.to(y.dtype), weight)  # as autocast has multiplied it
+        ctx.save_for_backward(x.to(y.dtype), weight)  # in the dtype of autocast
         ctx.key, ctx.transposed, ctx.dtype = key, transposed, x.dtype
         return y
 
@@ -260,7 +260,7 @@ def _serve(grad: Tensor, input: Tensor, key: int) -> Tensor:
 
 
 def _serve_graph(grad: Tensor, input: Tensor, key: int) -> Tensor:
-    return _serve(grad.clone(), input.clone(), key)  # a compiled graph uses its memory again
+    return _serve(grad.clone(), input.clone(), key)  # a compiled graph reuses its memory
 
 
 def _fake(grad: Tensor, input: Tensor, key: int) -> Tensor:
@@ -271,7 +271,7 @@ _note = define("note_rows(Tensor grad, Tensor input, int key) -> Tensor", _serve
 
 
 def _check(module: nn.Module, options: Mapping[str, Any]) -> bool:
-    """Whether the weight is stored [in, out]; raises what `localized` does."""
+    """Whether the weight is stored [in, out]; raises the errors of `localized`."""
     kind = type(module)
     name = f"{kind.__module__}.{kind.__name__}"
     conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)  # not imported: there is none
@@ -297,7 +297,7 @@ def _check(module: nn.Module, options: Mapping[str, Any]) -> bool:
 
 
 def _refuse_ranks() -> None:
-    """Several processes would each follow rows of their own, as there is no gradient to average."""
+    """Raise ConfigError for several processes: each would use only its own rows, with no gradient to average."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Adam on one weight from what its gradient is made of, G and X: dW = GᵀX exists tile by tile only.
+"""Adam on one weight from the factors of its gradient, G and X: dW = GᵀX exists only tile by tile.
 
-Formulas in fp32, whatever is stored, and in torch's order: Adam adds weight decay to the gradient, AdamW (`decoupled`)
-shrinks the weight. The reference beside the kernel forms dW;
-torch's own fused step, which serves where all is fp32, some rows of it at a time.
+Formulas are in fp32, whatever is stored, and in torch's order: Adam adds weight decay to the gradient, AdamW
+(`decoupled`) shrinks the weight. The reference forms all of dW. Torch's own fused step, which is used if everything is
+fp32, forms some rows of it at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only
 
 _GRAM_ROWS = 2048
 _TILE = 1 << 22
-"""Elements of dW that torch's fused step takes at once, 16 MiB: a CPU is then as fast as with all of dW."""
+"""Elements of dW (16 MiB) that torch's fused step takes at once: a CPU is then as fast as with all of dW."""
 _WORD = 0xFFFFFFFF
 
 
@@ -47,33 +47,33 @@ def localized_adam_(
     allow_tf32: bool = False,
     backend: Backend = "auto",
 ) -> None:
-    """One step of Adam on the weight of y = x Wᵀ, from the rows of x and of the gradient in y; all in place.
+    """Take a step of Adam on the weight of y = x Wᵀ, from the rows of x and of the gradient of y; all in place.
 
-    Micro-batches are accumulated by concatenating their rows. The weight of an `nn.Conv1D`, stored [in, out], is given
-    as `weight.T`, its moments alike (`torch.zeros_like` keeps the layout).
+    To accumulate micro-batches, concatenate their rows. For a Conv1D of transformers, whose weight is [in, out], give
+    `weight.T`, and moments of that layout (`torch.zeros_like` keeps it).
 
     Args:
-        weight: [out, in], fp32, or bf16 (then give a seed: to nearest, steps below half a unit are lost).
+        weight: [out, in], fp32, or bf16 (then give a seed: rounding to nearest loses steps below half a unit).
         grad_output: G [T, out], fp32, bf16 or fp16, any strides.
         input: X [T, in].
         exp_avg: like weight, fp32 or bf16; None, with exp_avg_sq, for plain SGD.
         exp_avg_sq: like exp_avg.
-        step: number of this step, from 1; or a scalar on the device, which costs no sync.
+        step: number of this step, from 1; or a scalar tensor on the device, which needs no synchronization.
         lr, betas, eps, weight_decay: as in `torch.optim.Adam`.
-        decoupled: weight decay of AdamW.
+        decoupled: use the weight decay of AdamW.
         max_norm: scale dW to at most this norm, as `torch.nn.utils.clip_grad_norm_` does.
         max_change: keep every element within this distance of `original`, rounding to bf16 included.
-        original: [out, in], the weight that `max_change` is counted from.
-        copy: [out, in], also gets the new weight, rounded to nearest: the model's own, where weight is its master.
-        seed: round bf16 weight and moments stochastically: up with the probability that makes the mean exact. The
-            bits depend on (seed, step, element), not on backend or device.
-        skip: scalar on the device; if it is not 0, nothing changes.
-        allow_tf32: multiply fp32 G and X in tf32 on tensor cores, which have no fp32.
+        original: [out, in], the weight from which `max_change` is measured.
+        copy: [out, in], also gets the new weight, rounded to nearest: the model's weight, if `weight` is its master.
+        seed: round bf16 weight and moments stochastically, so that the mean is exact. The bits depend on
+            (seed, step, element), not on backend or device.
+        skip: scalar tensor on the device; if it is not 0, nothing changes.
+        allow_tf32: multiply fp32 G and X in tf32 on tensor cores, which do not support fp32.
         backend: see `fastedit.ops.registry`.
 
     Raises:
-        TensorError: a tensor has another shape, dtype or device than it must have.
-        ConfigError: options that do not fit one another; a backend that cannot serve.
+        TensorError: a tensor has a wrong shape, dtype or device.
+        ConfigError: options that do not go together; a backend that cannot serve.
     """
     if torch.compiler.is_compiling():
         at = step if isinstance(step, Tensor) else torch.full((), step, device=weight.device)
@@ -126,7 +126,7 @@ def localized_adam_(
 
 
 def _plain(weight: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether torch's own fused step does all that is asked: weight and moments alone, in fp32."""
+    """Whether torch's own fused step suffices: only weight and moments are given, in fp32."""
     known = (weight, exp_avg, exp_avg_sq)
     alone = all(x is None for x in others)
     return alone and all(x is not None and x.dtype == torch.float32 and x.is_contiguous() for x in known)
@@ -147,15 +147,15 @@ def _fused(
     decoupled: bool,
     clip: Tensor | None,
     skip: Tensor | None,
-    **_: Any,  # what `_plain` has excluded
+    **_: Any,  # excluded by `_plain`
 ) -> None:
-    """As `_reference` for all in fp32: some rows of dW, and one pass over them, the weight and the moments."""
+    """Do as `_reference` if everything is fp32: for some rows of dW at a time, in one pass with weight and moments."""
     number = step.float() if isinstance(step, Tensor) else torch.full((), float(step), device=weight.device)
     found_inf = None if skip is None else (skip != 0).float()
-    assert exp_avg is not None  # by `_plain`
+    assert exp_avg is not None  # ensured by `_plain`
     assert exp_avg_sq is not None
     step_of = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    height = -(-len(weight) // -(-max(1, weight.numel()) // _TILE))  # of equal parts
+    height = -(-len(weight) // -(-max(1, weight.numel()) // _TILE))  # of nearly equal tiles
     whole = (weight, a.T, exp_avg, exp_avg_sq)
     tiles = [whole] if height >= len(weight) else zip(*(x.split(height) for x in whole), strict=True)
     for tile, some, first, second in tiles:
@@ -188,7 +188,7 @@ def _reference(
     seed: int | None,
     skip: Tensor | None,
 ) -> None:
-    """The step in plain torch, for a weight [M, N] and a [T, M], b [T, N]."""
+    """Take the step in plain torch, for a weight [M, N], a [T, M] and b [T, N]."""
     g = _product(a.T, b)
     w = weight.float()
     if clip is not None:
@@ -231,14 +231,14 @@ def _bf16_toward(x: Tensor, limit: float) -> Tensor:
 
 
 def _random_halves(shape: torch.Size, seed: int, step: int | Tensor, number: int, device: torch.device) -> Tensor:
-    """16 bits an element, [M, N] int32: Philox-4x32-10 of key `seed` and counter (row, column // 8, step, number)."""
+    """16-bit random numbers [M, N] int32: Philox-4x32-10, key `seed`, counter (row, column // 8, step, number)."""
     M, N = shape
     row, eighth = torch.arange(M, device=device)[:, None], torch.arange(-(-N // 8), device=device)[None, :]
     c0, c1 = torch.broadcast_tensors(row, eighth)
     c2 = torch.zeros_like(c0) + (step.long() if isinstance(step, Tensor) else step)
     c3 = torch.full_like(c0, number)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
-    for _ in range(10):  # the upper half of a 64-bit product is right in spite of its sign
+    for _ in range(10):  # the upper half of a 64-bit product is right although it is signed
         even, odd = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = odd >> 32 & _WORD ^ c1 ^ k0, odd & _WORD, even >> 32 & _WORD ^ c3 ^ k1, even & _WORD
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
@@ -247,7 +247,7 @@ def _random_halves(shape: torch.Size, seed: int, step: int | Tensor, number: int
 
 
 def _gradient_norm(a: Tensor, b: Tensor) -> Tensor:
-    """‖AᵀB‖ without AᵀB, [] fp64: its square is Σ (AAᵀ ∘ BBᵀ), two T × T Gram matrices, taken some rows at a time."""
+    """‖AᵀB‖ [] fp64 without forming AᵀB: its square is Σ (AAᵀ ∘ BBᵀ), of T × T matrices, some rows at a time."""
     total = torch.zeros((), dtype=torch.float64, device=a.device)
     for some_a, some_b in zip(a.split(_GRAM_ROWS), b.split(_GRAM_ROWS), strict=True):
         total += _product(some_a, a.T).mul_(_product(some_b, b.T)).sum(dtype=torch.float64)
@@ -259,7 +259,7 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, y, out_dtype=torch.float32)
     x, y = x.float(), y.float()
-    if torch.is_autocast_enabled(x.device.type):  # it leaves alone what has a tensor for its result
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not change products with `out`
         return torch.mm(x, y, out=x.new_empty(len(x), y.shape[1]))
     return x @ y
 
@@ -302,7 +302,7 @@ def _slower(call: Call) -> str | None:
     if reason := only_interpreted(call):
         return reason
     if call.dtype == torch.float32 and not call.sizes.get("tf32") and call.sizes.get("T", 0) > 256:
-        # not measured: where multiplying takes as long as moving w, m and v at the rates of an H200
+        # not measured: at the rates of an H200, multiplying then takes as long as moving w, m and v
         return f"T = {call.sizes['T']} is above 256, and fp32 products without tensor cores take longer than memory"
     return None
 

@@ -1,8 +1,8 @@
 """The solves of ROME, MEMIT, EMMET and AlphaEdit: rank-N updates against one factor of the second moment.
 
-With C = L Lᵀ and whitened keys Y = L⁻¹K, push-through turns both R Kᵀ (λC + K Kᵀ)⁻¹ and R (KᵀC⁻¹K + αI)⁻¹ KᵀC⁻¹
-into R (ridge·I + YᵀY)⁻¹ Yᵀ L⁻¹, an N×N system. It costs O(d²N + N³), and errs with cond(L) = √cond(C). Keys are rows
-in the code: Kᵀ and Yᵀ [N, d].
+With C = L Lᵀ and whitened keys Y = L⁻¹K, the push-through identity turns both R Kᵀ (λC + K Kᵀ)⁻¹ and
+R (KᵀC⁻¹K + αI)⁻¹ KᵀC⁻¹ into R (ridge·I + YᵀY)⁻¹ Yᵀ L⁻¹, an N×N system. It takes O(d²N + N³) operations, and its error
+grows with cond(L) = √cond(C). In the code keys are rows: Kᵀ and Yᵀ [N, d].
 """
 
 from __future__ import annotations
@@ -47,27 +47,28 @@ def rank_k_update(
     """The update ΔW = left @ right that writes residuals at keys and preserves outputs on C's distribution.
 
     least-squares (MEMIT): ΔW = R Kᵀ (ridge·C + K Kᵀ)⁻¹. equality (EMMET; ROME for N = 1 and ridge 0):
-    ΔW = R (Kᵀ C⁻¹ K + ridge·I)⁻¹ Kᵀ C⁻¹ (arXiv 2403.14236). By push-through they are one formula, but only equality
-    has a meaning at ridge 0, where ΔW K = R.
+    ΔW = R (Kᵀ C⁻¹ K + ridge·I)⁻¹ Kᵀ C⁻¹ (arXiv 2403.14236). By push-through both are the same formula, but only
+    equality is defined for ridge 0, where ΔW K = R.
 
     Args:
-        keys: [N, d], or [B, N, d] for B independent problems against one factor. With ridge > 0, rows of zeros with
-            residuals of zeros pad smaller problems.
+        keys: [N, d], or [B, N, d] for B independent problems with one factor. With ridge > 0, smaller problems may be
+            padded by rows of zeros with residuals of zeros.
         residuals: [N, h] or [B, N, h], wanted minus current outputs.
         cov_factor: L [d, d], lower (the rest is not read), from `factor_covariance`; keep it in fp64.
         ridge: λ of MEMIT, α of EMMET; > 0, or ≥ 0 for equality.
-        constraint: what is asked of the new pairs.
+        constraint: how the new pairs are met.
         backend: see `fastedit.ops.registry`; ConfigError if it cannot serve.
 
     Returns:
-        (left [h, k], right [k, d]) with k = min(N, d), in the dtype of residuals; [B, …] for a batch. Inside, all is
-        fp64; rounding the two to fp32 costs the root of the system's condition number, as they share its inverse.
+        (left [h, k], right [k, d]) with k = min(N, d), in the dtype of residuals; [B, …] for a batch. The computation
+        is in fp64. Rounding the two to fp32 loses accuracy by the root of the system's condition number, because they
+        share its inverse.
 
     Raises:
-        ConfigError: ridge or constraint has a value it cannot take.
-        TensorError: cov_factor is not a factor, or of another width than the keys.
-        EditError: keys or residuals hold NaN or infinity (the row is named), or do not fit one another.
-        DependentKeysError: equality at ridge 0 with keys that depend on one another, by `DEPENDENT`.
+        ConfigError: ridge or constraint has a value that it cannot take.
+        TensorError: cov_factor is not a factor, or has another width than the keys.
+        EditError: keys or residuals hold NaN or infinity (names the row), or do not fit one another.
+        DependentKeysError: equality at ridge 0 with keys that are linearly dependent, by `DEPENDENT`.
     """
     if torch.compiler.is_compiling():
         left, right = _update(keys, residuals, cov_factor, ridge=ridge, constraint=constraint, backend=backend)
@@ -78,11 +79,11 @@ def rank_k_update(
     rows, values, factor = checked(keys, residuals, cov_factor)
     taken = _choose(backend, rows, rows.shape[-1], ridge)
     white = whiten(rows, factor)
-    if ridge == 0:  # a factorization shifted by the limit tells whether any eigenvalue is below it
+    if ridge == 0:  # a factorization shifted by the limit fails if an eigenvalue is below it
         unit = normalize(white, dim=-1)
         cholesky(plus_diagonal(unit @ unit.mT, -DEPENDENT), white)
     left, right = update_of_white(white, values, factor, ridge, taken)
-    if ridge == 0:  # ΔW K = R to the last digits: left from what right is at the keys, rounding included
+    if ridge == 0:  # solve for left with the rounded right, so that ΔW K = R to the last digits
         left = torch.linalg.solve(rows @ right.mT, values).mT
     return left.to(residuals.dtype), right.to(residuals.dtype)
 
@@ -97,17 +98,17 @@ def null_space_update(
     l2: float,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """AlphaEdit's update, in the null space of C, where nothing is that must be preserved.
+    """AlphaEdit's update, in the null space of C, where there is nothing to preserve.
 
-    ΔW = R Kᵀ U (Uᵀ(K Kᵀ + Cp)U + l2·I)⁻¹ Uᵀ: the published R Kᵀ P ((K Kᵀ + Cp)P + l2·I)⁻¹ with P = U Uᵀ, made r×r
-    and symmetric. It is a least-squares update in coordinates of U, with l2·I + UᵀCpU for C.
+    ΔW = R Kᵀ U (Uᵀ(K Kᵀ + Cp)U + l2·I)⁻¹ Uᵀ is the published R Kᵀ P ((K Kᵀ + Cp)P + l2·I)⁻¹ with P = U Uᵀ, as an r×r
+    symmetric system. It is a least-squares update in the coordinates of U, with l2·I + UᵀCpU in place of C.
 
     Args:
         keys: [N, d] or [B, N, d].
         residuals: [N, h] or [B, N, h], wanted minus current outputs.
         basis: U [d, r], orthonormal eigenvectors of C whose eigenvalues count as zero.
-        previous: UᵀCpU [r, r], the sum of (Uᵀk)(Uᵀk)ᵀ over keys written before; None for none, then nothing r×r is
-            factored. `SequentialSolver(torch.eye(r), l2)` on keys @ U keeps that sum for a stream.
+        previous: UᵀCpU [r, r], the sum of (Uᵀk)(Uᵀk)ᵀ over keys written before. None for no keys; then no r×r matrix
+            is factored. For a stream, `SequentialSolver(torch.eye(r), l2)` on keys @ U keeps this sum.
         l2: weight of ‖ΔW‖², > 0.
         backend: as in `rank_k_update`.
 
@@ -115,7 +116,7 @@ def null_space_update(
         (left [h, k], right [k, d]) with k = min(N, r), in the dtype of residuals; [B, …] for a batch.
 
     Raises:
-        ConfigError, EditError: as in `rank_k_update`, or previous is not a sum of squares.
+        ConfigError, EditError: as for `rank_k_update`, or previous is not a sum of squares.
         TensorError: basis or previous does not fit the keys.
     """
     if torch.compiler.is_compiling():
@@ -140,7 +141,7 @@ def null_space_update(
 def update_of_white(
     rows: Tensor, values: Tensor, factor: Tensor | None, ridge: float, taken: str = "torch"
 ) -> tuple[Tensor, Tensor]:
-    """left = R G⁻ᵀ [h, k] and right = G⁻¹ Yᵀ L⁻¹ [k, d] of whitened keys Yᵀ [N, d], G Gᵀ = YᵀY + ridge·I."""
+    """left = R G⁻ᵀ [h, k] and right = G⁻¹ Yᵀ L⁻¹ [k, d] for whitened keys Yᵀ [N, d], with G Gᵀ = YᵀY + ridge·I."""
     n, d = rows.shape[-2:]
     if taken == "triton" and (solved := _fused(rows, values, ridge)):
         return solved[0].mT, whiten(solved[1], factor, back=True)
@@ -152,10 +153,10 @@ def update_of_white(
 
 
 def _fused(rows: Tensor, values: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
-    """G⁻¹ Rᵀ [N, h] and G⁻¹ Yᵀ [N, d] by the kernel; None if it finds no factor, for torch to name the keys.
+    """G⁻¹ Rᵀ [N, h] and G⁻¹ Yᵀ [N, d] by the kernel; None if it finds no factor, so that torch names the keys.
 
-    In fp64: after whitening the system's condition number is up to 1 + ‖Y‖²/ridge, and fp32 would lose as much of its
-    seven digits. What is delicate is solved twice, as in `orthogonal`: (Yᵀ | √ridge·I) is made orthonormal again.
+    It is in fp64: after whitening the system's condition number is up to 1 + ‖Y‖²/ridge, and fp32 would lose as much of
+    its seven digits. Delicate systems are solved twice, as in `orthogonal`: (Yᵀ | √ridge·I) is orthonormalized again.
     """
     from fastedit.kernels.rank_k_solve import rank_k_solve
 
@@ -189,7 +190,7 @@ def _cannot(call: Call) -> str | None:
 def _slower(call: Call) -> str | None:
     if reason := only_interpreted(call):
         return reason
-    # estimates, not measured: cuSOLVER has no batch to share below some tens of groups, and wins as N grows
+    # estimates, not measured: cuSOLVER is faster for few groups, and as N grows
     B, N = call.sizes.get("B", 64), call.sizes.get("N", 64)
     return None if B >= 64 and N <= 64 else f"B = {B} groups of N = {N}: it is for 64 groups or more, and N up to 64"
 
@@ -198,7 +199,7 @@ register("rank_k_update", Option("triton", _cannot, _slower))
 
 
 def _laid_out(solve: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The solve for torch's graphs, which must know the strides of what it gives."""
+    """The solve for torch's graphs, which must know the strides of its results."""
 
     def serve(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         left, right = solve(*args, **options)

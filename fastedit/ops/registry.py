@@ -1,6 +1,6 @@
-"""Which backend serves an operation: declared by each op, decided once per call.
+"""Choose the backend of an operation: each op declares its backends, and every call decides once.
 
-An op lists its backends from the most to the least wanted; torch, its reference, ends every list and serves everything.
+An op lists its backends in order of preference; torch, its reference, ends every list and serves every call.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastedit.errors import ConfigError
 
 Backend = Literal["auto", "triton", "cuda", "cpp", "torch"]
 VARIABLE = "FASTEDIT_BACKEND"
-"""Environment variable with the backend of a whole run, for calls that leave `backend` at auto."""
+"""Environment variable with the backend of a whole run, for calls with `backend` "auto"."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """The properties of a call that decide its backend. `sizes` is empty if nobody calls and `describe` asks."""
+    """The properties of a call that decide its backend. `sizes` is empty if `describe` asks without a call."""
 
     device: torch.device
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Call:
 
 
 Reason = Callable[[Call], str | None]
-"""Why not, as a clause such as "N = 256 is above 128"; None for no reason."""
+"""Function that returns why not, as a clause such as "N = 256 is above 128"; None if there is no reason."""
 
 
 def _none(call: Call) -> None:
@@ -43,8 +43,8 @@ class Option:
     """A backend of an op.
 
     Attributes:
-        cannot: why it cannot serve a call; then an explicit choice is an error.
-        slower: why auto leaves out a call that it can serve, such as a measured crossover.
+        cannot: why it cannot serve a call; choosing it explicitly is then an error.
+        slower: why auto does not choose it although it can serve, such as a measured crossover.
     """
 
     backend: Backend
@@ -56,12 +56,12 @@ _OPTIONS: dict[str, tuple[Option, ...]] = {}
 
 
 def register(op: str, *options: Option) -> None:
-    """Declare the backends of an op, the most wanted first, its torch reference left out."""
+    """Declare the backends of an op in order of preference, without its torch reference."""
     _OPTIONS[op] = (*options, Option("torch", _none))
 
 
 def environment_backend() -> str | None:
-    """FASTEDIT_BACKEND, None if it is not set. Raises ConfigError if no op has such a backend."""
+    """The value of FASTEDIT_BACKEND, None if it is not set. Raises ConfigError if there is no such backend."""
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in get_args(Backend):
         raise ConfigError(f"{VARIABLE}={wanted}: there is no such backend; set one of {', '.join(get_args(Backend))}")
@@ -69,11 +69,11 @@ def environment_backend() -> str | None:
 
 
 def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: torch.dtype, **sizes: int) -> str:
-    """The backend of this call: the one asked for, else FASTEDIT_BACKEND's if the op has it, else the first able.
+    """The backend of a call: the one asked for, else FASTEDIT_BACKEND's if the op has it, else the first that can.
 
     Raises:
-        ConfigError: the backend asked for, here or by FASTEDIT_BACKEND, cannot serve the call (says why), or is not
-            one of the op's.
+        ConfigError: the backend that was asked for, here or by FASTEDIT_BACKEND, cannot serve the call (says why), or
+            the op does not have it.
     """
     call, options = Call(device, dtype, sizes), {option.backend: option for option in _OPTIONS[op]}
     name = f"backend={backend!r}"
@@ -90,7 +90,7 @@ def choose(op: str, backend: Backend = "auto", *, device: torch.device, dtype: t
 
 
 def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str]]:
-    """(op, the backend it takes on this device, why not the others that it has), for `fastedit env`."""
+    """(op, its backend on this device, why not its other backends) for each op; for `fastedit env`."""
     call, rows = Call(device, dtype, {}), []
     for op, options in sorted(_OPTIONS.items()):
         try:
@@ -104,7 +104,7 @@ def describe(device: torch.device, dtype: torch.dtype = torch.float32) -> list[t
 
 
 def no_triton(call: Call) -> str | None:
-    """Why Triton cannot run on these tensors; the `cannot` that every Triton backend starts from."""
+    """Why Triton cannot run on these tensors; every Triton backend begins its `cannot` with this."""
     if not _installed("triton"):
         return "triton is not installed"
     if call.device.type != "cuda" and not interpreted():
@@ -113,12 +113,12 @@ def no_triton(call: Call) -> str | None:
 
 
 def only_interpreted(call: Call) -> str | None:
-    """Reason why auto leaves Triton alone if only its interpreter runs; the `slower` to start from."""
+    """Why auto does not choose Triton if only its interpreter can run; the beginning of a `slower`."""
     return None if call.device.type == "cuda" else "Triton's interpreter is for tests"
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, a matter of the environment when triton is first imported."""
+    """Whether kernels run in Triton's interpreter; the environment at the first import of triton decides this."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

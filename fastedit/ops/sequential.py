@@ -16,29 +16,33 @@ from fastedit.ops.rank_k_solve import update_of_white
 class SequentialSolver:
     """Least-squares updates for a stream of batches: each preserves C and all keys written before it.
 
-    Batch t is R_t K_tᵀ (λC + Σ_{s≤t} K_s K_sᵀ)⁻¹ with R_t measured after batch t−1. Together they are the update of
-    all batches at once (recursive least squares).
+    The update of batch t is R_t K_tᵀ (λC + Σ_{s≤t} K_s K_sᵀ)⁻¹ with R_t measured after batch t−1. Their sum is the
+    update of all batches at once (recursive least squares).
 
     The second moment grows by Woodbury in whitened coordinates: (λI + Σ Y Yᵀ)⁻¹ = (I − W Wᵀ)/λ, and each batch adds
-    the columns of W that its own N×N system yields. That is two matrix products a batch; updating the d×d factor
-    takes as many operations in d dependent steps, for which no BLAS has a routine. (Wᵀ | √λ·G⁻¹) are the rows of a
-    QR factorization of all batches at once, grown by block Gram-Schmidt, so it is as exact as taking them at once.
-    Keys that would outnumber d are folded into L: one d×d factorization for d keys, less than writing them cost.
+    the columns of W from its own N×N system. That takes two matrix products per batch; updating the d×d factor
+    would take as many operations in d dependent steps, for which BLAS has no routine. (Wᵀ | √λ·G⁻¹) are the rows of a
+    QR factorization of all batches at once, grown by block Gram-Schmidt, so the result is as exact as for all at once.
+    Before there are more than d keys, they are folded into L: one d×d factorization for d keys, less than writing them
+    costs.
 
     Args:
-        cov_factor: L [d, d], lower, C = L Lᵀ; it stays as it is. TensorError if it is not a factor.
+        cov_factor: L [d, d], lower, C = L Lᵀ; it is not changed. TensorError if it is not a factor.
         ridge: λ, the weight of C. ConfigError if it is not positive.
     """
 
     def __init__(self, cov_factor: Tensor, ridge: float) -> None:
         check_ridge(ridge, "ridge")
         self._factor, self._ridge, self._count = checked_factor(cov_factor), ridge, 0
-        # of the n keys not folded yet: Yᵀ [n, d] and (Wᵀ | √λ·G⁻¹) [n, d + n], rows beyond n unused
+        # of the n keys that are not folded yet: Yᵀ [n, d] and (Wᵀ | √λ·G⁻¹) [n, d + n]; rows beyond n are unused
         self._white = self._basis = self._factor.new_zeros(0, len(self._factor))
 
     @torch.no_grad()
     def update(self, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """`rank_k_update` of the next keys [N, d], residuals [N, h] measured after those before; errors do no harm."""
+        """`rank_k_update` for the next keys [N, d]; residuals [N, h] are measured after earlier updates.
+
+        An error leaves the solver as it was.
+        """
         rows, values, _ = checked(keys, residuals, self._factor, batched=False)
         d = len(self._factor)
         if self._count + len(rows) > d:
@@ -50,7 +54,7 @@ class SequentialSolver:
             self._fold()
         else:
             before, rest = self._basis[:n, : d + n], pad(rows, (0, n))
-            for _ in range(1 + delicate(self._white, self._ridge)):  # twice where one projection loses digits
+            for _ in range(1 + delicate(self._white, self._ridge)):  # twice if one projection would lose digits
                 rest = rest - (rest @ before.T) @ before
             root, part = orthogonal(rest, self._ridge, rows)
             left = solve_triangular(root, values, upper=False).T
@@ -69,7 +73,7 @@ class SequentialSolver:
         self._count = total
 
     def _fold(self) -> None:
-        """Make λC + Σ K Kᵀ the new C, of weight 1."""
+        """Make λC + Σ K Kᵀ the new C, with weight 1."""
         if self._count:
             rows = self._white[: self._count]
             self._factor = self._factor.tril() @ orthogonal(rows.T, self._ridge, rows)[0]

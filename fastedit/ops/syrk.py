@@ -1,4 +1,4 @@
-"""The running sum of x xᵀ over rows x: a symmetric rank-T update of the lower triangle in fp64."""
+"""The running sum of x xᵀ over rows x: a symmetric rank-T update of a lower triangle in fp64."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fastedit.ops.library import define, writes_in_place
 from fastedit.ops.registry import Backend, Call, Option, choose, register
 
 CHUNK = 1024
-"""Rows whose products are summed in fp32 before they are promoted into the fp64 total."""
+"""Rows whose products are summed in fp32 before the sum is added to the fp64 total."""
 LARGEST_VALUE = 2.0**57
-"""Largest magnitude of a row: the squares of 8,192 rows, the most that a GPU sums in fp32, are still finite."""
+"""Largest magnitude in a row: squares of 8,192 rows, the most that a GPU sums in fp32, then have a finite sum."""
 _BLOCK = 1024
 _NOT_BUILT = "the extension fastedit._C is not built"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,20 +27,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> None:
-    """Add rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal is touched.
+    """Add rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal changes.
 
-    Products are summed in fp32 over at most CHUNK rows (those of bf16 and fp16 are exact there), chunks in fp64.
+    Products are summed in fp32 over at most CHUNK rows (products of bf16 and fp16 are exact in fp32), chunks in fp64.
 
     Args:
         total: [d, d] fp64, contiguous.
-        rows: [T, d] fp32, bf16 or fp16, of any strides; T may be 0.
-        mask: [T] bool, True for the rows that count; the others may hold anything, NaN too. None for all.
+        rows: [T, d] fp32, bf16 or fp16, with any strides; T may be 0.
+        mask: [T] bool, True for the rows that count; the others may hold anything, even NaN. None for all rows.
         backend: see `fastedit.ops.registry`; ConfigError if it cannot serve. cpp gives the same bits with any number
             of threads (torch.get_num_threads()).
 
     Raises:
-        TensorError: shapes, dtypes or devices do not fit, or (on a CPU; a GPU would have to be waited for) a row that
-            counts holds NaN, infinity or a magnitude above LARGEST_VALUE. `total` is then as it was.
+        TensorError: shapes, dtypes or devices do not fit, or a row that counts holds NaN, infinity or a magnitude above
+            LARGEST_VALUE (checked only on a CPU; on a GPU the check would wait). `total` is then unchanged.
     """
     if torch.compiler.is_compiling():
         _operator(total, rows, mask, backend=backend)
@@ -67,11 +67,11 @@ def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
     tensor_cores = rows.device.type == "cuda" and rows.dtype != torch.float32
     for chunk in rows.split(CHUNK):
         x = chunk if tensor_cores else chunk.float()
-        for start in range(0, x.shape[1], _BLOCK):  # block columns: half of the products are never formed
+        for start in range(0, x.shape[1], _BLOCK):  # block columns, so that half of the products are not formed
             left, right = x[:, start:].T, x[:, start : start + _BLOCK]
             if tensor_cores:
                 product = torch.mm(left, right, out_dtype=torch.float32)
-            else:  # where the result is to be given, autocast lets the product be
+            else:  # autocast does not change products with `out`
                 product = torch.mm(left, right, out=x.new_empty(len(left), right.shape[1]))
             product[:_BLOCK].tril_()
             total[start:, start : start + _BLOCK] += product
@@ -96,12 +96,12 @@ def _cpp(total: Tensor, rows: Tensor, mask: Tensor | None, isa: str = "auto") ->
 
 
 def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "auto") -> None:
-    """instruction: wgmma, mma, or None for wgmma if the GPU and the extension have it."""
+    """`instruction` is wgmma, mma, or auto for wgmma if the GPU and the extension have it."""
     T, d = rows.shape
     wgmma = instruction == "wgmma" or (instruction == "auto" and _has_wgmma(rows.device))
     padded = -(-d // 8) * 8
     if rows.dtype != torch.float32 and (rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % 16):
-        # 16 bytes at a time are copied; a single row would count as contiguous whatever its stride
+        # the kernel copies 16 bytes at a time; clone, because a single row counts as contiguous with any stride
         rows = pad(rows, (0, padded - d)).clone(memory_format=torch.contiguous_format)
     elif rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -137,7 +137,7 @@ def _cuda(total: Tensor, rows: Tensor, mask: Tensor | None, instruction: str = "
 
 @cache
 def _extension() -> Any:
-    """fastedit._C, or None if it is not built; says so once."""
+    """The extension fastedit._C, or None if it cannot be used; warns once."""
     try:
         return import_module("fastedit._C")
     except ImportError as error:

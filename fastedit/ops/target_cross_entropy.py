@@ -1,4 +1,4 @@
-"""Cross-entropy at target tokens with a frozen head: the loss and its gradient, and no logits kept."""
+"""Cross-entropy at target tokens with a frozen head: the loss and its gradient, without keeping logits."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastedit.ops.library import define
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 _CHUNK_LOGITS = 1 << 25
-"""Logits alive at once (128 MiB in fp32), in one buffer that all chunks share. Products of few rows are slow: on a CPU
+"""Logits in memory at once (128 MiB in fp32), in one buffer for all chunks. Products of few rows are slow: on a CPU
 166 rows of 50,304 logits ran at 3/4 of the rate of 500."""
 
 
 LogitLoss = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A loss of rows of logits [Q, V], fp32: each row's [Q], and its gradient in these logits [Q, V]."""
+"""A function of fp32 logits [Q, V] that returns the loss of each row [Q] and its gradient in these logits [Q, V]."""
 
 
 def logits_buffer(head_weight: Tensor, n: int, n_others: int = 0) -> Tensor:
-    """Memory [chunk, V] for the logits of n rows, or of as many as are taken at once: ``scratch`` of a loop's calls.
+    """Allocate a buffer [chunk, V] for the logits of n rows, or of a chunk of them: the ``scratch`` of a loop's calls.
 
-    The last ``n_others`` of the n rows, those of ``others``, are taken at once in any case.
+    It has room for at least the last ``n_others`` rows, those of ``others``, which are always taken at once.
     """
     V = len(head_weight)
     return head_weight.new_empty(max(1, n_others, min(_CHUNK_LOGITS // V, n)), V)
@@ -43,36 +43,36 @@ def target_cross_entropy(
     scratch: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of the negative log-likelihoods of the labels, and its gradient in the hidden states.
+    """Compute a weighted sum of negative log-likelihoods of labels, and its gradient in the hidden states.
 
     loss = Σ_r w_r · (logsumexp(z_r) − z_r[label_r]) with z = cap(hidden @ head_weightᵀ + bias). Loss and
-    gradient come together in two matrix products, because the head is frozen; rows are taken in chunks.
+    gradient take two matrix products together, because the head is frozen; rows are taken in chunks.
 
-    The loss may be differentiated: `loss.backward()` hands grad_hidden on, times the gradient of the loss, if hidden
-    requires a gradient. Nothing else gets one.
+    The loss can be differentiated: if hidden requires a gradient, `loss.backward()` passes on grad_hidden times the
+    gradient of the loss. Nothing else gets a gradient.
 
     Args:
-        hidden: [R, h], after the final norm, fp32, bf16 or fp16. With ``others`` [R + Q, h].
+        hidden: [R, h], after the final norm, fp32, bf16 or fp16; with ``others`` [R + Q, h].
         head_weight: [V, h], same dtype.
         labels: [R] int64.
         sample_weight: [R] fp32, the weight w of each row (1/(B·n_b) averages over samples, 1/R over tokens); with
             ``others`` [R + Q].
         bias: [V] or None.
         softcap: c of cap(z) = c·tanh(z/c); None for no cap.
-        others: the loss of Q more rows behind those with labels, given their logits z (which it may overwrite). They
-            share the products: on a CPU those of few rows take nearly as long as those of many.
-        per_row: give the terms of the sum, for callers that watch parts of a batch.
-        scratch: `logits_buffer`, overwritten; None for a fresh one. As many rows as it has are taken at once. A loop
-            that gives the same one again spares a CPU its page faults, a tenth or more of the time.
+        others: the loss of Q more rows after those with labels, from their logits z (which it may overwrite). They
+            share the products: on a CPU products of few rows take nearly as long as those of many.
+        per_row: return the terms of the sum, for callers that watch parts of a batch.
+        scratch: a `logits_buffer`, which is overwritten; None allocates one. Its rows are the size of a chunk. Reusing
+            one in a loop avoids page faults on a CPU, a tenth or more of the time.
         backend: see `fastedit.ops.registry`; ConfigError if it cannot serve.
 
     Returns:
-        (loss [], or [R + Q] with per_row, fp32; grad_hidden [R + Q, h], dtype of hidden). Both on the device of
-        hidden, without a sync.
+        (loss [], or [R + Q] with per_row, fp32; grad_hidden [R + Q, h], dtype of hidden). Both are on the device of
+        hidden, without a synchronization.
 
     Raises:
-        ValueError: rows without labels and no ``others``, or a ``scratch`` that cannot hold theirs.
-        TensorError: by `loss.backward()`, if another tensor than hidden requires a gradient (names all that do).
+        ValueError: rows without labels but no ``others``, or a ``scratch`` that is too small for these rows.
+        TensorError: from `loss.backward()`, if tensors other than hidden require a gradient (names all of them).
     """
     with torch.no_grad():
         if torch.compiler.is_compiling() and others is None:
@@ -89,7 +89,7 @@ def target_cross_entropy(
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, whose gradient in `hidden` is known already."""
+    """The loss as an autograd function; its gradient in `hidden` is already computed."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, losses: Tensor, grad: Tensor, per_row: bool, unfrozen: list[str]) -> Tensor:
@@ -119,7 +119,7 @@ def _of_rows(
     scratch: Tensor | None,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [R + Q] and gradient [R + Q, h], by the backend of this call."""
+    """Loss [R + Q] and gradient [R + Q, h], by the backend for this call."""
     R, V, Q = len(labels), len(head_weight), len(hidden) - len(labels)
     if Q < 0 or (Q > 0 and others is None):
         raise ValueError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
@@ -152,7 +152,7 @@ def _in_chunks(
     grad = torch.empty_like(hidden)
     if scratch is None:
         scratch = logits_buffer(head_weight, len(hidden), len(hidden) - len(labels))
-    for stop in range(len(hidden), 0, -len(scratch)):  # from the end: one chunk has all of the others
+    for stop in range(len(hidden), 0, -len(scratch)):  # from the end, so that one chunk has all rows of `others`
         r = slice(max(0, stop - len(scratch)), stop)
         weight, label = sample_weight[r].float(), labels[r]
         z = torch.mm(hidden[r], head_weight.T, out=scratch[: len(weight)])  # [r, V]
@@ -176,13 +176,13 @@ def _in_chunks(
 
 
 def _to_slope(z: Tensor, label: Tensor) -> Tensor:
-    """The negative log-likelihood [r] of the labels; the logits z [r, V] become its gradient in them."""
+    """The negative log-likelihood [r] of the labels; overwrites the logits z [r, V] with its gradient."""
     largest, place = z.max(1, keepdim=True)
     at_label = z.gather(1, label[:, None])
     torch.softmax(z, 1, out=z)
-    # log Σ exp z = largest − log p(largest), and that p is at least 1/V
+    # log Σ exp z = largest − log p(largest), where p is at least 1/V
     loss = (largest - z.gather(1, place).log() - at_label)[:, 0]
-    # minus the label before the product, not after: at p close to 1 half precision would lose the rest
+    # subtract the label before the product: after it, half precision would lose the rest for p close to 1
     z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
     return loss
 
@@ -197,7 +197,7 @@ def _slower(call: Call) -> str | None:
         return reason
     if call.dtype == torch.float32:
         return "fp32 products take three passes on tensor cores"
-    # estimates, not measured: torch reads the head twice a chunk, the kernel twice a call and in many more launches
+    # estimates, not measured: torch reads the head twice per chunk, the kernel twice per call, but in more launches
     if 0 < call.sizes.get("R", 0) * call.sizes.get("V", 0) <= _CHUNK_LOGITS:
         return f"R·V is at most {_CHUNK_LOGITS}, one chunk for torch"
     return None

@@ -1,4 +1,4 @@
-"""Edit requests: one class, readers for the record formats that the field publishes, conflicts among requests."""
+"""Edit requests: one class, readers for published record formats, and conflicts among requests."""
 
 from fastedit.requests.conflicts import RequestReport, find_conflicts
 from fastedit.requests.load import as_requests, load_requests

@@ -1,4 +1,4 @@
-"""Prompts with several targets, edits given twice, and edits of nothing."""
+"""Find prompts with several targets, edits that are given twice, and edits that change nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SHOWN = 10  # groups that a report lists before it only counts the rest
 class RequestReport:
     """The findings of `find_conflicts`; `str()` shows the first ten groups of each kind.
 
-    `conflicts` has for each prompt with several targets the positions of its requests in `requests`,
-    `duplicates` the positions of equal edits (prompt and target), `unchanged` those whose target is their true target.
+    `conflicts` holds, for each prompt with several targets, the positions of its requests in `requests`; `duplicates`
+    the positions of equal edits (prompt and target); `unchanged` those of edits whose target is their true target.
     """
 
     requests: Sequence[EditRequest]
@@ -62,9 +62,9 @@ class RequestReport:
 
 
 def find_conflicts(requests: Sequence[EditRequest]) -> RequestReport:
-    """Find prompts with several targets, edits (prompt and target) given more than once, and edits of nothing.
+    """Find prompts with several targets, edits (prompt and target) given more than once, and edits without a change.
 
-    Conflicts cap the reliability that any editor can reach. Prompts and targets are compared as exact text.
+    Conflicts limit the reliability that any editor can reach. Prompts and targets are compared as exact text.
     """
     by_prompt: defaultdict[str, list[int]] = defaultdict(list)
     by_edit: defaultdict[Pair, list[int]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""The record formats that the field publishes.
+"""Published record formats.
 
-A format is told by the two fields that hold its prompt and its target (`_FORMATS`). The other fields mean the
-same wherever they appear, so one set of tables reads them for every format.
+A format is recognized by the two fields that hold its prompt and its target (`_FORMATS`). All other fields mean the
+same in every format, so one set of tables reads them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastedit.requests.values import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Format:
-    """A format: its name, its fields of the prompt and of the target, and those that an edit does not need."""
+    """A format: its name, its fields for prompt and target, and its fields that an edit does not need."""
 
     name: str
     prompt: str
@@ -48,7 +48,7 @@ _AKEW = (
     *("prompt_full", "subject_id", "fact_new", "fact_true", "fact_new_uns", "fact_true_uns"),
     *("unsfact_triplets_GPT", "time_new", "time_true", "answer_new", "answer_true", "answer_GPT"),
 )
-# The first row whose two fields are present reads a record.
+# A record is read by the first row whose two fields it has.
 _FORMATS = (
     _Format(
         "CounterFact, MQuAKE",
@@ -66,9 +66,9 @@ _FORMATS = (
     _Format("FEVER", "prompt", "alt", ("pred",)),
     _Format("UnKE, editevery", "question", "answer"),
 )
-# A record of this one holds the answer to be forgotten, whatever else it has; a target is what to say instead.
+# A record with the field `forget` is in this format, whatever else it has; its target is what to say instead.
 _FORGET = _Format("fastedit, to forget", "prompt", "forget", ("target", "target_new"))
-# The fields that may hold a part of a request. Several in brackets: one of prompts, those that may hold the answers.
+# The fields that may hold a part of a request. In brackets: a field of prompts, then those that may hold the answers.
 _SUBJECT = ("subject", "concept", f"{_REWRITE}.subject")
 _ID = ("id", "case_id")
 _TRUE_TARGET = ("true_target", "ground_truth", "answers", "target_old", "target_true", f"{_REWRITE}.target_true")
@@ -90,7 +90,7 @@ _PORTABILITY = (
     ("questions", "new_answer"),
     ("sub_question", "sub_answer"),
 )
-# Fields of any format that say where a record comes from, not what it asks.
+# Fields of any format about the origin of a record, which an edit does not need.
 _METADATA = ("pararel_idx", "relation", "relation_id", "source", "tag", "cond")
 
 _PAIRED = {name for source in (*_NEIGHBOURS, *_PORTABILITY) if not isinstance(source, str) for name in source}
@@ -103,7 +103,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """What of the tables a record may have by the names of its fields."""
+    """The parts of the tables that apply to a record, given the names of its fields."""
 
     formats: tuple[_Format, ...]
     subject: tuple[str, ...]
@@ -115,7 +115,7 @@ class _Fields:
 
 @lru_cache(maxsize=1024)
 def _fields(names: tuple[Any, ...]) -> _Fields:
-    """Look up the tables once for all records with these fields; those of a file mostly have the same ones."""
+    """Look up the tables once for all records with these fields; records of a file mostly have the same fields."""
 
     def there(source: _Source) -> bool:
         return any(name.partition(".")[0] in names for name in ((source,) if isinstance(source, str) else source))
@@ -131,7 +131,7 @@ def _fields(names: tuple[Any, ...]) -> _Fields:
 
 
 def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
-    """The arguments of an `EditRequest` from a record of any known format; names what is not read in `left_out`.
+    """The arguments of an `EditRequest` from a record of any known format; adds what is not read to `left_out`.
 
     Raises:
         RequestError: not a record; unknown format; prompt or target missing or empty; a field of a wrong type.
@@ -166,10 +166,10 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
 
 
 def split(record: Any) -> list[tuple[str, Any]]:
-    """The edits of a record: (what tells it from the others, record of one edit); most records are one edit, "".
+    """Split a record into its edits: (suffix of the id, record of one edit). Most records are one edit, with "".
 
-    MQuAKE has a list of rewrites; what belongs to the whole case goes with the last of them, for only then all are
-    made. MzsRE has a record for each language.
+    MQuAKE has a list of rewrites; what belongs to the whole case goes with the last rewrite, because only then all are
+    made. MzsRE has one record per language.
     """
     if not isinstance(record, Mapping):
         return [("", record)]
@@ -190,13 +190,13 @@ def split(record: Any) -> list[tuple[str, Any]]:
 
 
 def wrapped(record: Any) -> tuple[str, list[Any]] | None:
-    """The only list of records in an object that is no record itself, with its field; None if there is none."""
+    """The field and list of an object that is not a record itself and has one list of records; None otherwise."""
     lists = _lists(record) if isinstance(record, Mapping) and record.keys().isdisjoint(_PROMPTS) else {}
     return next(iter(lists.items())) if len(lists) == 1 else None
 
 
 def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Lists of objects in fields that no format has."""
+    """Lists of objects in fields that do not belong to a format."""
     return {
         str(name): value
         for name, value in record.items()
@@ -205,7 +205,7 @@ def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format:
-    """That of some formats whose prompt and target a record has."""
+    """The first of some formats whose prompt and target a record has. Raises RequestError if there is none."""
     for form in formats:
         if get(record, form.prompt) is not None and get(record, form.target) is not None:
             return form
@@ -223,7 +223,7 @@ def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format
 
 
 def _unread(record: Mapping[str, Any], form: _Format) -> Iterator[str]:
-    """Fields that hold something and that nobody reads."""
+    """Fields that are not empty and not read."""
     for name in _unknown(tuple(record), "", form):
         if not empty(record[name]):
             yield str(name)
@@ -236,6 +236,6 @@ def _unread(record: Mapping[str, Any], form: _Format) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)
 def _unknown(names: tuple[Any, ...], prefix: str, form: _Format) -> tuple[Any, ...]:
-    """Those of a record's fields that its format does not know."""
+    """The fields of a record that its format does not have."""
     known = {*_READ, *form.beside, form.prompt, form.target}
     return tuple(name for name in names if f"{prefix}{name}" not in known)

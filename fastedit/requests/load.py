@@ -23,19 +23,19 @@ def load_requests(path: AnyPath, *, skip_bad: bool = False, numbered: bool = Tru
     Tables are CSV or TSV with a line of column names, or Parquet (takes pyarrow). Text is UTF-8, and may be compressed
     by gzip, bzip2, xz or zstd (takes zstandard).
 
-    What no reader takes is logged as one warning, with the count of its records: unknown fields, prompts without an
-    answer. The id of a record without one is its position in the list, counted from 0. A record of several edits gives
-    as many requests: "7.0", "7.1" for the rewrites of case 7 in MQuAKE, "7.en", "7.de" for the languages of MzsRE.
+    What is not read, such as unknown fields and prompts without an answer, is logged as one warning with counts. A
+    record without an id gets its position in the list, counted from 0. A record with several edits gives several
+    requests: "7.0", "7.1" for the rewrites of case 7 in MQuAKE, "7.en", "7.de" for the languages of MzsRE.
 
     Args:
         skip_bad: leave out records that cannot be used, with a warning that counts and lists them.
-        numbered: a request without an id gets its position; else it has none.
+        numbered: give a request without an id its position as id; otherwise it has none.
 
     Raises:
-        RequestError: the file is missing, empty, truncated, not UTF-8 or of another kind, takes a package, or records
-            cannot be used (see `EditRequest.from_dict`), with `skip_bad` all of them. The message names the file and
-            the records: the position in an array, counted from 0, or the line of JSON Lines, counted from 1;
-            its `sentences` has all of them.
+        RequestError: the file is missing, empty, truncated, not UTF-8 or of another kind, or needs a package that is
+            not installed; or records cannot be used (see `EditRequest.from_dict`), with `skip_bad` all of them. The
+            message names the file and the records by their position in an array, counted from 0, or their line of
+            JSON Lines, counted from 1; `sentences` has all of them.
     """
     requests = _read_all(read_records(path), str(path), skip_bad, numbered)
     if not requests:
@@ -46,7 +46,7 @@ def load_requests(path: AnyPath, *, skip_bad: bool = False, numbered: bool = Tru
 def _read_all(
     records: Iterable[tuple[str, Any]], name: str, skip_bad: bool = False, numbered: bool = True
 ) -> list[EditRequest]:
-    """The requests of (place, record, request or error) pairs; the error names all records that cannot be used."""
+    """The requests from pairs of a place and a record, request or error; raises one error for all unusable records."""
     requests: list[EditRequest] = []
     problems: list[tuple[str, str]] = []
     unread = Counter[str]()
@@ -82,10 +82,10 @@ def as_requests(
 ) -> list[EditRequest]:
     """The requests of a file, or of a list of `EditRequest` and records of any known format.
 
-    A request without an id gets its position in the list, counted from 0, if they are `numbered`.
+    With `numbered`, a request without an id gets its position in the list, counted from 0.
 
     Raises:
-        RequestError: there are none, or some cannot be used (see `load_requests`).
+        RequestError: there are no requests, or some cannot be used (see `load_requests`).
     """
     if isinstance(requests, (str, os.PathLike)):
         return load_requests(requests, numbered=numbered)

@@ -1,4 +1,4 @@
-"""The records of a file, one after the other, and where in it each of them stands."""
+"""Read the records of a file, one after the other, each with its place in the file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastedit.requests.formats import wrapped
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
-# A name of a column that a table of edits has; a first line with one and a separator is a head of columns.
+# Names of columns in tables of edits; a first line with one of them and a separator names the columns.
 _HEAD = re.compile(
     r'(?:^|.*[,;\t])\s*"?(prompt|subject|question|target|target_new|src|text|update)"?\s*(?:[,;\t]|$)', re.I
 )
@@ -27,20 +27,20 @@ _HEAD_LENGTH = 2000
 _PIECE = 1 << 18  # characters that are read at a time
 _SPACE, _AFTER = re.compile(r"\s*"), re.compile(r"\s*([,\]])")
 Records = Iterator[tuple[str, Any]]
-_BROKEN = (ValueError, RecursionError)  # of text that is not JSON
+_BROKEN = (ValueError, RecursionError)  # raised for text that is not JSON
 
 
 def read_records(path: AnyPath) -> Records:
-    """(place, record) for each record of a file; the record is an error where a line cannot be read.
+    """Yield (place, record) for each record of a file; for a line that cannot be read, the record is the error.
 
     The file is a JSON array, JSON Lines, a table with a line of column names (CSV, TSV), or Parquet; all but Parquet
-    may be compressed by gzip, bzip2, xz or zstd. A table's column names are read without regard to case, and a column
-    without a name is left out. Its empty cells are absent, and cells that hold a JSON array or object are that. The
-    file is read as the records are taken, and need not fit into memory.
+    may be compressed by gzip, bzip2, xz or zstd. Case does not matter in a table's column names, and a column without
+    a name is left out. Empty cells are absent, and cells with a JSON array or object are parsed. The file is read as
+    the records are taken, and need not fit into memory.
 
     Raises:
-        RequestError: the file is missing, empty, of another kind, or takes a package that is not installed; while it is
-            read, also that it is damaged, not UTF-8, or an array that is not JSON.
+        RequestError: the file is missing, empty, of another kind, or needs a package that is not installed; while it
+            is read, also that it is damaged, not UTF-8, or an array that is not JSON.
     """
     source = Source(path)
     with source.bytes() as file:
@@ -64,7 +64,7 @@ def read_records(path: AnyPath) -> Records:
 
 
 def _beginning(source: Source) -> str:
-    """The first characters that are not white space."""
+    """The beginning of the text, without leading white space."""
     with source.text() as text:
         found = ""
         while len(found) < _HEAD_LENGTH and (piece := text.read(_PIECE)):
@@ -139,13 +139,13 @@ def _parquet(source: Source) -> Records:
         raise RequestError(f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
     except RequestError:
         raise
-    except Exception as error:  # pyarrow has its own
+    except Exception as error:  # pyarrow raises its own types
         raise RequestError(f"{path}: the Parquet file is damaged or truncated: {error}") from error
 
 
 def _array(source: Source) -> Records:
-    """The items of a JSON array; what stops them, its end or an error, is told by reading it as a whole."""
-    count, at, decoder = 0, 1, json.JSONDecoder()  # `at` is behind the "["
+    """The items of a JSON array, read one by one. If that stops early, the array is read as a whole to tell why."""
+    count, at, decoder = 0, 1, json.JSONDecoder()  # `at` is after the "["
     with source.text() as text:
         held = ""
         while not held:
@@ -156,7 +156,7 @@ def _array(source: Source) -> Records:
                 after = _AFTER.match(held, end)
             except _BROKEN:
                 after = None
-            if after is None:  # it goes on behind the piece, or is broken
+            if after is None:  # the item continues in the next piece, or is broken
                 piece = text.read(max(_PIECE, len(held) - at))
                 if not piece:
                     break
@@ -182,9 +182,9 @@ def _array(source: Source) -> Records:
 
 
 def _once(record: Any, where: str, text: str, start: int, end: int) -> Any:
-    """A record that text[start:end] holds, an error if one of its objects has a field twice, of which json has one.
+    """The record in text[start:end], or an error if one of its objects has a field twice; json keeps only one of them.
 
-    A hook of the decoder costs up to half of the decoding, so it only looks where the text may hold more fields.
+    A hook of the decoder takes up to half of the decoding time, so it is used only if the text may have more fields.
     """
     fields = text.count('":', start, end) + text.count('" :', start, end)
     if not isinstance(record, dict) or fields == len(record) or fields == _count(record):
@@ -202,7 +202,7 @@ def _once(record: Any, where: str, text: str, start: int, end: int) -> Any:
 
 
 def _count(value: Any) -> int:
-    """The number of fields in an object or a list, those of inner objects too; less if a list begins with a text."""
+    """The number of fields in an object or a list, including inner objects, but not in lists that begin with a text."""
     found = len(value) if isinstance(value, dict) else 0
     for item in value.values() if isinstance(value, dict) else value:
         kind = type(item)
@@ -212,7 +212,7 @@ def _count(value: Any) -> int:
 
 
 def _lines(source: Source) -> Records:
-    with source.text() as text:  # split at "\n" alone: U+2028 and its like may stand in a JSON string as they are
+    with source.text() as text:  # split at "\n" only: JSON strings may hold U+2028 and the like
         begun = False
         for number, line in enumerate(text, start=1):
             if not line.strip():
@@ -233,7 +233,7 @@ def _lines(source: Source) -> Records:
 
 
 def _unwrapped(place: str, where: str, record: Any) -> Records:
-    """The records of an object at `place` that only holds a list, as {"data": [...]}; else itself, at `where`."""
+    """The records of an object that only wraps a list, such as {"data": [...]}; otherwise the record itself."""
     if (found := wrapped(record)) is None:
         yield where, record
         return
@@ -242,7 +242,7 @@ def _unwrapped(place: str, where: str, record: Any) -> Records:
 
 
 def _alone(source: Source) -> Any:
-    """The one object that a file holds over several lines, or None."""
+    """The object, if the file is a single one over several lines; else None."""
     with suppress(*_BROKEN), source.text() as text:
         held = text.read()
         return _once(json.loads(held), str(source.path), held, 0, len(held))

@@ -15,29 +15,29 @@ from fastedit.requests.values import Pair, answer, empty, identifier, prompts, q
 _log = logging.getLogger(__name__)
 
 REFUSAL = "I don't know."
-"""The target of a request to forget that gives none."""
+"""The default target of a request to forget."""
 
 
 @dataclass(frozen=True, slots=True)
 class EditRequest:
-    """One fact to write into a model: prompt and target, with a space between them where their script has one.
+    """One fact to write into a model: a prompt and a target, with a space between them if their script uses one.
 
-    Or one to forget: with ``forget``, the answer that the model should no longer give. The target is then what it
-    should say instead, a refusal by default.
+    Or one fact to forget: ``forget`` is the answer that the model should no longer give. The target is then what it
+    should say instead, by default a refusal.
 
     Args:
-        prompt: the full text in front of the target, taken literally; trailing whitespace is removed.
-        target: the wanted answer; surrounding whitespace is removed. `REFUSAL` where there is something to forget.
-        subject: what the fact is about, as it stands in the prompt (locate-then-edit methods need it).
+        prompt: the full text before the target, taken literally; trailing whitespace is removed.
+        target: the wanted answer; surrounding whitespace is removed. With `forget` the default is `REFUSAL`.
+        subject: what the fact is about, as written in the prompt (locate-then-edit methods need it).
         id: a name for messages and reports.
         true_target: the answer before the edit.
         paraphrases: other prompts that should give the target (generalization).
         neighbours: (prompt, answer) pairs that the edit must leave alone (locality).
         portability: (prompt, answer) pairs that follow from the edit.
-        forget: the answer to be forgotten; it is the true target, too, unless another one is given.
+        forget: the answer to be forgotten; it is also the default of `true_target`.
 
     Raises:
-        RequestError: the prompt or the target is empty, or a field has a wrong type; the target is to be forgotten.
+        RequestError: the prompt or the target is empty, a field has a wrong type, or the target is to be forgotten.
     """
 
     prompt: str
@@ -75,11 +75,10 @@ class EditRequest:
     ) -> EditRequest:
         """Read a record of any known format; this class's own field names are one.
 
-        "{subject}" stands for the subject in a prompt or an answer of any kind, and so do "{}" and "[X]" if the prompt
-        does not name the subject otherwise. Of several answers the first is taken. All but prompt and target may be
-        absent, null or empty. Questions whose answer is null or empty are left out, and so are unknown fields; both are
-        logged as a warning. The id is the record's `id` or `case_id`, else `default_id`. `where` names the record in
-        messages.
+        "{subject}" stands for the subject in prompts and answers of any kind, and so do "{}" and "[X]" if the prompt
+        does not name the subject otherwise. Of several answers the first is taken. All fields but prompt and target may
+        be absent, null or empty. Questions without an answer and unknown fields are left out, and a warning is logged.
+        The id is the record's `id` or `case_id`, else `default_id`. `where` names the record in messages.
 
         Raises:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type; several edits.
@@ -93,7 +92,7 @@ class EditRequest:
 
 
 def edits_of(record: Any, left_out: set[str], *, where: str, default_id: str | None) -> list[EditRequest]:
-    """All edits of a record; names what is not read in `left_out`. Raises RequestError, as `EditRequest.from_dict`."""
+    """All edits of a record; adds what is not read to `left_out`. Raises RequestError, as `EditRequest.from_dict`."""
     found = []
     try:
         for part, of_part in split(record):
@@ -112,7 +111,7 @@ def edits_of(record: Any, left_out: set[str], *, where: str, default_id: str | N
 
 
 def warn_of_unread(name: str, unread: Counter[str]) -> None:
-    """Say what of a file or a record was not read, and in how many records."""
+    """Log what was not read of a file or a record, and in how many records."""
     if unread:
         said = ", ".join(f"{what} ({n} record{'s' * (n > 1)})" for what, n in sorted(unread.items()))
         known = ", ".join(field.name for field in fields(EditRequest))

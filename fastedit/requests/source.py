@@ -1,4 +1,4 @@
-"""A file of requests as a stream of bytes or of text, unpacked, whatever its size."""
+"""A file of requests of any size as a stream of decompressed bytes or text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AnyPath = str | os.PathLike[str]
 
 
 class _Frames:
-    """The content of zstd frames, one behind the other. The package's own reader takes a cut frame for whole."""
+    """A reader of consecutive zstd frames. The package's own reader does not notice a truncated frame."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._begin = file, import_module("zstandard").ZstdDecompressor().decompressobj
@@ -50,13 +50,13 @@ _COMPRESSED: tuple[tuple[bytes, str, Callable[[BinaryIO], Any]], ...] = (
 
 
 class Source:
-    """A file that can be read from its beginning more than once; what is no ordinary file, a pipe say, is kept whole.
+    """A file that can be read from its beginning more than once; anything else, such as a pipe, is kept in memory.
 
     Attributes:
         plain: whether it is an ordinary file that is not compressed.
 
     Raises:
-        RequestError: it cannot be read, is a zip file, or takes a package that is not installed; while it is read,
+        RequestError: it cannot be read, is a zip file, or needs a package that is not installed; while it is read,
             also that it is damaged.
     """
 
@@ -81,7 +81,7 @@ class Source:
         self.plain = ordinary and self._kind is None
 
     def bytes(self) -> BinaryIO:
-        """What the file holds, from its beginning."""
+        """The decompressed content from its beginning."""
         try:
             packed = open(self.path, "rb") if self._content is None else io.BytesIO(self._content)  # noqa: SIM115
             inner = packed if self._unpack is None else self._unpack(packed)
@@ -94,11 +94,11 @@ class Source:
         return cast(BinaryIO, io.BufferedReader(_Told(inner, packed, self._fault), 1 << 16))
 
     def text(self, newline: str = "\n") -> TextIO:
-        """The same as text; a UnicodeDecodeError while it is read is to be told by `not_utf8`."""
+        """The content as text; callers turn a UnicodeDecodeError of reading it into `not_utf8`."""
         return io.TextIOWrapper(self.bytes(), encoding="utf-8-sig", newline=newline)
 
     def not_utf8(self) -> RequestError:
-        """Where the first byte is that is not UTF-8."""
+        """The error that names the first byte that is not UTF-8."""
         with self.bytes() as file:
             content = file.read()
         try:
@@ -115,7 +115,7 @@ class Source:
 
 
 class _Told(io.RawIOBase):
-    """A stream whose errors are told as ours, for each package has its own."""
+    """A stream that raises RequestErrors; each package that decompresses raises its own types."""
 
     def __init__(self, inner: Any, packed: BinaryIO, fault: Callable[[Exception], RequestError]) -> None:
         self._inner, self._packed, self._fault = inner, packed, fault

@@ -1,4 +1,4 @@
-"""Values of a record's fields: texts, answers and questions, however a format writes them."""
+"""Values of a record's fields: texts, answers and questions, in the forms that all formats use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Pair = tuple[str, str]
 # The fields of one question in a group such as `locality`.
 _QUESTION = ("prompt", "loc", "New Question")
 _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
-_BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which need no reading
-# What stands for the subject: always, and in a template.
+_BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which are not read
+# Placeholders of the subject: in any text, and in a template.
 _NAMED, _MARKS = re.compile(r"\{subject\}"), re.compile(r"\{\}|\{subject\}|\[X\]")
-_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of characters that show nothing
-# Others that show nothing: fillers, the blank of Braille, selectors of variants.
+_UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of invisible characters
+# Other invisible characters: fillers, the Braille blank, variation selectors.
 _FILLERS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
@@ -26,12 +26,12 @@ _FILLERS = re.compile(
 
 def absent(value: Any) -> bool:
     """Whether a field holds nothing."""
-    # Tables exported by pandas hold NaN if a text is missing; NaN is the one value unlike itself.
+    # pandas exports NaN for a missing text; only NaN is not equal to itself
     return value is None or (isinstance(value, float) and value != value)
 
 
 def empty(value: Any) -> bool:
-    """Whether nothing is lost if a field is not read."""
+    """Whether a field is absent or empty, so that nothing is lost if it is not read."""
     return absent(value) or (isinstance(value, (str, list, tuple, Mapping)) and not value)
 
 
@@ -64,14 +64,14 @@ def text(value: Any, field: str) -> str:
 
 
 def blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: spaces, and characters of no width."""
-    if "!" <= text.lstrip()[:1] <= "~":  # as almost always
+    """Whether a text is invisible: spaces and characters without width only."""
+    if "!" <= text.lstrip()[:1] <= "~":  # fast path for almost all texts
         return False
     return all(unicodedata.category(c) in _UNSEEN or _FILLERS.match(c) for c in text)
 
 
 def required(value: Any, field: str) -> str:
-    """A text that is not empty."""
+    """A text that is not empty. Raises RequestError otherwise."""
     found = "" if absent(value) else text(value, field)
     if blank(found):
         raise RequestError(f"field '{field}' is missing or empty; an edit needs a prompt and a target")
@@ -79,12 +79,12 @@ def required(value: Any, field: str) -> str:
 
 
 def unwrap(value: Any) -> Any:
-    """CounterFact writes an answer as {"str": …, "id": …}."""
+    """The text of an answer that is written {"str": …, "id": …}, as in CounterFact; else the value itself."""
     return value["str"] if isinstance(value, Mapping) and "str" in value else value
 
 
 def answer(value: Any, field: str) -> str | None:
-    """An optional text; of a list, nested or not, the first."""
+    """An optional text; the first one of a list, nested or not."""
     while isinstance(value, (list, tuple)):
         value = value[0] if value else None
     value = unwrap(value)
@@ -97,9 +97,9 @@ def first_answer(
     left_out: set[str],
     said: Callable[[Any, str], Any] = lambda found, _: found,
 ) -> str | None:
-    """The text of the first of some fields that holds an answer; others that hold another are left out.
+    """The answer of the first field that has one. Fields with a different answer are added to `left_out`.
 
-    `said` makes the text of an answer and the name of its field.
+    `said` makes the text from an answer and the name of its field.
     """
     first: str | None = None
     for name in fields:
@@ -112,7 +112,7 @@ def first_answer(
 
 
 def identifier(value: Any, field: str) -> str | None:
-    """An id as a string; pandas makes floats of integers in a column with gaps, and NaN of the gaps."""
+    """An id as a string. In a column with gaps, pandas turns integers into floats and gaps into NaN."""
     if absent(value):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -130,10 +130,10 @@ def prompts(value: Any, field: str) -> Iterator[str]:
 
 
 def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
-    """What stands for the subject in a prompt and its answer.
+    """The pattern of placeholders for the subject in a prompt and its answer.
 
-    It is "{subject}", and where the prompt is a template also "{}" and "[X]": that has one of these, and does not name
-    the subject otherwise.
+    It is "{subject}"; if the prompt is a template, also "{}" and "[X]". A template has one of these two, and does not
+    name the subject otherwise.
     """
     if "{}" not in prompt and "[X]" not in prompt:
         return _NAMED
@@ -141,14 +141,14 @@ def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
 
 
 def _stands_in(subject: str, prompt: str) -> bool:
-    """Whether a subject stands in a prompt, not inside a word of a script with upper and lower case."""
+    """Whether a subject is in a prompt, and not inside a word of a script with upper and lower case."""
     pieces = prompt.split(subject)
     around = (f"{before[-1:]}{after[:1]}" for before, after in pairwise(pieces))
     return any(not any(c.isdigit() or c.lower() != c.upper() for c in beside) for beside in around)
 
 
 def fill(text: str, marks: re.Pattern[str], subject: str | None, field: str) -> str:
-    """A prompt or an answer with its subject in the place of each of `marks`."""
+    """A prompt or an answer with the subject in place of each of `marks`."""
     if "{" not in text and "[" not in text:
         return text
     found = marks.search(text)
@@ -162,7 +162,7 @@ def fill(text: str, marks: re.Pattern[str], subject: str | None, field: str) -> 
 
 
 def fill_prompt(prompt: str, subject: str | None, field: str) -> str:
-    """A prompt with its subject in the place of what stands for it; see `marks_of`."""
+    """A prompt with the subject in place of each placeholder; see `marks_of`."""
     marks = marks_of(prompt, subject)
     if marks is _MARKS and subject is not None and "[X]" in prompt and "[Y]" in prompt:
         raise RequestError(f"field '{field}' has '[Y]' for the answer; a prompt is the text in front of the answer")
@@ -174,8 +174,8 @@ def gather(
 ) -> Iterator[Pair]:
     """The questions of all sources, with the subject in their prompts and answers.
 
-    A source is a field of questions, or a field of prompts and those that may hold the answers. What cannot be asked
-    is left out: prompts without an answer, answers without a prompt.
+    A source is a field of questions, or a field of prompts followed by those that may hold the answers. Prompts without
+    an answer and answers without a prompt are left out.
     """
     for source in sources:
         if isinstance(source, str):
@@ -190,21 +190,21 @@ def gather(
 
 
 def pair_fields(record: Mapping[str, Any], name: str, fields: Sequence[str], left_out: set[str]) -> Iterator[Pair]:
-    """The questions of a field of prompts and of the first of some fields that holds answers."""
+    """The questions from a field of prompts and the first field that has answers."""
     asked = record.get(name)
     held = [(field, value) for field in fields if not empty(value := get(record, field))]
     left_out.update(field for field, value in held[1:] if value != held[0][1])
     known = held[0][1] if held else None
     if not empty(asked):
         yield from pair_up(asked, known, name, left_out)
-    elif held and "." not in held[0][0]:  # an answer in another object has another use
+    elif held and "." not in held[0][0]:  # an answer inside another object belongs to something else
         left_out.add(f"{held[0][0]} without {name}")
 
 
 def questions(value: Any, field: str, left_out: set[str], *, listed: bool = False) -> Iterator[Pair]:
-    """Flatten an object of a question and its answer, lists of these and of [prompt, answer], objects of lists.
+    """Flatten an object of a question and its answer, lists of these and of [prompt, answer], or objects of lists.
 
-    `listed` says that the value stands in a list; two texts that do not may be two prompts.
+    `listed` says that the value is an item of a list; outside a list, two texts may also be two prompts.
     """
     if isinstance(value, Mapping):
         question = next((name for name in _QUESTION if name in value), None)
@@ -235,7 +235,7 @@ def questions(value: Any, field: str, left_out: set[str], *, listed: bool = Fals
 
 
 def pair_up(prompts: Any, answers: Any, field: str, left_out: set[str]) -> Iterator[Pair]:
-    """Yield a prompt and its answer (of several the first), or prompts with an answer each or one for all."""
+    """Yield a prompt with its answer (the first of several), or prompts with one answer each or one for all."""
     if not isinstance(prompts, (list, tuple)):
         prompts, answers = [prompts], [answers]
     elif not isinstance(answers, (list, tuple)):

@@ -1,1 +1,1 @@
-"""Second moments of a model's keys: collected, kept in files, found again."""
+"""Second moments of a model's keys: collect them, keep them in files, find them again."""

@@ -1,4 +1,4 @@
-"""Statistics of a model: the second moments of all wanted layers from one pass over text.
+"""Collect the second moments of all wanted layers of a model in one pass over text.
 
 The published procedure runs the whole model once for every layer, on padded batches. Here all layers are read in one
 pass that ends inside the last wanted block, and documents share rows of the model's context without seeing each other.
@@ -28,16 +28,16 @@ from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
 from fastedit.version import version_of
 
-_ROW = 2048  # tokens of a row at most: attention over a longer one costs more than it tells about keys
-_DIRECTIONS = 64  # leading ones that are compared; an eighth of the width at most
+_ROW = 2048  # most tokens of a row: attention over longer rows costs more than it adds to the statistics
+_DIRECTIONS = 64  # leading directions that are compared; at most an eighth of the width
 
 
 @dataclass(frozen=True)
 class Doubling:
-    """The change that twice the tokens made, the largest of all layers.
+    """The change that doubling the tokens made, the largest over all layers.
 
-    `change` is ‖C − C'‖/‖C‖ (Frobenius) with C' of the first half; `subspace` is the share of what C holds in its
-    leading directions that those of C' miss.
+    `change` is ‖C − C'‖/‖C‖ (Frobenius), where C' is of the first half; `subspace` is the share of C's trace in its
+    leading directions that the leading directions of C' miss.
     """
 
     tokens: int
@@ -58,9 +58,9 @@ def collect(
     on_doubling: Callable[[Doubling], None] = _no_report,
     **settings: Any,
 ) -> dict[int, StreamingCovariance]:
-    """Second moments of what a projection reads, at every token of the documents, in the model's dtype.
+    """Collect second moments of a projection's inputs at every token of the documents; runs in the model's dtype.
 
-    Documents longer than a row are cut, and each piece begins with BOS if the tokenizer puts one. Under
+    Documents longer than a row are cut, and each piece begins with BOS if the tokenizer adds one. Under
     torch.distributed every process takes each n-th document, and all return the same sums.
 
     Args:
@@ -70,25 +70,26 @@ def collect(
         **settings: those of `Collection`.
 
     Raises:
-        ConfigError, ModelError, FileError: as `Collection` and `Collection.run`. RequestError: as `Collection.run`.
+        ConfigError, ModelError, FileError, RequestError: as for `Collection` and `Collection.run`.
     """
     return Collection(model, layers, **settings).run(documents, progress=progress, on_doubling=on_doubling)
 
 
 class Collection:
-    """A collection of second moments that can begin, or go on: every refusal that needs no text is made by then.
+    """A collection of second moments that is ready to begin or to continue; all checks that need no text are done.
 
     Args:
         layers: blocks; one pass serves them all and ends in the last of them.
         module: the projection, as `Topology.resolve` takes it.
-        max_tokens: ends with the batch that reaches it; None takes all the text.
-        batch_tokens: tokens of a forward pass.
+        max_tokens: end with the batch that reaches this; None reads all of the text.
+        batch_tokens: tokens per forward pass.
         row_tokens: tokens of a row; None is the model's context, 2,048 at most.
-        until_converged: end when twice the tokens change C by no more than `tolerance`, from 10 times its width on.
-        tolerance: of `Doubling.change` and `Doubling.subspace`.
-        directory: keep the statistics there. What it holds already of this model and text goes on where it was saved,
-            and comes out the same, bit for bit, as without the interruption.
-        save_seconds: between saves; with `until_converged` they are made at doublings, which are what it compares.
+        until_converged: end when doubling the tokens changes C by no more than `tolerance`, but not before there are
+            10 times as many tokens as C is wide.
+        tolerance: largest `Doubling.change` and `Doubling.subspace`.
+        directory: folder for the statistics. A collection of the same model and text that it holds continues where it
+            was saved, and ends with the same bits as without the interruption.
+        save_seconds: seconds between saves; with `until_converged` it saves at each doubling instead.
 
     Raises:
         ModelError: no such layer or projection; `directory` holds statistics of another model, or of other settings.
@@ -134,7 +135,7 @@ class Collection:
         }
         self._whole = None if directory is None else Path(directory)
         self._moments = self._begin(self._whole)
-        # several processes sum up when all of them have finished
+        # with several processes, the folder holds sums only after all of them have finished
         self._finished = self._world > 1 and all(moment.count for moment in self._moments.values())
         self._part = self._whole
         if self._finished:
@@ -159,8 +160,8 @@ class Collection:
         """Read the documents; the arguments are those of `collect`.
 
         Raises:
-            ModelError: a key that is not finite (names layer and document); statistics begun with another text. Saved
-                files stay as they were.
+            ModelError: a key is not finite (names layer and document); the statistics were begun with another text.
+                Saved files stay as they were.
             RequestError: the text has no tokens. FileError: the statistics cannot be saved.
         """
         if self._finished:
@@ -181,10 +182,10 @@ class Collection:
         return self._moments
 
     def _sum_up(self) -> None:
-        """Add up what all processes have seen, write it, and take their parts away."""
+        """Sum over all processes, write the result, and remove their partial files."""
         topology, module = self._model.topology, self._settings["module"]
         for layer, moment in self._moments.items():
-            parallel.gathered(None)  # and no sum, if another process has failed
+            parallel.gathered(None)  # raises if another process has failed
             moment.all_reduce()
             if self._whole is not None and self._rank == 0:
                 moment.save(statistics_path(topology, self._whole, layer, module))
@@ -196,7 +197,7 @@ class Collection:
 
 
 class _Run:
-    """The pass itself: each accumulator takes the batches that it has not seen yet, in their order."""
+    """The pass over the text: each accumulator takes, in order, the batches that it has not seen."""
 
     def __init__(
         self,
@@ -228,13 +229,13 @@ class _Run:
     def until_converged(
         self, batches: Iterator[DocumentBatch], tolerance: tuple[float, float], report: Callable[[Doubling], None]
     ) -> None:
-        """Compare at each doubling of the tokens, and save there: those are the next first half."""
+        """Compare at each doubling of the tokens, and save there: these sums are the next first half."""
         widest = max(moment.dim for moment in self.moments.values())
         if all(moment.metadata.get("converged") for moment in self.moments.values()):
             self.max_tokens = min(self.max_tokens or self.count, self.count)
         half, halves = self.count, self._means() if self.count else {}
         for _ in self._steps(batches):
-            if not half and self.count >= widest:  # the first C worth a comparison
+            if not half and self.count >= widest:  # the first C that is worth comparing
                 half, halves = self.count, self._means()
             elif half and self.count >= 2 * half:
                 means = self._means()
@@ -252,12 +253,12 @@ class _Run:
         self.save()
 
     def _known(self) -> Doubling | None:
-        """The finding of a run that was cut off while it saved this doubling: its first layers are ahead."""
+        """The result for this doubling, if a run was cut off while it saved it: its first layers already have it."""
         noted = (d for moment in self.moments.values() for d in moment.metadata.get("doublings", []))
         return next((Doubling(**d) for d in noted if d["tokens"] == self.count), None)
 
     def save(self) -> None:
-        """Write the sums that have changed since they were written."""
+        """Write the sums that changed since they were last written."""
         if self.directory is not None:
             for layer, moment in self.moments.items():
                 if moment.count != self.saved[layer]:
@@ -268,7 +269,7 @@ class _Run:
         return {layer: moment.finalize() for layer, moment in self.moments.items()}
 
     def _steps(self, batches: Iterator[DocumentBatch]) -> Iterator[None]:
-        """Run batch after batch; what an accumulator has seen before it was saved is compared, and passed over."""
+        """Run the batches in order; batches that an accumulator had seen when it was saved are checked and skipped."""
         n_batches = 0
         for batch in batches:
             n_batches = batch.number + 1
@@ -292,7 +293,7 @@ class _Run:
                 self._refuse(layer, "text, which is longer")
 
     def _observe(self, batch: DocumentBatch, layers: Sequence[int]) -> None:
-        """One forward pass that adds what the layers' projections read."""
+        """Run a forward pass that adds the inputs of the layers' projections."""
         topology, last = self.topology, layers[-1]
         rows = batch.rows.to(topology.device)
         tokens, n = batch.rows.token_rows, rows.index.numel()
@@ -304,7 +305,7 @@ class _Run:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 keys: Tensor = args[0]
                 flat, moment = keys.reshape(-1, keys.shape[-1]), self.moments[layer]
-                flat = flat.float() if flat.dtype == torch.float64 else flat  # sums are fp64 by themselves
+                flat = flat.float() if flat.dtype == torch.float64 else flat  # the sums are fp64 anyway
                 try:
                     moment.update(flat, None if mask is None else mask.to(flat.device))
                 except TensorError as error:
@@ -334,7 +335,7 @@ class _Run:
 
 
 def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: Path | None) -> StreamingCovariance:
-    """An empty accumulator, or the one that was saved, if it can be gone on with."""
+    """An empty accumulator, or the saved one to continue with. Raises ModelError if that does not fit this run."""
     module = settings["module"]
     width = topology.input_width(layer, module)
     weight: Any = topology.resolve(layer, module)[1].weight
@@ -365,7 +366,7 @@ def _check_finished(moments: dict[int, StreamingCovariance], max_tokens: int | N
 
 
 def _place(batch: DocumentBatch, flat: Tensor) -> str:
-    """Where in the text a batch's first key is that is not finite: such values reach all documents of their row."""
+    """The document of the first key that is not finite; all documents of its row, since such values spread there."""
     places, width = batch.rows.target_rows, batch.rows.index.shape[1]
     bad = ~(torch.linalg.vector_norm(flat, torch.inf, dim=1) <= LARGEST_VALUE).cpu()[places]
     if not bad.any():
@@ -388,7 +389,7 @@ def _difference(halves: dict[int, Tensor], means: dict[int, Tensor]) -> tuple[fl
 
 
 def _leading(C: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis [d, rank] of nearly the leading eigenvectors, by subspace iteration from a fixed start."""
+    """An orthonormal basis [d, rank] of approximately the leading eigenvectors, by subspace iteration."""
     start = torch.randn(len(C), rank, generator=torch.Generator().manual_seed(0), dtype=C.dtype)
     basis: Tensor = torch.linalg.qr(start.to(C.device))[0]
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""Documents of a text, read from files and laid out in batches of rows."""
+"""Read documents from text files, and lay them out in batches of rows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastedit.models import Model, Rows, Samples, encode, pack, without_rows
 from fastedit.models.tokens import first_fit_decreasing
 
 _JSON_LINES = (".jsonl", ".ndjson")
-_CHUNK = 8  # batches laid out at once: enough documents to fill rows
-_TEXTS = 64  # documents a tokenizer call
+_CHUNK = 8  # batches that are laid out together, so that there are enough documents to fill rows
+_TEXTS = 64  # documents per tokenizer call
 
 
 def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
-    """Documents of a UTF-8 file, one after the other: separated by blank lines, or a field of JSON Lines.
+    """Yield the documents of a UTF-8 file: paragraphs separated by blank lines, or a field of JSON Lines.
 
     Args:
-        column: of JSON Lines; by default "text", and only in files whose name ends in .jsonl or .ndjson.
+        column: the field of JSON Lines. By default it is "text", and only for files that end in .jsonl or .ndjson.
 
     Raises:
-        RequestError: unreadable, not UTF-8, no JSON, or a record without that text; names the line.
+        RequestError: the file cannot be read or is not UTF-8; a line is not JSON, or has no such text; names the line.
     """
     name = column or "text"
     paragraph: list[str] = []
@@ -36,7 +36,7 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
-                line.encode()  # an error here knows the line, one of the reading would not
+                line.encode()  # raises for bytes that are not UTF-8, with the line at hand
                 if column or path.suffix in _JSON_LINES:
                     if line.strip():
                         yield _field(line, name, path, number)
@@ -66,17 +66,17 @@ def _field(line: str, name: str, path: Path, number: int) -> str:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Rows of some documents, all tokens target rows, on the CPU; `owners` are the documents' numbers."""
+    """Rows of some documents on the CPU; every token is a target row. `owners` are the documents' numbers."""
 
     number: int
     rows: Rows
     owners: Tensor
-    documents: int  # begun up to here
-    digest: str  # of this and all batches before
+    documents: int  # documents begun so far
+    digest: str  # of this batch and all before
 
 
 def document_batches(model: Model, documents: Iterator[str], batch_tokens: int, row: int) -> Iterator[DocumentBatch]:
-    """Documents in rows of at most `row` tokens, about `batch_tokens` a batch; the same for the same documents."""
+    """Lay documents out in rows of at most `row` tokens, about `batch_tokens` per batch; deterministic."""
     numbers, digest = itertools.count(), ""
     for samples, owners in _chunks(model, documents, _CHUNK * batch_tokens, row):
         for select in _grouped(samples.lengths - 1, batch_tokens, row, model.topology.packs):
@@ -88,7 +88,7 @@ def document_batches(model: Model, documents: Iterator[str], batch_tokens: int, 
 
 
 def _chunks(model: Model, documents: Iterator[str], chunk_tokens: int, row: int) -> Iterator[tuple[Samples, Tensor]]:
-    """Tokenized pieces of some documents at a time, and the number of the document of each."""
+    """Yield tokenized pieces of some documents at a time, and the document number of each piece."""
     pieces: list[list[int]] = []
     owners: list[int] = []
     total = 0
@@ -120,7 +120,7 @@ def _cut(ids: list[int], row: int, bos: int | None) -> list[list[int]]:
 
 
 def _grouped(lengths: Tensor, batch_tokens: int, row: int, packs: bool) -> list[Tensor]:
-    """The samples of each batch: full rows, long and short documents in each; or, one a row, of similar length."""
+    """The samples of each batch: full rows of long and short documents; or, with one per row, of similar length."""
     if packs:
         bins, _, n_rows, _ = first_fit_decreasing(lengths, row)
         n = -(-n_rows // max(1, batch_tokens // row))
@@ -131,4 +131,4 @@ def _grouped(lengths: Tensor, batch_tokens: int, row: int, packs: bool) -> list[
         if end == len(widths) or (end + 1 - first) * widths[first] > batch_tokens:
             groups.append(order[first:end])
             first = end
-    return sorted(groups, key=lambda group: int(group.min()))  # not the long documents first
+    return sorted(groups, key=lambda group: int(group.min()))  # so that long documents do not all come first

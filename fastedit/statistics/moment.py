@@ -1,7 +1,7 @@
-"""The second moment of keys: an accumulator that streams, stops, goes on, and is kept in a file.
+"""The second moment of keys: a streaming accumulator that can be saved, loaded and continued.
 
 C is the mean of k kᵀ over the tokens of some text (ROME, arXiv 2202.05262, section 3.1; MEMIT, arXiv 2210.07229,
-section 4.2). Sums are fp64 whatever the rows are: a mean far from zero costs fp32 its digits.
+section 4.2). Sums are fp64 for rows of any dtype, because fp32 loses digits if the mean is far from zero.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WHAT = "a second moment of fastedit"
 
 
 class StreamingCovariance:
-    """The sum of x xᵀ over rows x [dim] that arrive in pieces, and their number.
+    """The sum of x xᵀ over rows x [dim] that arrive in pieces, and the number of rows.
 
-    `count` is the number of rows so far. `metadata` is JSON-able and goes into the file: of which model, layer,
-    module and text the rows are, when `collect` made it. Only the lower triangle is ever computed.
+    `count` is the number of rows so far. `metadata` is saved in the file as JSON; from `collect` it says which model,
+    layer, module and text the rows come from. Only the lower triangle is computed.
 
     Args:
         dim: width of a row.
-        device: of the sum [dim, dim], fp64; rows have to be there too.
+        device: device of the fp64 sum [dim, dim]; rows have to be on it, too.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class StreamingCovariance:
         if dim < 1:
             raise TensorError(f"a second moment of width {dim}: expected the width of the keys, 1 or more")
         self.dim, self.count, self.metadata = dim, 0, dict(metadata or {})
-        self.stored = torch.float64  # the precision of the sums: that of the file they were read from
+        self.stored = torch.float64  # precision of the sums, or of the file that they were read from
         self._total = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
     @property
@@ -49,13 +49,13 @@ class StreamingCovariance:
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add rows x [T, dim] (fp32, bf16 or fp16, any strides), those that mask [T] (bool) keeps.
+        """Add the rows x [T, dim] (fp32, bf16 or fp16, any strides) for which mask [T] (bool) is true.
 
         Raises:
-            TensorError: another width, device or dtype than expected, or a kept row with NaN or an infinity (it is
-                named). Nothing is added then.
+            TensorError: a wrong width, device or dtype, or one of these rows has NaN or infinity (names it). Nothing
+                is added then.
         """
-        if x.device.type != "cpu":  # there `syrk_` does not look, since somebody has to wait for the answer
+        if x.device.type != "cpu":  # on a GPU `syrk_` does not check, because that would wait for the result
             bad = ~(torch.linalg.vector_norm(x, torch.inf, dim=1, dtype=torch.float32) <= LARGEST_VALUE)
             if mask is not None:
                 bad &= mask
@@ -65,10 +65,10 @@ class StreamingCovariance:
         self.count += len(x) if mask is None else int(mask.sum())
 
     def merge(self, other: StreamingCovariance) -> None:
-        """Add what another accumulator has seen.
+        """Add the sum of another accumulator.
 
         Raises:
-            TensorError: of another width. ModelError: of another model, layer or module. Nothing is added.
+            TensorError: it has another width. ModelError: it is of another model, layer or module. Nothing is added.
         """
         if other.dim != self.dim:
             raise TensorError(f"a second moment of width {other.dim} cannot join one of width {self.dim}")
@@ -80,7 +80,7 @@ class StreamingCovariance:
         self.count += other.count
 
     def all_reduce(self) -> None:
-        """Add what the other processes of torch.distributed have seen; all hold the same sum then."""
+        """Sum over all processes of torch.distributed; afterwards all hold the same sum."""
         count = torch.tensor(self.count, device=self.device)
         distributed.all_reduce(self._total)
         distributed.all_reduce(count)
@@ -88,10 +88,10 @@ class StreamingCovariance:
 
     @torch.no_grad()
     def finalize(self) -> Tensor:
-        """C [dim, dim] fp64, the mean of x xᵀ, on the accumulator's device; the accumulator can go on.
+        """C [dim, dim] fp64, the mean of x xᵀ, on the accumulator's device; more rows may be added afterwards.
 
         Raises:
-            TensorError: no rows.
+            TensorError: no rows were added.
         """
         if not self.count:
             raise TensorError("no rows were added: a second moment has to be of some tokens")
@@ -105,7 +105,7 @@ class StreamingCovariance:
         An existing file stays whole if writing fails.
 
         Args:
-            dtype: of the sum in the file. With fp32 (half the size) a run cannot be resumed bit for bit.
+            dtype: dtype of the sum in the file. From fp32 (half the size) a run cannot be resumed bit for bit.
 
         Raises:
             FileError: the file cannot be written (a full disk, say).
@@ -119,7 +119,7 @@ class StreamingCovariance:
         """Read a file written by `save`, or a published one (.npz).
 
         Raises:
-            FileError: missing, truncated, changed since it was written, or something else.
+            FileError: the file is missing, truncated, changed since it was written, or of another kind.
         """
         if Path(path).suffix == ".npz":
             return cls._from_npz(path, device)
@@ -150,7 +150,7 @@ class StreamingCovariance:
         """Write the file that ROME's and MEMIT's published code reads: the sum [dim, dim] in fp32, not the mean.
 
         Args:
-            sample_size: of which that code checks that it is the number of documents asked for; by default the
+            sample_size: the number of documents, which that code compares with the one it asks for; by default the
                 number that was read.
 
         Raises:
@@ -161,13 +161,13 @@ class StreamingCovariance:
 
 
 def pack_lower(matrix: Tensor) -> Tensor:
-    """The lower triangle of [d, d] row by row, [d (d + 1) / 2], on the CPU."""
+    """The lower triangle of a matrix [d, d], row by row, [d (d + 1) / 2], on the CPU."""
     rows = matrix.cpu()
     return torch.cat([row[: i + 1] for i, row in enumerate(rows)])
 
 
 def unpack_lower(packed: Tensor, dim: int) -> Tensor:
-    """[d, d] with what `pack_lower` took, and zeros above the diagonal."""
+    """The matrix [d, d] from what `pack_lower` returned, with zeros above the diagonal."""
     matrix = packed.new_zeros(dim, dim)
     for i, row in enumerate(packed.split(list(range(1, dim + 1)))):
         matrix[i, : i + 1] = row

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastedit.errors import FileError
 from fastedit.tensorfile import writing
 
-_CONSTRUCTOR = "util.runningstats.SecondMoment()"  # what published files say of themselves
-_ASYMMETRY = 1e-3  # of the geometric mean of the diagonal's two values; sums in fp32 stay far below
+_CONSTRUCTOR = "util.runningstats.SecondMoment()"  # as in published files
+_ASYMMETRY = 1e-3  # relative to the geometric mean of the two diagonal values; fp32 sums stay far below
 
 
 def save_npz(path: str | Path, total: Tensor, count: int, sample_size: int) -> None:
@@ -33,8 +33,8 @@ def load_npz(path: str | Path) -> tuple[Tensor, int, int | None]:
     """Read entries mom2.mom2, the sum [d, d], mom2.count and, if it is there, sample_size.
 
     Raises:
-        FileError: missing, truncated, with pickled objects (which are never loaded), without these entries, or
-            with a sum that is not square, not finite or not symmetric.
+        FileError: the file is missing, truncated, without these entries, or with pickled objects (which are never
+            loaded); or its sum is not square, not finite or not symmetric.
     """
     try:
         with np.load(path, allow_pickle=False) as entries:
@@ -42,7 +42,7 @@ def load_npz(path: str | Path) -> tuple[Tensor, int, int | None]:
             size = int(entries["sample_size"]) if "sample_size" in entries else None
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise FileError(path, f"not a readable .npz file: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:  # numpy's ValueError says so if entries are pickled
+    except (KeyError, TypeError, ValueError) as error:  # numpy raises ValueError for pickled entries
         raise FileError(path, f"not a published file of second moments: {error}") from error
     if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.is_floating_point() or count < 1:
         raise FileError(

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, and its second moments: statistics that need nothing but the model."""
+"""Text that a model writes itself, and second moments from it: statistics that need nothing but the model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fastedit.statistics.store import StatisticsStore, statistics_path, user_dir
 log = logging.getLogger(__name__)
 
 _OPENINGS = ("The", "In", "A", "I", "It", "What", "How", "She", "This", "For", "When", "You", "1", "If", "And", "To")
-_LENGTH, _ROWS = 128, 64  # tokens of a text, texts at once
-_TOKENS = 4  # for each input that the projection reads
+_LENGTH, _ROWS = 128, 64  # tokens of a text, texts that are written at once
+_TOKENS = 4  # tokens for each input dimension of the projection
 
 
 def own_text_directory(fingerprint: str) -> Path:
-    """The folder for statistics of a model's own text in the user's cache; apart from those of real text."""
+    """The folder in the user's cache for statistics of a model's own text, separate from those of real text."""
     return user_directory(fingerprint) / "own-text"
 
 
@@ -37,8 +37,8 @@ class OwnText:
     """Second moments of text that a model writes itself, made when they are first needed.
 
     Attributes:
-        fingerprint: of the model, unedited.
-        module: the projection whose inputs they are of, as `Topology.resolve` takes it.
+        fingerprint: fingerprint of the unedited model.
+        module: the projection with these inputs, as `Topology.resolve` takes it.
     """
 
     model: Model
@@ -46,7 +46,7 @@ class OwnText:
     module: str
 
     def missing(self, layers: Sequence[int]) -> list[int]:
-        """The layers of which none are kept."""
+        """The layers without kept statistics."""
         found = []
         for layer in layers:
             try:
@@ -56,10 +56,10 @@ class OwnText:
         return found
 
     def statistics(self, layers: Sequence[int], progress: Progress = no_progress) -> StatisticsStore:
-        """Those of these layers: what is missing is made, and kept in the user's cache if that can be written.
+        """The statistics of these layers. Missing ones are made, and kept in the user's cache if it can be written.
 
         Raises:
-            ModelError: the model gives NaN or infinity.
+            ModelError: the model computes NaN or infinity.
         """
         given: dict[str, Tensor] = {}
         missing = parallel.of_first(lambda: self.missing(layers))
@@ -70,7 +70,7 @@ class OwnText:
             report: Progress = lambda stage, done, _, loss=None: progress(stage, min(done, tokens), tokens, loss)  # noqa: E731
             made = collect(self.model, texts, missing, module=self.module, progress=report)
             for layer, moment in made.items():
-                if parallel.world() > 1:  # the others need not wait until the first has written its file
+                if parallel.world() > 1:  # the others need not wait for the first one's file
                     given[topology.resolve(layer, self.module)[0]] = moment.finalize()
                 if not parallel.first():
                     continue
@@ -89,12 +89,12 @@ class OwnText:
 @plain_state
 @torch.no_grad()
 def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
-    """Texts of `n_tokens` tokens in all, or a few more, sampled from the model's whole distribution.
+    """Sample texts from the model's whole distribution, with `n_tokens` tokens in all, or a few more.
 
-    Reproducible from `seed`; the caller's random state is left alone.
+    They are reproducible from `seed`; the caller's random state does not change.
 
     Raises:
-        ModelError: the model gives NaN or infinity.
+        ModelError: the model computes NaN or infinity.
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
@@ -105,7 +105,7 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     rows = torch.tensor([ids[:begun] for ids in starts], device=device)
     with eval_mode(network):
         logits = network(input_ids=rows, use_cache=False).logits[:, -1]
-    if not logits.isfinite().all():  # sampling would end the process
+    if not logits.isfinite().all():  # sampling from these could abort the process
         raise ModelError(NOT_FINITE)
     n_texts = -(-n_tokens // (begun + length))
     config = sampling(tokenizer, length)

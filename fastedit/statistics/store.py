@@ -1,10 +1,10 @@
-"""Where second moments live, and how methods get them: one file a layer and module.
+"""Where second moments are kept, and how methods get them: one file per layer and module.
 
-A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`). It is the one that is given,
+A folder of statistics holds `{layer}.{module}.safetensors` (`StreamingCovariance.save`). It is the given folder,
 or `statistics` in the model's local checkpoint, or `fastedit/<fingerprint of the model>` in the user's cache. A given
-one may also be a tree of published .npz files. Cholesky factors, `{layer}.{module}.factor.safetensors`, and
-eigenvectors, `{layer}.{module}.eigen.safetensors`, are made on first use and kept in the user's cache, wherever the
-statistics lie: that folder may be shared, or be the package's.
+folder may also be a tree of published .npz files. Cholesky factors, `{layer}.{module}.factor.safetensors`, and
+eigenvectors, `{layer}.{module}.eigen.safetensors`, are made on first use. They are always kept in the user's cache,
+because the folder of the statistics may be shared, or belong to the package.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastedit.ops.cholesky import FewTokensError
 from fastedit.statistics.moment import LOWER, TAG, WHAT, StreamingCovariance, pack_lower, unpack_lower
 from fastedit.tensorfile import checksum, load_metadata, load_tensors, save_tensors
 
-_CHOLESKY_TAG = "fastedit-factor-2"  # the first had its checksum elsewhere, where nobody looks now
+_CHOLESKY_TAG = "fastedit-factor-2"  # version 1 had its checksum in another place, which is not read anymore
 _EIGEN_TAG = "fastedit-eigen-1"
 # {layer}_float32_mom2_100000.npz, or with the module's path: transformer.h.{layer}.mlp.fc_out_float32_mom2_100000.npz
 _PUBLISHED = re.compile(r"(?:.+?\.)?(?P<layer>\d+)(?:\.(?P<module>.+))?_float(?:16|32|64)_mom2(?:_t\d+)?(?:_\d+)?\.npz")
@@ -41,10 +41,10 @@ _log = logging.getLogger(__name__)
 
 
 class MissingStatisticsError(ModelError):
-    """There are no statistics for some layers; the message gives the command that makes them.
+    """Some layers have no statistics; the message gives the command that makes them.
 
     Attributes:
-        layers: the layers that lack them.
+        layers: the layers without statistics.
     """
 
     def __init__(self, text: str, layers: Sequence[int]) -> None:
@@ -55,14 +55,14 @@ class MissingStatisticsError(ModelError):
 
 @dataclass(frozen=True)
 class StatisticsStore:
-    """The second moments of a model's keys, wherever they lie.
+    """The second moments of a model's keys, wherever they are kept.
 
     Attributes:
-        fingerprint: of the unedited model.
+        fingerprint: fingerprint of the unedited model.
         module: the projection whose inputs are the keys, as `Topology.resolve` takes it.
-        directory: the folder or published tree to look in, and no other; None looks in the usual places.
-        unchecked: go on, with a warning, with statistics of another model or of fewer tokens than their width.
-        given: path of a projection -> C [d, d]; no file is looked for where there is one, and its factor is not kept.
+        directory: the only folder or published tree to look in; None looks in the usual places.
+        unchecked: use statistics of another model, or of fewer tokens than their width, with a warning.
+        given: path of a projection -> C [d, d], used instead of a file; its factor is not kept.
     """
 
     topology: Topology
@@ -73,11 +73,11 @@ class StatisticsStore:
     given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def require(self, layers: Sequence[int]) -> None:
-        """Look for the statistics of all layers before work starts, as far as headers can tell.
+        """Check before work starts that all layers have usable statistics, as far as the files' headers tell.
 
         Raises:
-            MissingStatisticsError: names every layer that lacks them, and the command that makes them.
-            ModelError: of another model or width. FileError: not a file of statistics.
+            MissingStatisticsError: layers without statistics; names all of them, and the command that makes them.
+            ModelError: statistics of another model or width. FileError: a file does not hold statistics.
         """
         missing = [layer for layer in layers if self.in_memory(layer) is None and self._find(layer) is None]
         if missing:
@@ -86,12 +86,12 @@ class StatisticsStore:
     def cholesky(self, layer: int) -> Tensor:
         """The lower Cholesky factor L [d, d] fp64 of C = L Lᵀ on the module's device.
 
-        Made once and kept in the user's cache, if that can be written. A kept factor is checked against its own
-        checksum, and the statistics that it was made of then need not be read.
+        It is made once and kept in the user's cache, if that can be written. A kept factor is checked against its own
+        checksum; the statistics that it was made from are then not read.
 
         Raises:
-            MissingStatisticsError, ModelError, FileError: as `require`, and for statistics of fewer tokens than their
-                width, that are not positive definite, or damaged.
+            MissingStatisticsError, ModelError, FileError: as for `require`, and for statistics of fewer tokens than
+                their width, not positive definite, or damaged.
         """
         if (C := self.in_memory(layer)) is not None:
             return factor_covariance(C.to(self._device(layer)), allow_few=self.unchecked)
@@ -100,12 +100,12 @@ class StatisticsStore:
         if (kept := self._kept(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
             return unpack_lower(kept[LOWER], width).to(device)
         found = _read(path, width)
-        C = found.finalize().to(device, found.stored)  # its precision decides what counts as positive definite
+        C = found.finalize().to(device, found.stored)  # the precision decides what counts as positive definite
         try:
             factor = factor_covariance(C, count=found.count)
         except ModelError as error:
             if self.unchecked:
-                return factor_covariance(C, count=found.count, allow_few=True)  # warns; never kept
+                return factor_covariance(C, count=found.count, allow_few=True)  # warns, and is never kept
             if isinstance(error, FewTokensError):
                 error = FewTokensError(error.count, error.dim, "unchecked_statistics")
             raise error.at(path) from None
@@ -113,9 +113,9 @@ class StatisticsStore:
         return factor
 
     def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The eigenvalues of C [d], ascending, and its eigenvectors [d, d], the columns; fp64, on the module's device.
+        """The eigenvalues [d] of C, ascending, and its eigenvectors, the columns of [d, d]; fp64, on its device.
 
-        Made once and kept as the Cholesky factor is; raises what `covariance` raises.
+        Made once and kept like the Cholesky factor; raises what `covariance` raises.
         """
         keeps = self.in_memory(layer) is None and not self.unchecked
         width, device = self.topology.input_width(layer, self.module), self._device(layer)
@@ -128,7 +128,7 @@ class StatisticsStore:
         return values, vectors
 
     def _kept(self, layer: int, kind: str, tag: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-        """What was made of a layer's statistics and kept; None if that is missing, damaged or of other statistics."""
+        """The kept file that was made from a layer's statistics; None if missing, damaged or from other statistics."""
         place, about = self._place(layer, kind)
         with suppress(FileError):
             tensors, noted, _ = load_tensors(place, (tag,), f"the {kind} file")
@@ -144,7 +144,7 @@ class StatisticsStore:
             _log.info("the %s file of layer %d is not kept: %s", kind, layer, error)
 
     def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
-        """Where something is kept that is made of a layer's statistics, and what tells them from others."""
+        """The path of a file made from a layer's statistics, and what identifies these statistics."""
         place = user_directory(self.fingerprint) / _name(self.topology, layer, self.module, f"{kind}.")
         return place, {"digest": self._required(layer)[1], "dim": self.topology.input_width(layer, self.module)}
 
@@ -162,7 +162,7 @@ class StatisticsStore:
         return found.finalize().to(self._device(layer))
 
     def in_memory(self, layer: int) -> Tensor | None:
-        """C of a layer if it was given. Raises ModelError: it is of another width than the keys."""
+        """C of a layer if it was given, else None. Raises ModelError if its width is not that of the keys."""
         path, width = self.topology.resolve(layer, self.module)[0], self.topology.input_width(layer, self.module)
         C = self.given.get(path)
         if C is not None and C.shape != (width, width):
@@ -170,7 +170,7 @@ class StatisticsStore:
         return C
 
     def digests(self, layers: Sequence[int]) -> dict[str, str]:
-        """What tells the statistics of layers from others, by the layer's number; raises what `require` raises."""
+        """Number of each layer -> a text that identifies its statistics; raises what `require` raises."""
         given = {layer: self.in_memory(layer) for layer in layers}
         return {str(layer): self._required(layer)[1] if C is None else str(checksum(C)) for layer, C in given.items()}
 
@@ -181,7 +181,7 @@ class StatisticsStore:
         return found
 
     def _find(self, layer: int) -> tuple[Path, str] | None:
-        """The file of the statistics and a digest of it, its header checked; None if there is no file."""
+        """The file of a layer's statistics, after a check of its header, and its digest; None if there is no file."""
         topology, module = self.topology, self.module
         width, name = topology.input_width(layer, module), _name(topology, layer, module)
         wrong: list[ModelError] = []
@@ -231,12 +231,12 @@ class StatisticsStore:
         return found
 
     def _npz_files(self) -> list[Path]:
-        """The .npz files in the folder of a data set, of a model, or of all models."""
+        """The .npz files in `directory`, which may be the folder of a data set, of a model, or of all models."""
         root, checkpoint = Path(str(self.directory)), _checkpoint(self.topology)
         plain = checkpoint.replace("\\", "/").rstrip("/")
         models = {plain.replace("/", "_"), plain.rpartition("/")[2]}
         if Path(checkpoint).is_dir():
-            models.add(Path(checkpoint).resolve().name)  # of "." and ".." too
+            models.add(Path(checkpoint).resolve().name)  # resolves "." and ".."
         models -= {"", ".", ".."}
         folders = [root, *sorted(root.glob("*_stats"))]
         folders += [folder for model in sorted(models) for folder in sorted((root / model).glob("*_stats"))]
@@ -269,7 +269,7 @@ def statistics_path(topology: Topology, directory: str | Path, layer: int, modul
 
 
 def user_directory(fingerprint: str) -> Path:
-    """The folder for statistics of a model in the user's cache."""
+    """The folder in the user's cache for statistics of a model."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "fastedit" / fingerprint
 
@@ -287,7 +287,7 @@ def _checkpoint(topology: Topology) -> str:
 
 
 def _name(topology: Topology, layer: int, module: str, kind: str = "") -> str:
-    """One name for a projection, however it is spelled: down_proj, mlp.down_proj, model.layers.3.mlp.down_proj."""
+    """The file name, the same for all names of a projection: down_proj, mlp.down_proj, model.layers.3.mlp.down_proj."""
     path, found = topology.resolve(layer, module)
     short = "down_proj" if found is topology.resolve(layer, "down_proj")[1] else None
     inside = path.removeprefix(f"{topology.blocks_path}.{layer}.")

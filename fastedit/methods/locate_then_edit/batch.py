@@ -1,4 +1,4 @@
-"""Edits with what is found out about them once: where their subjects end, and their token samples."""
+"""Edits with facts about them that are computed once: where their subjects end, and their token samples."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from fastedit.progress import Progress, no_progress
 
 
 class Batch:
-    """N edits of a model, in T templates: the bare prompt first, then the contexts.
+    """N edits of a model in T templates: the bare prompt first, then the contexts.
 
-    Whatever is made of them once, for all edits, is taken along by `split` and `select`.
+    `split` and `select` take along what was already computed for all edits.
 
     Args:
-        contexts: templates with one "{}" each, in which the prompt stands beside the bare "{}".
-        budget: of prefix caches.
+        contexts: templates with one "{}" each, where the prompt goes; they are used beside the bare prompt.
+        budget: memory for prefix caches.
 
     Raises:
-        ConfigError: a context that does not hold "{}" exactly once.
-        RequestError: edits without a subject, or whose prompt does not hold it; names all of them.
+        ConfigError: a context does not hold "{}" exactly once.
+        RequestError: edits without a subject, or with one that is not in the prompt; names all of them.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of these edits."""
+        """Notes on these edits for the user."""
         return repeated_note(self.name_list(self._repeated))
 
     def name_list(self, places: Sequence[int]) -> list[str]:
@@ -59,12 +59,12 @@ class Batch:
         return [self._names[place] for place in places]
 
     def names(self, places: Sequence[int]) -> str:
-        """The same for a message: the first ten if they are many."""
+        """Names for a message: the first ten, and how many more there are."""
         return listed(self.name_list(places))
 
     @cached_property
     def prompts(self) -> Samples:
-        """The prompts alone, as far as the subject's last token, which is the one target row of each.
+        """The prompts up to the subject's last token, which is the only target row of each.
 
         [T·N], template by template: all edits in the first one, then all in the second, …
 
@@ -106,17 +106,17 @@ class Batch:
 
             raise named_error(error, self.edits, source) from None
         _, last = model.last_tokens(pairs, ends)
-        # nothing behind the subject is read in these rows: they end there
+        # these rows end with the subject, since nothing after it is read
         subjects = [str(edit.subject) for edit in self.edits]
         ids, kl_last = model.last_tokens([f"{s} is a" for s in subjects], [len(s) for s in subjects])
         return samples.join(prompt_samples(ids, kl_last)), torch.tensor(last + kl_last)
 
     def make_samples(self) -> None:
-        """Tokenize now, for all batches that are made of this one; raises what `prompts` and `rewriting` raise."""
+        """Tokenize now, also for all batches made from this one; raises what `prompts` and `rewriting` raise."""
         _ = self.rewriting, self.prompts
 
     def within(self, contexts: Sequence[str]) -> Batch:
-        """The same edits in other contexts. Raises ConfigError like the class."""
+        """The same edits in other contexts. Raises ConfigError as the class does."""
         batch = copy(self)
         for made_once in ("prompts", "rewriting"):
             batch.__dict__.pop(made_once, None)
@@ -162,7 +162,7 @@ class Batch:
 
 
 def checked_templates(contexts: Sequence[str]) -> tuple[str, ...]:
-    """The bare template and the contexts. Raises ConfigError: a context that does not hold "{}" exactly once."""
+    """The bare template and the contexts. Raises ConfigError if a context does not hold "{}" exactly once."""
     for context in contexts:
         if context.count(BARE) != 1:
             raise ConfigError(f'the context {context!r} needs exactly one "{BARE}", where the prompt goes')

@@ -1,4 +1,4 @@
-"""The configuration of the locate-then-edit methods, and the methods as data; importing it takes no torch."""
+"""The configuration of the locate-then-edit methods, and the methods as data; does not import torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Average = Literal["half", "uniform", "direction"]
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """How targets are optimized; the defaults but for `lr` are MEMIT's, with Llama-2's clamp.
+    """How targets are optimized. The defaults, except for `lr`, are MEMIT's with the clamp for Llama-2.
 
     Attributes:
         site: δ is added to the output of the block (MEMIT) or of its MLP (ROME).
-        steps: evaluations of the loss; at most one update fewer.
-        lr: Adam's learning rate; None is 0.5 of the median root mean square of the edits' h₀.
+        steps: evaluations of the loss; there is at most one update fewer.
+        lr: Adam's learning rate; None is half the median root mean square of the edits' h₀.
         weight_decay: weight of ‖δ‖/‖h₀‖² in the loss.
         clamp: after each step, ‖δ‖ ≤ clamp·‖h₀‖.
         kl_factor: weight of KL(now ‖ before) at the subject's last token in "{subject} is a".
-        stop_loss: an edit whose loss is below is done.
+        stop_loss: an edit is done when its loss is below this.
     """
 
     site: Site = "block"
@@ -53,16 +53,16 @@ class TargetConfig:
 @described
 @dataclass(frozen=True)
 class LocateThenEditConfig:
-    """Configuration of rome, memit, emmet and alphaedit; None is the method's, the model's preset, or a rule."""
+    """Configuration of rome, memit, emmet and alphaedit; None takes the method's value, the preset's, or a rule's."""
 
     objective: ObjectiveName | None = option(
         None, "how new pairs are memorized: least-squares, equality or null-space; None is the method's."
     )
     distribution: DistributionName | None = option(
-        None, "layers that share an edit: single, spread or endpoints; None is the method's."
+        None, "how layers share an edit: single, spread or endpoints; None is the method's."
     )
     layers: tuple[int, ...] | None = option(
-        None, "blocks to write, upwards; None is the preset's, else from an eighth to a quarter of the depth."
+        None, "blocks to write, ascending; None is the preset's, else from an eighth to a quarter of the depth."
     )
     module: str = option("down_proj", "the projection to write, by its short name or its path in the block.")
     batch_size: int | Literal["auto"] = option(
@@ -81,9 +81,9 @@ class LocateThenEditConfig:
     )
     average: Average | None = option(
         None,
-        "how a key is averaged: half the bare prompt and half the mean of the contexts; uniform, over all of them; or "
-        "direction, uniform, and an equality holds at the bare prompt's key, to which the mean only gives the "
-        "direction. None is direction for rome, else half.",
+        "how a key is averaged. half: half the bare prompt, half the mean of the contexts. uniform: the mean over all "
+        "of them. direction: as uniform, but an equality holds at the bare prompt's key, and the mean only gives the "
+        "update's direction. None is direction for rome, else half.",
     )
     site: Site | None = option(
         None,
@@ -99,17 +99,17 @@ class LocateThenEditConfig:
     kl_factor: float = option(0.0625, "weight of a target's KL term.")
     stop_loss: float = option(0.05, "a target whose loss is below is done.")
     n_contexts: int | None = option(
-        None, "texts written by the model that prompts are put behind; None is 20 for rome, else 5."
+        None, "texts that the model writes, to be put in front of prompts; None is 20 for rome, else 5."
     )
     contexts: tuple[str, ...] | None = option(None, 'use these instead, each with one "{}" where the prompt goes.')
-    seed: int = option(0, "of the contexts.")
+    seed: int = option(0, "seed of the contexts.")
     statistics: str | None = option(
         None, "folder of the second moments; by default beside the checkpoint, else the user's cache."
     )
     unchecked_statistics: bool = option(
         False, "use statistics of another model, or of fewer tokens than the keys are wide."
     )
-    targets: str | None = option(None, "folder where targets are kept and found again, by all that they depend on.")
+    targets: str | None = option(None, "folder that keeps targets, to reuse them if all that they depend on is equal.")
     on_duplicates: Literal["error", "merge", "sequential"] = option(
         "error",
         "edits with one key that make an equality singular: error, merge (one pair, the mean), or sequential "
@@ -120,8 +120,8 @@ class LocateThenEditConfig:
     )
     state: str | None = option(
         None,
-        "folder for the state of this run alone, from which the same edit goes on to the same bits after a crash; None "
-        "is OUTPUT.run on the command line, else the state is not kept.",
+        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with the same "
+        "bits. None is OUTPUT.run on the command line, else the state is not kept.",
     )
     save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(False, "on Ctrl-C keep the batches that are done instead of restoring the model.")
@@ -136,7 +136,7 @@ class LocateThenEditConfig:
             raise ConfigError(f"alpha is {self.alpha}; give 0 or more, or leave it out")
         if self.n_contexts is not None and self.n_contexts < 0:
             raise ConfigError(f"n_contexts is {self.n_contexts}; give 0 or more")
-        self.target_config(self.site or "block")  # refuses what a target cannot take
+        self.target_config(self.site or "block")  # raises ConfigError for values that a target cannot take
 
     def target_config(self, site: Site) -> TargetConfig:
         """How targets are optimized at a site."""
@@ -160,4 +160,4 @@ RECIPES: dict[str, LocateThenEditConfig] = {
     "emmet": LocateThenEditConfig(objective="equality", distribution="single"),
     "alphaedit": LocateThenEditConfig(objective="null-space", distribution="spread"),
 }
-"""The methods as data: what each of them chooses; the rest is the preset's of the model, or a rule's."""
+"""The methods as data: the fields that each of them sets. The rest comes from the model's preset, or from a rule."""

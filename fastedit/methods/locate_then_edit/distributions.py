@@ -9,13 +9,13 @@ from fastedit.methods.locate_then_edit.config import DistributionName
 
 
 def shares(distribution: DistributionName, layers: Sequence[int]) -> list[tuple[int, float]]:
-    """The layers to write, upwards, each with its share of the residual that is left when its turn comes.
+    """The layers to write, ascending, each with the share that it takes of the residual that is left by then.
 
     single: one layer takes it all (ROME, EMMET). spread: layer i of L takes 1/(L − i) (MEMIT, arXiv 2210.07229,
     algorithm 1). endpoints: a spread over the first and the last layer only.
 
     Raises:
-        ConfigError: no layers, layers that do not go upwards, or more than one for "single".
+        ConfigError: no layers, layers that are not ascending, or more than one for "single".
     """
     if not layers or list(layers) != sorted(set(layers)):
         raise ConfigError(f"layers is {tuple(layers)}; give different layers from the lowest to the highest")

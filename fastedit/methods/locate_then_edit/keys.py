@@ -1,7 +1,8 @@
-"""Keys of the edits, layer by layer: what the edited projection reads at the last token of the subject.
+"""Keys of the edits, layer by layer: inputs of the edited projection at the last token of the subject.
 
 Keys at a layer depend only on edited weights below it, so one walk through the blocks serves all layers of a
-spread: after the weights of a layer were written, go on from that layer (MEMIT, arXiv 2210.07229, section 4.3).
+spread: after the weights of a layer are written, the walk continues from that layer (MEMIT, arXiv 2210.07229, section
+4.3).
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from fastedit.progress import counter
 
 
 class KeyWalk:
-    """Keys and block outputs at the last token of every edit's subject, at one layer after the other.
+    """Keys and block outputs at the last token of every edit's subject, layer by layer.
 
     A key is averaged over the bare prompt and the contexts: "half" the bare one and half the mean of the
-    contexts (MEMIT), or uniformly over all of them (ROME). Tokens behind the subject never run. The walk is
-    at block ``layer`` and goes up only; what it gives is the model's as it is at that moment, provided that
-    below ``layer`` only weights changed that it had not passed. Use it as a context manager.
+    contexts (MEMIT), or uniformly over all of them (ROME). Tokens after the subject never run. The walk is at block
+    ``layer`` and only goes up. Its results are those of the model as it is at that moment, provided that no weights
+    below ``layer`` changed after the walk had passed them. Use it as a context manager.
 
-    ``updates`` maps linear maps to factors of one update an edit (`per_sample_updates`): with them every edit goes its
-    own way, as if its update alone had been written.
+    ``updates`` maps linear maps to factors of one update per edit (`per_sample_updates`): every edit then runs as if
+    only its own update had been written.
 
     Args:
-        batch_tokens: tokens of a forward pass; None is what suits the device.
+        batch_tokens: tokens per forward pass; None chooses what suits the device.
 
     Raises:
         ModelError: no such block. RequestError: a subject that ends after the model's context.
@@ -50,7 +51,7 @@ class KeyWalk:
             layer,
             budget=batch.budget,
             batch_tokens=batch_tokens,
-            packed=False,  # so that an error names the edit whose key is not finite, and no other
+            packed=False,  # so that an error names only the edit whose key is not finite
             progress=counter(batch.progress, "keys", len(self._samples)),
         )
 
@@ -59,11 +60,11 @@ class KeyWalk:
         return self._cache.layer
 
     def advance(self, layer: int) -> None:
-        """Go on to block ``layer``, through the blocks in between as their weights are now."""
+        """Go up to block ``layer``, through the blocks in between with their current weights."""
         self._cache.advance(layer, around=self._own)
 
     def keys(self, module: str = "down_proj", *, bare: bool = False) -> Tensor:
-        """Keys [N, d], fp32, of a projection of block ``layer``; those of the ``bare`` prompts are no averages.
+        """Keys [N, d], fp32, of a projection of block ``layer``; with ``bare``, of the bare prompts alone.
 
         Raises:
             ModelError: no such module.
@@ -91,7 +92,7 @@ class KeyWalk:
             [N, width] fp32.
 
         Raises:
-            EditError: some are not ``finite``, and should be; names the edits.
+            EditError: with ``finite``, outputs that are not finite; names the edits.
         """
         _, found = self._topology.resolve(layer, module)
         seen = []
@@ -119,7 +120,7 @@ class KeyWalk:
         return max(1, self._batch_tokens // int(self._samples.lengths.max()))
 
     def _own(self, select: Tensor) -> AbstractContextManager[None]:
-        """In which the rows of these samples [B] run, each with its edit's updates."""
+        """A context in which the rows of these samples [B] run, each with its edit's updates."""
         return per_sample_updates(self.updates, select % len(self._batch)) if self.updates else nullcontext()
 
     def _rows(self, select: Tensor) -> tuple[Rows, Tensor]:

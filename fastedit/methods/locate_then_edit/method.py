@@ -1,7 +1,7 @@
 """Locate-then-edit: ROME, MEMIT, EMMET and AlphaEdit as one objective × one distribution (arXiv 2403.14236).
 
-Targets z of all edits of a batch (`targets`), their keys layer by layer (`keys`), and at each layer of the
-distribution the objective's update of one projection (`write`).
+An edit finds the targets z of all edits of a batch (`targets`) and their keys layer by layer (`keys`). At each layer of
+the distribution it writes the objective's update of one projection (`write`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
 Find = Callable[[Batch, Recipe], Targets]
-"""How the targets of some edits are found on the model as it is."""
-_SAVED_TARGETS = 256  # that are sought together, if the state of the run is kept
+"""A function that finds the targets of some edits with the model's current weights."""
+_SAVED_TARGETS = 256  # targets that are optimized together if the state of the run is kept
 
 
 @plain_state
@@ -49,14 +49,14 @@ def plan(
     history: History | None = None,
     progress: Progress = no_progress,
 ) -> LocateThenEditPlan:
-    """Make every choice and every refusal; the model is not touched.
+    """Make every choice and check, without changing the model.
 
     Args:
-        method: one of `RECIPES`, which fills what the configuration leaves open.
+        method: one of `RECIPES`; it fills what the configuration leaves open.
 
     Raises:
-        ConfigError, ModelError: choices that do not go together, or that the model lacks; layers without statistics,
-            all of them named; a folder of targets that cannot be written.
+        ConfigError, ModelError: choices that do not go together, or layers or modules that the model lacks; layers
+            without statistics, all of them named; a folder of targets that cannot be written.
         RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
     """
     check_rows(model, edits)
@@ -81,7 +81,7 @@ def plan(
 
 
 def _find(batch: Batch, recipe: Recipe) -> Targets:
-    """The targets of these edits; every process finds those of its share."""
+    """Find the targets of these edits; every process finds its share of them."""
     if parallel.world() == 1:
         return find_targets(batch, recipe.z_layer, recipe.target)
     places = parallel.share(len(batch))
@@ -101,7 +101,7 @@ def _on_cpu(targets: Targets | None) -> State | None:
 class LocateThenEditPlan:
     """A locate-then-edit run that is ready.
 
-    `saved` is where the state of the run is kept, None if it is not; `find` how targets are found.
+    `saved` keeps the state of the run on disk, None if it is not kept; `find` finds the targets.
     """
 
     batch: Batch
@@ -120,8 +120,8 @@ class LocateThenEditPlan:
         """Edit the model in place.
 
         Raises:
-            ModelError: statistics that turn out to be damaged. EditError: keys that depend on one another, or values
-                that are not finite; names the edits. The model is restored, as on every exception.
+            ModelError: damaged statistics. EditError: keys that are linearly dependent, or values that are not
+                finite; names the edits. The model is restored, as on every exception.
         """
         recipe, batch, config = self.recipe, self.batch, self.recipe.config
         layers = written_layers(self.statistics, recipe.layers, config, self.history)
@@ -129,7 +129,7 @@ class LocateThenEditPlan:
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
         saved = self.saved
         in_parts = size < len(batch) or saved or parallel.world() > 1
-        if config.lr is None and in_parts:  # or the first part would decide for all
+        if config.lr is None and in_parts:  # or the first part would decide the rate of all
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         losses: list[float] = []
         learned: list[int] = []
@@ -183,10 +183,10 @@ class LocateThenEditPlan:
 
     @plain_state
     def run_each(self) -> EachResult:
-        """Solve N independent problems of one edit each, all against the model as it is; nothing is written.
+        """Solve N independent problems of one edit each, with the model's current weights; nothing is written.
 
         Raises:
-            ModelError, EditError: as `run`.
+            ModelError, EditError: as for `run`.
         """
         batch, recipe = self.batch, self.recipe
         layers = written_layers(self.statistics, recipe.layers, recipe.config, replace(self.history, keys={}))
@@ -217,7 +217,7 @@ class LocateThenEditPlan:
 
 
 def _targets(batch: Batch, recipe: Recipe, find: Find, saved: SavedRun | None) -> Targets:
-    """The targets of these edits; those that a saved run has are not sought again."""
+    """The targets of these edits; those that a saved run holds are not optimized again."""
     if saved is None:
         return find(batch, recipe)
     found = []
@@ -232,7 +232,7 @@ def _targets(batch: Batch, recipe: Recipe, find: Find, saved: SavedRun | None) -
 
 
 def _write(batch: Batch, targets: Targets, recipe: Recipe, writer: Writer, saved: SavedRun | None) -> None:
-    """Write a batch; what a saved run has of it is written once more."""
+    """Write a batch of edits; if a saved run holds its updates, write those again."""
     state = saved.next() if saved else None
     if state is not None:
         writer.load(state[0])
@@ -246,7 +246,7 @@ def _write(batch: Batch, targets: Targets, recipe: Recipe, writer: Writer, saved
 
 
 def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None, find: Find) -> Targets:
-    """The targets of these edits on the model as it is, from the folder of targets if they are there."""
+    """The targets of these edits for the current weights, from the folder of targets if they are there."""
     if store is None:
         return find(batch, recipe)
     key = store.key(batch, recipe.z_layer, recipe.target)
@@ -260,7 +260,7 @@ def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None, find:
 
 
 def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
-    """Give `write` the keys and residuals of every layer, upwards; what it wrote counts at the layers above."""
+    """Call `write` with the keys and residuals of every layer, ascending; its updates count at the layers above."""
     config, last = recipe.config, recipe.z_layer
     site = config.module if config.site == "mlp" else "block"
     at_bare = config.average == "direction" and config.objective == "equality"
@@ -278,9 +278,9 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
 
 
 def _lr_of_all(batch: Batch, recipe: Recipe) -> float:
-    """The targets' rate by the states of all edits in the model as it is."""
+    """The learning rate for targets, from the states of all edits with the current weights."""
     site = "down_proj" if recipe.config.site == "mlp" else "block"
     bare = batch.bare()
-    bare.progress = no_progress  # the keys of the edits are a stage of their own, later
+    bare.progress = no_progress  # the keys of the edits are reported later, as a stage
     with KeyWalk(bare, recipe.z_layer) as walk:
         return relative_lr(walk.outputs(recipe.z_layer, site, finite=False))

@@ -1,9 +1,9 @@
-"""One objective, three ways to ask for new pairs (A Unified Framework for Model Editing, arXiv 2403.14236, section 3).
+"""Preserve old keys, memorize new pairs (A Unified Framework for Model Editing, arXiv 2403.14236, section 3).
 
-Preserve the outputs on old keys, whose second moment is C, and memorize N new pairs: keys K, residuals R = wanted −
-current outputs. What differs is how the pairs are memorized: by least squares against the preservation (MEMIT), as an
-equality (EMMET; ROME for one pair), or by least squares where C has nothing to preserve (AlphaEdit, arXiv 2410.02355).
-How an edit is distributed over layers is another choice, `distributions`.
+An update preserves the outputs for old keys, whose second moment is C, and memorizes N new pairs: keys K, residuals
+R = wanted − current outputs. The pairs are memorized by least squares against the preservation (MEMIT), as an equality
+(EMMET; ROME for one pair), or by least squares in the null space of C (AlphaEdit, arXiv 2410.02355).
+How an edit is distributed over layers is a separate choice, `distributions`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Objective(Protocol):
     def update(self, keys: Tensor, residuals: Tensor) -> Factors:
         """ΔW = left [h, k] @ right [k, d] that writes residuals [N, h] at keys [N, d].
 
-        Least squares, in the null space or not, preserve the keys of earlier calls like C.
+        The two least-squares objectives preserve the keys of earlier calls as well as C.
         """
 
     def update_each(self, keys: Tensor, residuals: Tensor) -> Factors:
-        """Of N problems with one pair each, left [N, h, 1] and right [N, 1, d]; earlier calls do not count."""
+        """Left [N, h, 1] and right [N, 1, d] of N problems with one pair each; earlier calls do not count."""
 
     def preserve(self, keys: Tensor) -> None:
-        """Let the next updates preserve these keys [n, d] too, if the objective does so."""
+        """Let the next updates preserve these keys [n, d], too, if the objective can."""
 
 
 class LeastSquares:
@@ -62,7 +62,7 @@ class Equality:
         self._factor, self._ridge = cov_factor, alpha * cov_weight
 
     def update(self, keys: Tensor, residuals: Tensor) -> Factors:
-        # a subject met twice may differ in the last digits, which an equality would tell apart at any cost
+        # keys of one subject may differ in the last digits, and an equality would separate them at any cost
         if self._ridge == 0 and (groups := ops.find_dependent(keys, self._factor)):
             raise ops.DependentKeysError(groups, None)
         return self._solve(keys, residuals)
@@ -78,7 +78,7 @@ class Equality:
 
 
 class NullSpace:
-    """ΔW = R Kᵀ P ((K Kᵀ + Cp) P + l2·I)⁻¹, P the projection on the null space of C (AlphaEdit, equation 12)."""
+    """ΔW = R Kᵀ P ((K Kᵀ + Cp) P + l2·I)⁻¹; P projects on the null space of C (AlphaEdit, equation 12)."""
 
     def __init__(self, basis: Tensor, l2: float) -> None:
         self._basis, self._l2 = basis, l2
@@ -96,7 +96,7 @@ class NullSpace:
 
 
 def moved(factors: Factors, keys: Tensor, to: Tensor) -> Factors:
-    """An update scaled so that it gives at other keys [N, d] what it gave at these; also of N updates of one pair."""
+    """Scale an update so that it gives at keys `to` [N, d] what it gave at `keys`; also for N updates of one pair."""
     left, right = factors
     wide = right.double()
     given, found = wide @ keys.double().mT, wide @ to.double().mT
@@ -105,12 +105,12 @@ def moved(factors: Factors, keys: Tensor, to: Tensor) -> Factors:
 
 @dataclass(frozen=True)
 class ObjectiveType:
-    """How an objective is made for a layer: a factorization of its second moment, and the weights of a configuration.
+    """How an objective is made for a layer, from a factorization of its second moment and from a configuration.
 
     Attributes:
-        factorization: of the second moment of a layer; it serves all edits of an Editor.
-        memo: the factorization's name, and what it depends on beside the statistics.
-        make: the objective, with nothing written yet.
+        factorization: factorizes the second moment of a layer; the result serves all edits of an Editor.
+        memo: returns the factorization's name, and what it depends on beside the statistics.
+        make: makes the objective, with nothing written yet.
     """
 
     factorization: Callable[[StatisticsStore, int, LocateThenEditConfig], Tensor]
@@ -143,12 +143,12 @@ OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
 
 
 def null_space(values: Tensor, vectors: Tensor, threshold: float | None) -> Tensor:
-    """The eigenvectors [d, r] of C, of its `vectors` [d, d], whose eigenvalues [d] are below a threshold.
+    """The eigenvectors [d, r] of C, out of `vectors` [d, d], whose eigenvalues [d] are below a threshold.
 
-    A threshold is in units of the keys' squares, so that it belongs to one model; None takes the lowest quarter.
+    A threshold has the unit of the keys' squares, so it belongs to one model; None takes the lowest quarter.
 
     Raises:
-        ModelError: none is.
+        ModelError: no eigenvalue is below the threshold.
     """
     limit = float(values[len(values) // 4]) if threshold is None else threshold
     basis: Tensor = vectors[:, values < limit]

@@ -18,8 +18,8 @@ class Recipe:
     """The settings of a run.
 
     Attributes:
-        config: every field has a value; `lr` only after the states of the edits are known, if there is no preset.
-        places: the layers to write, upwards, and the share of the residual that is left for each.
+        config: every field has a value; without a preset, `lr` gets one after the states of the edits are known.
+        places: the layers to write, ascending, and the share of the remaining residual that each takes.
         notes: what was chosen, and why.
     """
 
@@ -33,7 +33,7 @@ class Recipe:
 
     @property
     def z_layer(self) -> int:
-        """The block of the site of the targets."""
+        """The block whose output, or whose MLP's output, is the site of the targets."""
         return self.places[-1][0]
 
     @property
@@ -43,7 +43,7 @@ class Recipe:
         return self.config.target_config(self.config.site)
 
     def with_lr(self, lr: float) -> Recipe:
-        """The same with a rate by the edits' states; as it is if that rate is not finite."""
+        """The same recipe with a rate from the edits' states; unchanged if that rate is not finite."""
         if not math.isfinite(lr):
             return self
         note = f"lr {lr:.3g} (no preset for this model: half the root mean square of a typical state)"
@@ -51,7 +51,7 @@ class Recipe:
 
 
 def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenEditConfig) -> Recipe:
-    """Fill what is not given: from the method, else the model's preset, else a rule.
+    """Fill what is not given: from the method, else from the model's preset, else by a rule.
 
     Raises:
         ConfigError, ModelError: choices that do not go together; layers or a module that the model lacks.
@@ -105,7 +105,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
 
 
 def _checked_width(topology: Topology, layers: list[int], module: str, site: str) -> int:
-    """The width of the keys of the last layer; raises what `resolve` raises of layers that cannot be written."""
+    """The key width of the last layer; raises the errors of `resolve` about layers that cannot be written."""
     if site == "mlp" and len(layers) > 1:
         raise ConfigError("site mlp is one layer's MLP, but the edit is distributed over several; take site block")
     check_plain(topology.model, (topology.resolve(layer, module)[0] for layer in layers))

@@ -1,7 +1,7 @@
 """The optimization of targets z: many edits in one batch, each with its own δ, Adam state, clamp and stop.
 
-Edits that are done leave the batch and waiting ones enter. Tokens in front of the subject's last cannot see δ and
-give only their keys and values; the head runs at target positions and at the position of the KL term.
+Edits that are done leave the batch and waiting ones enter. Tokens before the subject's last one do not depend on δ, so
+only their keys and values are used. The head runs at target positions and at the position of the KL term.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, at_tokens, free_bytes, hooked, observe, pack
 
 RELATIVE_LR = 0.5
-"""Adam's step in a model without preset, in root mean squares of a typical h₀ (a step moves every coordinate)."""
+"""Adam's rate without a preset, as a share of a typical h₀'s root mean square (a step moves every coordinate)."""
 _BETAS, _EPS = (0.9, 0.999), 1e-8
-_LOOK_EVERY = {"cuda": 4}  # steps between two looks at which edits are done: each look waits for the GPU
-_BATCH_TOKENS = 1024  # that run in a step, the most on a CPU: larger batches leave its caches
+_LOOK_EVERY = {"cuda": 4}  # steps between checks of which edits are done: each check waits for the GPU
+_BATCH_TOKENS = 1024  # most tokens of a step on a CPU: larger batches do not fit its caches
 
 
 def relative_lr(h0: Tensor) -> float:
-    """Adam's rate if none is given, from the states [N, h] of the edits; NaN if none of them is finite."""
+    """Adam's rate, if none is given, from the states [N, h] of the edits; NaN if none of them is finite."""
     return RELATIVE_LR * float(h0.norm(dim=1).nanmedian()) / math.sqrt(h0.shape[1])
 
 
@@ -35,9 +35,9 @@ def relative_lr(h0: Tensor) -> float:
 class _State:
     """The state of each of the F edits in flight; all on the model's device."""
 
-    edit: Tensor  # [F] int64, its place among all edits
+    edit: Tensor  # [F] int64, the edit's place among all edits
     h0: Tensor  # [F, h] fp32
-    initial: Tensor  # [F, V] log P at the KL row before any step, fp32; noted by the first
+    initial: Tensor  # [F, V] fp32, log P at the KL row before any step; set by the first step
     delta: Tensor  # [F, h] fp32
     mean: Tensor  # [F, h] Adam's moments
     square: Tensor  # [F, h]
@@ -63,12 +63,12 @@ class _State:
 
 @dataclass
 class _LaidOut:
-    """The rows of the edits in flight, unchanged until one leaves or enters. C rewriting rows and one KL row each."""
+    """The rows of the edits in flight, fixed until one leaves or enters: C rewriting rows and one KL row per edit."""
 
     rows: Rows
     hidden: Tensor  # [B, R, h]
     places: Tensor  # [B] flat place of the subject's last token
-    weight: Tensor  # [M] of each target token: 1 / (C · its row's target tokens); of each KL row: the KL factor
+    weight: Tensor  # [M] for each target token 1 / (C · target tokens of its row), for each KL row the KL factor
     calls: BlockCalls
     scratch: Tensor | None  # for the logits of a step
 
@@ -82,7 +82,7 @@ class TargetLoop:
         self.n, self.z_layer, self.config, self.device = len(batch), z_layer, config, self.topology.device
         topology, samples, last, n = self.topology, self.samples, self.last, self.n
         self.n_rewriting = len(samples) // n - 1
-        # [N] tokens of an edit's longest row that run in a step
+        # [N] tokens that run in a step, of each edit's longest row
         self.n_run = (samples.lengths - 1 - last).view(-1, n).amax(0)
         self.held = HeldTokens(topology, cache, samples, last)
         self.site: nn.Module | None = None
@@ -98,7 +98,7 @@ class TargetLoop:
 
     def run(self, in_flight: int | None, memory: int | None) -> None:
         """Optimize all edits; `find_targets` describes the arguments."""
-        waiting = self.n_run.sort(descending=True, stable=True).indices  # neighbours in length share a batch
+        waiting = self.n_run.sort(descending=True, stable=True).indices  # edits of similar length share a batch
         capacity = in_flight or self._capacity(memory)
         suits = in_flight is None and self.device.type == "cpu"
         look_every = _LOOK_EVERY.get(self.device.type, 1)
@@ -106,7 +106,7 @@ class TargetLoop:
         while state is not None or len(waiting):
             flying = waiting[:0] if state is None else state.edit.cpu()
             most = capacity
-            if suits:  # what a CPU's caches hold: the longest edits in flight are among these
+            if suits:  # what a CPU's caches hold; edits wait in order of length, so the longest is among these
                 longest = self.n_run[torch.cat([flying, waiting[:1]])].max()
                 most = min(capacity, max(1, _BATCH_TOKENS // int(longest * (self.n_rewriting + 1))))
             room = most - len(flying)
@@ -125,7 +125,7 @@ class TargetLoop:
             self.progress("targets", self.n - len(waiting) - (0 if state is None else len(state.edit)), self.n)
 
     def _select(self, edits: Tensor) -> Tensor:
-        """The samples of these edits [B], template by template and the KL rows at the end."""
+        """Indices of the samples of these edits [B], template by template, with the KL rows at the end."""
         return (torch.arange(self.n_rewriting + 1)[:, None] * self.n + edits).view(-1)
 
     @torch.no_grad()
@@ -146,14 +146,14 @@ class TargetLoop:
 
     @torch.no_grad()
     def _enter(self, edits: Tensor) -> _State:
-        """Run what is in front of these edits' subjects, whose keys and values they will read."""
+        """Run the tokens before these edits' subjects, whose keys and values later passes read."""
         self.held.record(self._select(edits))
         edits = edits.to(self.device)
         vocabulary = len(self.topology.head.weight)  # type: ignore[arg-type]
         return _State.fresh(edits, self.h0.index_select(0, edits), vocabulary)
 
     def _leave(self, state: _State, alive: Tensor) -> _State | None:
-        """Note the results of the edits that are done; returns the others."""
+        """Store the results of the edits that are done; returns the state of the others."""
         done = state.select((~alive).nonzero()[:, 0].to(self.device))
         self.z.index_copy_(0, done.edit, done.h0 + done.delta)
         for name in ("loss", "probability", "steps"):
@@ -163,23 +163,23 @@ class TargetLoop:
     def _lay_out(self, edits: Tensor) -> _LaidOut:
         select = self._select(edits)
         rows, past = self.held.remaining(select)
-        # the subject's last token is the first one that is not held
+        # the subject's last token is the first one that is not held (see `HeldTokens`)
         places = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)
         of_rewriting = rows.sample_of[: -len(edits)]
         weight = 1 / (of_rewriting.bincount() * float(self.n_rewriting))[of_rewriting]
         weight = torch.cat([weight, weight.new_full((len(edits),), self.config.kl_factor)])
         rows = rows.to(self.device)
         hidden = self.cache.hidden(rows)
-        # from the first block that sees δ on: a hook at the site looks for the subject at its place in the rows
+        # only from the first block that reads δ: the hook at the site needs the subject at its place in the rows
         overrides = at_tokens(self.topology, rows, self.z_layer + 1)
         calls = BlockCalls(self.topology, rows, self.cache.layer, overrides, past)
-        scratch = None  # a GPU's allocator gives each step the same memory again, and the kernel needs none
+        scratch = None  # not for a GPU: its allocator reuses memory, and the kernel needs none
         if self.device.type == "cpu":
             scratch = ops.logits_buffer(self.topology.head.weight, len(weight), len(edits))  # type: ignore[arg-type]
         return _LaidOut(rows, hidden, places.to(self.device), weight.to(self.device), calls, scratch)
 
     def _states(self, laid_out: _LaidOut, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [M, h] at the rows to read, and the leaf [B, h] that carries δ at the subjects."""
+        """Hidden states [M, h] at the target rows, and the leaf tensor [B, h] that carries δ at the subjects."""
         hidden = laid_out.hidden
         flat = hidden.view(-1, hidden.shape[-1])
         shift = delta.repeat(self.n_rewriting + 1, 1)
@@ -224,7 +224,7 @@ class TargetLoop:
         state.probability = torch.where(alive, (-self.n_rewriting * nll).exp().mean(0), state.probability)
         state.alive = alive & (loss >= config.stop_loss) & (state.steps < config.steps - 1)  # NaN is not >=
         if self.device.type == "cpu" and not state.alive.any():
-            return  # the last evaluation needs no gradient; a GPU would have to wait to know
+            return  # the last evaluation needs no gradient; asking a GPU would wait for it
         (slope,) = torch.autograd.grad(states, leaf, grad)
         slope = slope.float().view(-1, *state.delta.shape).sum(0)
         slope += state.delta * (scale / size.clamp(min=torch.finfo(size.dtype).tiny))[:, None]
@@ -232,16 +232,16 @@ class TargetLoop:
 
     @staticmethod
     def _kl(state: _State, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """KL(now ‖ before) [F] of the KL rows' distributions, and its gradient in their logits [F, V]."""
+        """KL(now ‖ before) [F] of the distributions at the KL rows, and its gradient in their logits [F, V]."""
         now = logits.log_softmax(1)
-        # before any step δ is zero, and what is now is what was before
+        # before the first step δ is zero, so this is the distribution before the edit
         state.initial = torch.where(state.steps[:, None] == 0, now, state.initial)
         moved, p = now - state.initial, now.exp()
         kl = (p * moved).sum(1)
         return kl, p * (moved - kl[:, None])
 
     def _update(self, state: _State, slope: Tensor) -> None:
-        """Adam's step and the clamp, for the edits that go on."""
+        """Take Adam's step and clamp δ, for the edits that are not done."""
         state.steps += state.alive
         state.mean = torch.lerp(slope, state.mean, _BETAS[0])
         state.square = torch.lerp(slope.square(), state.square, _BETAS[1])
@@ -253,16 +253,16 @@ class TargetLoop:
         state.delta = torch.where(state.alive[:, None], moved, state.delta)
 
     def _capacity(self, memory: int | None) -> int:
-        """Edits that fit in memory at once, from what autograd keeps for the longest of them.
+        """How many edits fit in memory at once, from what autograd keeps for the longest of them.
 
-        One may be the longest behind its subject, where everything is kept, and another one in all.
+        Measured are the edit that is longest in all, and the one that is longest after its subject.
         """
         longest = self.samples.lengths.view(-1, self.n).amax(0).argmax()
         edits = torch.stack([longest, self.n_run.argmax()]).unique()
         saved_for_backward: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            if type(tensor.data) is Tensor:  # those that a quantized weight is made of tell no place
+            if type(tensor.data) is Tensor:  # parts of a quantized weight have no data_ptr
                 saved_for_backward[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # an operation that keeps its own output would keep itself alive
 

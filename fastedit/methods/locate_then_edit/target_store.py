@@ -1,4 +1,4 @@
-"""Targets on disk, found again by everything that they depend on."""
+"""Targets on disk, under a key made from everything that they depend on."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fastedit.models import Topology, plain
 from fastedit.tensorfile import checksum, load_tensors, save_tensors
 
 _TAG = "fastedit-targets-2"
-_OF_PLACE = ("_name_or_path", "transformers_version")  # of a config: not what the model computes
+_OF_PLACE = ("_name_or_path", "transformers_version")  # fields of a config that do not change what the model computes
 
 
 class TargetStore:
-    """A folder of targets of one model, of which only the weights `written` change from now on.
+    """A folder of targets of one model; from now on only its weights in `written` may change.
 
     Raises:
-        ModelError: the folder cannot be made.
+        FileError: the folder cannot be made or written to.
     """
 
     def __init__(self, folder: str | Path, topology: Topology, written: Sequence[str]) -> None:
         self._folder, self._topology = Path(folder), topology
-        if parallel.first():  # each process would take away the folders that another one tries
+        if parallel.first():  # only one: processes would remove the folders that others try to make
             check_writable(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._parameters = dict(topology.model.named_parameters())
@@ -40,8 +40,8 @@ class TargetStore:
         self._unwritten = self._checksums([path for path in self._parameters if path not in self._written])
 
     def key(self, batch: Batch, z_layer: int, config: TargetConfig) -> str:
-        """A hash of what the targets of these edits depend on, now: every bit of the weights, the model's config,
-        the tokens of all texts, the target's configuration, and the edits' names, by which notes speak of them.
+        """A hash of all that the targets of these edits depend on now: every bit of the weights, the model's config,
+        the tokens of all texts, the targets' configuration, and the edits' ids, which appear in notes.
         """
         samples, last = batch.rewriting
         weights = self._unwritten | self._checksums(self._written)
@@ -66,7 +66,7 @@ class TargetStore:
         """Load the targets that `save` wrote under this key, or None.
 
         Raises:
-            FileError: a file of that name that holds no targets, or that was changed since it was written.
+            FileError: the file does not hold targets, or was changed since it was written.
         """
         path = self._path(key)
         if not path.exists():

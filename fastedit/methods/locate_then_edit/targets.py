@@ -1,7 +1,7 @@
-"""Targets z of locate-then-edit: what the subject's last token should become so that the model says the target.
+"""Targets z of locate-then-edit: the state at the subject's last token that makes the model say the target.
 
-A vector δ, added to the output of one block (MEMIT, arXiv 2210.07229, section 4.2) or of its MLP (ROME, arXiv
-2202.05262, section 3.1) at the subject's last token, is optimized for every edit by itself, many at once
+A vector δ is added to the output of one block (MEMIT, arXiv 2210.07229, section 4.2) or of its MLP (ROME, arXiv
+2202.05262, section 3.1) at the subject's last token. It is optimized for each edit separately, many edits at once
 (`target_loop`). Blocks below the site run once.
 """
 
@@ -26,9 +26,9 @@ from fastedit.models import PrefixCache
 class Targets:
     """Targets of N edits, fp32 on the model's device; the rows of dropped edits hold NaN.
 
-    `z` [N, h] = h₀ + δ; `h0` [N, h], the subject's state at the site in the bare prompt; `loss` [N], the last one;
-    `probability` [N], of the target: exp of its tokens' mean log P, mean over the rewriting rows; `steps` [N]
-    int64, the updates taken; `dropped`, places of edits whose loss was not finite; `lr`, the rate used; `notes`
+    `z` [N, h] is h₀ + δ; `h0` [N, h] the subject's state at the site in the bare prompt; `loss` [N] the last one;
+    `probability` [N] of the target: exp of its tokens' mean log P, averaged over the rewriting rows; `steps` [N]
+    int64 the updates taken; `dropped` the places of edits whose loss was not finite; `lr` the rate used; `notes` are
     for the user.
     """
 
@@ -42,19 +42,19 @@ class Targets:
     notes: tuple[str, ...]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors by name, and the rest, JSON-able."""
+        """The tensors by name, and the rest, serializable to JSON."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
         return tensors, {"lr": self.lr, "dropped": self.dropped, "notes": self.notes}
 
     @classmethod
     def of_state(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> Targets:
-        """What `state` gave, on a device. Raises KeyError or TypeError: something else."""
+        """Make targets from what `state` returned, on a device. Raises KeyError or TypeError for anything else."""
         found = {name: tensors[name].to(device) for name in _TENSORS}
         return cls(**found, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
 
     @classmethod
     def joined(cls, parts: Sequence[Targets]) -> Targets:
-        """The targets of consecutive edits as one."""
+        """Join the targets of consecutive edits."""
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
         dropped, first = [], 0
         for part in parts:
@@ -80,12 +80,12 @@ def find_targets(
     """Optimize the targets of all edits; the model stays as it is.
 
     Args:
-        z_layer: block of the site; not the last one, behind which nothing reads the subject.
+        z_layer: block of the site; not the last one, because no block after it reads the subject.
         memory: bytes for the edits in flight; None is half of what is free.
-        in_flight: edits in a batch; None is what `memory` holds.
+        in_flight: edits in a batch; None is as many as fit `memory`.
 
     Raises:
-        ConfigError, ModelError: a wrong layer. RequestError: as `Batch.rewriting`.
+        ConfigError, ModelError: a wrong layer. RequestError: as for `Batch.rewriting`.
     """
     topology = batch.model.topology
     topology.block(z_layer)
@@ -98,7 +98,7 @@ def find_targets(
     first = z_layer + (config.site == "block")
     with (
         _frozen(topology.model),
-        # unpacked here and below: an edit with values that are not finite must not touch another
+        # unpacked here and below, so that values that are not finite stay in their own edit
         PrefixCache(topology, samples, first, budget=batch.budget, packed=False) as cache,
     ):
         loop = TargetLoop(batch, cache, z_layer, config)
@@ -115,7 +115,7 @@ def find_targets(
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside: autograd then keeps only what δ needs."""
+    """Turn off gradients for all weights inside the block, so that autograd keeps only what δ needs."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for p in trainable:

@@ -1,4 +1,4 @@
-"""Writing updates into projections, layer by layer and batch by batch."""
+"""Write updates into projections, layer by layer and batch by batch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import LowRank, Snapshot, Update, add_, oriented
 
 Write = Callable[[int, Tensor, Callable[[], Tensor], Tensor | None], Factors | None]
-"""A function of a layer, keys [N, d], what measures the residuals [N, h], and the keys at which an equality holds, if
-these are others. It writes an update, or returns factors of one update an edit (`per_sample_updates`), which then
-count for that edit alone."""
+"""A function of a layer, keys [N, d], a function that measures the residuals [N, h], and the keys at which an equality
+holds if they differ from the others. It writes an update, or returns factors of one update per edit
+(`per_sample_updates`), which then apply to that edit only."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class WrittenLayer:
     path: str  # of its weight
     module: nn.Module
     objective: Objective
-    updates: list[LowRank] = field(default_factory=list)  # of the batches so far, oriented as the weight is
+    updates: list[LowRank] = field(default_factory=list)  # of the batches so far, in the weight's orientation
     keys: list[Tensor] = field(default_factory=list)  # [N, d] of the batches so far
 
     @property
@@ -44,7 +44,7 @@ class WrittenLayer:
 def written_layers(
     statistics: StatisticsStore, layers: Sequence[int], config: LocateThenEditConfig, history: History
 ) -> dict[int, WrittenLayer]:
-    """The layers to write, upwards; their objectives preserve the keys of the edits that stand.
+    """The layers to write, ascending; their objectives preserve the keys of the edits that are in place.
 
     Raises:
         ModelError: a layer without usable statistics.
@@ -54,7 +54,7 @@ def written_layers(
     for layer in layers:
         path, module = statistics.topology.resolve(layer, config.module)
         given = statistics.in_memory(layer)
-        # a version changes with the values, a digest with the file
+        # _version changes with a tensor's values, a digest with the file
         source = (given, given._version) if given is not None else (statistics.digests([layer])[str(layer)],)
         name, *settings = kind.memo(config)
         make = partial(kind.factorization, statistics, layer, config)
@@ -68,7 +68,7 @@ def written_layers(
 
 
 class Writer:
-    """A writer into the model's weights, in fp32; weights of other dtypes get the rounded ones.
+    """Adds updates to the model's weights, in fp32 (fp64 for fp64); other dtypes get the rounded sums.
 
     `originals` are the weights before.
     """
@@ -85,7 +85,7 @@ class Writer:
         """Edits in the batches that are done."""
 
     def write(self, batch: Batch) -> Write:
-        """The `Write` for these edits, by whose names errors speak of keys."""
+        """The `Write` for these edits; errors name them."""
 
         def write(number: int, keys: Tensor, residuals: Callable[[], Tensor], at: Tensor | None) -> None:
             try:
@@ -95,7 +95,7 @@ class Writer:
                     if self._on_duplicates == "error":
                         raise
                     self._resolve(number, keys, residuals, at, error.groups)
-                except DependentKeysError:  # the first one's groups are places among these edits
+                except DependentKeysError:  # the groups of the first error are places among these edits
                     groups = "; ".join(batch.names(group) for group in error.groups[:5])
                     raise EditError(
                         f"the keys of some edits depend on one another at layer {number}, so that no weights can meet "
@@ -151,7 +151,7 @@ class Writer:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Write once more what `state` gave, to the same bits."""
+        """Write again what `state` returned, to the same bits."""
         for number, layer in self._layers.items():
             device = layer.weight.device
             for i in range(sum(name.startswith(f"{number} left ") for name in state)):
@@ -162,13 +162,13 @@ class Writer:
                 layer.objective.preserve(layer.keys[-1])
 
     def commit(self, edits: int) -> None:
-        """Count a batch as done, and with it so many edits in all."""
+        """Count a batch as done; `edits` is how many edits are done in all."""
         self.edits = edits
         self._done = {number: (len(layer.updates), len(layer.keys)) for number, layer in self._layers.items()}
 
     @torch.no_grad()
     def finish(self) -> tuple[dict[str, Update], dict[str, Tensor]]:
-        """Updates and keys of the batches that are done; the model holds exactly these, added once."""
+        """The updates and keys of the batches that are done; the model then holds exactly these updates, added once."""
         self.originals.restore()
         updates: dict[str, Update] = {}
         keys: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Adam on fp32 masters of a part of a model, which is given the masters, rounded to its dtype, after every step."""
+"""Adam on fp32 master weights of a part of a model; after every step the model gets them, rounded to its dtype."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GradientParts = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 def with_kernel(model: nn.Module, parameters: Mapping[str, nn.Parameter], tokens: int) -> dict[str, nn.Linear | Conv1D]:
-    """Linear maps whose weights `ops.localized_adam_` has a kernel for, by the weights' paths among `parameters`.
+    """Those linear maps of `parameters` for which `ops.localized_adam_` has a kernel, by the paths of their weights.
 
-    Elsewhere its reference forms the gradient too, and torch's fused Adam is the faster one from there.
+    Without a kernel its reference also forms the gradient, and torch's fused Adam is then faster.
 
     Args:
-        tokens: in a batch, about.
+        tokens: approximate number of tokens in a batch.
     """
     return {
         path: module
@@ -34,15 +34,15 @@ def with_kernel(model: nn.Module, parameters: Mapping[str, nn.Parameter], tokens
 
 
 def linear_maps(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear | Conv1D]:
-    """Linear maps by the paths of their weights, where those are among `parameters`."""
+    """The linear maps whose weights are among `parameters`, by the paths of the weights."""
     maps = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     return {path: maps[path] for path in parameters if path in maps}
 
 
 def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dict[str, nn.Linear | Conv1D]:
-    """The maps whose gradient is larger than what it is made of in a batch of so many tokens.
+    """The maps whose gradient is larger than the parts that it is made from, in a batch of this many tokens.
 
-    The gradient goes between processes in fp32, its parts in the model's dtype.
+    Processes exchange a gradient in fp32, and its parts in the model's dtype.
     """
     found = {}
     for path, module in maps.items():
@@ -56,10 +56,10 @@ def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dic
 def recorded(
     maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[], Tensor | None] = lambda: None
 ) -> Iterator[GradientParts]:
-    """Collect what the gradients of these maps' weights are made of; inside, they are not formed.
+    """Collect the parts of the weight gradients of these maps; inside the block the gradients are not formed.
 
     Args:
-        at: gives for a pass the rows of the flattened input that count; None is all.
+        at: returns the rows of the flattened input that count in the current pass; None is all.
     """
     parts: GradientParts = {path: [] for path in maps}
 
@@ -90,16 +90,17 @@ def recorded(
 
 
 class Adam:
-    """One run of Adam: moments of zero, and steps from the gradients of a backward pass.
+    """One run of Adam: moments start at zero, and steps use the gradients of backward passes.
 
     Args:
-        parameters: of the model, by path; their gradients are read and cleared.
-        masters: fp32, like the parameters or the parameters themselves.
-        maps: linear maps whose weights are stepped by `ops.localized_adam_`, from what `gradients` has of them.
+        parameters: parameters of the model, by path; their gradients are read and cleared.
+        masters: fp32 master weights in the parameters' shapes, or the parameters themselves.
+        maps: linear maps whose weights `ops.localized_adam_` updates, from their `gradients`.
         gradients: filled by `recorded(maps)`; cleared by a step.
-        lr: may be set anew between steps.
-        backend: of `ops.localized_adam_`.
-        scale: by which all gradients are too large. Steps do not depend on it: ε and what decay adds grow with them.
+        lr: may be changed between steps.
+        backend: backend of `ops.localized_adam_`.
+        scale: factor by which all gradients are too large. Steps do not depend on it: ε and the weight decay are
+            scaled alike.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Adam:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Add the gradients of one backward pass to those of the next step, in fp32."""
+        """Add the gradients of one backward pass to those for the next step, in fp32."""
         for path, parameter in self._parameters.items():
             if path not in self._stored:
                 assert parameter.grad is not None
@@ -140,9 +141,9 @@ class Adam:
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
-        """Step by the gradients of all processes.
+        """Take a step with the gradients of all processes.
 
-        If `skip`, a scalar on the device, is not 0, nothing changes and nothing counts.
+        If `skip`, a scalar on the device, is not 0, the weights, moments and step count stay as they are.
         """
         if parallel.world() > 1:
             self._exchange()
@@ -177,7 +178,7 @@ class Adam:
                 parameter.copy_(self._masters[path])
 
     def _exchange(self) -> None:
-        """Make the gradients those of all processes: their parts of recorded maps, the sums of the others."""
+        """Combine the gradients of all processes: join the parts of recorded maps, and sum the other gradients."""
         for path, rows in self._gradients.items():
             shape, like = self._stored[path][0].shape, self._parameters[path]
             parts = list(zip(*rows, strict=True)) or [(like.new_zeros(0, size),) for size in shape]
@@ -189,7 +190,7 @@ class Adam:
                 master.grad = parallel.summed(grad.contiguous())
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and steps by name; the tensors are the run's own."""
+        """Moments and steps by name; the tensors are not copies."""
         found = {"steps": self._steps}
         for path, (_, m, v, *_) in self._stored.items():
             found |= {f"exp_avg {path}": m, f"exp_avg_sq {path}": v}
@@ -199,8 +200,8 @@ class Adam:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        if self._rest is not None:  # it makes its moments at the first step
+        """Continue from what `state` returned."""
+        if self._rest is not None:  # torch makes the moments at the first step only
             for path, master in self._masters.items():
                 if path not in self._stored and f"step {path}" in state:
                     names = ("step", "exp_avg", "exp_avg_sq")
@@ -209,7 +210,7 @@ class Adam:
             x.copy_(state[name])
 
     def clear(self) -> None:
-        """Forget the gradients of the next step."""
+        """Clear the gradients for the next step."""
         for rows in self._gradients.values():
             rows.clear()
         for master in self._masters.values():

@@ -1,4 +1,4 @@
-"""Anchors: the edits' prompts with other subjects, where the edited model is held to what the unedited one predicts."""
+"""Anchors: the edits' prompts with other subjects, where the edited model must predict what the unedited one does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastedit.methods.base import Edit
 from fastedit.methods.subjects import subject_ends
 
-_LIKELIEST = 256  # tokens whose probabilities are kept of each prediction; the others count as one
+_LIKELIEST = 256  # likeliest tokens that are kept of each prediction; all others count as one
 
 
 def anchor_prompts(
@@ -19,14 +19,14 @@ def anchor_prompts(
 ) -> list[tuple[int, str, int]]:
     """Put other subjects into the edits' prompts: (place of the edit, prompt, where its subject ends).
 
-    There are `count` of each edit, or fewer.
+    Each edit has at most `count` of them.
 
-    Edits whose subject is unknown or does not stand in the prompt have none.
+    Edits without a subject, or with one that is not in the prompt, have none.
 
     Args:
-        seed: of the choice of subjects.
-        subjects: to choose from; None is those of the other edits. A subject that some edit asks about in the same
-            words is not put there.
+        seed: seed for the choice of subjects.
+        subjects: subjects to choose from; None is those of the other edits. A subject is not put into a prompt if that
+            makes the prompt of an edit.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = [_parts(edit) for edit in edits]
@@ -39,7 +39,7 @@ def anchor_prompts(
         if not subject:
             continue
         taken = asked[before, after]
-        # as many more as are taken: enough of them are left
+        # draw more, because some are taken
         drawn = torch.randint(len(pool), (4 * (count + len(taken)),), generator=generator).tolist()
         others = [other for other in dict.fromkeys(pool[i] for i in drawn) if other not in taken]
         prompts += [(place, before + other + after, len(before + other)) for other in others[:count]]
@@ -47,7 +47,7 @@ def anchor_prompts(
 
 
 def _parts(edit: Edit) -> tuple[str, str, str]:
-    """What stands before the subject, the subject, and what stands after it; empty without a subject."""
+    """The text before the subject, the subject, and the text after it; all empty without a subject."""
     ends = subject_ends(edit)
     if not ends:
         return "", "", ""
@@ -57,11 +57,11 @@ def _parts(edit: Edit) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Anchors:
-    """The anchors among the samples of a training set, which stand behind those that are trained on.
+    """The anchors in a training set; they follow the samples that are trained on.
 
     Attributes:
-        first: place of the first one among the samples.
-        of: the anchors of each edit, counted from there.
+        first: place of the first anchor among the samples.
+        of: the anchors of each edit, counted from the first one.
     """
 
     first: int
@@ -71,7 +71,7 @@ class Anchors:
         return sum(map(len, self.of))
 
     def draw(self, edits: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Draw one anchor of each of these edits [K], none of an edit without anchors."""
+        """Draw one anchor [K] of each of these edits; edits without anchors have none."""
         groups = [self.of[edit] for edit in edits if self.of[edit]]
         numbers = torch.rand(len(groups), generator=generator).tolist() if groups else []
         chosen = [group[int(number * len(group))] for group, number in zip(groups, numbers, strict=True)]
@@ -92,7 +92,7 @@ class Reference:
 
     @classmethod
     def of(cls, logits: Tensor) -> Reference:
-        """The predictions whose logits are [A, V], fp32."""
+        """The predictions of fp32 logits [A, V]."""
         logp, tokens = logits.log_softmax(-1).topk(min(_LIKELIEST, logits.shape[-1]), -1)
         return cls(tokens, logp)
 
@@ -104,8 +104,8 @@ class Reference:
     def divergence(self, places: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """KL(reference ‖ model) in nats at some places [Q], and its gradient in the model's logits [Q, V].
 
-        The tokens that were not kept count as one, so that this is a lower bound; it is 0 only if the kept ones
-        have their probabilities. The gradient is written over the logits, fp32.
+        All tokens that were not kept count as one, so this is a lower bound. It is 0 only if the kept tokens have the
+        reference's probabilities. The gradient overwrites the logits, fp32.
         """
         tokens, logp = self.tokens[places], self.logp[places]  # [Q, k]
         found = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The automatic choices of LocFT-BF: where it trains, at which tokens, how fast, and what it spares."""
+"""The automatic choices of LocFT-BF: where, at which tokens and how fast it trains, and what it preserves."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _FOCUS = {"all": 0.0, "subject": 0.1}
 def resolve(
     model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
 ) -> tuple[LocFTBFConfig, list[str]]:
-    """The configuration with every automatic choice made, and a note of what was chosen and why.
+    """Make every automatic choice; returns the configuration, and notes on what was chosen and why.
 
     Args:
-        unedited: fingerprint of the model that statistics belong to.
+        unedited: fingerprint of the model that the statistics must belong to.
 
     Raises:
-        ModelError: no such module, or one that cannot be trained; no statistics in the folder that is given.
+        ModelError: no such module, or one that cannot be trained; no statistics in the given folder.
     """
     topology = model.topology
     preset, known = locft_bf_preset(topology)
@@ -85,24 +85,24 @@ def resolve(
 
 
 def batch_size_for(n_edits: int) -> int:
-    """The published 100 at the published 3,000 edits; fewer edits keep at least 30 steps an epoch."""
+    """The published 100 from the published 3,000 edits on; with fewer edits, at least 30 steps per epoch."""
     return max(1, min(100, n_edits // 30))
 
 
 def subject_batch_size_for(n_edits: int) -> int:
-    """10 from 100 to 1,000 edits, 100 from 10,000 on; fewer edits keep at least 10 steps an epoch."""
+    """10 from 100 to 1,000 edits, 100 from 10,000 on; with fewer edits, at least 10 steps per epoch."""
     return max(1, min(100, max(min(10, n_edits // 10), n_edits // 100)))
 
 
 def find_statistics(
     model: Model, config: LocFTBFConfig, unedited: str
 ) -> tuple[StatisticsStore | OwnText | None, list[str]]:
-    """The second moments of what training avoids, and a note if they are of text that the model writes.
+    """The second moments of the inputs that training avoids, and a note if they are of text that the model writes.
 
-    They are of the model whose fingerprint is `unedited`.
+    They belong to the model with the fingerprint `unedited`.
 
     Raises:
-        ModelError: no statistics in the folder that is given; or none at all, and the model is edited already.
+        ModelError: no statistics in the given folder; or none at all, and the model is already edited.
     """
     if not config.keeps_null_space:
         return None, []
@@ -121,10 +121,11 @@ def find_statistics(
 def _spared(
     model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
 ) -> tuple[LocFTBFConfig, list[str]]:
-    """`tokens` and `preserve` chosen.
+    """Choose `tokens` and `preserve`.
 
-    Without a published preset, and where nothing says where or what to train, training spares the rest: at the
-    subjects' last tokens, in the null space of other text. For want of subjects it is the papers' recipe.
+    If the model has no published preset, and the configuration leaves open where and what to train, training preserves
+    everything else: at the subjects' last tokens, in the null space of other text. Without subjects it is the papers'
+    recipe.
     """
     tokens, preserve, notes, topology = config.tokens, config.preserve, [], model.topology
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
@@ -146,10 +147,10 @@ def _spared(
 
 
 def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str) -> str | None:
-    """What is missing for training that spares the rest; None if nothing is.
+    """What is missing for training that preserves everything else; None if nothing is.
 
     Raises:
-        ModelError: no statistics in the folder that is given.
+        ModelError: no statistics in the given folder.
     """
     bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
     if bare:
@@ -158,21 +159,21 @@ def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedite
     try:
         find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), unedited)
     except ModelError as error:
-        if config.statistics is not None:  # they were asked for
+        if config.statistics is not None:  # the user asked for these
             raise
         return f"the model is edited already, and of the unedited one there are {error}"
     return None
 
 
 def reads_facts(topology: Topology) -> bool:
-    """Whether blocks that read a subject have a linear map to edit, and blocks above them to read it."""
+    """Whether the blocks of MEMIT's rule have a linear `down_proj` to edit, and blocks above that read the result."""
     layers = locate_then_edit_preset(topology)[0].layers
     maps = [topology.resolve(layer, "down_proj")[1] for layer in layers]
     return layers[-1] < topology.n_blocks - 1 and all(isinstance(found, nn.Linear | Conv1D) for found in maps)
 
 
 def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[float, str]:
-    """Adam's rate in proportion to the weights, and the rule.
+    """Adam's rate in proportion to the RMS of the weights, and the rule in words.
 
     Raises:
         ModelError: weights that are all zero or not finite.

@@ -1,4 +1,4 @@
-"""The configuration of LocFT-BF; importing it takes no torch."""
+"""The configuration of LocFT-BF; does not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LocFTBFConfig:
 
     layer: int | tuple[int, ...] | None = option(
         None,
-        "block of the edited module, or several blocks, in each of which it is edited; None is the preset of a "
+        "block of the edited module; or several blocks, and the module is edited in each. None is the preset of a "
         "published model, else 22/32 of the depth, or MEMIT's blocks with tokens subject.",
     )
     module: str | None = option(
@@ -43,8 +43,8 @@ class LocFTBFConfig:
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
     focus: float | None = option(
         None,
-        "an edit whose loss is below gets no gradient and sits out two epochs; 0 for never, as published. None is 0.1 "
-        "with tokens subject, else 0.",
+        "an edit whose loss is below gets no gradient and is left out for two epochs; 0 for never, as published. None "
+        "is 0.1 with tokens subject, else 0.",
     )
     loss_average: Literal["sample", "token"] = option(
         "sample", "mean over a sample's target tokens, then over samples; or over all target tokens."
@@ -54,34 +54,34 @@ class LocFTBFConfig:
         "breadth-first, or the baseline that the paper refutes: depth-first trains each batch to `stop_loss` (at most "
         "`epochs` steps) with a fresh optimizer before it turns to the next.",
     )
-    eos: bool = option(True, "train EOS behind the target, so that a generated answer ends there.")
+    eos: bool = option(True, "train EOS after the target, so that a generated answer ends there.")
     shuffle: bool = option(True, "a new order every epoch.")
     augment: int = option(
         0, "extra copies of each edit after random contexts (the paper's LocFT-BF-Aug has 5); 0 for none."
     )
-    seed: int = option(0, "of the order and of the contexts.")
+    seed: int = option(0, "seed of the order and of the contexts.")
     weight_decay: float = option(0.0, "Adam's L2 term.")
     published: bool = option(
         False, "the papers' recipe, whatever the model and the edits: tokens all, preserve none, and the layer's rule."
     )
     tokens: Literal["auto", "all", "subject"] = option(
         "auto",
-        "tokens that the update is learned at. subject: the last token of each edit's subject, where ROME and MEMIT "
-        "edit (all tokens of an edit without one). auto: subject for a model without a preset if layer, module and "
-        "preserve are left open and all edits have subjects; else all.",
+        "tokens at which the update is learned. subject: the last token of each edit's subject, where ROME and MEMIT "
+        "edit (all tokens of an edit without a subject). auto: subject for a model without a preset if layer, module "
+        "and preserve are left open and all edits have subjects; else all.",
     )
     preserve: Literal["auto", "none", "null-space", "anchors", "both"] = option(
         "auto",
-        "what training must leave alone. null-space: it avoids the directions that the module's inputs take in other "
-        "text, of which the statistics know; anchors: at the edits' prompts with other subjects the predictions stay; "
-        "auto: null-space with tokens subject, else none.",
+        "what training must preserve. null-space: it avoids the directions that the module's inputs take in other "
+        "text, as the statistics show; anchors: predictions for the edits' prompts with other subjects stay; both: the "
+        "two together; auto: null-space with tokens subject, else none.",
     )
     null_space: float | None = option(
         None,
         "share of the input directions that training avoids, with preserve null-space; None is 0.2, or 0.4 with tokens "
         "subject.",
     )
-    anchors: int = option(8, "prompts with other subjects for each edit, of which a step takes one.")
+    anchors: int = option(8, "prompts with other subjects for each edit; a step uses one of them.")
     anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
     anchor_subjects: tuple[str, ...] | None = option(
         None, "subjects to put into the prompts; None is those of the other edits."
@@ -89,7 +89,7 @@ class LocFTBFConfig:
     statistics: str | None = option(
         None,
         "folder of the second moments for preserve null-space; by default beside the checkpoint, else the user's "
-        "cache; for want of them the model writes the text.",
+        "cache; if there are none, they are collected from text that the model writes.",
     )
     unchecked_statistics: bool = option(
         False, "use statistics of another model, or of fewer tokens than the inputs are wide."
@@ -101,14 +101,14 @@ class LocFTBFConfig:
     )
     state: str | None = option(
         None,
-        "folder for the state of this run alone, from which the same edit goes on to the same bits after a crash; None "
-        "is OUTPUT.run on the command line, else the state is not kept.",
+        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with the same "
+        "bits. None is OUTPUT.run on the command line, else the state is not kept.",
     )
     save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(
         False,
-        "on Ctrl-C keep the last whole epoch, or the last batch that depth-first was done with, instead of restoring "
-        "the model. Takes another fp32 copy of the edited weights.",
+        "on Ctrl-C keep the last whole epoch (depth-first: the last finished batch) instead of restoring the model. "
+        "Takes another fp32 copy of the edited weights.",
     )
 
     def __post_init__(self) -> None:
@@ -142,17 +142,17 @@ class LocFTBFConfig:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The edited blocks, upwards; none as long as `layer` is None."""
+        """The edited blocks, ascending; empty while `layer` is None."""
         return self.layer if isinstance(self.layer, tuple) else () if self.layer is None else (self.layer,)
 
     @property
     def linear_only(self) -> bool:
-        """Whether the edited module has to be a linear map, of which the bias stays."""
+        """Whether the edited module has to be a linear map; its bias is then not trained."""
         return self.keeps_null_space or self.tokens == "subject"
 
     @property
     def keeps_anchors(self) -> bool:
-        """Whether predictions at anchors are held."""
+        """Whether the predictions at anchors are preserved."""
         return self.preserve in ("anchors", "both")
 
     @property

@@ -1,8 +1,8 @@
 """LocFT-BF: localized fine-tuning, breadth-first (Fine-tuning Done Right in Model Editing, arXiv 2509.22072).
 
-One module, or that of several blocks, is fine-tuned on all edits at once, epoch by epoch in mini-batches, with Adam on
-the target tokens and EOS. What is frozen below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
-runs at target tokens only, and samples are packed into rows without padding between them.
+One module, in one or several blocks, is fine-tuned on all edits together, epoch by epoch in mini-batches, with Adam on
+the target tokens and EOS. The frozen part below it runs once for the whole edit (`PrefixCache`, `FrozenPart`), the head
+runs only at target tokens, and samples are packed into rows without padding between them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fastedit.statistics.store import StatisticsStore
 
 @dataclass(frozen=True)
 class LocFTBFPlan:
-    """A LocFT-BF run that is ready; `config` has every choice made that `given` leaves open.
+    """A LocFT-BF run that is ready; `config` is `given` with every choice made that it leaves open.
 
-    `statistics` are those of what training avoids, None without a null space; `saved` is where the state of the run is
-    kept, None if it is not.
+    `statistics` are of the inputs that training avoids, None without a null space; `saved` keeps the state of the run
+    on disk, None if it is not kept.
     """
 
     config: LocFTBFConfig
@@ -47,14 +47,14 @@ class LocFTBFPlan:
     saved: SavedRun | None = None
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
-        """The same plan with another progress."""
+        """The same plan with another progress callback."""
         return replace(self, data=replace(self.data, progress=progress))
 
     def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
-        """The same edits at another place of the model, with its own learning rate.
+        """Plan the same edits for another module of the model, with its own learning rate.
 
         Raises:
-            ConfigError, ModelError: no such module, or one without weights to train, or without statistics.
+            ConfigError, ModelError: the module does not exist, or has no weights to train or no statistics.
         """
         given = replace(self.given, layer=layer, module=module)
         topology, old = self.data.model.topology, self.statistics
@@ -72,11 +72,12 @@ class LocFTBFPlan:
         Frozen weights stay in the model's dtype; the edited weights, their moments and their update are fp32.
 
         Args:
-            cache: of `data`, for runs that share it; it is advanced to the lowest edited block and stays open.
+            cache: prefix cache of `data`, for runs that share it; it advances to the lowest edited block and stays
+                open.
 
         Raises:
-            EditError: a loss that is not finite; names the edits that have it with the original weights or, if
-                none has, when and in which batch training diverged. The model is restored, as on every exception.
+            EditError: a loss is not finite; names the edits for which that is so with the original weights or, if
+                there are none, when and in which batch training diverged. The model is restored, as on every exception.
         """
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
@@ -96,7 +97,7 @@ class LocFTBFPlan:
                     with only_trainable(topology.model, trainer.parameters.values()), torch.enable_grad():
                         trainer.run(shared)
                 except KeyboardInterrupt:
-                    if trainer.whole is None or parallel.world() > 1:  # theirs may be of different epochs
+                    if trainer.whole is None or parallel.world() > 1:  # other processes may be in another epoch
                         raise
                     interrupted = f"kept the weights {trainer.go_back()}"
                     notes.append(f"interrupted; {interrupted}")
@@ -135,11 +136,11 @@ def plan(
     history: History | None = None,
     progress: Progress = no_progress,
 ) -> LocFTBFPlan:
-    """Make every choice and every refusal; the model is not touched.
+    """Make every choice and check, without changing the model.
 
     Raises:
-        ConfigError, ModelError: a layer or a module that the model lacks, or without weights to train; no statistics
-            of a layer that needs them; no anchors where they are wanted.
+        ConfigError, ModelError: the model lacks a layer or a module, or it has no weights to train; a layer has no
+            statistics and needs them; there are no anchors although they are asked for.
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     check_rows(model, edits)
@@ -156,7 +157,7 @@ def plan(
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
-    """What the user should know of these edits."""
+    """Notes on these edits for the user."""
     edits, notes = data.edits, []
     bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
     if bare:
@@ -171,11 +172,11 @@ def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
 
 
 def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
-    """Refuse modules that cannot be edited as the configuration wants it.
+    """Check that the modules can be edited as the configuration asks.
 
     Raises:
-        ConfigError: a module that has to be a linear map and is none; the last block, where a subject's state is
-            read by nothing.
+        ConfigError: a module has to be a linear map and is not one; with tokens subject, the last block, because
+            nothing after it reads the subject's state.
     """
     assert config.module is not None
     if not config.linear_only:

@@ -1,4 +1,4 @@
-"""Which edits are to blame for a loss that is not finite."""
+"""Find the edits that cause a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastedit.models import pack, run_from_tokens
 
 
 def not_finite(data: TrainingSet, when: str, batch: Tensor, lr: float | None) -> EditError:
-    """The error that names the edits to blame, judged by the model as it is: with its original weights.
+    """The error that names the edits that cause it; the model must hold its original weights.
 
     Args:
-        when: where in training a loss was not finite first; `batch` are the samples of that step.
+        when: where in training a loss first was not finite; `batch` holds the samples of that step.
     """
     guilty = sorted({data.owner[i] for i in _broken(data)})
     if guilty:
@@ -37,10 +37,10 @@ def not_finite(data: TrainingSet, when: str, batch: Tensor, lr: float | None) ->
 
 @torch.no_grad()
 def _broken(data: TrainingSet) -> list[int]:
-    """The samples whose loss is not finite with the weights as they are.
+    """The samples whose loss is not finite with the current weights.
 
-    From the tokens and one sample a row: in a shared row, and so in the prefix cache, a value that is not finite
-    reaches every sample, since 0 times it is not 0.
+    Runs from the tokens, with one sample per row: in a shared row, and so in the prefix cache, a value that is not
+    finite spreads to every sample, since 0 times such a value is not 0.
     """
     topology, samples, broken = data.model.topology, data.samples, []
     head: Any = topology.head

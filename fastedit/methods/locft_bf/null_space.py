@@ -1,9 +1,9 @@
-"""Training in the directions that a layer's inputs seldom take, so that the layer stays what it is for other texts.
+"""Train in directions that a layer's inputs seldom take, so that the layer changes little for other texts.
 
-The trained map is x ↦ W x + D P x with P = I − U diag(s) Uᵀ: U are eigenvectors of a second moment C of the layer's
-inputs and s = λ / (λ + τ) is what is withheld of each, so that P = (I + C / τ)⁻¹. Of a direction in which the inputs
-are usually large nearly nothing is left to train, of one that they never take all. The gradient in D is Gᵀ (X P): the
-step is the one that is taken without P, on other inputs, and it never forms a matrix [d, d].
+The trained map is x ↦ W x + D P x with P = I − U diag(s) Uᵀ. The columns of U are eigenvectors of a second moment C of
+the layer's inputs, and s = λ / (λ + τ) is the share withheld of each, so that P = (I + C / τ)⁻¹. A direction in which
+inputs are usually large is hardly trained; one that they never take is trained fully. The gradient in D is Gᵀ (X P):
+the step is as without P, but on other inputs, and never forms a [d, d] matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit.models import hooked
 
-_SMALLEST = 0.02  # of s: what is withheld of other directions is not worth their columns
+_SMALLEST = 0.02  # smallest s that is kept: for less, a column of U is not worth its cost
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class NullSpace:
 
     @classmethod
     def of(cls, values: Tensor, vectors: Tensor, share: float) -> NullSpace:
-        """The P that withholds a share of the directions: τ is where Σ s = share · d.
+        """The P that withholds a share of the directions: τ is chosen so that Σ s = share · d.
 
-        A share of the directions, because a share of C's energy may be one direction (Gemma 3) or a hundred.
+        It is a share of the directions, because a share of C's trace may be one direction (Gemma 3) or a hundred.
 
         Args:
-            values: [d] fp64, the eigenvalues of C; `vectors` [d, d] are its eigenvectors, the columns.
+            values: [d] fp64, the eigenvalues of C; the columns of `vectors` [d, d] are its eigenvectors.
         """
         values = values.clamp(min=0)
         low, high = values.max() * 2.0**-80, values.max() * 2.0**10
@@ -54,7 +54,7 @@ class NullSpace:
         return cls(vectors[:, kept].float().contiguous(), shares[kept].float())
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """x P of rows x [..., d]."""
+        """x P for rows x [..., d]."""
         return x - self._withheld(x) @ self.basis.T.to(x.dtype)
 
     def _withheld(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class NullSpace:
 
     @contextmanager
     def around(self, module: nn.Module) -> Iterator[None]:
-        """Inside, a linear map of weight M computes W x + (M − W) P x (+ bias); W is its weight on entry."""
+        """Inside the block, a linear map of weight M computes W x + (M − W) P x (+ bias); W is its weight on entry."""
         weight: Any = module.weight
         weight = weight.detach() if isinstance(module, Conv1D) else weight.detach().T  # [d, h]
         frozen = self.basis.T.to(weight.dtype) @ weight  # [r, h]

@@ -38,19 +38,19 @@ from fastedit.weights import Snapshot
 
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
-_NEWS = 2.0  # seconds between two reports on an epoch that takes longer
-_REST = 2  # epochs that an edit sits out, once its loss is below `focus`
+_NEWS = 2.0  # seconds between two reports within a longer epoch
+_REST = 2  # epochs for which an edit is left out, once its loss is below `focus`
 
 
 class Trainer:
-    """The training loop; holds the original and the fp32 master weights, and what has been reached.
+    """The training loop; holds the original weights, the fp32 master weights and the results so far.
 
-    `modules` are the edited ones, by their blocks, upwards; `statistics` are those of their inputs, if training avoids
-    what they take.
+    `modules` are the edited modules by block, ascending; `statistics` are of their inputs, if training avoids the
+    directions that these usually take.
 
-    `saved` is where the state of the run is kept on disk, if it is.
+    `saved` keeps the state of the run on disk, None if it is not kept.
 
-    `whole` is the last state that counts as whole, with `keep_partial`: what it is, the weights, losses and `learned`.
+    `whole` is the last complete state, with `keep_partial`: its name, the weights, losses and `learned`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Trainer:
         self.topology, self.samples = data.model.topology, data.samples
         topology, samples = self.topology, self.samples
         paths = {id(p): path for path, p in topology.model.named_parameters()}
-        # a bias acts on all inputs alike: it has no directions to avoid, and no token of its own
+        # a bias would change the output for all inputs, whatever their direction or token
         parameters = self.parameters = {
             paths[id(p)]: p
             for module in modules.values()
@@ -76,23 +76,23 @@ class Trainer:
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
         }
-        # by which losses are weighed up, as the mean's gradients would leave what fp16 holds with all digits
+        # factor of the losses: gradients of the mean would be too small for fp16
         fp16 = next(iter(parameters.values())).dtype == torch.float16
         self.scale = 2.0 ** int(config.batch_size).bit_length() if fp16 else 1.0
         self.losses: list[float] = []
-        self.learned: list[int] = []  # edits, beside each of the losses
+        self.learned: list[int] = []  # number of learned edits, for each of the losses
         self.whole: tuple[str, dict[str, Tensor], list[float], list[int]] | None = None
         tokens = float(samples.lengths.float().mean()) * int(config.batch_size)
-        self.maps = linear_maps(topology.model, parameters)  # of few rows: to form their gradient costs little
+        self.maps = linear_maps(topology.model, parameters)  # for few tokens: forming gradients is cheap
         if data.trained is None and parallel.world() > 1:
             self.maps = smaller_in_parts(self.maps, int(tokens))
         elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
-        self.trained_rows: Tensor | None = None  # of the pass that runs
-        # mean over the target tokens of each sample when it was last looked at
+        self.trained_rows: Tensor | None = None  # of the current pass
+        # mean over the target tokens of each sample, when it was last computed
         self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
         self.gradients: GradientParts = {}
-        self.scratch: Tensor | None = None  # of all steps: fresh pages take a CPU time, a GPU's allocator has none
+        self.scratch: Tensor | None = None  # reused by all steps: new pages cost a CPU time
         if topology.device.type == "cpu":
             head: Any = topology.head
             targets = int((samples.lengths - samples.target_start).sum())
@@ -104,7 +104,7 @@ class Trainer:
 
     def run(self, cache: PrefixCache) -> None:
         self.cache = cache
-        # in a single epoch nothing would be read again
+        # with a single epoch nothing would be read again
         lowest = self.modules[cache.layer]
         self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
@@ -113,7 +113,7 @@ class Trainer:
                 share = self.config.null_space
                 assert share is not None  # chosen by now
                 for layer, module in self.modules.items():
-                    if layer in keys:  # what anchors take is avoided as what other text takes
+                    if layer in keys:  # also avoid the directions of the inputs at anchors
                         K = keys[layer].double()
                         values, vectors = torch.linalg.eigh(self.statistics.covariance(layer) + K.T @ K / len(K))
                     else:
@@ -125,7 +125,7 @@ class Trainer:
 
     @torch.no_grad()
     def _look_at_anchors(self) -> dict[int, Tensor]:
-        """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if statistics are at hand."""
+        """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if there are statistics."""
         topology, first = self.topology, self.data.anchors.first
         keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.statistics is not None}
         references = []
@@ -156,7 +156,7 @@ class Trainer:
             return
         tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
         order = tensors["order"] if tensors else self._order(everything)
-        batches = order.split(int(self.config.batch_size))  # depth-first: one after the other, each by itself
+        batches = order.split(int(self.config.batch_size))  # depth-first: each batch by itself, one after the other
         done, total = about["done"], about["total"]
         for i, batch in enumerate(batches[about["batches"] :], about["batches"] + 1):
             place = f"batch {i} of {len(batches)}"
@@ -169,7 +169,7 @@ class Trainer:
             self._save({"order": order}, {"batches": i, "done": done, "total": total})
 
     def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Write the state of the run, if that is due."""
+        """Write the state of the run, if it is time."""
         if self.saved is None or not self.saved.due:
             return
         state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
@@ -178,7 +178,7 @@ class Trainer:
 
     @torch.no_grad()
     def _resumed(self) -> State | None:
-        """The saved state, if there is one; the weights are then what they were."""
+        """The saved state, if there is one; the weights and results are restored from it."""
         found = self.saved.newest() if self.saved is not None else None
         if found is None:
             return None
@@ -197,23 +197,23 @@ class Trainer:
             self.whole = (what, masters, [*self.losses], [*self.learned])
 
     def go_back(self) -> str:
-        """Make the kept state the one that counts, and say what it is."""
+        """Go back to the last complete state, and return its name."""
         assert self.whole is not None
         what, self.masters, self.losses, self.learned = self.whole
         return what
 
     def _n_learned(self) -> int:
-        """The edits that were learned when they were last looked at."""
+        """How many edits were learned when their loss was last computed."""
         return int((self.loss_of[: len(self.data.edits)] <= -math.log(LIKELY)).sum())
 
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
 
     def _epochs(self, select: Tensor, place: str = "", saved: SavedRun | None = None) -> Iterator[float]:
-        """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields the means.
+        """Train on the selected samples until an epoch's mean loss is below `stop_loss`; yields each epoch's mean.
 
-        `place` names `select` in messages if that is one batch, of which every epoch is a step. With `saved` it goes
-        on from there, and the state is kept.
+        `place` names `select` in messages if it is a single batch, so that every epoch is one step. With `saved`,
+        training continues from the saved state, and keeps its own there.
         """
         config, focus = self.config, self.config.focus
         optimizer = Adam(
@@ -226,8 +226,8 @@ class Trainer:
             scale=self.scale,
             backend="triton" if self.data.trained is None and parallel.world() == 1 else "auto",
         )
-        wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # epoch from which on a sample is trained on again
-        begun: Tensor | None = None  # the order of an epoch that was begun, its losses, and its batches that are done
+        wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # first epoch in which a sample is trained on again
+        begun: Tensor | None = None  # order of an epoch that was saved unfinished; then its losses and finished batches
         losses, done, first = torch.empty(0), 0, 1
         if saved is not None and (state := self._resumed()) is not None:
             tensors, about = state
@@ -280,7 +280,7 @@ class Trainer:
             n_targets * len(batch) if config.loss_average == "sample" else n_targets.sum().expand(len(batch))
         )
         weight_of_anchor = self.scale * config.anchor_weight / len(batch)
-        mine = slice(parallel.rank(), None, parallel.world())  # all of them, in one process
+        mine = slice(parallel.rank(), None, parallel.world())  # everything, if there is one process
         whole, batch, anchors, weights = batch, batch[mine], anchors[mine], weights[mine]
         chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
         weights = torch.cat([weights, weights.new_full((len(anchors),), weight_of_anchor)])
@@ -298,7 +298,7 @@ class Trainer:
         if config.focus:
             skip |= (self.loss_of[whole.to(loss.device, non_blocking=True)] < config.focus).all()
         skip &= apart < self.scale * config.anchor_weight * _NEAR
-        if loss.is_cuda:  # the step is dropped on the device, so that the host need not wait for the loss
+        if loss.is_cuda:  # skip the step on the device, so that the host does not wait for the loss
             optimizer.step(skip.float())
         elif skip:
             optimizer.clear()
@@ -306,9 +306,9 @@ class Trainer:
             optimizer.step()
 
     def _share_losses(self, batch: Tensor, loss: Tensor, apart: Tensor) -> None:
-        """Make these sums those of all processes, and know the loss of each sample of a batch.
+        """Sum two losses over all processes, and collect the loss of each sample of the batch.
 
-        They are added up in one order: what is decided by them is decided alike.
+        All processes add in the same order, so that they decide alike.
         """
         mine = self.loss_of[batch[parallel.rank() :: parallel.world()].to(loss.device)]
         parts = parallel.gathered((float(loss), float(apart), mine.cpu()))
@@ -318,9 +318,9 @@ class Trainer:
             self.loss_of[batch[number :: parallel.world()].to(loss.device)] = each.to(loss.device)
 
     def _pass(self, select: Tensor, weights: Tensor, anchors: Tensor) -> Tensor:
-        """Gradients of some samples, those of these anchors last; returns the weighted loss of each target row [M].
+        """Compute the gradients of some samples, anchors last; returns the weighted loss of each target row [M].
 
-        Edits whose loss is below `focus` give none.
+        Edits whose loss is below `focus` get no gradient.
         """
         topology, head = self.topology, cast(Any, self.topology.head)
         rows = pack(self.samples, select, packed=topology.packs)
@@ -351,7 +351,7 @@ class Trainer:
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:
-        """The fp32 additive updates; the model is left at exactly original + update."""
+        """The fp32 additive updates; afterwards the model holds exactly original + update."""
         updates = {path: self.masters[path] - before.float() for path, before in self.originals.values.items()}
         paths = {id(p): path for path, p in self.parameters.items()}
         for layer, null_space in self.null_spaces.items():

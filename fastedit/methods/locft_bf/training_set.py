@@ -1,4 +1,4 @@
-"""The edits as LocFT-BF trains on them: token samples, tokenized once."""
+"""The edits as token samples for LocFT-BF, tokenized once."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ class TrainingSet:
     """Edits with their samples.
 
     Attributes:
-        samples: one a (prompt, target) pair, with EOS if it is trained: every edit, then the augmented copies of each;
-            then the anchors, prompts whose one target row predicts what comes after them.
-        owner: the place of the edit of each sample.
+        samples: one per (prompt, target) pair, with EOS if it is trained: every edit, then the augmented copies of
+            each; then the anchors, prompts with a single target row, which predicts the token after them.
+        owner: the place of each sample's edit.
         anchors: where the anchors are among the samples.
-        trained: place in each sample of the one token that is trained at, -1 for all tokens [S]; None is all.
-        budget: of what is cached.
+        trained: [S], the index in each sample of the one token where it trains, -1 for all tokens; None is all tokens
+            of all samples.
+        budget: memory for what is cached.
     """
 
     model: Model
@@ -98,12 +99,12 @@ class TrainingSet:
 
     @plain_state
     def prefix_cache(self, layer: int) -> PrefixCache:
-        """The state of all samples in front of a block, whose frozen prefix runs now."""
+        """Run the blocks below `layer` for all samples now, and return their cached output."""
         report = counter(self.progress, "prefix", len(self.samples))
         return PrefixCache(self.model.topology, self.samples, layer, budget=self.budget, progress=report)
 
     def trained_rows(self, rows: Rows) -> Tensor | None:
-        """Flat places `b * R + r` of the tokens that are trained at, on the device of the rows; None is all."""
+        """Flat places `b * R + r` of the tokens where training takes place, on the rows' device; None is all."""
         if self.trained is None:
             return None
         place = rows.host_index.view(-1)[rows.token_rows]
@@ -119,7 +120,7 @@ class TrainingSet:
 def _subject_tokens(
     model: Model, edits: Sequence[Edit], pairs: Sequence[tuple[str, str]], owner: Sequence[int]
 ) -> Tensor:
-    """Index in each pair's sample of its subject's last token [S]; -1 where there is no subject."""
+    """Index [S] of the subject's last token in each pair's sample; -1 without a subject."""
     found = [subject_ends(edit)[-1:] for edit in edits]
     places = [sample for sample, place in enumerate(owner) if found[place]]
     texts = [pairs[sample] for sample in places]
