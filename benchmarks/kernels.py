@@ -179,7 +179,7 @@ def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: 
         "rank_k_solve",
         setup,
         reference,
-        (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": adam_torch},
+        (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": torch_way},
         tolerance={"float64": 1e-10, "float32": 1e-4}[name],
         mode=mode,
         shape=f"{groups} groups, N={N}, d={d}, h={h}",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, rows, scaling, tables
+from benchmarks import compare, kernels, rows, scaling, tables
 from benchmarks.harness import Case, Suite, measured
 from benchmarks.micro.cases import all_cases
 from fastedit import ops
@@ -56,7 +56,7 @@ def product(**providers: Callable[..., Any]) -> Case:
 def suite(seed: int) -> Suite:
     torch.manual_seed(seed)
     found = Suite("cpu", budget=0.01)
-    found.__dict__["ceilings"] = {"copy": 1e9, "float32": 1e12}
+    found.__dict__["ceilings"] = {"copy": 1e9, "float32": 1e12, "float64": 1e12, "bfloat16": 1e12}
     return found
 
 
@@ -257,6 +257,25 @@ def test_every_operation_has_a_microbenchmark_beside_torch() -> None:
     found = all_cases()
     assert {*found} == {*ops.__all__} - {"DependentKeysError", "LocalizedAdam", "logits_buffer"}
     assert all({"ours"} < {*case.providers} for cases in found.values() for case in cases)
+
+
+CPU = torch.device("cpu")
+KERNELS: dict[str, Callable[[], Case]] = {
+    "adam": lambda: kernels.adam_case(CPU, 48, 32, 20, "float32"),
+    "adam, bf16": lambda: kernels.adam_case(CPU, 48, 32, 20, "bfloat16"),
+    "solve, kernel alone": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float64", "solve"),
+    "solve, fp32": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float32", "solve"),
+    "solve, update": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float64", "update"),
+    "cross-entropy": lambda: kernels.cross_entropy_case(CPU, 8, 32, 100, "float32"),
+}
+
+
+@pytest.mark.parametrize("case", KERNELS.values(), ids=KERNELS)
+def test_every_way_of_a_kernel_s_benchmark_is_right(case: Callable[[], Case], suite: Suite) -> None:
+    """What a GPU times at full size is seen to be right before, with the kernel in the interpreter."""
+    found = case()
+    assert suite.run(found).keys() == found.providers.keys(), suite.red
+    assert {name.partition(",")[0] for name in found.providers} == {"ours", "torch"}
 
 
 def test_benchmarks_run_as_modules_and_as_files(
