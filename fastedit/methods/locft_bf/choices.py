@@ -77,10 +77,13 @@ def resolve(
     focus = config.focus
     if focus is None:
         focus = _FOCUS[config.tokens]
+    refit = config.refit
+    if refit is None:
+        refit = subject and config.keeps_null_space and not subjectless(edits)
     for note in notes:
         log.info("locft-bf: %s", note)
     return replace(
-        config, layer=layer, module=module, lr=lr, batch_size=batch_size, null_space=share, focus=focus
+        config, layer=layer, module=module, lr=lr, batch_size=batch_size, null_space=share, focus=focus, refit=refit
     ), notes
 
 
@@ -92,6 +95,11 @@ def batch_size_for(n_edits: int) -> int:
 def subject_batch_size_for(n_edits: int) -> int:
     """10 from 100 to 1,000 edits, 100 from 10,000 on; with fewer edits, at least 10 steps per epoch."""
     return max(1, min(100, max(min(10, n_edits // 10), n_edits // 100)))
+
+
+def subjectless(edits: Sequence[Edit]) -> list[int]:
+    """Places of the edits without a subject in their prompt."""
+    return [place for place, edit in enumerate(edits) if not subject_ends(edit)]
 
 
 def find_statistics(
@@ -152,8 +160,7 @@ def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedite
     Raises:
         ModelError: no statistics in the given folder.
     """
-    bare = [place for place, edit in enumerate(edits) if not subject_ends(edit)]
-    if bare:
+    if bare := subjectless(edits):
         return f"no subject in the prompt of {edit_names(edits, bare)}"
     layers = locate_then_edit_preset(model.topology)[0].layers
     try:

@@ -81,6 +81,11 @@ class LocFTBFConfig:
         "share of the input directions that training avoids, with preserve null-space; None is 0.2, or 0.4 with tokens "
         "subject.",
     )
+    refit: bool | None = option(
+        None,
+        "after training, replace the update by the one that does the same at the edits' subjects and changes outputs "
+        "on other text least (MEMIT's solve). None is for tokens subject with preserve null-space.",
+    )
     anchors: int = option(8, "prompts with other subjects for each edit; a step uses one of them.")
     anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
     anchor_subjects: tuple[str, ...] | None = option(
@@ -131,6 +136,8 @@ class LocFTBFConfig:
             raise ConfigError(f"augment is {self.augment}; give a number of contexts an edit, 0 for none")
         if self.published and (self.tokens == "subject" or self.preserve not in ("auto", "none")):
             raise ConfigError("published is the papers' recipe; leave out tokens and preserve, or leave out published")
+        if self.refit and (self.published or self.tokens == "all" or self.preserve in ("none", "anchors")):
+            raise ConfigError("refit needs tokens subject and preserve null-space, or both; leave out refit")
         if self.null_space is not None and not 0 < self.null_space < 1:
             raise ConfigError(f"null_space is {self.null_space}; give a share of the directions between 0 and 1")
         if self.anchors < 1:

@@ -18,8 +18,11 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import parallel
 from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
-from fastedit.methods.locft_bf.choices import find_statistics, resolve
+from fastedit.methods.contexts import context_templates
+from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.locft_bf.choices import find_statistics, resolve, subjectless
 from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.refit import refit
 from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import check_rows, edit_name, edit_names
@@ -29,6 +32,8 @@ from fastedit.models import Model, PrefixCache, Topology, fingerprint, only_trai
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
+
+_CONTEXTS = 4  # that an edit's keys are averaged over for `refit`
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class LocFTBFPlan:
         topology, lowest = data.model.topology, config.layers[0]
         found = self.statistics
         statistics = found.statistics(config.layers, data.progress) if isinstance(found, OwnText) else found
+        batch = _in_contexts(data, config) if config.refit else None
         own = data.prefix_cache(lowest) if cache is None else None
         try:
             modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
@@ -103,6 +109,10 @@ class LocFTBFPlan:
                     notes.append(f"interrupted; {interrupted}")
                 notes += self.saved.notes if self.saved else []
                 updates = trainer.updates()
+                if batch is not None:
+                    assert statistics is not None
+                    refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
+                    trainer.look()
                 if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
                     raise EditError(
                         "the edited weights are not finite after the last step; the model is restored. Try a learning "
@@ -148,12 +158,23 @@ def plan(
     unedited = history.fingerprint
     resolved, notes = resolve(model, config, edits, unedited)
     _check_maps(model.topology, resolved)
+    if resolved.refit and (bare := subjectless(edits)):
+        raise ConfigError(
+            f"refit is about the edits' subjects, and there is none in the prompt of {edit_names(edits, bare)}; give "
+            "their subjects, or leave out refit"
+        )
     statistics, found = find_statistics(model, resolved, unedited)
     notes += found
     data = TrainingSet.of(model, edits, resolved, progress)
     digests = partial(statistics.digests, resolved.layers) if isinstance(statistics, StatisticsStore) else dict
     saved = SavedRun.of(model, edits, resolved, history, digests)
     return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, saved)
+
+
+def _in_contexts(data: TrainingSet, config: LocFTBFConfig) -> Batch:
+    """The edits as `refit` takes them, in contexts that the unedited model writes."""
+    contexts = context_templates(data.model, _CONTEXTS, seed=config.seed)
+    return Batch(data.model, data.edits, contexts, budget=data.budget, progress=data.progress)
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:

@@ -22,6 +22,16 @@ from fastedit.models import hooked
 _SMALLEST = 0.02  # smallest s that is kept: for less, a column of U is not worth its cost
 
 
+def threshold(values: Tensor, share: float) -> Tensor:
+    """The τ with Σ λ / (λ + τ) = share · d for eigenvalues λ [d] of 0 or more."""
+    low, high = values.max() * 2.0**-80, values.max() * 2.0**10
+    for _ in range(100):  # the sum falls with τ
+        middle = (low * high).sqrt()
+        too_many = (values / (values + middle)).sum() > share * len(values)
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    return high
+
+
 @dataclass(frozen=True)
 class NullSpace:
     """P = I − U diag(s) Uᵀ of a linear map's inputs.
@@ -44,12 +54,7 @@ class NullSpace:
             values: [d] fp64, the eigenvalues of C; the columns of `vectors` [d, d] are its eigenvectors.
         """
         values = values.clamp(min=0)
-        low, high = values.max() * 2.0**-80, values.max() * 2.0**10
-        for _ in range(100):  # the sum falls with τ
-            middle = (low * high).sqrt()
-            too_many = (values / (values + middle)).sum() > share * len(values)
-            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-        shares = values / (values + high)
+        shares = values / (values + threshold(values, share))
         kept = shares > _SMALLEST
         return cls(vectors[:, kept].float().contiguous(), shares[kept].float())
 

@@ -346,8 +346,18 @@ class Trainer:
         self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)].float()
         if self.config.focus:
             grad[:n] *= (each >= self.config.focus)[place][:, None]
-        hidden.backward(grad)
+        if hidden.requires_grad:
+            hidden.backward(grad)
         return part
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Compute the loss of every edit with the weights that the model has now."""
+        edits, none = torch.arange(len(self.data.edits)), torch.arange(0, device=self.loss_of.device)
+        for some in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
+            self._pass(edits[some], torch.ones(len(some)), none)
+        if self.learned:
+            self.learned[-1] = self._n_learned()
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:
