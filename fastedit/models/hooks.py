@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -89,8 +90,9 @@ def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function in torch's state as it is at the start of a program, whatever its caller has made of that.
 
     fp32 is the default dtype and the CPU the default device, gradients are recorded, no inference mode, no autocast
-    (which would keep the first cast of a weight that then changes). What only chooses kernels stays the caller's:
-    deterministic algorithms, the precision of products, threads, anomaly detection.
+    (which would keep the first cast of a weight that then changes), and modules that were compiled in place run as they
+    are written: hooks come and go here. What only chooses kernels stays the caller's: deterministic algorithms, the
+    precision of products, threads, anomaly detection.
     """
 
     @wraps(function)
@@ -101,6 +103,8 @@ def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
             stack.enter_context(torch.autocast("cuda", enabled=False))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if torch.get_default_device().type != "cpu":  # the context slows every call
                 stack.enter_context(torch.device("cpu"))
             if dtype != torch.float32:

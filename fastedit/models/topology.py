@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastedit.errors import ModelError
+from fastedit.errors import ModelError, listed
 from fastedit.models.adapters import check_no_adapter
 from fastedit.models.block_parts import (
     BlockParts,
@@ -307,11 +307,13 @@ def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: no causal language model, or one without the expected parts, or with an adapter.
+        ModelError: no causal language model, or several, or one without the expected parts, or with an adapter.
     """
     # torch.compile's wrapper has the attributes of what it wraps
-    modules = model.modules() if isinstance(model, nn.Module) else iter(())
-    inner: Any = next((m for m in modules if isinstance(m, PreTrainedModel)), None)
+    held = dict(_outermost(model, "")) if isinstance(model, nn.Module) else {}
+    inner: Any = next(iter(held), None)
+    if len(held) > 1:
+        raise ModelError(f"{type(model).__name__} holds {len(held)} models ({listed(list(held.values()))}); give one")
     if inner is None:
         given = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
         raise ModelError(
@@ -363,3 +365,12 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Modu
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList):
                 yield ".".join(filter(None, (path, name))), child, parent
+
+
+def _outermost(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """The Hugging Face models that are in no other one, each with its path."""
+    if isinstance(module, PreTrainedModel):
+        yield module, path
+        return
+    for name, child in module.named_children():
+        yield from _outermost(child, f"{path}.{name}".lstrip("."))

@@ -105,6 +105,14 @@ def test_a_wrapped_model_is_found() -> None:
     assert topology(wrapped).resolve(3, "down_proj")[0] == "model.layers.3.mlp.down_proj"
 
 
+def test_of_two_models_in_a_wrapper_none_is_chosen() -> None:
+    model = tiny_model("llama")
+    wrapped = nn.ModuleDict({"policy": nn.Sequential(model), "reference": tiny_model("gpt2")})
+    with pytest.raises(ModelError, match=r"ModuleDict holds 2 models \(policy\.0, reference\); give one"):
+        topology(wrapped)
+    assert topology(nn.ModuleDict({"policy": model, "again": model})).model is model
+
+
 def test_models_without_the_expected_parts_say_what_is_missing() -> None:
     with pytest.raises(ModelError, match="no Hugging Face causal language model"):
         topology(nn.Linear(2, 2))
