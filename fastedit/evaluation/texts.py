@@ -6,10 +6,11 @@ import re
 import string
 import unicodedata
 
-from fastedit.models import SENTENCE_ENDS, spaceless
+from fastedit.models import LINE_ENDS, SENTENCE_ENDS, spaceless
 
 _ARTICLES = ("a", "an", "the")
 _OTHER_ENDS = "!?…"  # of sentences, but in the Latin script they stand in names
+_LINE = re.compile(f"[{LINE_ENDS}]")
 _JOINERS = "\u200c\u200d"  # stand inside words of Persian and of India
 
 
@@ -65,13 +66,13 @@ def _in_word(c: str) -> bool:
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:
-    """Text up to the first newline, or to the end of a sentence behind as many as stand inside the answer.
+    """Text up to the end of its first line, or to the end of a sentence behind as many as stand inside the answer.
 
     "!" and "?" end sentences unless the answer, or the prompt of one without letters, ends in the Latin script.
     """
     last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
     marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
-    sentences = re.split(f"([{re.escape(marks)}])", text.partition("\n")[0])
+    sentences = re.split(f"([{re.escape(marks)}])", _LINE.split(text, 1)[0])
     return "".join(sentences[: 2 * _inner(answer, marks) + 1]).strip()
 
 
