@@ -113,6 +113,12 @@ class Entry:
         return found
 
 
+def check_place(folder: Path) -> None:
+    """Raise FileError for a folder that holds a model instead of a ledger."""
+    if not (folder / NAME).is_file() and ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))):
+        raise FileError(folder, "{path} holds a model; give the ledger a folder of its own")
+
+
 class Records:
     """The folder of a ledger.
 
@@ -120,12 +126,14 @@ class Records:
         write: hold the lock, make a ledger where there is none, and remove what a process that was cut off left.
 
     Raises:
-        FileError: no ledger, a damaged one, one of a newer version; another process holds the lock.
+        FileError: no ledger, a damaged one, one of a newer version; a folder that holds a model; another process holds
+            the lock.
     """
 
     def __init__(self, folder: str | Path, *, write: bool = False) -> None:
         self.folder = Path(folder)
         path = self.folder / NAME
+        check_place(self.folder)
         if not write and not path.is_file():
             raise FileError(self.folder, f"{{path}} is no ledger: it holds no {NAME}; `fastedit ledger add` makes one")
         self._db: sqlite3.Connection | None = None
