@@ -122,6 +122,10 @@ class Topology:
             f"{', '.join(self._short_names(layer))}, or a path among {paths}"
         )
 
+    def is_down_proj(self, layer: int, module: nn.Module) -> bool:
+        """Whether a module is the ``down_proj`` of a block; a block whose MLP is experts has none."""
+        return self._parts(layer).named.get("down_proj") is module
+
     def input_width(self, layer: int, module: str) -> int:
         """Width of the rows that a projection of a block reads: d, if those rows are the keys.
 
@@ -130,7 +134,9 @@ class Topology:
         """
         path, found = self.resolve(layer, module)
         if not is_projection(found):
-            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as down_proj")
+            names = {child: name for name, child in self.block(layer).named_modules()}
+            others = ["down_proj" if self.is_down_proj(layer, m) else names[m] for m in self.writers(layer)]
+            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as {[*others, '…'][0]}")
         return widths(found)[0]
 
     def for_head(self, states: Tensor) -> Tensor:

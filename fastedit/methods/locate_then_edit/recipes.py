@@ -114,7 +114,7 @@ def _checked_width(topology: Topology, layers: list[int], module: str, site: str
         width = topology.input_width(layer, module)
         if projection not in topology.writers(layer):
             raise ConfigError(f"{path} does not write to the residual stream; choose a module that does: down_proj")
-        if site == "mlp" and projection is not topology.resolve(layer, "down_proj")[1]:
+        if site == "mlp" and not topology.is_down_proj(layer, projection):
             raise ConfigError(f"site mlp is the output of down_proj, but {path} is written; take site block")
     if layers[-1] == topology.n_blocks - 1:
         raise ConfigError(
