@@ -99,7 +99,7 @@ def ask(
 
 
 def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
-    """What the user should know of prompts: special tokens in them, and a chat template that is not used."""
+    """What the user should know of prompts: special and unknown tokens in them, a chat template that is not used."""
     notes = []
     if model.chat is None and getattr(model.tokenizer, "chat_template", None):
         notes.append(
@@ -121,7 +121,24 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
             "such. If they come from a chat template, give the user's words alone, with chat_template=True (--chat): "
             f"{listed([*names])}"
         )
-    return notes
+    return [*notes, *_unknown(model, requests)]
+
+
+def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
+    """A note on edits with text that the tokenizer does not know; most tokenizers know every byte."""
+    token, unknown = model.tokenizer.unk_token, model.tokenizer.unk_token_id
+    if unknown is None or unknown == model.tokenizer.eos_token_id:
+        return []
+    read = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
+    lost = [
+        str(request.id or i)
+        for i, (request, ids) in enumerate(zip(requests, read, strict=True))
+        if unknown in ids and token not in request.prompt + request.target
+    ]
+    if not lost:
+        return []
+    text = "edits have text that the tokenizer does not know, for which the model reads and learns"
+    return [f"{len(lost)} {text} {token!r}: {listed(lost)}"]
 
 
 def _windows(model: Model, text: Sequence[str], context: int) -> Samples:
