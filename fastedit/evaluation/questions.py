@@ -125,9 +125,14 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
 
 
 def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
-    """A note on edits with text that the tokenizer does not know; most tokenizers know every byte."""
-    token, unknown = model.tokenizer.unk_token, model.tokenizer.unk_token_id
-    if unknown is None or unknown == model.tokenizer.eos_token_id:
+    """A note on edits with text that the tokenizer does not know; most know every byte, and are not asked."""
+    token, unknown = (getattr(model.tokenizer, name, None) for name in ("unk_token", "unk_token_id"))
+    core = getattr(model.tokenizer, "backend_tokenizer", None)
+    if (
+        unknown is None
+        or unknown == model.tokenizer.eos_token_id
+        or getattr(core and core.model, "byte_fallback", False)
+    ):
         return []
     read = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
     lost = [

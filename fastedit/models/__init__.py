@@ -3,6 +3,7 @@
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
+from fastedit.models.editable import check_own
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
@@ -40,6 +41,7 @@ __all__ = [
     "SelfCheck",
     "Topology",
     "at_tokens",
+    "check_own",
     "check_plain",
     "encode",
     "fingerprint",

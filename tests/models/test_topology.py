@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, randomize, tiny_model
+from helpers import FAMILIES, random_edits, randomize, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -179,6 +179,18 @@ def test_weights_that_cannot_be_edited_are_named(weight: nn.Parameter, message: 
     ):
         with pytest.raises(ModelError, match=DOWN.replace(".", r"\.") + " " + message):
             use()
+
+
+@pytest.mark.parametrize("method", ["locft-bf", "memit"])
+def test_a_weight_of_two_blocks_is_not_edited(method: str, tokenizer: Any) -> None:
+    model, edits = tiny_model("llama"), random_edits(2, 0)
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    for layer, other in ((0, 2), (2, 0)):
+        given: dict[str, Any] = {"layer": layer} if method == "locft-bf" else {"layers": (layer,)}
+        editor = Editor(model, tokenizer, method, **given)
+        with pytest.raises(ModelError, match=rf"{layer}\.mlp\.down_proj\.weight is a weight of block {other} too"):
+            editor.plan(edits)
+    Editor(model, tokenizer, layer=2, module="up_proj").plan(edits)
 
 
 def test_packing_is_found_out_without_dropout() -> None:
