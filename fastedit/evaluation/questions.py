@@ -138,7 +138,7 @@ def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
     lost = [
         str(request.id or i)
         for i, (request, ids) in enumerate(zip(requests, read, strict=True))
-        if unknown in ids and token not in request.prompt + request.target
+        if unknown in ids and str(token) not in request.prompt + request.target
     ]
     if not lost:
         return []
