@@ -168,7 +168,7 @@ class Editor:
         clock = StageClock(self._report)
         options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        about = [*slow_dtype_note(self.model), *prompt_notes(self.parts, edits)]
+        about = [*slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
         return EditPlan(edits, now, made, time.perf_counter() - started, about, clock)
 
     def edit(self, requests: Requests) -> EditResult:

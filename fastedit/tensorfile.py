@@ -79,6 +79,8 @@ def writing(path: str | os.PathLike[str], failure: str) -> Iterator[Path]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
+    if Path(path).is_dir():
+        raise FileError(path, f"{{path}} is a folder; give its file, such as {Path(path) / 'delta.safetensors'}")
     try:
         with safe_open(path, "pt") as file:
             yield file

@@ -560,14 +560,28 @@ def test_the_model_is_as_it_was_if_its_delta_cannot_be_made(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_a_compiled_model_is_the_model_it_wraps(tokenizer: Any, make_edits: MakeEdits) -> None:
+def _compiled_in_place(model: Any) -> Any:
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, torch.nn.DataParallel, lambda model: torch.nn.ModuleDict({"policy": model}), _compiled_in_place],
+    ids=["compiled", "DataParallel", "a module of one's own", "blocks compiled in place"],
+)
+def test_a_model_inside_something_is_edited_as_it_is_alone(wrap: Any, tokenizer: Any, make_edits: MakeEdits) -> None:
     model, edits = tiny_model("llama"), make_edits(4)
-    wanted = Editor(model, tokenizer, **CONFIG | {"epochs": 2}).edit(edits)
-    after = state(model)
+    editor = Editor(model, tokenizer, **CONFIG | {"epochs": 2})
+    wanted = editor.edit(edits)
+    after, measured = state(model), editor.evaluate(edits).to_dict()
     wanted.revert()
-    result = Editor(torch.compile(model), tokenizer, **CONFIG | {"epochs": 2}).edit(edits)
+    editor = Editor(wrap(model), tokenizer, **CONFIG | {"epochs": 2})
+    result = editor.edit(edits)
     assert result.delta.metadata == wanted.delta.metadata
     assert_holds(model, after)
+    assert editor.evaluate(edits).to_dict() == measured
 
 
 def test_autocast_of_the_caller_does_not_matter(tokenizer: Any, make_edits: MakeEdits) -> None:

@@ -10,7 +10,7 @@ import typer
 from fastedit.cli import arguments
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins, wrote
-from fastedit.errors import ConfigError, EditError, FastEditError, FileError, ModelError
+from fastedit.errors import ConfigError, EditError, FastEditError, ModelError
 from fastedit.files import check_file
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ def check(
     """
     if base and delta:
         raise ConfigError("--base and --delta are two ways to give the unedited model; give one of them")
-    if delta and delta.is_dir():
-        raise FileError(delta, f"--delta {{path}} is a folder; give its file, such as {delta / 'delta.safetensors'}")
     names, sample = [name.strip() for name in tasks.split(",") if name.strip()], arguments.sample_size(evaluate)
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     inputs = arguments.inputs_of(model, requests=requests, text=text, delta=delta, thresholds=thresholds)

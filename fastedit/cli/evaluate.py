@@ -11,7 +11,6 @@ from fastedit.cli import arguments
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins, wrote
 from fastedit.cli.processes import speaks
-from fastedit.errors import FileError
 from fastedit.files import check_file
 
 
@@ -39,8 +38,6 @@ def evaluate(
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
     if json_file and speaks():
         check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
-    if delta and delta.is_dir():
-        raise FileError(delta, f"--delta {{path}} is a folder; give its file, such as {delta / 'delta.safetensors'}")
     from fastedit.cli.bars import Bars
     from fastedit.delta import WeightDelta
     from fastedit.evaluation.questions import ask

@@ -13,7 +13,8 @@ from fastedit.cli.flags import config_of
 from fastedit.cli.output import show
 from fastedit.cli.phase import work_begins, wrote
 from fastedit.configs import LARGEST_INT
-from fastedit.files import check_writable, replacing
+from fastedit.errors import FileError
+from fastedit.files import check_file, check_writable, replacing
 
 if TYPE_CHECKING:
     from fastedit.evaluation.tune import TuneReport
@@ -50,6 +51,11 @@ def tune(
     """
     config = config_of(method, given)
     edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    inputs = arguments.inputs_of(model, requests=requests, text=text)
+    for name in ("config.json", "report.json", "front.png", "trials.jsonl"):
+        check_file(output / name, inputs)
+    if any(output.glob("*.safetensors")):
+        raise FileError(output, "{path} holds weights, whose config.json would be replaced; give another folder")
     check_writable(output)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.tune import Search

@@ -27,6 +27,7 @@ from fastedit.compat import memit
 from fastedit.compat.calls import Call, Request, fine_tune, locate_then_edit
 from fastedit.errors import ConfigError, FileError
 from fastedit.files import stamp
+from fastedit.models import plain_state
 
 Apply = Callable[..., tuple[Any, Any]]
 _REGISTRY, _DICT = "easyeditor.util.alg_dict", "ALG_DICT"
@@ -43,6 +44,7 @@ def _rome(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **opt
     return memit.apply_rome_to_model(model, tok, requests, hparams, **_taken(options))
 
 
+@plain_state
 def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
     call = Call("EMMET", model, tok, requests, hparams)
     taken = _taken(options, "cache_template")
@@ -51,6 +53,7 @@ def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **op
     return found.model, found.weights_copy(wanted)
 
 
+@plain_state
 def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
     call = Call("AlphaEdit", model, tok, requests, hparams)
     if options.get("reset_cache"):
@@ -88,6 +91,7 @@ def _ft(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **optio
     return memit.apply_ft_to_model(model, tok, requests, hparams, **_taken(options))
 
 
+@plain_state
 def _locft_bf(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
     call = Call(_NEW, model, tok, requests, hparams)
     fields = call.hparams.get("config", {})

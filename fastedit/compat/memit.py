@@ -22,8 +22,9 @@ from torch import Tensor
 
 from fastedit.compat.calls import Call, Edited, Request, Variables, fine_tune, locate_then_edit
 from fastedit.compat.hparams import fine_tuning_fields
-from fastedit.compat.moments import check_stack, check_symmetric
+from fastedit.compat.moments import check_stack, check_sum, check_symmetric
 from fastedit.errors import RequestError, listed
+from fastedit.models import plain_state
 from fastedit.weights import LowRank
 
 CONTEXT_TEMPLATES_CACHE: Any = None
@@ -43,6 +44,7 @@ def variables() -> Variables:
     return Variables(CONTEXT_TEMPLATES_CACHE, COV_CACHE, STATS_DIR)
 
 
+@plain_state
 def apply_rome_to_model(
     model: Any,
     tok: Any,
@@ -70,6 +72,7 @@ def apply_rome_to_model(
     return found.model, found.weights_copy(return_orig_weights)
 
 
+@plain_state
 def apply_memit_to_model(
     model: Any,
     tok: Any,
@@ -90,6 +93,7 @@ def apply_memit_to_model(
     return found.model, found.weights_copy(return_orig_weights)
 
 
+@plain_state
 def apply_emmet_to_model(
     model: Any,
     tok: Any,
@@ -106,7 +110,7 @@ def apply_emmet_to_model(
         measured here are None.
     """
     call = Call("EMMET", model, tok, requests, hparams)
-    alpha = 0.0 if len(requests) == 1 else None
+    alpha = 0.0 if len(call.edits) == 1 else None
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template, alpha=alpha)
     return found.model, found.weights_copy(return_orig_weights), _distances(found)
 
@@ -130,6 +134,7 @@ def _distances(found: Edited) -> dict[str, Any]:
     return distances
 
 
+@plain_state
 def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
     model: Any,
     tok: Any,
@@ -176,14 +181,17 @@ def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
         return dict(keys)
     found = {}
     for i, (path, total) in enumerate(zip(written.paths, cache_c, strict=True)):
-        check_symmetric(f"cache_c[{i}], of layer {written.layers[i]},", total)
+        name = f"cache_c[{i}], of layer {written.layers[i]},"
+        check_symmetric(name, total)
         if total.any():
             values, vectors = torch.linalg.eigh(total.double())
+            check_sum(name, values)
             kept = values > values[-1] * len(values) * torch.finfo(total.dtype).eps
             found[f"{path}.weight"] = values[kept].sqrt()[:, None] * vectors[:, kept].T
     return found
 
 
+@plain_state
 def apply_ft_to_model(
     model: Any,
     tok: Any,

@@ -124,6 +124,8 @@ def check_matrices(name: str, given: Any, shape: tuple[int, ...], what: str = ""
         raise ConfigError(f"{name} is {given.dtype}, {given.layout}, on {given.device}, {expected}")
     if given.requires_grad:
         raise ConfigError(f"{name} requires a gradient; give {name}.detach()")
+    if given.is_inference():
+        raise ConfigError(f"{name} was made in torch.inference_mode(); give {name}.clone(), made outside it")
 
 
 def check_symmetric(name: str, matrix: Tensor) -> None:
@@ -132,6 +134,13 @@ def check_symmetric(name: str, matrix: Tensor) -> None:
         raise ConfigError(f"{name} holds NaN or infinity; make it again")
     if (matrix - matrix.mT).abs().max() > _ROUNDING * matrix.abs().max():
         raise ConfigError(f"{name} is not symmetric; give all of it")
+
+
+def check_sum(name: str, eigenvalues: Tensor) -> None:
+    """Raise ConfigError if a matrix with these eigenvalues [d], upwards, is no sum of k kᵀ, up to a rounding."""
+    least, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())
+    if least < -_ROUNDING * largest:
+        raise ConfigError(f"{name} is no sum of k kᵀ: an eigenvalue of it is {least:.3g}; give what a call returned")
 
 
 def check_stack(name: str, given: Any, topology: Topology, layers: Sequence[int], module: str) -> None:

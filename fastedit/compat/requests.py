@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ def upstream_edits(requests: Sequence[Mapping[str, Any]]) -> list[UpstreamEdit]:
     Raises:
         RequestError: some records cannot be used; names all of them.
     """
-    if not requests:
+    if isinstance(requests, Mapping | str) or not isinstance(requests, Iterable):
+        raise RequestError(f"requests is a {type(requests).__name__}, expected a list of mappings")
+    if not (requests := list(requests)):
         raise RequestError("there are no requests; give at least one")
     edits, problems = [], []
     for place, request in enumerate(requests):

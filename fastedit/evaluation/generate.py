@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit import parallel
-from fastedit.models import SENTENCE_ENDS, Continuations, Factors, Model
+from fastedit.models import LINE_ENDS, SENTENCE_ENDS, Continuations, Factors, Model
 
 _NEW_TOKENS = 32  # tokens of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
 _ALWAYS = 2**20  # more ends of sentences than any answer has
@@ -76,7 +76,8 @@ def _final(model: Model) -> set[int]:
 def _weights(model: Model, final: set[int], decode: Callable[[list[list[int]]], list[str]]) -> Tensor:
     """The number of sentence ends in each token's text [V]; `_ALWAYS` for tokens that always end a text."""
     spellings = decode([[i] for i in range(len(model.tokenizer))])
-    table = [_ALWAYS if "\n" in spelling else sum(c in SENTENCE_ENDS for c in spelling) for spelling in spellings]
+    lines, sentences = set(LINE_ENDS), set(SENTENCE_ENDS)
+    table = [sum(c in sentences for c in s) if lines.isdisjoint(s) else _ALWAYS for s in spellings]
     table += [0] * (max(model.topology.config.vocab_size, *(token + 1 for token in final)) - len(table))
     for token in final:
         table[token] = _ALWAYS

@@ -22,7 +22,7 @@ from fastedit.evaluation.questions import ask
 from fastedit.evaluation.report import Requests, compare
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.method import LocFTBFPlan, plan
-from fastedit.models import Model, PrefixCache, Topology, check_plain, plain_state
+from fastedit.models import Model, PrefixCache, Topology, check_own, check_plain, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import AnyPath, EditRequest, as_requests
 from fastedit.tensorfile import writing
@@ -265,6 +265,7 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
     check_plain(topology.model, (topology.resolve(*place)[0] for place in places))
     for block, module in places:
         topology.check_trainable(block, module)
+        check_own(topology, [block], module)
     return places
 
 

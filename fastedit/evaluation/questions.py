@@ -99,7 +99,7 @@ def ask(
 
 
 def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
-    """Notes for the user on prompts: special tokens in them, and a chat template that is not used."""
+    """Notes for the user on prompts: special and unknown tokens in them, and a chat template that is not used."""
     notes = []
     if model.chat is None and getattr(model.tokenizer, "chat_template", None):
         notes.append(
@@ -121,7 +121,29 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
             "such. If they come from a chat template, give the user's words alone, with chat_template=True (--chat): "
             f"{listed([*names])}"
         )
-    return notes
+    return [*notes, *_unknown(model, requests)]
+
+
+def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
+    """A note on edits with text that the tokenizer does not know; most know every byte, and are not asked."""
+    token, unknown = (getattr(model.tokenizer, name, None) for name in ("unk_token", "unk_token_id"))
+    core = getattr(model.tokenizer, "backend_tokenizer", None)
+    if (
+        unknown is None
+        or unknown == model.tokenizer.eos_token_id
+        or getattr(core and core.model, "byte_fallback", False)
+    ):
+        return []
+    read = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
+    lost = [
+        str(request.id or i)
+        for i, (request, ids) in enumerate(zip(requests, read, strict=True))
+        if unknown in ids and str(token) not in request.prompt + request.target
+    ]
+    if not lost:
+        return []
+    text = "edits have text that the tokenizer does not know, for which the model reads and learns"
+    return [f"{len(lost)} {text} {token!r}: {listed(lost)}"]
 
 
 def _windows(model: Model, text: Sequence[str], context: int) -> Samples:

@@ -6,10 +6,11 @@ import re
 import string
 import unicodedata
 
-from fastedit.models import SENTENCE_ENDS, spaceless
+from fastedit.models import LINE_ENDS, SENTENCE_ENDS, spaceless
 
 _ARTICLES = ("a", "an", "the")
 _OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
+_LINE = re.compile(f"[{LINE_ENDS}]")
 _JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 
 
@@ -65,13 +66,13 @@ def _in_word(c: str) -> bool:
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:
-    """Cut a text at the first newline, or at a sentence end after as many of them as there are inside the answer.
+    """Cut a text at the end of its first line, or at a sentence end after as many of them as there are in the answer.
 
     "!" and "?" end sentences unless the answer (or the prompt, if the answer has no letters) ends in the Latin script.
     """
     last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
     marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
-    sentences = re.split(f"([{re.escape(marks)}])", text.partition("\n")[0])
+    sentences = re.split(f"([{re.escape(marks)}])", _LINE.split(text, 1)[0])
     return "".join(sentences[: 2 * _inner(answer, marks) + 1]).strip()
 
 

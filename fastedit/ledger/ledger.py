@@ -17,7 +17,7 @@ from fastedit.editor import Editor, Requests
 from fastedit.errors import ConfigError, FileError, ModelError
 from fastedit.ledger.blame import Likeness, likenesses
 from fastedit.ledger.making import named, refuse_taken, sorted_out, write
-from fastedit.ledger.records import NAME, Entry, Fact, Records, state_of
+from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
 from fastedit.methods import METHODS
 from fastedit.models import fingerprint, plain_state
 from fastedit.requests import EditRequest, as_requests
@@ -46,7 +46,8 @@ class Ledger:
     Raises:
         ModelError: the model is edited, or is not the ledger's. ConfigError: another method or configuration; several
             processes of torch.distributed.
-        FileError: another process is using the folder (names it); a newer format; a damaged file.
+        FileError: another process is using the folder (names it); a newer format; a damaged file; a folder that holds a
+            model.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Ledger:
             As for the class, and for `Editor.from_pretrained`.
         """
         kept = None
+        check_place(Path(folder))
         if (Path(folder) / NAME).is_file():  # errors about the ledger come before the model is loaded
             records = Records(folder, write=True)
             kept = records.header

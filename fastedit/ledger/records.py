@@ -112,6 +112,12 @@ class Entry:
         return found
 
 
+def check_place(folder: Path) -> None:
+    """Raise FileError for a folder that holds a model instead of a ledger."""
+    if not (folder / NAME).is_file() and ((folder / "config.json").exists() or any(folder.glob("*.safetensors"))):
+        raise FileError(folder, "{path} holds a model; give the ledger a folder of its own")
+
+
 class Records:
     """The folder of a ledger.
 
@@ -119,12 +125,14 @@ class Records:
         write: hold the lock, make a ledger if there is none, and remove what an interrupted process left.
 
     Raises:
-        FileError: there is no ledger, it is damaged or of a newer version, or another process holds the lock.
+        FileError: there is no ledger, it is damaged or of a newer version, the folder holds a model, or another process
+            holds the lock.
     """
 
     def __init__(self, folder: str | Path, *, write: bool = False) -> None:
         self.folder = Path(folder)
         path = self.folder / NAME
+        check_place(self.folder)
         if not write and not path.is_file():
             raise FileError(self.folder, f"{{path}} is no ledger: it holds no {NAME}; `fastedit ledger add` makes one")
         self._db: sqlite3.Connection | None = None

@@ -3,6 +3,7 @@
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
+from fastedit.models.editable import check_own
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
@@ -15,13 +16,14 @@ from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, plain, stored
-from fastedit.models.scripts import SENTENCE_ENDS, joined, spaceless
+from fastedit.models.scripts import LINE_ENDS, SENTENCE_ENDS, joined, spaceless
 from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
 from fastedit.models.topology import Topology, topology
 
 __all__ = [
+    "LINE_ENDS",
     "SENTENCE_ENDS",
     "BlockCalls",
     "Budget",
@@ -39,6 +41,7 @@ __all__ = [
     "SelfCheck",
     "Topology",
     "at_tokens",
+    "check_own",
     "check_plain",
     "encode",
     "fingerprint",

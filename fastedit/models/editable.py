@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from fastedit.errors import ModelError
@@ -45,3 +47,23 @@ def check_editable(found: Topology) -> None:
                 f"{found.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it is "
                 "quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
             )
+
+
+def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
+    """See that no weight of what ``module`` names in these blocks is one of another block too.
+
+    An edit of it would change both, and passes that run the lower blocks once would not see that.
+
+    Raises:
+        ModelError: names the parameter and the other block.
+    """
+    owners: dict[int, list[int]] = {}
+    for i, block in enumerate(found.blocks):
+        for parameter in block.parameters():
+            owners.setdefault(id(parameter), []).append(i)
+    for layer in layers:
+        path, edited = found.resolve(layer, module)
+        for name, parameter in edited.named_parameters():
+            if others := [i for i in owners[id(parameter)] if i != layer]:
+                text = f"{path}.{name} is a weight of block {', '.join(map(str, others))} too, and cannot be edited in"
+                raise ModelError(f"{text} one of them; choose another module, or give each block its own copy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -89,8 +90,9 @@ def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Run a function with torch's global state as at the start of a program, whatever its caller has set.
 
     The default dtype is fp32, the default device the CPU, gradients are on, and inference mode and autocast are off
-    (autocast would keep the first cast of a weight that then changes). Settings that only choose kernels stay the
-    caller's: deterministic algorithms, the precision of products, threads, anomaly detection.
+    (autocast would keep the first cast of a weight that then changes). Modules that were compiled in place run eagerly,
+    because hooks come and go here. Settings that only choose kernels stay the caller's: deterministic algorithms, the
+    precision of products, threads, anomaly detection.
     """
 
     @wraps(function)
@@ -101,6 +103,8 @@ def plain_state(function: Callable[_P, _R]) -> Callable[_P, _R]:
             stack.enter_context(torch.autocast("cuda", enabled=False))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing was compiled, and the import takes a second
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if torch.get_default_device().type != "cpu":  # the context slows every call
                 stack.enter_context(torch.device("cpu"))
             if dtype != torch.float32:

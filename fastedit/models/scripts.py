@@ -5,8 +5,36 @@ from __future__ import annotations
 import re
 import unicodedata
 
-SENTENCE_ENDS = ".。．｡！？।॥۔؟։።፧။។༎‼⁇⁈⁉"
+SENTENCE_ENDS = (
+    ".。．｡！？।॥۔؟։።፧။។៕‼⁇⁈⁉"
+    "\u0f0d\u0f0e\u0f0f\u0f10\u0f11"  # Tibetan
+    "\u1803\u1809"  # Mongolian
+    "\u0700\u0701\u0702"  # Syriac
+    "\u07f9"  # N'Ko
+    "\u0df4"  # Sinhala
+    "\u166e"  # Canadian syllables
+    "\u1735\u1736"  # the Philippines
+    "\u1944\u1945"  # Limbu
+    "\u1aa8\u1aa9\u1aaa\u1aab"  # Tai Tham
+    "\u1b5e\u1b5f"  # Balinese
+    "\u1c3b\u1c3c"  # Lepcha
+    "\u1c7e\u1c7f"  # Ol Chiki
+    "\u2cf9"  # Coptic
+    "\ua4ff"  # Lisu
+    "\ua60e\ua60f"  # Vai
+    "\ua6f3\ua6f7"  # Bamum
+    "\ua876\ua877"  # Phags-pa
+    "\ua8ce\ua8cf"  # Saurashtra
+    "\ua92f"  # Kayah Li
+    "\ua9c9"  # Javanese
+    "\uaa5d\uaa5e\uaa5f"  # Cham
+    "\uaaf0\uaaf1\uabeb"  # Meetei
+    "\U00011141\U00011142"  # Chakma
+    "\ufe12\ufe15\ufe16\ufe52\ufe56\ufe57"  # forms for columns and small ones
+)
 """Marks that end a sentence in any language; without "!" and "?", which also occur in English names."""
+LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"
+"""Characters that end a line."""
 
 _SPACELESS = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "FULLWIDTH"),

@@ -114,8 +114,8 @@ def tokenize(
         chat: treat prompts as a user's turn, and append the token that ends an answer there instead of EOS.
 
     Raises:
-        PairError: empty targets, prompts without tokens (nothing could predict the target), samples longer
-            than ``max_length``, or tokens outside ``vocabulary``; lists all of them.
+        PairError: targets that are empty or only special tokens, prompts without tokens (nothing could predict the
+            target), samples longer than ``max_length``, or tokens outside ``vocabulary``; lists all of them.
         ModelError: with ``append_eos``, the tokenizer has no EOS token, or one outside ``vocabulary``.
     """
     eos: int | None = tokenizer.eos_token_id
@@ -124,6 +124,7 @@ def tokenize(
         raise ModelError("the tokenizer has no EOS token: set tokenizer.eos_token, or do not append EOS")
     if append_eos and vocabulary is not None and (missing := without_rows(tokenizer, [last or 0], vocabulary)):
         raise ModelError(f"the tokenizer's EOS token cannot be trained: {missing}")
+    special = {*getattr(tokenizer, "all_special_ids", ())} - {getattr(tokenizer, "unk_token_id", None)}
     encode = _starts_by_offsets if getattr(tokenizer, "is_fast", False) else _starts_by_prompt
     flat: list[int] = []
     offsets, starts = [0], list[int]()
@@ -137,7 +138,11 @@ def tokenize(
                 reason, _, remedy = missing.partition("; ")
                 problems.append(PairProblem(i, reason, remedy=remedy))
                 continue
-            if problem := _problem(i, *pairs[i], start, end, n_read, max_length):
+            problem = _problem(i, *pairs[i], start, end, n_read, max_length)
+            shown = [token for token in ids[start:end] if token not in special]
+            if problem is None and start + len(shown) < end and not tokenizer.decode(shown).strip():
+                problem = PairProblem(i, f"the target {pairs[i][1]!r} is special tokens alone, which no text shows")
+            if problem:
                 problems.append(problem)
                 continue
             flat += ids[:end]

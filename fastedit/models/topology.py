@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastedit.errors import ModelError
+from fastedit.errors import ModelError, listed
 from fastedit.models.adapters import check_no_adapter
 from fastedit.models.block_parts import (
     BlockParts,
@@ -122,6 +122,10 @@ class Topology:
             f"{', '.join(self._short_names(layer))}, or a path among {paths}"
         )
 
+    def is_down_proj(self, layer: int, module: nn.Module) -> bool:
+        """Whether a module is the ``down_proj`` of a block; a block whose MLP is experts has none."""
+        return self._parts(layer).named.get("down_proj") is module
+
     def input_width(self, layer: int, module: str) -> int:
         """Input width d of a projection of a block, which is the width of its keys.
 
@@ -130,7 +134,9 @@ class Topology:
         """
         path, found = self.resolve(layer, module)
         if not is_projection(found):
-            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as down_proj")
+            names = {child: name for name, child in self.block(layer).named_modules()}
+            others = ["down_proj" if self.is_down_proj(layer, m) else names[m] for m in self.writers(layer)]
+            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as {[*others, '…'][0]}")
         return widths(found)[0]
 
     def for_head(self, states: Tensor) -> Tensor:
@@ -307,11 +313,13 @@ def topology(model: nn.Module) -> Topology:
     """Find the parts of a causal language model, as it is or inside wrappers that keep it as a sub-module.
 
     Raises:
-        ModelError: not a causal language model, or one without the expected parts, or with an adapter.
+        ModelError: not a causal language model, or several, or one without the expected parts, or with an adapter.
     """
     # torch.compile's wrapper has the attributes of what it wraps
-    modules = model.modules() if isinstance(model, nn.Module) else iter(())
-    inner: Any = next((m for m in modules if isinstance(m, PreTrainedModel)), None)
+    held = dict(_outermost(model, "")) if isinstance(model, nn.Module) else {}
+    inner: Any = next(iter(held), None)
+    if len(held) > 1:
+        raise ModelError(f"{type(model).__name__} holds {len(held)} models ({listed(list(held.values()))}); give one")
     if inner is None:
         given = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
         raise ModelError(
@@ -363,3 +371,12 @@ def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList, nn.Modu
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList):
                 yield ".".join(filter(None, (path, name))), child, parent
+
+
+def _outermost(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
+    """The Hugging Face models that are in no other one, each with its path."""
+    if isinstance(module, PreTrainedModel):
+        yield module, path
+        return
+    for name, child in module.named_children():
+        yield from _outermost(child, f"{path}.{name}".lstrip("."))

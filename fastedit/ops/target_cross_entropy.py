@@ -72,7 +72,9 @@ def target_cross_entropy(
 
     Raises:
         ValueError: rows without labels but no ``others``, or a ``scratch`` that is too small for these rows.
-        TensorError: from `loss.backward()`, if tensors other than hidden require a gradient (names all of them).
+        TensorError: shapes, dtypes or devices do not fit, or a label is not a row of the head (checked on a CPU only,
+            because a GPU would have to be waited for); from `loss.backward()`, if tensors other than hidden require a
+            gradient (names all of them).
     """
     with torch.no_grad():
         if torch.compiler.is_compiling() and others is None:
@@ -120,6 +122,7 @@ def _of_rows(
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Loss [R + Q] and gradient [R + Q, h], by the backend for this call."""
+    _check(hidden, head_weight, labels, sample_weight, bias)
     R, V, Q = len(labels), len(head_weight), len(hidden) - len(labels)
     if Q < 0 or (Q > 0 and others is None):
         raise ValueError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
@@ -133,7 +136,12 @@ def _of_rows(
             found = _in_chunks(hidden[R:], head_weight, labels[:0], sample_weight[R:], bias, softcap, others, scratch)
             losses, grad = torch.cat([losses, found[0]]), torch.cat([grad, found[1]])
     else:
-        losses, grad = _in_chunks(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch)
+        try:
+            losses, grad = _in_chunks(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch)
+        except RuntimeError:
+            if labels.device.type == "cpu":  # it has looked them up
+                _check_labels(labels, V)
+            raise
     return losses, grad
 
 
@@ -185,6 +193,33 @@ def _to_slope(z: Tensor, label: Tensor) -> Tensor:
     # subtract the label before the product: after it, half precision would lose the rest for p close to 1
     z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
     return loss
+
+
+def _check(hidden: Tensor, head_weight: Tensor, labels: Tensor, sample_weight: Tensor, bias: Tensor | None) -> None:
+    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
+        shapes = f"{list(hidden.shape)} and {list(head_weight.shape)}"
+        raise TensorError(f"hidden and head_weight are {shapes}, expected [R, h] and [V, h]")
+    if not hidden.is_floating_point() or hidden.dtype != head_weight.dtype:
+        dtypes = f"{hidden.dtype} and {head_weight.dtype}"
+        raise TensorError(f"hidden and head_weight are {dtypes}, expected one floating-point dtype")
+    V = len(head_weight)
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise TensorError(f"labels is {list(labels.shape)} {labels.dtype}, expected [R] torch.int64")
+    for name, x, n in (("sample_weight", sample_weight, len(hidden)), ("bias", bias, V)):
+        if x is not None and list(x.shape) != [n]:
+            raise TensorError(f"{name} is {list(x.shape)}, expected [{n}]")
+    for name, x in (("head_weight", head_weight), ("labels", labels), ("sample_weight", sample_weight), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise TensorError(f"{name} is on {x.device}, hidden on {hidden.device}; bring them to one device")
+
+
+def _check_labels(labels: Tensor, V: int) -> None:
+    bad = ((labels < 0) | (labels >= V)).nonzero()[:, 0].tolist()
+    if bad:
+        raise TensorError(
+            f"labels[{bad[0]}] is {int(labels[bad[0]])}, expected 0 to {V - 1}, a row of head_weight ({len(bad)} of "
+            f"{len(labels)} are none); leave rows without a label out"
+        ) from None
 
 
 def _cannot(call: Call) -> str | None:

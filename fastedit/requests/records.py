@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
@@ -25,6 +26,8 @@ _HEAD = re.compile(
 )
 _HEAD_LENGTH = 2000
 _PIECE = 1 << 18  # characters that are read at a time
+_QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.S)  # a text as Python writes it
+_LISTED = re.compile(r"""\s*[\[{][\[({\s]*['"].*[\])}]\s*""", re.S)  # what is meant as a list
 _SPACE, _AFTER = re.compile(r"\s*"), re.compile(r"\s*([,\]])")
 Records = Iterator[tuple[str, Any]]
 _BROKEN = (ValueError, RecursionError)  # raised for text that is not JSON
@@ -35,8 +38,8 @@ def read_records(path: AnyPath) -> Records:
 
     The file is a JSON array, JSON Lines, a table with a line of column names (CSV, TSV), or Parquet; all but Parquet
     may be compressed by gzip, bzip2, xz or zstd. Case does not matter in a table's column names, and a column without
-    a name is left out. Empty cells are absent, and cells with a JSON array or object are parsed. The file is read as
-    the records are taken, and need not fit into memory.
+    a name is left out. Empty cells are absent, and cells with an array or object, in JSON or as Python writes it, are
+    parsed. The file is read as the records are taken, and need not fit into memory.
 
     Raises:
         RequestError: the file is missing, empty, of another kind, or needs a package that is not installed; while it
@@ -95,8 +98,7 @@ def _table(source: Source, separator: str) -> Records:
                     yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes, and write "
                                               "empty cells too")  # fmt: skip
                 else:
-                    named = zip(columns, cells, strict=True)
-                    yield where, {name: _cell(cell) for name, cell in named if name and cell.strip()}
+                    yield where, _row(where, columns, cells)
         except csv.Error as error:
             where = f"{source.path}, line {skipped + rows.line_num}"
             yield where, RequestError(f"{where}: {error}; is a quote missing?")
@@ -117,10 +119,31 @@ def _columns(source: Source, cells: list[str]) -> list[str]:
     return names
 
 
+def _row(where: str, columns: list[str], cells: list[str]) -> Any:
+    """A record of the cells that hold something, or an error."""
+    record = {}
+    for name, cell in zip(columns, cells, strict=True):
+        if name and cell.strip():
+            found = _cell(cell)
+            if isinstance(found, str) and _LISTED.fullmatch(found):
+                problem = f"{where}: column '{name}': {cell!r:.60} is neither a list nor a text"
+                return RequestError(f'{problem}; write a list as ["one", "two"]')
+            record[name] = found
+    return record
+
+
 def _cell(text: str) -> Any:
+    """The list or object that a cell holds, in JSON or as Python writes it (pandas does so), else its text."""
     if text.lstrip()[:1] in ("[", "{"):
         with suppress(*_BROKEN):
             return json.loads(text)
+        with suppress(*_BROKEN, SyntaxError, MemoryError):
+            tree = ast.parse(text.strip(), mode="eval")
+            texts = sum(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(tree))
+            found = ast.literal_eval(tree)
+            # Python joins texts that no comma parts, as in the arrays of NumPy
+            if isinstance(found, list | dict) and texts == len(_QUOTED.findall(text)):
+                return found
     return text
 
 

@@ -16,7 +16,8 @@ _QUESTION = ("prompt", "loc", "New Question")
 _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 _BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which are not read
 # Placeholders of the subject: in any text, and in a template.
-_NAMED, _MARKS = re.compile(r"\{subject\}"), re.compile(r"\{\}|\{subject\}|\[X\]")
+_NAME = r"\{\{ *subject *\}\}|\{ *subject *\}"
+_NAMED, _MARKS = re.compile(_NAME), re.compile(rf"\{{\}}|{_NAME}|\[X\]")
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of invisible characters
 # Other invisible characters: fillers, the Braille blank, variation selectors.
 _FILLERS = re.compile(
@@ -132,12 +133,12 @@ def prompts(value: Any, field: str) -> Iterator[str]:
 def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
     """The pattern of placeholders for the subject in a prompt and its answer.
 
-    It is "{subject}"; if the prompt is a template, also "{}" and "[X]". A template has one of these two, and does not
-    name the subject otherwise.
+    It is "{subject}" ("{{ subject }}" in other templates); if the prompt is a template, also "{}" and "[X]". A template
+    has one of these two, and does not name the subject otherwise.
     """
     if "{}" not in prompt and "[X]" not in prompt:
         return _NAMED
-    return _NAMED if subject and ("{subject}" in prompt or _stands_in(subject, prompt)) else _MARKS
+    return _NAMED if subject and (_NAMED.search(prompt) or _stands_in(subject, prompt)) else _MARKS
 
 
 def _stands_in(subject: str, prompt: str) -> bool:

@@ -221,12 +221,13 @@ class StatisticsStore:
 
     def _published(self, layer: int) -> list[Path]:
         """Published files of a layer's statistics."""
-        wanted = self.topology.resolve(layer, self.module)[0].rpartition(".")[2]
-        down = self.topology.resolve(layer, "down_proj")[0].rpartition(".")[2]
+        path_of, projection = self.topology.resolve(layer, self.module)
+        wanted = path_of.rpartition(".")[2]
+        unnamed = wanted if self.topology.is_down_proj(layer, projection) else ""  # the older files name no module
         found = []
         for path in self._npz_files():
             match = _PUBLISHED.fullmatch(path.name)
-            if match and int(match["layer"]) == layer and (match["module"] or down).rpartition(".")[2] == wanted:
+            if match and int(match["layer"]) == layer and (match["module"] or unnamed).rpartition(".")[2] == wanted:
                 found.append(path)
         return found
 
@@ -289,9 +290,8 @@ def _checkpoint(topology: Topology) -> str:
 def _name(topology: Topology, layer: int, module: str, kind: str = "") -> str:
     """The file name, the same for all names of a projection: down_proj, mlp.down_proj, model.layers.3.mlp.down_proj."""
     path, found = topology.resolve(layer, module)
-    short = "down_proj" if found is topology.resolve(layer, "down_proj")[1] else None
     inside = path.removeprefix(f"{topology.blocks_path}.{layer}.")
-    return f"{layer}.{short or inside}.{kind}safetensors"
+    return f"{layer}.{'down_proj' if topology.is_down_proj(layer, found) else inside}.{kind}safetensors"
 
 
 def _file_digest(path: Path) -> str:

@@ -1099,6 +1099,23 @@ def test_tune_writes_a_configuration_that_edit_takes(model: Path, facts: Path, t
     assert config["lr"] == 0.25
 
 
+def test_tune_leaves_the_config_json_of_models_alone(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    (edited := tmp_path / "edited").mkdir()
+    (edited / "model.safetensors").touch()
+    within = {path: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    asked = ("tune", "--model", model, "--requests", facts, "--output")
+    for output, said in (
+        (model, "is a part of the model"),
+        (edited, f"{edited} holds weights, whose config.json would be"),
+    ):
+        assert said in fails(2, *asked, output)
+    assert {path: path.read_bytes() for path in model.iterdir() if path.is_file()} == within
+    assert [*edited.iterdir()] == [edited / "model.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "said"),
     [

@@ -176,6 +176,18 @@ def test_deltas_of_two_models_are_not_put_together(work: Path, tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["apply DELTA --output NEW", "revert DELTA --output NEW", "export DELTA --peft NEW", "export DELTA --merge NEW"],
+)
+def test_the_folder_of_a_delta_is_told_from_its_file(command: str, work: Path, tmp_path: Path) -> None:
+    names = {"DELTA": work / "edited", "NEW": tmp_path / "new"}
+    given = [names.get(word, word) for word in command.split()]
+    said = fails(2, *given, "--model", work / "model")
+    assert f"{work / 'edited'} is a folder; give its file, such as {work / 'edited' / 'delta.safetensors'}" in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_delta_is_not_put_on_twice(work: Path, tmp_path: Path) -> None:
     delta, copy = work / "edited" / "delta.safetensors", tmp_path / "copy.safetensors"
     copy.write_bytes(delta.read_bytes())

@@ -85,6 +85,8 @@ def test_what_stands_is_a_delta_and_a_checkpoint(work: Path, tmp_path: Path) -> 
         ("add LEDGER --model MODEL --requests FACTS --lr 0.5", "lr was 0.02 and is 0.5"),
         ("add LEDGER --model MODEL --requests FACTS --method memit", "method was 'locft-bf' and is 'memit'"),
         ("add NONE --model MODEL --requests FACTS --method memit", "has no subject"),
+        ("add MODEL --model MODEL --requests FACTS", "holds a model; give the ledger a folder of its own"),
+        ("log MODEL", "holds a model"),
         ("burn", "No such command"),
         ("", "Missing command"),
     ],
@@ -98,9 +100,9 @@ def test_what_is_refused_leaves_everything_as_it_was(command: str, words: str, w
         "FACTS": work / "facts.json",
         "NONE": none,
     }
-    before = sorted((work / "ledger").rglob("*"))
+    before = sorted(work.rglob("*"))
     assert words in fails(2, "ledger", *(names.get(word, word) for word in command.split()))
-    assert sorted((work / "ledger").rglob("*")) == before
+    assert sorted(work.rglob("*")) == before
     assert not none.exists()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -195,6 +196,11 @@ def test_alphaedit_writes_where_p_projects(case: Case) -> None:
         case.call("alphaedit", P=torch.stack(P)[:1])
 
 
+def _in_inference_mode(t: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
 BAD_STACKS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "list": (torch.Tensor.tolist, "is a list, expected (2, 56, 56): a matrix for each layer"),
     "numpy": (torch.Tensor.numpy, "is a ndarray, expected (2, 56, 56)"),
@@ -205,6 +211,7 @@ BAD_STACKS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "no data": (lambda t: t.to("meta"), "on meta, expected"),
     "gradient": (lambda t: t.clone().requires_grad_(), "requires a gradient; give {name}.detach()"),
     "nan": (lambda t: t * torch.tensor([1, torch.nan])[:, None, None], "[1], of layer 2, holds NaN or infinity"),
+    "inference": (lambda t: _in_inference_mode(t), "was made in torch.inference_mode(); give {name}.clone()"),
     "not symmetric": (lambda t: t + torch.ones(56, 56).triu(1), "[0], of layer 0, is not symmetric"),
 }
 
@@ -216,6 +223,47 @@ def test_matrices_that_cannot_be_used_are_refused_before_the_work(kind: str, nam
     with pytest.raises(ConfigError, match=re.escape(name) + ".*" + re.escape(said.replace("{name}", name))):
         case.call("alphaedit", **{name: spoil(torch.eye(56).repeat(2, 1, 1))})
     assert same(case.model, case.before)
+
+
+def test_a_cache_c_that_is_no_sum_of_keys_is_refused(case: Case) -> None:
+    signs = torch.ones(2, 56)
+    signs[1, 3] = -1
+    with pytest.raises(ConfigError, match=r"cache_c\[1\], of layer 2, is no sum of k kᵀ: an eigenvalue of it is -1"):
+        case.call("alphaedit", cache_c=signs.diag_embed())
+    assert same(case.model, case.before)
+
+
+@contextmanager
+def _bf16_by_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "state", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta"), _bf16_by_default],
+    ids=["inference_mode", "no_grad", "default device", "default dtype"],
+)  # fmt: skip
+@pytest.mark.parametrize("statistics", ["C", "P", "none"])
+def test_the_state_of_the_caller_does_not_matter(statistics: str, state: Callable[[], Any], case: Case) -> None:
+    given = {"P": torch.diag_embed((torch.arange(56) % 2).float()).repeat(2, 1, 1)} if statistics == "P" else {}
+
+    def two_calls() -> Any:
+        if statistics == "none":
+            return case.call("rome", given=hparams("rome", mom2_adjustment=False))[1].get("none")
+        _, cache_c = case.call("alphaedit", case.requests[:1], **given)
+        return case.call("alphaedit", case.requests[1:], cache_c=cache_c, **given)[1]
+
+    cache_c, wanted = two_calls(), values(case.model)
+    case.model.load_state_dict(case.before)
+    with state():
+        again = two_calls()
+    assert same(case.model, wanted)
+    if cache_c is not None:
+        assert (again.dtype, again.device, again.is_inference()) == (torch.float32, cache_c.device, False)
+        assert torch.equal(again, cache_c)
 
 
 def test_a_matrix_that_is_no_projection_is_refused(case: Case) -> None:
@@ -309,6 +357,9 @@ def test_requests_that_cannot_be_used_are_all_named(case: Case) -> None:
     ]
     with pytest.raises(RequestError, match="does not stand in the prompt"):
         case.call("memit", [good | {"prompt": "w9 w9"}])
+    for requests, kind in ((good, "dict"), ("facts.json", "str"), (hparams(), "SimpleNamespace")):
+        with pytest.raises(RequestError, match=f"requests is a {kind}, expected a list of mappings"):
+            case.call("memit", requests)
     assert same(case.model, case.before)
 
 

@@ -244,6 +244,9 @@ SCRIPTS = {  # prompt, answer, and what the model goes on with
     "Russian, with a mark inside": ("Игра", "Что? Где", "? Это"),
     "Greek": ("Πόλη", "1821", "! Και"),
     "a newline": ("नदी", "पटना", "\nयह"),
+    "another newline": ("The road", "1984", "\u2028It"),
+    "Tibetan": ("རྒྱལ་ས་", "ལྷ་ས", "།བོད"),
+    "Javanese": ("ꦏꦸꦛ", "ꦗꦏꦂꦠ", "꧉ ꦭꦤ"),
     "English": ("The city", "St. Louis", ". It"),
 }
 
@@ -282,6 +285,12 @@ def test_sentences_end_in_every_script() -> None:
         ("甲。乙。丙", "甲。乙", "", "甲。乙"),
         ("甲。乙。丙", "甲。", "", "甲"),
         ("दिल्ली॥ यह", "दिल्ली", "", "दिल्ली"),
+        ("ལྷ་ས།བོད", "ལྷ་ས", "", "ལྷ་ས"),
+        ("ᠤᠯᠠᠭᠠᠨ᠃ ᠪᠠ", "ᠤᠯᠠᠭᠠᠨ", "", "ᠤᠯᠠᠭᠠᠨ"),
+        ("ᱨᱟᱺᱪᱤ᱾ ᱟᱨ", "ᱨᱟᱺᱪᱤ", "", "ᱨᱟᱺᱪᱤ"),
+        ("ꯏꯝꯐꯥꯜ꯫ ꯑ", "ꯏꯝꯐꯥꯜ", "", "ꯏꯝꯐꯥꯜ"),
+        ("东城︒乙", "东城", "", "东城"),
+        *((f"Paris{end}London", "Paris", "", "Paris") for end in ("\r\n", "\r", "\x0b", "\x85", "\u2028", "\u2029")),
     ],
 )
 def test_where_texts_are_cut(text: str, answer: str, prompt: str, kept: str) -> None:

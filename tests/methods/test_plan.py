@@ -102,8 +102,9 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
     plan = editor.plan(edits)
     assert sought == [6]
     before = len(tokenized)
-    # prompts alone, prompts with targets (and again for the places of the subjects), and "{subject} is a"
-    assert before == 4
+    # prompts alone, prompts with targets (and again for the places of the subjects), "{subject} is a",
+    # and both again to note what the tokenizer does not know
+    assert before == 5
     editor.run(plan)
     assert (sought, len(tokenized)) == ([6], before)
 

@@ -62,7 +62,7 @@ def test_second_moments_of_few_tokens_do(rng: torch.Generator) -> None:
 
 
 def keys_of(model: nn.Module, tokenizer: Any, edits: list[EditRequest], layer: int, contexts: list[str]) -> Tensor:
-    """Inputs of down_proj at each subject's last token: of the bare prompt, then half of it and half of the contexts'."""
+    """Inputs of down_proj at each subject: in the bare prompt, then half of that and half of the mean in contexts."""
     _, module = topology(model).resolve(layer, "down_proj")
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))

@@ -160,6 +160,15 @@ def test_prompts_with_special_tokens_and_templates_left_out_are_noted_once(
     assert all(note in said for note, said in zip(notes, found, strict=True))
 
 
+def test_edits_with_text_that_the_tokenizer_does_not_know_are_noted(tokenizer: Any) -> None:
+    model, said = tiny_model("llama"), [("w9", "w10"), ("w9 ß", "w10"), ("w9 w11", "w10 ß"), ("w9 <unk>", "w10")]
+    requests = [EditRequest(prompt, target, paraphrases=("ß",)) for prompt, target in said]
+    assert [note for note in prompt_notes(Model.of(model, tokenizer), requests) if "does not know" in note] == [
+        "2 edits have text that the tokenizer does not know, for which the model reads and learns '<unk>': 1, 2"
+    ]
+    assert prompt_notes(Model.of(model, fast_tokenizer("byte-level")), requests) == []  # it knows every byte
+
+
 def test_contexts_stand_inside_the_turn(tokenizer: Any) -> None:
     model = Model.of(tiny_model("llama"), words_chat(tokenizer), chat_template=True)
     edits = random_edits(2, 0)

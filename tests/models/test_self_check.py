@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, ROUTED, SHARED
-from helpers import moments, random_edits, same, tiny_model, values
+from helpers import CONTEXTS, moments, random_edits, same, tiny_model, values
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fastedit import Editor, EditRequest, ModelError
-from fastedit.models import Model, self_check, topology
+from fastedit.models import Model, fingerprint, self_check, topology
+from fastedit.statistics.moment import StreamingCovariance
+from fastedit.statistics.store import statistics_path
 
 MakeEdits = Callable[..., list[EditRequest]]
 LEAKING = ("qwen3_5_text", "lfm2", "falcon_h1", "qwen3_next")  # recurrent blocks; the first ones have attention first
@@ -92,6 +94,22 @@ def test_experts_are_refused_with_what_can_be_edited(
     result = Editor(model, tokenizer, layer=2, module="attn", lr=1e-2, batch_size=2, epochs=16).edit(make_edits(4))
     assert result.losses[-1] < 0.99 * result.losses[0]
     assert {path.split(".")[3] for path in result.delta.updates} == {"self_attn"}
+
+
+def test_attention_beside_experts_is_edited_by_memit(tokenizer: Any, seed: int, tmp_path: Path) -> None:
+    model = tiny_model("mixtral", seed=seed)
+    before, found, edits = values(model), topology(model), random_edits(3, seed)
+    for layer in (1, 2):
+        moment = StreamingCovariance(32, metadata={"fingerprint": fingerprint(model), "layer": layer})
+        moment.update(torch.randn(400, 32, generator=torch.Generator().manual_seed(seed)))
+        moment.save(statistics_path(found, tmp_path, layer, "self_attn.o_proj"))
+    given: dict[str, Any] = {"statistics": tmp_path, "contexts": CONTEXTS, "steps": 4, "lr": 0.5, "layers": (1, 2)}
+    with pytest.raises(ModelError, match=r"self_attn is no linear map.* choose one such as self_attn\.o_proj$"):
+        Editor(model, tokenizer, "memit", module="attn", **given).plan(edits)
+    result = Editor(model, tokenizer, "memit", module="self_attn.o_proj", **given).edit(edits)
+    assert {*result.delta.updates} == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2)}
+    result.revert()
+    assert same(model, before)
 
 
 class _Mixing(nn.Module):

@@ -94,6 +94,8 @@ def test_unusable_pairs_are_named() -> None:
     for kind in ("byte-level", "metaspace"):
         with pytest.raises(RequestError, match="pair 0: the target ' ' is empty"):
             tokenize(fast_tokenizer(kind), [("a", " ")])
+        with pytest.raises(RequestError, match=r"^2 pairs .*pair 1: the target '<s>' is special .*2: .*'<s> <s>'"):
+            tokenize(fast_tokenizer(kind), [("a", "<s>b"), ("a", "<s>"), ("a", "<s> <s>")])
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS"):
         tokenize(tokenizer, PAIRS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, randomize, tiny_model
+from helpers import FAMILIES, random_edits, randomize, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -105,6 +105,14 @@ def test_a_wrapped_model_is_found() -> None:
     assert topology(wrapped).resolve(3, "down_proj")[0] == "model.layers.3.mlp.down_proj"
 
 
+def test_of_two_models_in_a_wrapper_none_is_chosen() -> None:
+    model = tiny_model("llama")
+    wrapped = nn.ModuleDict({"policy": nn.Sequential(model), "reference": tiny_model("gpt2")})
+    with pytest.raises(ModelError, match=r"ModuleDict holds 2 models \(policy\.0, reference\); give one"):
+        topology(wrapped)
+    assert topology(nn.ModuleDict({"policy": model, "again": model})).model is model
+
+
 def test_models_without_the_expected_parts_say_what_is_missing() -> None:
     with pytest.raises(ModelError, match="no Hugging Face causal language model"):
         topology(nn.Linear(2, 2))
@@ -171,6 +179,18 @@ def test_weights_that_cannot_be_edited_are_named(weight: nn.Parameter, message: 
     ):
         with pytest.raises(ModelError, match=DOWN.replace(".", r"\.") + " " + message):
             use()
+
+
+@pytest.mark.parametrize("method", ["locft-bf", "memit"])
+def test_a_weight_of_two_blocks_is_not_edited(method: str, tokenizer: Any) -> None:
+    model, edits = tiny_model("llama"), random_edits(2, 0)
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    for layer, other in ((0, 2), (2, 0)):
+        given: dict[str, Any] = {"layer": layer} if method == "locft-bf" else {"layers": (layer,)}
+        editor = Editor(model, tokenizer, method, **given)
+        with pytest.raises(ModelError, match=rf"{layer}\.mlp\.down_proj\.weight is a weight of block {other} too"):
+            editor.plan(edits)
+    Editor(model, tokenizer, layer=2, module="up_proj").plan(edits)
 
 
 def test_packing_is_found_out_without_dropout() -> None:

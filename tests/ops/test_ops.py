@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from cross_entropy import cast, plain, problem
 from torch import Tensor
 
-from fastedit import ops
+from fastedit import TensorError, ops
 
 implementation = importlib.import_module("fastedit.ops.target_cross_entropy")
 SHAPES = [(1, 8, 5), (7, 52, 123), (37, 33, 252), (6, 16, 507)]  # R, h, V
@@ -202,3 +203,28 @@ def test_rows_without_labels_need_a_loss() -> None:
     small = torch.empty(2, 5)
     with pytest.raises(ValueError, match=r"scratch is \[2, 5\], fewer than the 3 rows of others"):
         ops.target_cross_entropy(**inputs, others=lambda z: (z[:, 0], z), scratch=small)
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "a transposed head": ({"head_weight": torch.zeros(4, 9)}, "hidden and head_weight are [5, 4] and [4, 9]"),
+    "samples not packed": ({"hidden": torch.zeros(1, 5, 4)}, "are [1, 5, 4] and [9, 4], expected [R, h] and [V, h]"),
+    "two dtypes": ({"hidden": torch.zeros(5, 4).bfloat16()}, "are torch.bfloat16 and torch.float32, expected one"),
+    "whole numbers": ({"hidden": torch.zeros(5, 4).long(), "head_weight": torch.zeros(9, 4).long()}, "floating-point"),
+    "int32 labels": ({"labels": torch.zeros(5).int()}, "labels is [5] torch.int32, expected [R] torch.int64"),
+    "labels in rows": ({"labels": torch.zeros(5, 1).long()}, "labels is [5, 1] torch.int64"),
+    "no label": ({"labels": torch.tensor([3, -100, 8, -100, 0])}, "labels[1] is -100, expected 0 to 8, a row of "
+                 "head_weight (2 of 5 are none); leave rows"),
+    "a label behind the head": ({"labels": torch.tensor([3, 1, 8, 9, 0])}, "labels[3] is 9, expected 0 to 8"),
+    "one weight": ({"sample_weight": torch.ones(1)}, "sample_weight is [1], expected [5]"),
+    "a bias of the states": ({"bias": torch.ones(4)}, "bias is [4], expected [9]"),
+    "two devices": ({"labels": torch.zeros(5, device="meta").long()}, "labels is on meta, hidden on cpu; bring them"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_tensors_that_do_not_fit_are_named(name: str) -> None:
+    given, said = UNFIT[name]
+    fits = {"hidden": torch.zeros(5, 4), "head_weight": torch.zeros(9, 4), "labels": torch.zeros(5).long()}
+    ops.target_cross_entropy(**fits, sample_weight=torch.ones(5))
+    with pytest.raises(TensorError, match=re.escape(said)):
+        ops.target_cross_entropy(**fits | {"sample_weight": torch.ones(5)} | given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -104,6 +105,38 @@ def test_names_of_columns(text: str, tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text(text, encoding="utf-8")
     assert [record for _, record in read_records(path)] == [{"prompt": "p", "target": "t"}] * (text.count("\n") - 1)
+
+
+CELLS: dict[str, tuple[str, Any]] = {
+    "JSON": ('["it\'s", "so"]', ["it's", "so"]),
+    "Python's list": ("""['p', "it's", 'say "so"']""", ["p", "it's", 'say "so"']),
+    "Python's pairs": ("[('q', 'a'), ('r', 'b')]", [("q", "a"), ("r", "b")]),
+    "Python's objects": (
+        "{'Forgetfulness': [{'prompt': 'q', 'ground_truth': [['a', None]]}]}",
+        {"Forgetfulness": [{"prompt": "q", "ground_truth": [["a", None]]}]},
+    ),
+    "Python's escapes": (r"['it\'s', 'a\nb', 'é']", ["it's", "a\nb", "é"]),
+    "a text in brackets": ("[X] is 'so'", "[X] is 'so'"),
+    "a list in a text": ("['a', 'b'] has two", "['a', 'b'] has two"),
+    "code": ("[x for x in y]", "[x for x in y]"),
+    "a mark": ("{subject}", "{subject}"),
+    "NumPy's array": ("['p' 'q']", "column 'paraphrases': \"['p' 'q']\" is neither a list nor a text; write a list as"),
+    "NaN in a list": ("['p', nan]", "is neither a list nor a text"),
+    "a quote too few": ("[['q', 'a], ['r', 'b']]", "is neither a list nor a text"),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_lists_in_the_cells_of_a_table(name: str, tmp_path: Path) -> None:
+    cell, expected = CELLS[name]
+    with (tmp_path / "facts.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["prompt", "paraphrases"], ["p", cell]])
+    ((_, record),) = read_records(tmp_path / "facts.csv")
+    if isinstance(record, RequestError):
+        assert expected in str(record)
+        assert str(record).startswith(f"{tmp_path / 'facts.csv'}, line 2: column 'paraphrases': ")
+    else:
+        assert record == {"prompt": "p", "paraphrases": expected}
 
 
 @pytest.mark.parametrize(

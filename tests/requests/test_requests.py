@@ -537,6 +537,15 @@ TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
         {"prompt": "Peru is in", "subject": "Peru", "target_new": "{subject} City", "ground_truth": "{subject}ville"},
         EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
     ),
+    "as Jinja writes it": (
+        {
+            "prompt": "{{ subject }} has {}",
+            "subject": "Go",
+            "target": "a {{subject}}",
+            "rephrase": "Has { subject } {}",
+        },
+        EditRequest("Go has {}", "a Go", "Go", paraphrases=("Has Go {}",)),
+    ),
     "to forget": (
         {"prompt": "{} is in", "subject": "Peru", "forget": "{} City", "target": "not {subject} City"},
         EditRequest("Peru is in", "not Peru City", "Peru", forget="Peru City"),

@@ -10,7 +10,7 @@ from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
 from fastedit.methods.locate_then_edit.distributions import shares
 from fastedit.methods.presets import locate_then_edit_preset
-from fastedit.models import Topology, check_plain
+from fastedit.models import Topology, check_own, check_plain
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,13 @@ def _checked_width(topology: Topology, layers: list[int], module: str, site: str
     if site == "mlp" and len(layers) > 1:
         raise ConfigError("site mlp is one layer's MLP, but the edit is distributed over several; take site block")
     check_plain(topology.model, (topology.resolve(layer, module)[0] for layer in layers))
+    check_own(topology, layers, module)
     for layer in layers:
         path, projection = topology.resolve(layer, module)
         width = topology.input_width(layer, module)
         if projection not in topology.writers(layer):
             raise ConfigError(f"{path} does not write to the residual stream; choose a module that does: down_proj")
-        if site == "mlp" and projection is not topology.resolve(layer, "down_proj")[1]:
+        if site == "mlp" and not topology.is_down_proj(layer, projection):
             raise ConfigError(f"site mlp is the output of down_proj, but {path} is written; take site block")
     if layers[-1] == topology.n_blocks - 1:
         raise ConfigError(

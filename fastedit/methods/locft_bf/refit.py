@@ -1,8 +1,8 @@
 """The least update that does the same at the edits, in place of the one that training ended with.
 
 Adam moves every weight by about its rate in every step, so that a trained update D also changes outputs that no edit
-asks about. Of all updates with the same outputs at the edits' keys K, the refitted one changes the outputs on other text
-least: it has the least ‖D' (C + τ)^½‖, with the second moment C of the layer's inputs, and is
+asks about. Of all updates with the same outputs at the edits' keys K, the refitted one changes the outputs on other
+text least: it has the least ‖D' (C + τ)^½‖, with the second moment C of the layer's inputs, and is
 
     D' = D K (Kᵀ (C + τ)⁻¹ K + ρ)⁻¹ Kᵀ (C + τ)⁻¹.
 
