@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: a thread that spins takes another worker's time
+
 import torch
 
 if not torch.cuda.is_available():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from copies import Copies
 from families import UNVERIFIED
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -92,11 +92,11 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
 
     Skips the test if the installed transformers does not know the type.
     """
-    return deepcopy(_made_once(family, dtype, seed, torch.get_default_dtype()))
+    return _made_once(family, dtype, seed, torch.get_default_dtype()).one()
 
 
 @cache
-def _made_once(family: str, dtype: torch.dtype, seed: int, default: torch.dtype) -> Any:
+def _made_once(family: str, dtype: torch.dtype, seed: int, default: torch.dtype) -> Copies:
     """`default` is that of the caller, in which a model makes its rotary embeddings."""
     kind, settings = FAMILIES[family] if family in FAMILIES else (family, UNVERIFIED[family])
     if kind not in CONFIG_MAPPING:
@@ -106,7 +106,7 @@ def _made_once(family: str, dtype: torch.dtype, seed: int, default: torch.dtype)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_COMMON | settings))
         if torch.float64 in (dtype, default):  # products of groups are not made for it
             model.config._experts_implementation = "eager"
-        return randomize(model, norm=0.0 if kind.startswith("gemma") else 1.0).to(dtype).eval()
+        return Copies(randomize(model, norm=0.0 if kind.startswith("gemma") else 1.0).to(dtype).eval())
 
 
 @torch.no_grad()
@@ -275,7 +275,8 @@ class Double(TorchFunctionMode):
     """fp64 wherever somebody asks for fp32: models do so in their norms, rotations and softmaxes."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = [torch.float64 if x is torch.float32 else x for x in args]
+        if len(args) > 1:  # most calls ask a tensor for its shape or the like
+            args = [torch.float64 if x is torch.float32 else x for x in args]
         if kwargs:
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
         return (Tensor.double if function is Tensor.float else function)(*args, **kwargs or {})

@@ -14,6 +14,7 @@ def remember_builtins() -> None:
     except ImportError:
         return
     known: dict[Any, list[str]] = {}
+    patched: set[int] = set()
 
     def patch_builtin(owner: Any, *rest: Any) -> None:
         if owner not in known:
@@ -23,3 +24,23 @@ def remember_builtins() -> None:
                 interpreter._patch_attr(owner, name, getattr(owner, name), *rest)
 
     interpreter._patch_builtin = patch_builtin
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+
+    class Scope(interpreter._LangPatchScope):  # type: ignore[misc,name-defined]
+        def restore(self) -> None:
+            patched.clear()
+            super().restore()
+
+    patch_lang = interpreter._patch_lang
+
+    def patch_once(function: Any) -> Any:
+        """A launch asks for it again for each function that its kernel calls, and undoes it at its end."""
+        module = id(function.__globals__)
+        if module in patched:
+            return Scope()
+        scope = patch_lang(function)
+        patched.add(module)
+        return scope
+
+    interpreter._LangPatchScope, interpreter._patch_lang = Scope, patch_once

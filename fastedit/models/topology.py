@@ -296,11 +296,22 @@ class Topology:
         )
 
     def _parts(self, layer: int) -> BlockParts:
-        """The modules of a block by their short names."""
-        try:
-            return find_parts(self.block(layer), self.hidden_size)
-        except UnknownPartsError as error:
-            raise ModelError(f"block {layer} of {self.name} {error}") from None
+        """The modules of a block by their short names; looked for once, and again when a module was replaced."""
+        block = self.block(layer)
+        modules = [(name, module, type(module)) for name, module in block.named_modules()]
+        known, parts = self._seen.get(layer, (None, None))
+        if parts is None or known != modules:
+            try:
+                parts = find_parts(block, self.hidden_size)
+            except UnknownPartsError as error:
+                raise ModelError(f"block {layer} of {self.name} {error}") from None
+            self._seen[layer] = modules, parts
+        return parts
+
+    @cached_property
+    def _seen(self) -> dict[int, tuple[list[tuple[str, nn.Module, type]], BlockParts]]:
+        """The parts of a block, and the modules that it had when they were found."""
+        return {}
 
     def _found(self, layer: int) -> BlockParts | None:
         try:

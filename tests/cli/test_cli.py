@@ -50,6 +50,7 @@ RECORDS: list[dict[str, Any]] = [
     for land, city in (("Gaul", "Rome"), ("Elam", "Bonn"), ("Moab", "Oslo"), ("Edom", "Lima"))
 ]
 LEARNS = ["--lr", "0.01", "--layer", "1", "--batch-size", "2", "--epochs", "12"]
+BRIEFLY = [*LEARNS, "--epochs", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 
 def test_evaluate_with_a_delta_measures_what_edit_measured(model: Path, facts: Path, tmp_path: Path) -> None:
     output, saved = tmp_path / "edited", tmp_path / "figures.json"
-    works("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS)
+    works("edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY)
     common = ("evaluate", "--requests", facts, "--json", saved)
     table = works(*common, "--model", model, "--delta", output / "delta.safetensors").stdout
     first = json.loads((output / "report.json").read_text())
@@ -213,7 +214,7 @@ def test_evaluate_with_a_delta_measures_what_edit_measured(model: Path, facts: P
 def test_edit_and_evaluate_measure_a_sample(model: Path, facts: Path, tmp_path: Path) -> None:
     output, saved = tmp_path / "edited", tmp_path / "figures.json"
     common = ("--model", model, "--requests", facts, "--evaluate", "sample:2")
-    result = works("edit", *common, "--output", output, *LEARNS)
+    result = works("edit", *common, "--output", output, *BRIEFLY)
     assert "A sample: 2 of 4 requests" in result.stdout
     first = json.loads((output / "report.json").read_text())
     assert first.pop("edit")["edits"] == 4
@@ -614,7 +615,7 @@ def test_a_folder_where_a_file_is_to_be_written(facts: Path, tmp_path: Path, mon
 
 def test_an_older_checkpoint_is_replaced(model: Path, facts: Path, spoiled: Path) -> None:
     (spoiled / "old").touch()
-    works("edit", "--model", model, "--requests", facts, "--output", spoiled, "--no-evaluate", *LEARNS)
+    works("edit", "--model", model, "--requests", facts, "--output", spoiled, "--no-evaluate", *BRIEFLY)
     assert not (spoiled / "old").exists()
     assert (spoiled / "delta.safetensors").exists()
     assert {path.name for path in spoiled.parent.iterdir()} == {"facts.json", "spoiled"}
@@ -623,11 +624,11 @@ def test_an_older_checkpoint_is_replaced(model: Path, facts: Path, spoiled: Path
 def test_an_older_delta_is_replaced(model: Path, facts: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     common = ("edit", "--model", model, "--requests", facts, "--output", output, "--no-evaluate", "--delta-only")
-    works(*common, *LEARNS)
-    works(*common, *LEARNS, "--seed", 5)
+    works(*common, *BRIEFLY)
+    works(*common, *BRIEFLY, "--seed", 5)
     assert WeightDelta.load(output / "delta.safetensors").metadata["config"]["seed"] == 5
     (output / "notes.txt").touch()
-    assert "is no checkpoint" in fails(2, *common, *LEARNS)
+    assert "is no checkpoint" in fails(2, *common, *BRIEFLY)
 
 
 def test_a_loss_that_is_not_finite(model: Path, facts: Path, tmp_path: Path) -> None:
@@ -663,7 +664,7 @@ def test_a_disk_that_fills_up(
         for name in ("delta.safetensors", "report.json"):
             (output / name).touch()
     before = sorted(tmp_path.rglob("*"))
-    common = ("edit", "--model", model, "--requests", facts, "--output", output, *LEARNS, "--no-evaluate")
+    common = ("edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY, "--no-evaluate")
     with small_files():
         said = fails(code, *common, *flags)
     assert "could not be saved" in said
@@ -679,7 +680,7 @@ def test_a_disk_that_is_full(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    edit = ("edit", "--output", tmp_path / "out", "--no-evaluate", *LEARNS)
+    edit = ("edit", "--output", tmp_path / "out", "--no-evaluate", *BRIEFLY)
     command = edit if file == "report.json" else ("evaluate", "--json", tmp_path / file)
     result = call(*command, "--model", model, "--requests", facts)
     assert result.exit_code == 1
@@ -711,10 +712,26 @@ LATE: dict[str, tuple[str, BaseException, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of an edit that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    common = ("edit", "--model", model, "--requests", write(folder / "facts.json", RECORDS), "--no-evaluate")
+    works(*common, *BRIEFLY, "--output", folder / "out")
+    return weights(folder / "out")
+
+
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("kind", LATE)
 def test_what_fails_after_the_edit_does_not_lose_it(
-    model: Path, spoiled: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, existing: bool
+    model: Path,
+    spoiled: Path,
+    facts: Path,
+    whole: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    existing: bool,
 ) -> None:
     """Delta and report are in the folder that is named, an older checkpoint stays, and the delta is the edit."""
     where, error, message = LATE[kind]
@@ -740,7 +757,7 @@ def test_what_fails_after_the_edit_does_not_lose_it(
     }
     with monkeypatch.context() as patch:
         patch.setattr(*patches[where])
-        common = ("edit", "--model", model, "--requests", facts, *LEARNS)
+        common = ("edit", "--model", model, "--requests", facts, *BRIEFLY)
         said = fails(1, *common, "--output", output)
     assert message in said
     assert f"the edit is not lost: {place} holds delta.safetensors and report.json, but no checkpoint" in said
@@ -751,17 +768,15 @@ def test_what_fails_after_the_edit_does_not_lose_it(
     assert report["edit"]["edits"] == 4
     assert ("reliability" in report) is (where == "weights")
 
-    works(*common, "--output", tmp_path / "whole", "--no-evaluate")
     network = AutoModelForCausalLM.from_pretrained(model)
     WeightDelta.load(place / "delta.safetensors").apply(network)
-    wanted = weights(tmp_path / "whole")
-    assert all(torch.equal(value, wanted[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, whole[name]) for name, value in network.state_dict().items())
 
 
 def test_a_kept_edit_is_not_overwritten_by_the_next_one(
     model: Path, spoiled: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ("edit", "--model", model, "--requests", facts, *LEARNS, "--no-evaluate", "--output", spoiled)
+    common = ("edit", "--model", model, "--requests", facts, *BRIEFLY, "--no-evaluate", "--output", spoiled)
     with monkeypatch.context() as patch:
         patch.setattr("fastedit.saving.write_checkpoint", raises(FULL))
         for place in ("spoiled.delta", "spoiled.delta-2"):
@@ -780,7 +795,7 @@ def test_a_model_that_cannot_be_saved_is_told_before_the_work(
 ) -> None:
     """As transformers 4.56 refuses settings of generation that it has read itself."""
     monkeypatch.setattr(GenerationConfig, "save_pretrained", raises(REFUSAL))
-    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "out", "--no-evaluate", *LEARNS)
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "out", "--no-evaluate", *BRIEFLY)
     with monkeypatch.context() as patch:
         patch.setattr(Editor, "run", raises(AssertionError("the work")))
         said = fails(2, *common)
@@ -801,7 +816,7 @@ def test_a_table_that_cannot_be_printed_comes_last(
     for command in ("edit", "evaluate"):
         monkeypatch.setattr(f"fastedit.cli.{command}.show", broken)
     output = tmp_path / "out"
-    said = fails(1, "edit", "--model", model, "--requests", facts, "--output", output, *LEARNS)
+    said = fails(1, "edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY)
     assert "the table could not be printed: 'ascii' codec can't encode" in said
     assert f"all is written to {output}" in said
     assert (output / "model.safetensors").is_file()

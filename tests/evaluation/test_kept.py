@@ -82,8 +82,8 @@ def test_what_was_measured_once_is_the_same_from_the_cache(
 def test_another_question_is_asked(
     model: Model, edits: list[EditRequest], passes: list[int], tmp_path: Path, change: str
 ) -> None:
-    predict_unedited(model, edits, text=TEXT)
-    options: dict[str, Any] = {"text": TEXT}
+    options: dict[str, Any] = {"text": TEXT, "generate": False}
+    predict_unedited(model, edits, **options)
     if change == "weight":  # a single bit, which no sample of values would show
         next(model.network.parameters()).data.view(torch.int16)[3, 5] ^= 1
     elif change == "buffer":
@@ -101,7 +101,7 @@ def test_another_question_is_asked(
     else:
         options |= {
             "text": {"text": ["w30 w31 w32"]},
-            "generate": {"generate": False},
+            "generate": {"generate": True},
             "kinds": {"kinds": ("rewrite",)},
         }[change]
     found = predict_unedited(model, edits, **options)
@@ -113,13 +113,13 @@ def test_another_question_is_asked(
 def test_a_damaged_file_is_measured_and_written_anew(
     model: Model, edits: list[EditRequest], passes: list[int], tmp_path: Path
 ) -> None:
-    predict_unedited(model, edits)
+    predict_unedited(model, edits, generate=False)
     (file,) = files(tmp_path)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    predict_unedited(model, edits)
+    predict_unedited(model, edits, generate=False)
     assert len(passes) == 2
-    predict_unedited(model, edits)
+    predict_unedited(model, edits, generate=False)
     assert len(passes) == 2
 
 
@@ -128,7 +128,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "cache").write_text("a file")
     for n in (1, 2):
-        assert same(predict_unedited(model, edits), predict(model, edits))
+        assert same(predict_unedited(model, edits, generate=False), predict(model, edits, generate=False))
         assert len(passes) == n
 
 
@@ -136,9 +136,9 @@ def test_few_files_are_kept_and_no_large_ones(
     model: Model, edits: list[EditRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(10):
-        predict_unedited(model, edits[: 1 + n % 5], generate=n < 5)
+        predict_unedited(model, edits, text=[f"w20 w21 w{22 + n}"], generate=False)
     assert len(files(tmp_path)) == 8
     newest = {file.name for file in files(tmp_path)}
     monkeypatch.setattr(module_under_test, "_LARGEST", 100)
-    predict_unedited(model, edits, text=TEXT)
+    predict_unedited(model, edits, text=TEXT, generate=False)
     assert {file.name for file in files(tmp_path)} == newest

@@ -73,9 +73,9 @@ def test_a_trial_is_what_the_editor_does_and_measures(model: Model, tokenizer: A
     report = tune(model, EDITS, trials=3, text=TEXT, journal=tmp_path / "trials.jsonl", **FAST)
     assert_unchanged(model, before)
     assert len(report.trials) == 3
+    old = Editor(model.network, tokenizer).evaluate(EDITS, text=TEXT, generate=False).metrics
     for trial in report.trials:
         editor = Editor(model.network, tokenizer, **json.loads(json.dumps(trial.config)))
-        old = editor.evaluate(EDITS, text=TEXT).metrics
         result = editor.edit(EDITS)
         new = editor.evaluate(EDITS, text=TEXT).metrics
         result.revert()

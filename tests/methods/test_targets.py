@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -103,15 +103,20 @@ def found(family: str, tokenizer: Any, edits: Sequence[EditRequest], config: Tar
 
 # those that are measured: factors of logits, ALiBi, recurrent blocks, a router
 MEASURED = ("granite", "cohere2", "falcon", "bloom", "gpt_neo", "lfm2", "falcon_h1", "deepseek_v3")
+SHORT = replace(CONFIG, steps=6)  # the reference is slow: 3 edits, of which 2 are in flight
 
 
 @pytest.mark.parametrize(
-    ("family", "name"),
-    [*product(["llama", "gpt2", "gemma2", "gptj"], CONFIGS), *((family, "block") for family in MEASURED)],
+    ("family", "config", "n"),
+    [
+        *((family, config, 6) for family in ("llama", "gpt2", "gemma2", "gptj") for config in CONFIGS.values()),
+        *((family, SHORT, 3) for family in MEASURED),
+    ],
+    ids=lambda given: given.site if isinstance(given, TargetConfig) else str(given),
 )
-def test_equals_one_edit_at_a_time(family: str, name: str, tokenizer: Any, seed: int) -> None:
-    edits, config = random_edits(6, seed), CONFIGS[name]
-    targets = found(family, tokenizer, edits, config, in_flight=4)
+def test_equals_one_edit_at_a_time(family: str, config: TargetConfig, n: int, tokenizer: Any, seed: int) -> None:
+    edits = random_edits(n, seed)
+    targets = found(family, tokenizer, edits, config, in_flight=2 * n // 3)
     model = tiny_model(family).requires_grad_(False)
     block = topology(model).blocks[Z_LAYER]
     module = block if config.site == "block" else topology(model).resolve(Z_LAYER, "mlp")[1]
@@ -223,13 +228,14 @@ def test_a_cpus_caches_decide_how_many_are_in_flight(
 ) -> None:
     watch, edits = Watch(monkeypatch), random_edits(24, seed)
     monkeypatch.setattr(target_loop, "_BATCH_TOKENS", 100)
-    few = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
+    config = replace(CONFIG, stop_loss=0, steps=4)
+    few = found("llama", tokenizer, edits, config)
     assert all(tokens <= 100 or len(edits) == 1 for tokens, edits in zip(watch.tokens, watch.in_flight, strict=True))
     assert max(watch.tokens) > 60  # no room for another one as long
     numbers = {len(edits) for edits in watch.in_flight}
     assert len(numbers) > 1, "shorter edits run side by side in larger numbers"
     monkeypatch.setattr(target_loop, "_BATCH_TOKENS", 10**6)
-    many = found("llama", tokenizer, edits, replace(CONFIG, stop_loss=0))
+    many = found("llama", tokenizer, edits, config)
     assert torch.cosine_similarity(few.z, many.z).min() > 0.999
     assert watch.most == 24
 

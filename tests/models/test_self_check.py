@@ -30,7 +30,7 @@ def test_a_measured_model_is_edited_saved_and_put_back(
 ) -> None:
     model, edits = tiny_model(family, seed=seed), make_edits(4)
     before = values(model)
-    editor = Editor(model, tokenizer, layer=2, published=True, lr=1e-2, batch_size=2, epochs=16)
+    editor = Editor(model, tokenizer, layer=2, published=True, lr=1e-2, batch_size=2, epochs=4)
     assert editor.topology.packs == (family not in ALONE) or family in ROUTERS
     result = editor.edit(edits)
     assert result.losses[-1] < 0.99 * result.losses[0]
@@ -46,7 +46,7 @@ def test_a_measured_model_is_edited_saved_and_put_back(
 def test_defaults_that_know_the_subject(family: str, tokenizer: Any, tmp_path: Path, seed: int) -> None:
     model, edits = tiny_model(family, seed=seed), random_edits(6, seed)
     moments(model, tmp_path, seed)
-    editor = Editor(model, tokenizer, statistics=tmp_path, lr=1e-2, batch_size=2, epochs=16)
+    editor = Editor(model, tokenizer, statistics=tmp_path, lr=1e-2, batch_size=2, epochs=4)
     result = editor.edit(edits)
     assert result.losses[-1] < 0.99 * result.losses[0]
     written = {editor.topology.resolve(layer, "down_proj")[0] + ".weight" for layer in (0, 1)}
@@ -91,7 +91,7 @@ def test_experts_are_refused_with_what_can_be_edited(
     for module in ("down_proj", "mlp", "mlp.experts"):
         with pytest.raises(ModelError, match=reason):
             Editor(model, tokenizer, layer=2, module=module, published=True).plan(make_edits(2))
-    result = Editor(model, tokenizer, layer=2, module="attn", lr=1e-2, batch_size=2, epochs=16).edit(make_edits(4))
+    result = Editor(model, tokenizer, layer=2, module="attn", lr=1e-2, batch_size=2, epochs=4).edit(make_edits(4))
     assert result.losses[-1] < 0.99 * result.losses[0]
     assert {path.split(".")[3] for path in result.delta.updates} == {"self_attn"}
 
@@ -147,7 +147,7 @@ def test_what_changes_the_numbers_is_left_out(
     check = self_check(topology(model))
     assert check.problem is None
     assert what in check.notes[0]
-    result = Editor(model, tokenizer, layer=1, published=True, lr=1e-2, batch_size=2, epochs=16).edit(make_edits(4))
+    result = Editor(model, tokenizer, layer=1, published=True, lr=1e-2, batch_size=2, epochs=4).edit(make_edits(4))
     assert result.losses[-1] < 0.99 * result.losses[0]
 
 

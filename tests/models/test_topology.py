@@ -98,6 +98,20 @@ def test_absent_layers_and_modules_are_listed() -> None:
         found.resolve(1, "mlp.down")  # a part of a name is no name
 
 
+def test_a_module_that_was_replaced_is_found_anew() -> None:
+    parts = topology(tiny_model("llama"))
+    mlp = parts.mlp(1)
+    assert parts.resolve(1, "down_proj") == ("model.layers.1.mlp.down_proj", mlp.down_proj)
+    mlp.down_proj = other = nn.Linear(56, 32, bias=False)
+    assert parts.resolve(1, "down_proj") == ("model.layers.1.mlp.down_proj", other)
+    assert other in parts.writers(1)
+    parts.blocks[1].mlp = nn.Identity()
+    assert not parts.rowwise(1)
+    with pytest.raises(ModelError, match=r"block 1 of .* has no attention and MLP that can be told apart"):
+        parts.mlp(1)
+    assert parts.mlp(2) is parts.blocks[2].mlp
+
+
 def test_a_wrapped_model_is_found() -> None:
     model = tiny_model("llama")
     wrapped = nn.Sequential(nn.Sequential(model))

@@ -1,4 +1,4 @@
-"""The batched solves against fp64 and 40 digits; in Triton's interpreter where no GPU is."""
+"""The batched solves against fp64 and 70 digits; in Triton's interpreter where no GPU is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import mmap
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 from rank_k import FORMULAS, error
@@ -22,12 +21,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F64 = torch.float32, torch.float64
 SHAPES = [(1, 1, 1, 1), (3, 7, 52, 33), (2, 16, 123, 252), (2, 33, 252, 1), (1, 64, 507, 123), (1, 101, 130, 7)]
 """groups, N, d, h"""
-
-
-@pytest.fixture(autouse=True)
-def digits() -> Any:
-    with mpmath.workdps(40):
-        yield
 
 
 @pytest.fixture(autouse=True)

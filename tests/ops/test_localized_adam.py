@@ -300,8 +300,8 @@ def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_stochastic_rounding_is_unbiased(backend: str, rng: torch.Generator) -> None:
-    """SGD on fp32 weights gives the exact results; 215,000 roundings of them show a bias of half a percent."""
-    given = problem(rng, 4, 160, 168, dtype=BF16, moments=None) | {"lr": 1e-3}
+    """SGD on fp32 weights gives the exact results; 220,000 roundings of them show a bias of half a percent."""
+    given = problem(rng, 4, 128, 216, dtype=BF16, moments=None) | {"lr": 1e-3}  # two tiles
     exact = stepped(given | {"weight": given["weight"].float()}, backend)["weight"]
     toward_zero, p = neighbours(exact)
     assert (p > 0).double().mean() > 0.99
@@ -338,24 +338,26 @@ def test_stochastic_rounding_is_the_seed_s_alone(rng: torch.Generator) -> None:
         for name, x in stepped(given, backend, seed=2**40 + 5).items():
             assert torch.equal(x, first[name]), (backend, name)
     for other in ({"seed": 5}, {"seed": 2**40 + 6}, {"seed": 2**40 + 5, "step": given["step"] + 1}):
+        found = stepped(given | other, "triton")
         for name in ("exp_avg", "exp_avg_sq"):
-            share = (stepped(given | other, "triton")[name] != first[name]).double().mean()
+            share = (found[name] != first[name]).double().mean()
             assert 0.1 < share < 0.6, (other, name)
     twins = stepped(given | {"exp_avg_sq": given["exp_avg"].abs(), "betas": (0.9, 0.9)}, "triton", seed=5)
     assert (twins["exp_avg"].abs() != twins["exp_avg_sq"]).double().mean() > 0.1
 
 
 def test_small_steps_survive_in_bf16_only_with_a_seed(backend: str, rng: torch.Generator) -> None:
-    """Steps of a tenth of a unit of bf16 at 1.5: to nearest, none is ever made."""
+    """Steps of a tenth of a unit of bf16 at 1.5: to nearest, none is ever made. The interpreter is slow."""
+    count = 8 if backend == "triton" and DEVICE == "cpu" else 20
     given = problem(rng, 4, 40, 40, moments=None) | {"lr": 1.0}
     given |= {"weight": torch.full((40, 40), 1.5, device=DEVICE, dtype=BF16), "grad_output": torch.ones(4, 40) / 4}
     given |= {"grad_output": given["grad_output"].to(DEVICE), "input": torch.full((4, 40), 2**-7 / 10, device=DEVICE)}
-    for seed, wanted in ((None, 0.0), (9, 20 * 2**-7 / 10)):
+    for seed, wanted in ((None, 0.0), (9, count * 2**-7 / 10)):
         current = given | {"seed": seed}
-        for step in range(1, 21):
+        for step in range(1, count + 1):
             current |= stepped(current | {"step": step}, backend)
         change = 1.5 - current["weight"].double().mean()
-        assert abs(change - wanted) <= 5 * (20 / 10) ** 0.5 * 2**-7 / 40 * (seed is not None)
+        assert abs(change - wanted) <= 5 * (count / 10) ** 0.5 * 2**-7 / 40 * (seed is not None)
 
 
 def test_what_cannot_be_is_refused(rng: torch.Generator) -> None:
