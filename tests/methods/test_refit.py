@@ -118,6 +118,34 @@ def test_an_edit_is_refitted_layer_by_layer(family: str, tokenizer: Any, tmp_pat
         assert float(nll) == pytest.approx(wanted_loss, rel=1e-2)  # what is reported is of the refitted weights
 
 
+def test_a_failure_keeps_what_was_trained(
+    tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, edits = tiny_model("llama", seed=seed), random_edits(4, seed)
+    moments(model, tmp_path, seed)
+    trained = Editor(model, tokenizer, statistics=str(tmp_path), refit=False, **SETTINGS).edit(edits)
+    trained.revert()
+    least, calls = refit.least_update, []
+
+    def fails(*args: Tensor) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:  # after the first layer is written
+            raise torch.linalg.LinAlgError("not positive definite")
+        return least(*args)
+
+    monkeypatch.setattr(refit, "least_update", fails)
+    result = Editor(model, tokenizer, statistics=str(tmp_path), **SETTINGS).edit(edits)
+    assert [note for note in result.notes if "was not refitted: not positive definite" in note]
+    for path, update in trained.delta.updates.items():
+        assert torch.equal(result.delta.updates[path], update)
+    result.revert()
+    trained.delta.apply(model)
+    now = {name: value.clone() for name, value in model.state_dict().items()}
+    trained.revert()
+    result.delta.apply(model)
+    assert all(torch.equal(value, now[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "options", [{"published": True}, {"tokens": "all"}, {"preserve": "none"}, {"preserve": "anchors"}]
 )

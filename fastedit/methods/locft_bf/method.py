@@ -109,15 +109,14 @@ class LocFTBFPlan:
                     notes.append(f"interrupted; {interrupted}")
                 notes += self.saved.notes if self.saved else []
                 updates = trainer.updates()
-                if batch is not None:
-                    assert statistics is not None
-                    refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
-                    trainer.look()
                 if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
                     raise EditError(
                         "the edited weights are not finite after the last step; the model is restored. Try a learning "
                         f"rate below {config.lr:.3g}"
                     )
+                if batch is not None and statistics is not None:
+                    notes += refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
+                    trainer.look()
         finally:
             if own is not None:
                 own.close()

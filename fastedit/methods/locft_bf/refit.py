@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
+from fastedit.errors import EditError
 from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.keys import KeyWalk
 from fastedit.methods.locft_bf.null_space import threshold
@@ -37,7 +38,7 @@ def refit(
     statistics: StatisticsStore,
     originals: Mapping[str, Tensor],
     updates: dict[str, Tensor],
-) -> None:
+) -> list[str]:
     """Replace the updates by refitted ones, layer by layer upwards, and write them to the model.
 
     The keys are those of each edit's subject in the bare prompt, and the mean with those in the batch's contexts.
@@ -46,17 +47,32 @@ def refit(
         modules: the edited linear maps by their blocks, upwards; `module` is their name in a block.
         originals: path of each weight -> its value before the edit.
         updates: path of each weight -> its fp32 update, which the model holds.
+
+    Returns:
+        No note; or one that says why it failed, and then the updates are as they were: training is not lost.
     """
     topology = batch.model.topology
-    with KeyWalk(batch, min(modules)) as walk:
-        for layer, found in modules.items():
-            path = f"{topology.resolve(layer, module)[0]}.weight"
-            walk.advance(layer)
-            keys = torch.cat([walk.keys(module, bare=True), walk.keys(module)])
-            D = updates[path].T if isinstance(found, Conv1D) else updates[path]  # [h, d]
-            D = least_update(D, keys, *statistics.eigen(layer))
-            updates[path] = D.T.contiguous() if isinstance(found, Conv1D) else D
-            found.get_parameter("weight").copy_(originals[path].float() + updates[path])
+    paths = {layer: f"{topology.resolve(layer, module)[0]}.weight" for layer in modules}
+    trained = dict(updates)
+
+    def write(layer: int, update: Tensor) -> None:
+        updates[paths[layer]] = update
+        modules[layer].get_parameter("weight").copy_(originals[paths[layer]].float() + update)
+
+    try:
+        with KeyWalk(batch, min(modules)) as walk:
+            for layer, path in paths.items():
+                walk.advance(layer)
+                keys = torch.cat([walk.keys(module, bare=True), walk.keys(module)])
+                turned = isinstance(modules[layer], Conv1D)
+                D = trained[path].T if turned else trained[path]  # [h, d]
+                D = least_update(D, keys, *statistics.eigen(layer))
+                write(layer, D.T.contiguous() if turned else D)
+    except (EditError, RuntimeError) as error:  # no memory for it, or a matrix that is not positive definite
+        for layer, path in paths.items():
+            write(layer, trained[path])
+        return [f"the update is the trained one, and was not refitted: {error}"]
+    return []
 
 
 def least_update(D: Tensor, keys: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
