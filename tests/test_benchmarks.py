@@ -19,6 +19,8 @@ from benchmarks import compare, end_to_end, kernels, rows, scaling, shapes, tabl
 from benchmarks.harness import Case, Suite, measured
 from benchmarks.micro.cases import all_cases
 from fastedit import ops
+from fastedit.methods.presets import locft_bf_preset
+from fastedit.models import topology
 
 ROOT = Path(__file__).parents[1]
 
@@ -324,6 +326,18 @@ def test_the_shapes_are_measured_whole_and_once(
     rows.commit.cache_clear()
     assert capsys.readouterr().out.count("not measured, 0 s are over") == len(of_time) + 1
     assert rows.read(file) == found
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "layer"),
+    [("8b", 8_030_261_248, 22), ("qwen-7b", 7_615_616_512, 6), ("1b", 1_498_482_688, 11)],
+)
+def test_the_shapes_are_the_published_ones(size: str, parameters: int, layer: int) -> None:
+    model = shapes.random_model(size, "meta", 0)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    preset, published = locft_bf_preset(topology(model))
+    assert (preset.layer, published) == (layer, size != "1b")
 
 
 def test_what_is_measured_beside_ours_leaves_the_model_as_it_was(seed: int) -> None:
