@@ -78,7 +78,7 @@ class EpochProfile:
 
     def shares(self) -> dict[str, float]:
         """Share of each class in the epoch; on a GPU, of the time of the epoch that was not profiled."""
-        times = {}
+        times: dict[str, float] = {}
         for event in self._profiler.key_averages():
             taken = event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
             times[event.key] = times.get(event.key, 0.0) + taken / 1e6

@@ -329,13 +329,15 @@ def test_the_shapes_are_measured_whole_and_once(
 
 
 @pytest.mark.parametrize(
-    ("size", "parameters", "layer"),
-    [("8b", 8_030_261_248, 22), ("qwen-7b", 7_615_616_512, 6), ("1b", 1_498_482_688, 11)],
+    ("size", "parameters", "theta", "layer"),
+    [("8b", 8_030_261_248, 5e5, 22), ("qwen-7b", 7_615_616_512, 1e6, 6), ("1b", 1_498_482_688, 5e5, 11)],
 )
-def test_the_shapes_are_the_published_ones(size: str, parameters: int, layer: int) -> None:
+def test_the_shapes_are_the_published_ones(size: str, parameters: int, theta: float, layer: int) -> None:
     model = shapes.random_model(size, "meta", 0)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    about = model.config.to_dict()
+    assert (about.get("rope_parameters") or about)["rope_theta"] == theta  # a field of its own before transformers 5
     preset, published = locft_bf_preset(topology(model))
     assert (preset.layer, published) == (layer, size != "1b")
 
