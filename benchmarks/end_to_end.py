@@ -4,6 +4,8 @@
 
 Both have the same model, edits, contexts, statistics and settings, in one run. The published procedures optimize one
 target at a time; `--published` gives them fewer edits.
+
+With `--size` it measures models of a published shape instead, as `python -m benchmarks.shapes --help` describes.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def run_published(model: Any, tokenizer: Any, method: str, edits: Sequence[EditR
     if config["objective"] == "equality":
         settings["alpha"] = config["alpha"]
     parts = topology(model)
-    statistics = StatisticsStore(parts, found["fingerprint"])
+    statistics = StatisticsStore(parts, found["fingerprint"], directory=config["statistics"])
     covariances = [statistics.covariance(layer) for layer in config["layers"]]
     triples = [(r.prompt, str(r.subject), r.target) for r in edits]
     with measured(model.device) as run:
@@ -97,6 +99,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--size", help="measure a model of this shape; all options are then those of benchmarks.shapes")
+    if parser.parse_known_args()[0].size:
+        from benchmarks import shapes
+
+        shapes.main()
+        return
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

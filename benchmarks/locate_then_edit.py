@@ -28,11 +28,9 @@ if not __package__:  # run as a file; imports are from the root
 import fastedit.demo
 from benchmarks import published_memit
 from benchmarks.harness import Run, Suite, measured
-from benchmarks.models import SIZES, load_tokenizer, random_llama
+from benchmarks.models import SIZES, load_tokenizer, random_llama, random_statistics
 from benchmarks.rows import make_row
-from fastedit import Editor, EditRequest, StreamingCovariance, load_requests, ops
-from fastedit.models import fingerprint, topology
-from fastedit.statistics.store import statistics_path
+from fastedit import Editor, EditRequest, load_requests, ops
 
 LAYERS = (3, 4, 5, 6)
 CONTEXTS = ["The river was cold that year. {}", "Therefore we went home. {}", "Because of that, nothing changed. {}"]
@@ -82,19 +80,6 @@ def solve_alone(suite: Suite, d: int, n: int, cov_weight: float = 15_000.0) -> N
         medians[provider] = suite.record(row).p50
     suite.record(make_row("rank_k_against_direct", "ours", [error], unit="difference", **about))
     print(f"ratio {medians['published'] / medians['ours']:.1f}", flush=True)
-
-
-def random_statistics(model: LlamaForCausalLM, folder: Path) -> list[Tensor]:
-    """Make second moments of random keys for all layers, as files and as matrices."""
-    parts, found = topology(model), []
-    for layer in LAYERS:
-        width = parts.input_width(layer, "down_proj")
-        about = {"fingerprint": fingerprint(model), "layer": layer, "module": parts.resolve(layer, "down_proj")[0]}
-        covariance = StreamingCovariance(width, device=model.device, metadata=about)
-        covariance.update(torch.randn(4 * width, width, device=model.device) * 0.1)
-        covariance.save(statistics_path(parts, folder, layer))
-        found.append(covariance.finalize())
-    return found
 
 
 @dataclass(frozen=True)
@@ -194,7 +179,7 @@ def main() -> None:
     about = {"mode": "MEMIT", "dtype": "float32", "device": args.device}
 
     with tempfile.TemporaryDirectory() as folder:
-        covariances, theirs = random_statistics(model, Path(folder)), copy.deepcopy(model)
+        covariances, theirs = random_statistics(model, Path(folder), LAYERS), copy.deepcopy(model)
         tokenizer = load_tokenizer(args.tokenizer)
         both = Comparison(suite, model, theirs, tokenizer, requests, covariances, folder, settings)
         n = len(requests[: args.n])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
+
+from fastedit import StreamingCovariance
+from fastedit.models import fingerprint, topology
+from fastedit.statistics.store import statistics_path
 
 # Llamas of 16 blocks: one that a CPU can edit in minutes, and the shape of Llama-3.2-1B
 SIZES = {
@@ -36,3 +42,16 @@ def load_tokenizer(path: Path) -> Any:
     tokenizer = kind.from_pretrained(path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def random_statistics(model: Any, folder: Path, layers: Sequence[int]) -> list[Tensor]:
+    """Make second moments of random keys for some layers, as files and as matrices."""
+    parts, now, found = topology(model), fingerprint(model), []
+    for layer in layers:
+        width = parts.input_width(layer, "down_proj")
+        about = {"fingerprint": now, "layer": layer, "module": parts.resolve(layer, "down_proj")[0]}
+        covariance = StreamingCovariance(width, device=model.device, metadata=about)
+        covariance.update(torch.randn(4 * width, width, device=model.device) * 0.1)
+        covariance.save(statistics_path(parts, folder, layer))
+        found.append(covariance.finalize())
+    return found

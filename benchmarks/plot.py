@@ -18,9 +18,10 @@ import numpy as np
 
 if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.cells import by_case
 from benchmarks.rows import FILE, Row, latest, read
 from benchmarks.scaling import EXPECTED, fits
-from benchmarks.tables import by_case, headlines
+from benchmarks.tables import headlines
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,18 +13,30 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from benchmarks.cells import (
+    MISSING,
+    Lines,
+    by_case,
+    each_device,
+    memory,
+    on_gpu,
+    quality,
+    ratio,
+    seconds,
+    table,
+    together,
+)
 from benchmarks.rows import ROOT, Row, latest, read
 from benchmarks.scaling import EXPECTED, fits
 
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-MISSING = "not measured"
 _MARKED = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 KERNELS = {"localized_adam": "localized Adam", "rank_k_solve": "rank-k", "target_cross_entropy": "cross-entropy"}
 
@@ -49,74 +61,6 @@ HEADLINES = (
     ("second moments", "covariance", "run", ("128 documents, 5 of 8 layers",)),
     *((f"{name}, fact world", "end_to_end", name, ("1000 edits",)) for name in ("LocFT-BF", "MEMIT", "EMMET", "ROME")),
 )
-
-Lines = list[str]
-
-
-def on_gpu(row: Row) -> bool:
-    return not row.device.endswith(("thread", "threads"))
-
-
-def seconds(value: float) -> str:
-    if value >= 999.5:
-        return f"{value:,.0f} s"
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} µs"
-
-
-def memory(row: Row | None) -> str:
-    if row is None or row.peak_memory is None:
-        return MISSING
-    return f"{row.peak_memory / 2**20:.3g} MiB" if row.peak_memory < 1e9 else f"{row.peak_memory / 2**30:.3g} GiB"
-
-
-def ratio(base: Row, ours: Row) -> str:
-    value = base.p50 / ours.p50
-    return f"{value:.2f}" + " (slower)" * (value < 1)
-
-
-def quality(row: Row | None) -> str:
-    if row is None:
-        return MISSING
-    return f"{row.p50:.2f}" if row.unit == "perplexity" else f"{row.p50:.1%}"
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
-
-
-def together(shapes: Sequence[str]) -> str:
-    """Join several sizes: "N=16, d=8" and "N=32, d=8" become "N=16/N=32, d=8"."""
-    return ", ".join("/".join(dict.fromkeys(part)) for part in zip(*(s.split(", ") for s in shapes), strict=True))
-
-
-def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """(benchmark, mode, shape, dtype) -> provider -> row, for rows of one device and unit."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault((row.benchmark, row.mode, row.shape, row.dtype), {})[row.provider] = row
-    return found
-
-
-def source(rows: Sequence[Row]) -> str:
-    commits = ", ".join(f"`{commit}`" for commit in sorted({row.commit for row in rows}))
-    return f"{rows[0].device}; {', '.join(sorted({row.version for row in rows}))}; commit {commits}"
-
-
-def each_device(rows: Sequence[Row], draw: Callable[[Sequence[Row]], Lines], gpu: Lines | None = None) -> Lines:
-    """A table for each device, CPUs first; `gpu` is shown if no GPU was measured."""
-    lines: Lines = []
-    for kind, wanted, otherwise in (("CPU", False, None), ("GPU", True, gpu)):
-        devices = dict.fromkeys(row.device for row in rows if on_gpu(row) == wanted)
-        for device in devices:
-            own = [row for row in rows if row.device == device]
-            lines += [source(own) + ":", "", *draw(own), ""]
-        if not devices:
-            lines += otherwise or [f"{kind}: {MISSING}.", ""]
-    return lines[:-1]
-
 
 Pair = tuple[Row | None, Row]
 """The published procedure's time, if measured, and ours."""
@@ -245,6 +189,31 @@ def end_to_end(rows: Sequence[Row]) -> Lines:
     return each_device([row for row in rows if row.benchmark == "end_to_end"], draw)
 
 
+def shapes(rows: Sequence[Row]) -> Lines:
+    """Speed on random models of published shapes: a line for each way; then the shares of time."""
+    speeds = ("edits/s", "edits/s without the prefix")
+
+    def draw(own: Sequence[Row]) -> Lines:
+        times, cells = [row for row in own if row.unit == "s"], {(*row.key[1:4], row.unit): row for row in own}
+        body, parts = [], []
+        for row in times:
+            n, ours = int(row.shape.split()[0]), cells.get(("ours", row.mode, row.shape, "s"))
+            without = cells.get((*row.key[1:4], speeds[1]))
+            more = f"{without.p50:.3g}" if without else ""
+            share = f"{row.floor_share:.0%}" if row.floor_share else ""
+            against = ratio(row, ours) if ours and row is not ours else ""
+            speed = f"{n / row.p50:.3g}"
+            body.append((row.mode, row.shape, row.provider, seconds(row.p50), speed, more, share, memory(row), against))
+        for mode, shape in dict.fromkeys((row.mode, row.shape) for row in own):
+            found = [r for r in own if (r.mode, r.shape) == (mode, shape) and r.unit not in ("s", *speeds)]
+            if found:
+                parts.append((mode, shape, "; ".join(f"{row.unit} {row.p50:.1%}" for row in found)))
+        head = ("", "size", "by", "time", *speeds, "share of the ceiling", "peak memory", "time over ours")
+        return [*table(head, body), "", *table(("", "size", "where ours spends its time"), parts)]
+
+    return each_device([row for row in rows if row.benchmark == "shapes"], draw)
+
+
 def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
     """A table of quality: a line for each (mode, shape), a column for each unit."""
 
@@ -367,6 +336,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "upstream": upstream,
     "covariance": covariance,
     "end_to_end": end_to_end,
+    "shapes": shapes,
     "emmet_vs_memit": measures("emmet_vs_memit"),
     "schedules": measures("schedules"),
     "real_models": real_models,

@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, kernels, rows, scaling, tables
+from benchmarks import compare, end_to_end, kernels, rows, scaling, shapes, tables
 from benchmarks.harness import Case, Suite, measured
 from benchmarks.micro.cases import all_cases
 from fastedit import ops
+from fastedit.methods.presets import locft_bf_preset
+from fastedit.models import topology
 
 ROOT = Path(__file__).parents[1]
 
@@ -276,6 +278,91 @@ def test_every_way_of_a_kernel_s_benchmark_is_right(case: Callable[[], Case], su
     found = case()
     assert suite.run(found).keys() == found.providers.keys(), suite.red
     assert {name.partition(",")[0] for name in found.providers} == {"ours", "torch"}
+
+
+TOY = "--size toy --n 12 --batch 5 --epochs 2 --published 7 --solver-n 2 3 --solver-published 2 --steps 2 --threads 1"
+
+
+def test_the_shapes_are_measured_whole_and_once(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Suite, "ceilings", {"bfloat16": 1e15})
+    monkeypatch.setattr("sys.argv", ["end_to_end", *TOY.split()])
+    end_to_end.main()
+    found = rows.read(file)
+    of_time = [(row.mode, row.shape.split()[0], row.provider, row.dtype) for row in found if row.unit == "s"]
+    assert of_time == [
+        ("LocFT-BF", "12", "ours", "bfloat16"),
+        ("LocFT-BF", "7", "ours", "bfloat16"),
+        ("LocFT-BF", "7", "published, bf16", "bfloat16"),
+        ("LocFT-BF", "7", "torch, LLaMA-Factory's way", "bfloat16"),
+        ("LocFT-BF", "7", "published, fp32", "float32"),
+        *(
+            (mode, n, by, "bfloat16")
+            for mode in ("MEMIT", "EMMET")
+            for n, by in (("2", "ours"), ("3", "ours"), ("2", "published, bf16"))
+        ),
+    ]
+    assert 0 < found[2].floor_share < 1
+    assert found[2].flops == pytest.approx(found[2].floor_share * 1e15 * found[2].p50, rel=1e-2)
+    shares: dict[tuple[str, str], list[float]] = {}
+    for row in found:
+        if row.unit not in ("s", "edits/s", "edits/s without the prefix"):
+            shares.setdefault((row.mode, row.shape), []).append(row.p50)
+    assert len(shares) == 5
+    for some in shares.values():
+        assert all(0 <= share <= 1 for share in some)
+        assert sum(some) == pytest.approx(1, abs=1e-3)
+
+    capsys.readouterr()
+    monkeypatch.setattr(shapes, "random_model", None)  # the second run does not even make the model
+    shapes.main(TOY.split())
+    printed = capsys.readouterr().out
+    assert printed.count("already measured") == len(of_time) + 1
+    assert rows.read(file) == found
+    monkeypatch.setenv("FASTEDIT_COMMIT", "def5678")
+    rows.commit.cache_clear()
+    shapes.main([*TOY.split(), "--budget", "0"])
+    rows.commit.cache_clear()
+    assert capsys.readouterr().out.count("not measured, 0 s are over") == len(of_time) + 1
+    assert rows.read(file) == found
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters", "theta", "layer"),
+    [("8b", 8_030_261_248, 5e5, 22), ("qwen-7b", 7_615_616_512, 1e6, 6), ("1b", 1_498_482_688, 5e5, 11)],
+)
+def test_the_shapes_are_the_published_ones(size: str, parameters: int, theta: float, layer: int) -> None:
+    model = shapes.random_model(size, "meta", 0)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    about = model.config.to_dict()
+    assert (about.get("rope_parameters") or about)["rope_theta"] == theta  # a field of its own before transformers 5
+    preset, published = locft_bf_preset(topology(model))
+    assert (preset.layer, published) == (layer, size != "1b")
+
+
+def test_what_is_measured_beside_ours_leaves_the_model_as_it_was(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = shapes.random_model("toy", "cpu", 100)
+    path = "model.layers.4.mlp.down_proj.weight"
+    before = {name: x.clone() for name, x in [*model.named_parameters(), *model.named_buffers()]}
+
+    @shapes.in_fp32(model)
+    @shapes.restored(model, [path])
+    def train() -> None:
+        weight = model.get_parameter(path)
+        assert weight.dtype == torch.float32
+        model.requires_grad_(False)
+        weight.data.mul_(2)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        train()
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        assert x.dtype == before[name].dtype, name
+        assert torch.equal(x, before[name]), name
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_benchmarks_run_as_modules_and_as_files(
