@@ -220,7 +220,8 @@ def test_nothing_stays_behind(tokenizer: Any, seed: int) -> None:
         gc.collect()
         return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
 
-    assert alive() == alive()
+    before = alive()  # may see what earlier tests have left
+    assert alive() <= before
 
 
 def test_a_cpus_caches_decide_how_many_are_in_flight(
