@@ -177,6 +177,7 @@ def real_models(rows: Sequence[Row]) -> plt.Figure | None:
         for variant, values in variants.items():
             if {"begins", "first token"} <= values.keys():
                 axis.plot(100 * values["begins"], 100 * values["first token"], "o", label=variant)
+        axis.set(xlim=(-2, 102), ylim=(-2, 102))
         axis.set_title(shape, fontsize="small")
         axis.set_xlabel("edits whose text begins with the answer, %")
     axes[0][0].set_ylabel("neighbours whose first token is kept, %")
