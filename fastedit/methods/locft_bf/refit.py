@@ -27,7 +27,7 @@ from fastedit.statistics.store import StatisticsStore
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
 _SHARE = 0.8  # of the directions that count as those of other text; gives τ
-_RIDGE = 1e-3  # ρ as a share of the mean of kᵀ (C + τ)⁻¹ k
+_RIDGE = 0.03  # ρ as a share of the mean of kᵀ (C + τ)⁻¹ k
 
 
 @torch.no_grad()
