@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastedit.errors import FileError, ModelError
-from fastedit.models import check_plain, fingerprint, plain_state, topology
+from fastedit.models import check_plain, fingerprint, load_weights, plain_state, topology
 from fastedit.models.editable import check_editable
 from fastedit.models.fingerprint import FP16
 from fastedit.tensorfile import checksums, load_tensors, save_tensors, writing
@@ -92,10 +92,11 @@ class WeightDelta:
         Raises:
             ModelError: the delta is already applied, or was made for another model (compared by fingerprint; `force`
                 skips only this check); the model lacks a parameter or has it in another shape; its weights are
-                quantized or offloaded. Nothing is changed then.
+                quantized. Nothing is changed then.
         """
         self.check(model, force=force)
         inner = topology(model).model
+        load_weights(inner.get_submodule(path.rpartition(".")[0]) for path in self.updates)
         parameters = dict(inner.named_parameters())
         with Snapshot({path: parameters[path] for path in self.updates}) as snapshot:
             for path, update in self.updates.items():

@@ -133,6 +133,7 @@ class Editor:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        offload: str | None = None,
         **config: Any,
     ) -> Editor:
         """Load model and tokenizer from a folder or by hub name. Reads only safetensors and runs no remote code.
@@ -140,12 +141,15 @@ class Editor:
         Args:
             dtype: dtype of the weights, such as "bfloat16" or torch.bfloat16; "auto" keeps the checkpoint's own.
             device: None is the GPU if there is one.
+            offload: "prefix" is for models that are larger than the memory: weights of blocks stay in the checkpoint's
+                files and are read when a block runs. An edit loads the blocks from the lowest edited one on; those
+                below run once for all edits. Needs accelerate (``fastedit-llm[offload]``).
 
         Raises:
             ModelError: the model cannot be found or loaded, or its weights do not match its config.json.
-            ConfigError: as for `Editor`; an unknown dtype, or a device that cannot be used.
+            ConfigError: as for `Editor`; an unknown dtype or offload, or a device that cannot be used.
         """
-        model, tokenizer = load_model(name, dtype=dtype, device=device)
+        model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
         return cls(model, tokenizer, method, **config)
 
     def _report(self, stage: str, done: int, total: int, loss: float | None = None) -> None:

@@ -8,14 +8,18 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import finalize
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastedit.errors import ConfigError, ModelError, reason
-from fastedit.models import has_quantized, plain_state
+from fastedit.models import has_quantized, plain_state, topology
+from fastedit.models.offload import drop_idle_hooks
+from fastedit.saving import architecture_of
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +34,11 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 
 @plain_state
 def load_model(
-    name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    offload: str | None = None,
 ) -> tuple[Any, Any]:
     """Load model and tokenizer from a folder or by hub name. Reads only safetensors and runs no remote code.
 
@@ -40,16 +48,20 @@ def load_model(
         dtype: dtype of the weights, such as "bfloat16" or torch.bfloat16; "auto" is the checkpoint's own, and for a
             GGUF file fp32 on a CPU and bf16 elsewhere.
         device: None is the GPU if there is one.
+        offload: "prefix" leaves the weights of the blocks in the checkpoint's files. They are read when a block runs;
+            an edit loads the blocks from the lowest edited one on.
 
     Raises:
         ModelError: the model cannot be found or loaded, or its weights do not match its config.json; the folder holds
-            an adapter; the packages that read GGUF files are not installed.
-        ConfigError: an unknown dtype, or a device that cannot be used.
+            an adapter; the packages that read GGUF files, or offloaded weights, are not installed.
+        ConfigError: an unknown dtype or offload, or a device that cannot be used.
     """
     if not isinstance(name, str | Path):
         raise ConfigError(f"name is {name!r}; give a folder or a hub name")
     if (chosen := str(dtype).removeprefix("torch.")) not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; give one of {', '.join(_DTYPES)}")
+    if offload not in (None, "prefix"):
+        raise ConfigError(f"offload is {offload!r}; give prefix, or None to load the whole model")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         torch.empty(0, device=device)
@@ -65,6 +77,9 @@ def load_model(
             how = {"quantization_config": packed(dequantize=True)}
         if chosen == "auto":
             chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    if offload:
+        folder = TemporaryDirectory(prefix="fastedit-offload-")  # for weights whose form in the files is another one
+        how = _offloaded(name, torch.device(device), folder.name)
     try:
         # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
@@ -86,9 +101,36 @@ def load_model(
             reader.remove_quantization_config(model)  # with this left, the model could not be saved
         model.config._name_or_path = str(name)
         _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, chosen)
-    if not has_quantized(model) or model.device.type != torch.device(device).type:
+    if offload:
+        finalize(model, folder.cleanup)
+        drop_idle_hooks(model)
+    elif not has_quantized(model) or model.device.type != torch.device(device).type:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def _offloaded(name: str | Path, device: torch.device, folder: str) -> dict[str, Any]:
+    """Arguments of transformers' `from_pretrained` that leave the weights of the blocks in their files.
+
+    Raises:
+        ModelError: a GGUF file, or accelerate is not installed; the model cannot be found, or has no list of blocks.
+    """
+    if str(name).lower().endswith(".gguf"):
+        raise ModelError(f"{name}: the weights of a GGUF file are dequantized once, and cannot be read block by block")
+    if find_spec("accelerate") is None:
+        raise ModelError("to offload weights accelerate must be installed: pip install 'fastedit-llm[offload]'")
+    try:
+        found = topology(architecture_of(Path(name)))
+    except ModelError as error:
+        raise ModelError(_why_not_loaded(name, error)) from error
+    where = str(device) if device.type != "cuda" or device.index is not None else f"cuda:{torch.cuda.current_device()}"
+    places: dict[str, str] = {}
+    outer, path = found.model, ""
+    for name_below in found.blocks_path.split("."):
+        places |= {f"{path}{child}": where for child, _ in outer.named_children() if child != name_below}
+        outer, path = outer.get_submodule(name_below), f"{path}{name_below}."
+    places |= {f"{path}{i}": "disk" for i in range(found.n_blocks)}
+    return {"device_map": places, "offload_folder": folder}
 
 
 def slow_dtype_note(network: Any) -> list[str]:

@@ -24,7 +24,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fastedit.errors import FileError, ModelError, listed, reason
 from fastedit.files import check_directory, replacing_directory, trying_directory
-from fastedit.models import Model, has_quantized
+from fastedit.models import Model, has_quantized, is_offloaded, read_weight
+
+_SHARD = "1GB"
 
 
 def save_model(model: Model, directory: str | Path) -> None:
@@ -57,7 +59,7 @@ def check_saves(model: Model, directory: Path) -> None:
     state = model.network.state_dict()
     with trying_directory(directory) as temporary:
         _separate(state, _write_all_but_weights(model, temporary))
-    check_room(directory, sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values()))
+    check_room(directory, sum({_place(name, tensor): tensor.nbytes for name, tensor in state.items()}.values()))
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -78,8 +80,9 @@ def write_checkpoint(model: Model, folder: Path) -> None:
     network: Any = model.network
     layout = _write_all_but_weights(model, folder)
     state = _separate(network.state_dict(), layout)
-    _attempt(network.save_pretrained, folder, state_dict=dict(state))
-    _check_files(folder, state, layout)
+    shards = {"max_shard_size": _SHARD} if is_offloaded(network) else {}  # each shard is built in host memory
+    _attempt(network.save_pretrained, folder, state_dict=dict(state), **shards)
+    _check_files(network, folder, state, layout)
     _write_index(folder)
 
 
@@ -195,25 +198,30 @@ def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]
     held: dict[tuple[Any, ...], frozenset[str]] = {}
     separate = {}
     for name, tensor in state.items():
-        group, place = layout.group(name), (tensor.device, tensor.data_ptr())
-        shared = tensor.numel() > 0 and held.setdefault(place, group) != group
+        group = layout.group(name)
+        shared = tensor.numel() > 0 and held.setdefault(_place(name, tensor), group) != group
         separate[name] = tensor.clone() if shared else tensor
     return separate
 
 
-def _check_files(folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> None:
+def _place(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """Where a weight is in memory; offloaded ones are nowhere, and have only their names."""
+    return (name,) if tensor.is_meta else (tensor.device, tensor.data_ptr())
+
+
+def _check_files(network: Any, folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> None:
     """Check that the files hold exactly the weights of the architecture, with the bits of the model.
 
     Raises:
         ModelError: names weights that are missing, unexpected or different.
     """
     if (names := layout.names) is None:
-        _check_loaded(folder, state)
+        _check_loaded(network, folder, state)
         return
     owners, written, wrong = {saved: name for name, saved in names.items()}, set(), []
     for saved, tensor in _tensors(folder):
         written.add(saved)
-        if saved in owners and not _same(tensor, state[owners[saved]]):
+        if saved in owners and not _same(tensor, _values(network, owners[saved], state[owners[saved]])):
             wrong.append(saved)
     tied = {saved for name, saved in names.items() if any(names.get(n) in written for n in layout.group(name))}
     _compare_names(written | tied, owners, "what was written")
@@ -221,12 +229,17 @@ def _check_files(folder: Path, state: Mapping[str, Tensor], layout: _Layout) -> 
         raise ModelError(f"{len(wrong)} weights in the files are not the model's: {listed(wrong)}")
 
 
-def _check_loaded(folder: Path, state: Mapping[str, Tensor]) -> None:
+def _values(network: Any, name: str, tensor: Tensor) -> Tensor:
+    """The values of a weight, which is read from its file if it is offloaded."""
+    return read_weight(network, name) if tensor.is_meta else tensor
+
+
+def _check_loaded(network: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Check that loading the files gives the model's weights. Takes memory for a second model; raises ModelError."""
     loaded: Any = _attempt(AutoModelForCausalLM.from_pretrained, folder, dtype="auto", use_safetensors=True)
     again: Mapping[str, Tensor] = loaded.state_dict()
     _compare_names(again, state, "what was written")
-    wrong = [name for name, tensor in again.items() if not _same(tensor, state[name])]
+    wrong = [name for name, tensor in again.items() if not _same(tensor, _values(network, name, state[name]))]
     if wrong:
         raise ModelError(f"{len(wrong)} weights are not read as the model has them: {listed(wrong)}")
 

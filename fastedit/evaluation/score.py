@@ -11,7 +11,17 @@ from torch.nn.functional import cross_entropy
 
 from fastedit import parallel
 from fastedit.evaluation.first_token import LOGITS
-from fastedit.models import Factors, Samples, Topology, pack, per_sample_updates, run_from_tokens
+from fastedit.models import (
+    Factors,
+    PrefixCache,
+    Samples,
+    Topology,
+    offloaded_prefix,
+    pack,
+    per_sample_updates,
+    resume,
+    run_from_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -67,11 +77,17 @@ def _score(
     batch = (samples.lengths[order].cumsum(0) - 1) // batch_tokens
     step = max(1, LOGITS // topology.config.vocab_size)
     best, logp, first, done = [], [], [], 0
+    # offloaded blocks are read once for all samples, not once for each batch
+    layer = 0 if updates else offloaded_prefix(topology.blocks)
+    cache = PrefixCache(topology, samples, layer) if layer else None
     for select in torch.split(order, torch.unique_consecutive(batch, return_counts=True)[1].tolist()):
         # with updates, one sample per row, so that an edit with values that are not finite affects no other
         rows = pack(samples, select, packed=topology.packs and not updates).to(topology.device, non_blocking=True)
-        with per_sample_updates(updates, edits[select]):
-            hidden = run_from_tokens(topology, rows, prune=not updates)
+        if cache is not None:
+            hidden = resume(topology, cache.hidden(rows), rows, layer)
+        else:
+            with per_sample_updates(updates, edits[select]):
+                hidden = run_from_tokens(topology, rows, prune=not updates)
         begins = n_targets[select].cumsum(0) - n_targets[select]
         first.append(hidden[begins[wanted[select]].to(hidden.device)].cpu())
         for states, labels in zip(torch.split(hidden, step), torch.split(rows.labels, step), strict=True):

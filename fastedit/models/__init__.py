@@ -12,6 +12,7 @@ from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
 from fastedit.models.hooks import Override, hooked, only_trainable, plain_state
 from fastedit.models.model import Model
+from fastedit.models.offload import is_offloaded, load_weights, offloaded_prefix, read_weight
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
@@ -51,9 +52,12 @@ __all__ = [
     "has_quantized",
     "hooked",
     "in_passes",
+    "is_offloaded",
     "joined",
     "last_tokens",
+    "load_weights",
     "observe",
+    "offloaded_prefix",
     "only_trainable",
     "pack",
     "pass_tokens",
@@ -61,6 +65,7 @@ __all__ = [
     "plain",
     "plain_state",
     "prompt_samples",
+    "read_weight",
     "resume",
     "run_from_tokens",
     "sampling",

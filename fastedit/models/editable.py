@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from torch import nn
 
 from fastedit.errors import ModelError
+from fastedit.models.offload import offloaded_parameters
 from fastedit.models.quantized import EDITABLE, is_quantized
 from fastedit.models.topology import Topology
 
-_WHOLE = "load the whole model on one device, without device_map"
+_WHOLE = 'load the whole model on one device, or all that is larger than it from the files: offload="prefix"'
 _OUTSIDE = (
     "load the model in fp32, bf16 or fp16, or with nothing quantized but linear maps of its blocks, by "
     "llm_int8_skip_modules of BitsAndBytesConfig (modules_to_not_convert of TorchAoConfig and others)"
@@ -20,20 +21,26 @@ _OUTSIDE = (
 def check_editable(found: Topology) -> None:
     """Check that this package can edit the weights: they are whole, on one device, and in floating point.
 
-    Linear maps of the blocks may be quantized, unless they are to be edited (`quantized.check_plain`).
+    Linear maps of the blocks may be quantized, unless they are to be edited (`quantized.check_plain`). Weights may be
+    offloaded by accelerate; those that an edit trains are then loaded.
 
     Raises:
-        ModelError: other weights are quantized, or weights are sharded, offloaded or on several devices; names the
+        ModelError: other weights are quantized, or weights are sharded, never loaded or on several devices; names the
             parameter.
     """
     parameters = dict(found.model.named_parameters())
     frozen = {id(p) for module in found.blocks.modules() if is_quantized(module) for p in module.parameters()}
-    first, device = next((path, parameter.device) for path, parameter in parameters.items())
+    offloaded = offloaded_parameters(found.model)
+    first, device = next(
+        ((path, p.device) for path, p in parameters.items() if id(p) not in offloaded), ("", found.device)
+    )
     for path, parameter in parameters.items():
         if parameter.dtype not in EDITABLE and id(parameter) not in frozen:
             raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; {_OUTSIDE}")
+        if id(parameter) in offloaded:
+            continue
         if parameter.is_meta:
-            raise ModelError(f"{path} is on the meta device: it is offloaded, or was never loaded; {_WHOLE}")
+            raise ModelError(f"{path} is on the meta device: it was never loaded; {_WHOLE}")
         if parameter.is_inference():
             raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
         if parameter.device != device:

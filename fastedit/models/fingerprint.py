@@ -43,6 +43,8 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     for path, shape, sample in sorted(found, key=itemgetter(0)):
         digest.update(f"{path} {shape};".encode())
         values.append(sample)
+    if len({sample.device for sample in values}) > 1:  # some are offloaded
+        values = [sample.cpu() for sample in values]
     flat = torch.cat(values).cpu()
     digest.update(flat.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from types import TracebackType
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastedit.errors import ModelError
 from fastedit.models.forward import in_passes, pass_tokens, run_blocks
+from fastedit.models.offload import stages, streamed
 from fastedit.models.token_states import Budget, TokenStates
 from fastedit.models.tokens import Rows, Samples, pack
 from fastedit.models.topology import Topology
@@ -137,16 +138,27 @@ class PrefixCache:
         progress: Callable[[int], None] | None,
         around: Callable[[Tensor], AbstractContextManager[None]] | None = None,
     ) -> None:
-        """Fill the buffer with the input of block ``stop``, from the input of block ``start`` or from the tokens."""
+        """Fill the buffer with the input of block ``stop``, from the input of block ``start`` or from the tokens.
+
+        All samples pass an offloaded block before the next one is read, so that each is read once.
+        """
+        parts = stages(self._topology.blocks, start or 0, stop)
+        done = reported = 0
+        with closing(streamed(self._topology.blocks, parts)) as ready:
+            for number, part in enumerate(ready):
+                for select in in_passes(self.samples.lengths, self._batch_tokens):
+                    with around(torch.tensor(select)) if around else nullcontext():
+                        self._pass(select, part.start if number or start is not None else None, part.stop)
+                    done += len(select)
+                    if progress is not None:
+                        progress(done // len(parts) - reported)
+                        reported = done // len(parts)
+
+    def _pass(self, select: range, start: int | None, stop: int) -> None:
         topology = self._topology
-        for select in in_passes(self.samples.lengths, self._batch_tokens):
-            rows = pack(self.samples, select, packed=self._packed).to(topology.device)
-            hidden = None if start is None else self.hidden(rows)
-            with around(torch.tensor(select)) if around else nullcontext():
-                states = run_blocks(topology, rows, start or 0, hidden, stop=stop)
-            if self._kept is None:
-                size = (self.samples.input_ids.numel(), states.shape[-1])
-                self._kept = TokenStates.allocate(size, states.dtype, states.device, self._budget)
-            self._states.write(rows, states)
-            if progress is not None:
-                progress(len(select))
+        rows = pack(self.samples, select, packed=self._packed).to(topology.device)
+        states = run_blocks(topology, rows, start or 0, None if start is None else self.hidden(rows), stop=stop)
+        if self._kept is None:
+            size = (self.samples.input_ids.numel(), states.shape[-1])
+            self._kept = TokenStates.allocate(size, states.dtype, states.device, self._budget)
+        self._states.write(rows, states)

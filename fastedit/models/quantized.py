@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError, listed
 from fastedit.models.block_parts import is_projection, widths
+from fastedit.models.offload import read_weight
 
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -64,7 +65,7 @@ def plain(parameter: nn.Parameter) -> Tensor:
 def stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Paths and values of all parameters, and of the buffers of quantized maps, as plain tensors."""
     for path, parameter in model.named_parameters():
-        yield path, plain(parameter)
+        yield path, read_weight(model, path) if parameter.is_meta else plain(parameter)
     for path, module in model.named_modules():
         if is_quantized(module):
             yield from ((f"{path}.{name}", buffer) for name, buffer in module.named_buffers())

@@ -25,6 +25,7 @@ from fastedit.models.forward import at_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.held_tokens import HeldTokens
 from fastedit.models.hooks import eval_mode, only_trainable, plain_state
+from fastedit.models.offload import load_weights, offloaded_prefix
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, is_quantized
 from fastedit.models.tokens import Rows, Samples, pack
@@ -283,6 +284,9 @@ def _place(found: Topology) -> tuple[int, str, nn.Module]:
     paths = {module: path for path, module in found.model.named_modules()}
     quantized: list[str] = []
     first = min(max(1, found.n_blocks // 4), found.n_blocks - 1)
+    if (offloaded := offloaded_prefix(found.blocks)) > first:  # a gradient needs the weights above it
+        first = min(offloaded, max(found.n_blocks - 2, 0))
+        load_weights(found.blocks[first:])
     for layer in (*range(first, found.n_blocks), *range(first)):
         writers = [module for module in found.writers(layer) if not holds_experts(module)]
         quantized += [paths[module] for module in writers if is_quantized(module)]

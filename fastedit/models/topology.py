@@ -71,8 +71,8 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone expects its input."""
-        return next(self.backbone.parameters()).device
+        """Where the backbone expects its input; weights on the meta device are offloaded."""
+        return next((p.device for p in self.backbone.parameters() if not p.is_meta), torch.device("meta"))
 
     def block(self, layer: int) -> nn.Module:
         """Block ``layer``.

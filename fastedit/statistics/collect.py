@@ -338,13 +338,12 @@ def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: 
     """An empty accumulator, or the saved one to continue with. Raises ModelError if that does not fit this run."""
     module = settings["module"]
     width = topology.input_width(layer, module)
-    weight: Any = topology.resolve(layer, module)[1].weight
     path = None if directory is None else statistics_path(topology, directory, layer, module)
     position = {"batches": 0, "digest": "", "first": ""}
     fresh = {**settings, "layer": layer, "fastedit": version_of("fastedit"), "position": position}
     if path is None or not path.exists():
-        return StreamingCovariance(width, device=weight.device, metadata=fresh)
-    found = StreamingCovariance.load(path, device=weight.device)
+        return StreamingCovariance(width, device=topology.device, metadata=fresh)
+    found = StreamingCovariance.load(path, device=topology.device)
     for name in (*settings, "layer"):
         if found.metadata.get(name) != fresh[name]:
             raise ModelError(

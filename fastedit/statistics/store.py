@@ -94,9 +94,9 @@ class StatisticsStore:
                 their width, not positive definite, or damaged.
         """
         if (C := self.in_memory(layer)) is not None:
-            return factor_covariance(C.to(self._device(layer)), allow_few=self.unchecked)
+            return factor_covariance(C.to(self.topology.device), allow_few=self.unchecked)
         path, _ = self._required(layer)
-        width, device = self.topology.input_width(layer, self.module), self._device(layer)
+        width, device = self.topology.input_width(layer, self.module), self.topology.device
         if (kept := self._kept(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
             return unpack_lower(kept[LOWER], width).to(device)
         found = _read(path, width)
@@ -118,7 +118,7 @@ class StatisticsStore:
         Made once and kept like the Cholesky factor; raises what `covariance` raises.
         """
         keeps = self.in_memory(layer) is None and not self.unchecked
-        width, device = self.topology.input_width(layer, self.module), self._device(layer)
+        width, device = self.topology.input_width(layer, self.module), self.topology.device
         shapes = {"values": (width,), "vectors": (width, width)}
         if keeps and (kept := self._kept(layer, "eigen", _EIGEN_TAG, shapes)) is not None:
             return kept["values"].to(device), kept["vectors"].to(device)
@@ -151,7 +151,7 @@ class StatisticsStore:
     def covariance(self, layer: int) -> Tensor:
         """C [d, d] fp64, the mean of k kᵀ, on the module's device; raises what `cholesky` raises."""
         if (C := self.in_memory(layer)) is not None:
-            return C.to(self._device(layer), torch.float64)
+            return C.to(self.topology.device, torch.float64)
         path, _ = self._required(layer)
         found = _read(path, self.topology.input_width(layer, self.module))
         if found.count < found.dim:
@@ -159,7 +159,7 @@ class StatisticsStore:
             if not self.unchecked:
                 raise few
             warnings.warn(str(few), RuntimeWarning, stacklevel=2)
-        return found.finalize().to(self._device(layer))
+        return found.finalize().to(self.topology.device)
 
     def in_memory(self, layer: int) -> Tensor | None:
         """C of a layer if it was given, else None. Raises ModelError if its width is not that of the keys."""
@@ -257,11 +257,6 @@ class StatisticsStore:
         text = f"no statistics of {self.module} in layer{'s' * (len(layers) > 1)} {listed} (looked in {looked}); make "
         text += f"them: fastedit covariance {_checkpoint(self.topology) or 'MODEL'} --text FILE "
         return MissingStatisticsError(f"{text}--layers {listed}{more}", layers)
-
-    def _device(self, layer: int) -> torch.device:
-        weight: Any = self.topology.resolve(layer, self.module)[1].weight
-        device: torch.device = weight.device
-        return device
 
 
 def statistics_path(topology: Topology, directory: str | Path, layer: int, module: str = "down_proj") -> Path:

@@ -30,7 +30,7 @@ from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun, State
-from fastedit.models import Budget, Factors, Model, fingerprint, plain_state
+from fastedit.models import Budget, Factors, Model, fingerprint, load_weights, plain_state
 from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
@@ -76,6 +76,7 @@ def plan(
     else:
         batch = given
     batch.make_samples()
+    load_weights(model.topology.blocks[recipe.layers[0] :])
     saved = SavedRun.of(model, edits, config, history, partial(statistics.digests, recipe.layers))
     return LocateThenEditPlan(batch, recipe, statistics, history, saved)
 

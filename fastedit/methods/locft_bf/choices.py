@@ -17,7 +17,7 @@ from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
 from fastedit.methods.subjects import subject_ends
-from fastedit.models import Model, Topology, check_own, check_plain, fingerprint
+from fastedit.models import Model, Topology, check_own, check_plain, fingerprint, load_weights
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
 
@@ -64,6 +64,7 @@ def resolve(
     for block in layers:
         topology.check_trainable(block, module)
     check_own(topology, layers, module)
+    load_weights(topology.blocks[min(layers) :])  # training runs all blocks from there on
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:
