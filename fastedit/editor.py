@@ -97,8 +97,8 @@ class Editor:
     Raises:
         ConfigError: an unknown method or field, a value that a field cannot take, no tokenizer, or a tokenizer
             without a chat template if `chat_template` is set.
-        ModelError: no model; an unsupported architecture; an adapter that is not merged; offloaded weights, or
-            weights on several devices; quantized weights outside the linear maps of the blocks.
+        ModelError: no model; an unsupported architecture; an adapter that is not merged; weights on
+            several devices; quantized weights outside the linear maps of the blocks.
     """
 
     def __init__(

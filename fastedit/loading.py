@@ -121,7 +121,7 @@ def _offloaded(name: str | Path, device: torch.device, folder: str) -> dict[str,
         raise ModelError("to offload weights accelerate must be installed: pip install 'fastedit-llm[offload]'")
     try:
         found = topology(architecture_of(Path(name)))
-    except ModelError as error:
+    except (OSError, ModelError) as error:
         raise ModelError(_why_not_loaded(name, error)) from error
     where = str(device) if device.type != "cuda" or device.index is not None else f"cuda:{torch.cuda.current_device()}"
     places: dict[str, str] = {}

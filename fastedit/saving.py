@@ -26,8 +26,6 @@ from fastedit.errors import FileError, ModelError, listed, reason
 from fastedit.files import check_directory, replacing_directory, trying_directory
 from fastedit.models import Model, has_quantized, is_offloaded, read_weight
 
-_SHARD = "1GB"
-
 
 def save_model(model: Model, directory: str | Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
@@ -80,10 +78,15 @@ def write_checkpoint(model: Model, folder: Path) -> None:
     network: Any = model.network
     layout = _write_all_but_weights(model, folder)
     state = _separate(network.state_dict(), layout)
-    shards = {"max_shard_size": _SHARD} if is_offloaded(network) else {}  # each shard is built in host memory
+    shards = {"max_shard_size": 2 * _largest(model)} if is_offloaded(network) else {}
     _attempt(network.save_pretrained, folder, state_dict=dict(state), **shards)
     _check_files(network, folder, state, layout)
     _write_index(folder)
+
+
+def _largest(model: Model) -> int:
+    """Bytes of the largest block: of an offloaded model, no more than two are in host memory."""
+    return max(sum(p.nbytes for p in block.parameters()) for block in model.topology.blocks)
 
 
 def _write_index(folder: Path) -> None:

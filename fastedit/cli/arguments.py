@@ -35,6 +35,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Offload(str, Enum):
+    """What stays in the checkpoint's files."""
+
+    prefix = "prefix"
+
+
 def _log_to_stderr(verbose: bool) -> bool:
     log = logging.getLogger("fastedit")
     log.handlers = []
@@ -88,6 +94,14 @@ LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such a
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
+]
+OffloadFlag = Annotated[
+    Offload | None,
+    typer.Option(
+        "--offload",
+        help="For a model larger than the memory: prefix leaves the blocks below the lowest edited one in the "
+        "checkpoint's files, and reads each when it runs.",
+    ),
 ]
 ChatFlag = Annotated[
     bool,
@@ -166,12 +180,14 @@ def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
     return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
-def load(model: str, dtype: Dtype, device: str | None, **config: Any) -> Editor:
+def load(model: str, dtype: Dtype, device: str | None, offload: Offload | None = None, **config: Any) -> Editor:
     """Load a model by `Editor.from_pretrained`, quietly. Raises ModelError if it is too large for the device."""
     from fastedit.editor import Editor
 
     with loading(model):
-        return Editor.from_pretrained(model, dtype=dtype.value, device=device, **config)
+        return Editor.from_pretrained(
+            model, dtype=dtype.value, device=device, offload=offload and offload.value, **config
+        )
 
 
 def tell(notes: Sequence[str], method: str = "note") -> None:

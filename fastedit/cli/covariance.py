@@ -55,6 +55,7 @@ def covariance(
     ] = 8192,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
+    offload: arguments.OffloadFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Collect the statistics of a model that rome, memit, emmet and alphaedit need: the second moments of its keys.
@@ -72,7 +73,7 @@ def covariance(
         raise RequestError(f"{text}: expected text, but it is empty")
     if output and speaks():  # only one: processes would remove folders that others try to make
         check_writable(output)
-    editor = arguments.load(name, dtype, device)
+    editor = arguments.load(name, dtype, device, offload)
     from fastedit.cli.bars import Bars
     from fastedit.models import fingerprint
     from fastedit.statistics.collect import Collection

@@ -53,6 +53,7 @@ def edit(
     chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
+    offload: arguments.OffloadFlag = None,
     verbose: arguments.VerboseFlag = False,
     resume: Annotated[
         Path | None,
@@ -84,7 +85,7 @@ def edit(
     check_apart(state, output)
     if hasattr(METHODS[method].config, "state"):
         fields["state"] = str(state)
-    editor = arguments.load(model, dtype, device, method=method, chat_template=chat, **fields)
+    editor = arguments.load(model, dtype, device, offload, method=method, chat_template=chat, **fields)
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.report import compare
     from fastedit.evaluation.sampling import draw

@@ -28,6 +28,7 @@ def evaluate(
     json_file: arguments.JsonFlag = None,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
+    offload: arguments.OffloadFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Measure a model on edit requests: reliability, generalization, locality, portability, perplexity.
@@ -46,7 +47,7 @@ def evaluate(
 
     asked = draw(edits, sample)
     change = WeightDelta.load(delta) if delta else None
-    editor = arguments.load(model, dtype, device, chat_template=chat)
+    editor = arguments.load(model, dtype, device, offload, chat_template=chat)
     ask(editor.parts, asked, text=documents)
     if change:
         change.check(editor.model)

@@ -78,7 +78,7 @@ def _score(
     step = max(1, LOGITS // topology.config.vocab_size)
     best, logp, first, done = [], [], [], 0
     # offloaded blocks are read once for all samples, not once for each batch
-    layer = 0 if updates else offloaded_prefix(topology.blocks)
+    layer = 0 if updates else min(offloaded_prefix(topology.blocks), topology.n_blocks - 1)
     cache = PrefixCache(topology, samples, layer) if layer else None
     for select in torch.split(order, torch.unique_consecutive(batch, return_counts=True)[1].tolist()):
         # with updates, one sample per row, so that an edit with values that are not finite affects no other

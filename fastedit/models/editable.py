@@ -11,7 +11,7 @@ from fastedit.models.offload import offloaded_parameters
 from fastedit.models.quantized import EDITABLE, is_quantized
 from fastedit.models.topology import Topology
 
-_WHOLE = 'load the whole model on one device, or all that is larger than it from the files: offload="prefix"'
+_WHOLE = 'load it on one device, by Editor.from_pretrained(…, offload="prefix") if it is too large for that'
 _OUTSIDE = (
     "load the model in fp32, bf16 or fp16, or with nothing quantized but linear maps of its blocks, by "
     "llm_int8_skip_modules of BitsAndBytesConfig (modules_to_not_convert of TorchAoConfig and others)"

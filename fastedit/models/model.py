@@ -37,7 +37,7 @@ class Model:
 
         Raises:
             ModelError: not a causal language model, or one for which this package computes other numbers than the
-                model itself; an adapter that is not merged; offloaded weights, or weights on several devices;
+                model itself; an adapter that is not merged; weights on several devices;
                 quantized weights outside the linear maps of the blocks.
             ConfigError: not a tokenizer, or one without a chat template if `chat_template` is set.
         """

@@ -7,11 +7,12 @@ one block in memory over all of them. Blocks that are trained, and those above, 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, takewhile
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -70,30 +71,32 @@ def stages(blocks: nn.ModuleList, start: int, stop: int) -> list[range]:
 def streamed(blocks: nn.ModuleList, parts: Sequence[range]) -> Generator[range, None, None]:
     """Yield ranges of blocks; until the next one is asked for, the weights of its blocks stay in memory.
 
-    The next range is read meanwhile, so that weights of at most two are in memory. Close the iterator to free them.
+    Close the iterator to free them.
     """
-    with ThreadPoolExecutor(1) as reader:
-        reading = [reader.submit(_hold, blocks[part.start : part.stop]) for part in parts[:1]]
+    for part in parts:
+        held = _hold(blocks[part.start : part.stop])
         try:
-            for part, following in zip(parts, [*parts[1:], range(0)], strict=True):
-                reading.append(reader.submit(_hold, blocks[following.start : following.stop]))
-                reading[0].result()
-                yield part
-                _release(reading.pop(0).result())
+            yield part
         finally:
-            for held in reading:
-                _release(held.result())
+            _release(held)
 
 
+_C = ctypes.CDLL(None)
 _Held = list[tuple[nn.Module, Any]]
 
 
 def _hold(blocks: Iterable[nn.Module]) -> _Held:
     """Read the offloaded weights of these blocks; until they are released, passes neither read nor free them."""
-    held = [(m, hook) for block in blocks for m in block.modules() if (hook := _hook(m)) is not None]
-    for module, hook in held:
-        hook.pre_forward(module)
-        hook.offload = False
+    held: _Held = []
+    try:
+        for module in (inner for block in blocks for inner in block.modules()):
+            if (hook := _hook(module)) is not None:
+                held.append((module, hook))
+                hook.pre_forward(module)
+                hook.offload = False
+    except BaseException:
+        _release(held)
+        raise
     return held
 
 
@@ -101,6 +104,8 @@ def _release(held: _Held) -> None:
     for module, hook in held:
         hook.offload = True
         hook.post_forward(module, None)
+    if held and held[0][1].execution_device in ("cpu", torch.device("cpu")) and hasattr(_C, "malloc_trim"):
+        _C.malloc_trim(0)  # else glibc keeps the memory of several blocks, in pieces
 
 
 def _hook(module: nn.Module) -> Any:
