@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +281,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _attempt(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function of transformers; any exception that is not an OSError becomes a ModelError."""
     try:
-        return function(*args, **kwargs)
+        with warnings.catch_warnings():  # about the size of shards, which is chosen here
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            return function(*args, **kwargs)
     except OSError:
         raise
     except Exception as error:

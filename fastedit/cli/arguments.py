@@ -232,6 +232,7 @@ def loading(model: str) -> Iterator[None]:
 
     if not logging.getLogger("fastedit").isEnabledFor(logging.INFO):
         transformers_logging.set_verbosity_error()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         yield
