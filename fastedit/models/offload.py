@@ -118,3 +118,5 @@ def _remove_hook(module: nn.Module) -> None:
     from accelerate.hooks import remove_hook_from_module
 
     remove_hook_from_module(module)
+    if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+        del module.forward  # accelerate leaves it on the instance, where it looks like a replacement
