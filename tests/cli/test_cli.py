@@ -936,6 +936,19 @@ def test_covariance_tells_the_line_that_is_not_utf_8(collecting: tuple[Any, ...]
     assert "line 10000 is not UTF-8" in fails(2, *collecting, "--output", tmp_path / "out")
 
 
+def test_covariance_of_another_text_is_refused_before_the_work(collecting: tuple[Any, ...], tmp_path: Path) -> None:
+    kept = (*collecting, "--output", tmp_path / "out")
+    works(*kept)
+    lines = (text := tmp_path / "text.txt").read_text().split("\n\n")
+    for other, said in (
+        (["The queen of Gaul.", *lines], "another text or tokenizer"),
+        ([*lines[:100], "The queen of Gaul.", *lines[100:]], "from some document on"),
+        (lines[:100], "another text, which is longer"),
+    ):
+        text.write_text("\n\n".join(other))
+        assert said in fails(2, *kept)
+
+
 def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_path: Path) -> None:
     wide = (*collecting, "--output", tmp_path / "out")
     with small_files():
