@@ -32,12 +32,13 @@ def covariance(
     text: Annotated[
         Path,
         typer.Option(
-            help="UTF-8 text with blank lines between documents, or JSON Lines with a text field.", show_default=False
+            help="UTF-8 text with blank lines between documents, or JSON Lines or a JSON array with a text field.",
+            show_default=False,
         ),
     ] = ...,  # type: ignore[assignment]  # typer's way to require an option after one that is not
     layers: Annotated[str, typer.Option(help="Blocks, such as 3-8 or 3,5,8-11.", show_default=False)] = ...,  # type: ignore[assignment]
     text_column: Annotated[
-        str | None, typer.Option(help='Field of JSON Lines that holds the text; by default "text".')
+        str | None, typer.Option(help='Field of JSON that holds the text; by default "text".')
     ] = None,
     module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
     tokens: Annotated[

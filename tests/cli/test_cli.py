@@ -1042,13 +1042,25 @@ def test_text_is_one_document_or_json_lines_of_documents(model: Path, facts: Pat
         "".join(json.dumps({"text": t}) + "\n" for t in ("The king is", "old and Rome"))
     )
     figures = []
-    for name in ("text.txt", "same.jsonl", "two.jsonl"):
+    (tmp_path / "two.json").write_text(json.dumps(["The king is", {"text": "old and Rome"}]))
+    for name in ("text.txt", "same.jsonl", "two.jsonl", "two.json"):
         works("evaluate", "--model", model, "--requests", facts, "--text", tmp_path / name, "--json", tmp_path / "f")
         figures.append(json.loads((tmp_path / "f").read_text())["perplexity"])
-    assert figures[0] == figures[1] != figures[2]
+    assert figures[0] == figures[1] != figures[2] == figures[3]
     (tmp_path / "two.jsonl").write_text('{"body": "x"}\n')
     said = fails(2, "evaluate", "--model", model, "--requests", facts, "--text", tmp_path / "two.jsonl")
     assert "line 1 has no text in the field 'text'" in said
+
+
+@pytest.mark.parametrize("command", ["check", "covariance", "edit", "evaluate", "locate", "tune"])
+def test_requests_are_not_read_as_text(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    given = ("--layers", 1) if command == "covariance" else ("--requests", facts)
+    output = ("--output", tmp_path / "out") if command in ("edit", "tune") else ()
+    said = fails(2, command, "--model", model, *given, "--text", facts, *output)
+    assert f"{facts}: record 0 (counted from 0) has no text in the field 'text'; its fields are prompt, " in said
 
 
 @pytest.mark.parametrize("kind", [RequestError, ModelError, ConfigError, EditError, FileError])
