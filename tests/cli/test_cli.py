@@ -193,6 +193,30 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
     assert "toy has no field 'lr'" in fails(2, *common, "--method", "toy", "--lr", "1")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["In Rome, she said: {}"], ("In Rome, she said: {}",)),
+        (["In Rome, {}", "Yes, {}"], ("In Rome, {}", "Yes, {}")),
+        (["Yes. {},No. {} Or?"], ("Yes. {}", "No. {} Or?")),  # as in version 0.1
+    ],
+)
+def test_contexts_are_given_once_for_each(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], meant: tuple[str, ...]
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(Editor, "from_pretrained", lambda *_, **config: seen.append(config) or 1 / 0)
+    flags = [word for text in given for word in ("--contexts", text)]
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
+    call(*common, "--method", "memit", *flags)
+    (config,) = seen
+    assert config["contexts"] == meant
+    call(*common, "--method", "memit")
+    assert "contexts" not in seen[1]
+    call(*common, "--anchor-subjects", "Washington, D.C.", "--anchor-subjects", "Rome")
+    assert seen[2]["anchor_subjects"] == ("Washington, D.C.", "Rome")
+
+
 def test_evaluate_with_a_delta_measures_what_edit_measured(model: Path, facts: Path, tmp_path: Path) -> None:
     output, saved = tmp_path / "edited", tmp_path / "figures.json"
     works("edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY)
