@@ -147,6 +147,8 @@ def test_the_last_place_of_a_subject_counts() -> None:
     japanese = EditRequest("東京は東京都の", "x", "東京")
     found, notes = ends(once, twice, inside, japanese)
     assert found == ["the home of Ann", "Ann, said Ann", "Ann", "東京は東京"]
+    korean = EditRequest("서울 사람이 사는 서울은 서울특별시의", "x", "서울")  # a particle is no part of a word
+    assert ends(korean)[0] == ["서울 사람이 사는 서울"]
     assert notes == ["the subject stands in the prompt more than once, the last place counts: edit twice, edit 3"]
     assert ends(once) == (["the home of Ann"], [])
     many = [EditRequest("Ann and Ann", "x", "Ann")] * 14
