@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import parallel
 from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
+from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import context_templates
-from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locft_bf.choices import find_statistics, resolve, subjectless
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.refit import refit
