@@ -17,7 +17,10 @@ _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 _BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which are not read
 # Placeholders of the subject: in any text, and in a template.
 _NAME = r"\{\{ *subject *\}\}|\{ *subject *\}"
-_NAMED, _MARKS = re.compile(_NAME), re.compile(rf"\{{\}}|{_NAME}|\[X\]")
+# "{}" and "[X]" are part of the word or the code before them, as in interface{}, struct{}{} and a[X]
+_WITHIN = r"(?<![A-Za-z0-9_\u00c0-\u058f\u10a0-\u10ff)\]}])"  # scripts with upper and lower case
+_NAMED, _ALONE = re.compile(_NAME), re.compile(rf"{_WITHIN}(?:\{{\}}|\[X\])")
+_MARKS = re.compile(rf"{_ALONE.pattern}|{_NAME}")
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of invisible characters
 # Other invisible characters: fillers, the Braille blank, variation selectors.
 _FILLERS = re.compile(
@@ -146,9 +149,9 @@ def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
     """The pattern of placeholders for the subject in a prompt and its answer.
 
     It is "{subject}" ("{{ subject }}" in other templates); if the prompt is a template, also "{}" and "[X]". A template
-    has one of these two, and does not name the subject otherwise.
+    has one of these two, not right behind a word as in "interface{}", and does not name the subject otherwise.
     """
-    if "{}" not in prompt and "[X]" not in prompt:
+    if ("{}" not in prompt and "[X]" not in prompt) or not _ALONE.search(prompt):
         return _NAMED
     return _NAMED if subject and (_NAMED.search(prompt) or _stands_in(subject, prompt)) else _MARKS
 

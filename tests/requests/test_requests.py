@@ -568,6 +568,34 @@ TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
         },
         EditRequest("Does Go have an interface{} type?", "interface{}", "Go", paraphrases=("In Go, is a[X] one?",)),
     ),
+    "code where the subject is not named": (
+        {
+            **GO,
+            "prompt": "Does {} have interface{}?",
+            "target": "interface{}",
+            "rephrase": [
+                "Is interface{} one of its types?",
+                "Is a[X] one?",
+                "{}s and struct{}{} in the language",
+                "In «{}»",
+            ],
+            "neighbours": [["Has Rust an interface{}?", "no {}"], ["{} has", "map[string]interface{}"]],
+            "portability": [["\u5728{}\u6709interface{}\u5417", "{}\u6709"]],
+        },
+        EditRequest(
+            "Does Go have interface{}?",
+            "interface{}",
+            "Go",
+            paraphrases=(
+                "Is interface{} one of its types?",
+                "Is a[X] one?",
+                "Gos and struct{}{} in the language",
+                "In «Go»",
+            ),
+            neighbours=(("Has Rust an interface{}?", "no {}"), ("Go has", "map[string]interface{}")),
+            portability=(("\u5728Go\u6709interface{}\u5417", "Go\u6709"),),
+        ),
+    ),
     "code in a template": (
         {**GO, "prompt": "Does {subject} have interface{}?", "target": "{}"},
         EditRequest("Does Go have interface{}?", "{}", "Go"),
