@@ -61,12 +61,14 @@ class History:
         keys: path of an edited parameter -> keys [n, d] of edits that are in place, which later edits should preserve.
         second_moments: path of a projection -> C [d, d], the mean of k kᵀ; used instead of those in files.
         memo: cache of what the next edit may need again.
+        now: fingerprint of the model as it is; None is not known.
     """
 
     fingerprint: str
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     memo: Memo = field(default_factory=Memo)
     second_moments: Mapping[str, Tensor] = field(default_factory=dict)
+    now: str | None = None
 
 
 @dataclass

@@ -60,7 +60,7 @@ def plan(
         RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
     """
     check_rows(model, edits)
-    history = history or History(fingerprint(model.network))
+    history = history or History(now := fingerprint(model.network), now=now)
     recipe = resolve(model.topology, config, method)
     config = recipe.config
     where = (config.module, config.statistics, config.unchecked_statistics)
