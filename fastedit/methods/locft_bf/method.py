@@ -117,6 +117,8 @@ class LocFTBFPlan:
                 if batch is not None and statistics is not None:
                     notes += refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
                     trainer.look()
+                elif own is not None and interrupted is None and trainer.looks_cheap:
+                    trainer.look()
         finally:
             if own is not None:
                 own.close()
