@@ -167,7 +167,6 @@ class Editor:
             ConfigError, ModelError: the method cannot do this with the model.
         """
         edits, now = as_requests(requests), fingerprint(self.model)
-
         started = time.perf_counter()
         clock = StageClock(self._report)
         options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
@@ -291,7 +290,7 @@ class Editor:
             for path, more in edit.keys.items():
                 keys.setdefault(path, []).append(more)
         unedited = standing[0][0].metadata["fingerprint"] if standing else now
-        return History(unedited, {path: torch.cat(some) for path, some in keys.items()}, self._memo)
+        return History(unedited, {path: torch.cat(some) for path, some in keys.items()}, self._memo, now=now)
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""

@@ -35,9 +35,10 @@ class EditResult:
         notes: what was chosen automatically.
         seconds: time of the edit.
         probability: [N], of each target when the method last computed it (exp of the mean log P of its tokens); NaN
-            where it did not.
+            where it did not. LocFT-BF computes it with the final weights after 10 epochs (for each process, if several
+            share the work) or `refit`, else before an edit's last step; the solvers before they write.
         interrupted: what was kept after Ctrl-C (`keep_partial`), else None.
-        learned: for each of the losses, how many edits had been learned by then.
+        learned: for each of the losses, how many edits had been learned by then; the last is that of `probability`.
         stages: seconds of each stage of the work, with "plan" and "rest".
         cached: peak bytes of cached states by tier ("device", "pinned", "host", "file").
     """

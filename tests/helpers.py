@@ -272,13 +272,19 @@ def moments(
 
 
 class Double(TorchFunctionMode):
-    """fp64 wherever somebody asks for fp32: models do so in their norms, rotations and softmaxes."""
+    """fp64 wherever somebody asks for fp32: models do so in their norms, rotations and softmaxes.
+
+    And where whole numbers are divided, as positions are for ministral3: that gives the default dtype, which is fp32
+    inside an edit, whatever it is outside.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if len(args) > 1:  # most calls ask a tensor for its shape or the like
             args = [torch.float64 if x is torch.float32 else x for x in args]
         if kwargs:
             kwargs = {name: torch.float64 if x is torch.float32 else x for name, x in kwargs.items()}
+        if function is Tensor.div and not args[0].is_floating_point():
+            args = [args[0].double(), *args[1:]]
         return (Tensor.double if function is Tensor.float else function)(*args, **kwargs or {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import moments, random_edits, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -619,3 +620,30 @@ def test_a_plan_says_that_a_processor_is_slow_in_a_dtype(
     found = [note for note in plan.notes if "--dtype float32" in note]
     assert len(found) == (noted is not None)
     assert noted is None or found[0].startswith(f"the weights are {noted}, ")
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "memit", "contexts": (), "layers": (1,), "steps": 2}], ids=str)
+def test_a_fingerprint_is_taken_before_the_plan_and_before_the_run(
+    settings: dict[str, Any], tokenizer: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads all of a model. Statistics of the model's own text take one more, once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module = importlib.import_module("fastedit.models.fingerprint")
+    taken, take = [], module.fingerprint_of
+    monkeypatch.setattr(module, "fingerprint_of", lambda parameters: taken.append(found := take(parameters)) or found)
+    model = tiny_model("llama")
+    if settings:
+        moments(model, tmp_path / "statistics", seed, layers=(1,))
+        settings = settings | {"statistics": tmp_path / "statistics"}
+    more: dict[str, Any] = settings or {"epochs": 1}
+    editor = Editor(model, tokenizer, state=tmp_path / "state", **more)
+    for salt in (0, 1):
+        taken.clear()
+        edits = random_edits(3, seed + salt)
+        plan = editor.plan(edits)
+        assert len(taken) == 1
+        result = editor.run(plan)
+        assert len(taken) == (3 if not settings and salt == 0 else 2)
+        assert set(taken) == {plan.fingerprint}
+        assert result.delta.metadata["fingerprint"] == plan.fingerprint
+    assert plan.fingerprint != editor.plan(edits).fingerprint

@@ -77,6 +77,17 @@ def test_no_imports_run_in_a_circle() -> None:
     assert not edges, f"circles among {sorted(edges)}"
 
 
+def test_methods_share_what_lies_beside_them_and_nothing_of_each_other() -> None:
+    folders = {path.parent.name for path in (ROOT / "fastedit/methods").glob("*/__init__.py")}
+    assert {"locft_bf", "locate_then_edit"} <= folders
+    for module, path in MODULES.items():
+        if module.startswith("fastedit.methods."):
+            own, *theirs = (
+                name.split(".")[2:3] for name in (module, *imports(path)) if name.startswith("fastedit.methods.")
+            )
+            assert all(name == own for name in theirs if name[0] in folders), f"{module} imports {theirs}"
+
+
 def test_kernels_know_nothing_above_them() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
         assert set(imports(path)) <= {"fastedit.kernels"}

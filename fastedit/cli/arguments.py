@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from fastedit.evaluation.predict import Predictions
     from fastedit.requests import EditRequest
 
-JSON_LINES = (".jsonl", ".ndjson")
-
 
 class Dtype(str, Enum):
     """A dtype of weights."""
@@ -70,8 +68,8 @@ TextFlag = Annotated[
     Path | None,
     typer.Option(
         "--text",
-        help="Text for perplexity, read in windows of the model's context: UTF-8, one document; or JSON Lines with a "
-        "text field, a document a line.",
+        help="Text for perplexity, read in windows of the model's context: UTF-8, one document; or a JSON array or "
+        "JSON Lines of documents, each a text or an object with a text field.",
     ),
 ]
 EvaluateFlag = Annotated[
@@ -158,9 +156,9 @@ def read_text(path: Path | None) -> list[str]:
     """Read the documents of a file, for perplexity. Raises RequestError if it cannot be read or is empty."""
     if path is None:
         return []
-    if path.suffix in JSON_LINES:
-        from fastedit.statistics.documents import read_documents
+    from fastedit.statistics.documents import JSON, read_documents
 
+    if path.suffix in JSON:
         documents = list(read_documents(path))
     else:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +43,9 @@ def check(
         ),
     ] = None,
     tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag; needs lm-eval.")] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own for --tasks, as lm-eval's --include_path.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for check.json and check.html.")] = None,
     evaluate: arguments.EvaluateFlag = "all",
     chat: arguments.ChatFlag = False,
@@ -66,7 +71,7 @@ def check(
     from fastedit.evaluation.check import MEASURES, SHARES, check_bounds
     from fastedit.evaluation.questions import ask
     from fastedit.evaluation.sampling import draw
-    from fastedit.evaluation.tasks import check_tasks
+    from fastedit.evaluation.tasks import check_tasks, run_tasks
     from fastedit.evaluation.thresholds import load_thresholds
 
     asked = draw(edits, sample)
@@ -75,7 +80,7 @@ def check(
         check_bounds(bounds, asked, compared=bool(base or delta), tasks=names)
     except FastEditError as error:
         raise error.at("--thresholds") from None
-    check_tasks(names)
+    check_tasks(names, include_path)
     change = WeightDelta.load(delta) if delta else None
     editor = arguments.load(model, dtype, device, chat_template=chat)
     unedited = arguments.load(base, dtype, device, chat_template=chat) if base else editor
@@ -88,8 +93,10 @@ def check(
         check_base(unedited.parts, editor.parts)
     about = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
     work_begins()
-    given: dict[str, Any] = {"text": documents, "of": len(edits), "tasks": names, "bounds": bounds, "about": about}
-    report = _measured(editor, unedited, change, asked, **given)
+    given: dict[str, Any] = {"text": documents, "of": len(edits), "bounds": bounds, "about": about}
+    report = _measured(
+        editor, unedited, change, asked, partial(run_tasks, tasks=names, include_path=include_path), **given
+    )
     if output:
         report.save(output)
         wrote(output / "check.json", output / "check.html")
@@ -110,16 +117,18 @@ def _measured(
     unedited: Editor,
     change: WeightDelta | None,
     edits: list[EditRequest],
+    tasks: Callable[[Model], dict[str, float]],
     *,
     text: list[str],
     of: int,
-    tasks: list[str],
     **what: Any,
 ) -> CheckReport:
-    """Measure the unedited model, if there is one, and the edited one; `what` has bounds and other report fields."""
+    """Measure the unedited model, if there is one, and the edited one.
+
+    `tasks` runs those of lm-eval; `what` has bounds and other report fields.
+    """
     from fastedit.cli.bars import Bars
     from fastedit.evaluation.check import Check, broken_report
-    from fastedit.evaluation.tasks import run_tasks
 
     before, tasks_before, questions = None, {}, None
     asked: dict[str, Any] = {}
@@ -134,7 +143,7 @@ def _measured(
             questions = ask()
             of_head = change is not None and change.changes(editor.model, editor.topology.head)
             before = arguments.measure(unedited, **asked, when="before", keep_head=of_head)
-            tasks_before = run_tasks(unedited.parts, tasks)
+            tasks_before = tasks(unedited.parts)
         if change:
             change.apply(editor.model)
         try:
@@ -143,7 +152,7 @@ def _measured(
         except (EditError, ModelError) as error:  # NaN or infinity
             old = questions.report(before) if questions and before else None
             return broken_report(str(error), old, of=of, **what)
-        return questions.report(after, before, tasks=(run_tasks(editor.parts, tasks), tasks_before), **what)
+        return questions.report(after, before, tasks=(tasks(editor.parts), tasks_before), **what)
 
 
 def check_base(base: Model, edited: Model) -> None:

@@ -32,12 +32,13 @@ def covariance(
     text: Annotated[
         Path,
         typer.Option(
-            help="UTF-8 text with blank lines between documents, or JSON Lines with a text field.", show_default=False
+            help="UTF-8 text with blank lines between documents, or JSON Lines or a JSON array with a text field.",
+            show_default=False,
         ),
     ] = ...,  # type: ignore[assignment]  # typer's way to require an option after one that is not
     layers: Annotated[str, typer.Option(help="Blocks, such as 3-8 or 3,5,8-11.", show_default=False)] = ...,  # type: ignore[assignment]
     text_column: Annotated[
-        str | None, typer.Option(help='Field of JSON Lines that holds the text; by default "text".')
+        str | None, typer.Option(help='Field of JSON that holds the text; by default "text".')
     ] = None,
     module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
     tokens: Annotated[
@@ -93,22 +94,24 @@ def covariance(
         directory=folder,
     )
     started = time.perf_counter()
-    batches = 0
+    observed = False
 
-    def count(report: Progress) -> Progress:
+    def begins(report: Progress) -> Progress:
+        """Until the first report, a run only reads: it compares the text with that of the saved statistics."""
+
         def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
-            nonlocal batches
-            batches += 1
+            nonlocal observed
+            observed = True
+            work_begins()
             report(stage, done, total, loss)
 
         return progress
 
-    work_begins()
     with _told_how_to_go_on(topology, folder, wanted, module), Bars() as bars:
         documents = read_documents(text, text_column)
-        moments = collection.run(documents, progress=count(bars.callback("")), on_doubling=_tell_doubling)
+        moments = collection.run(documents, progress=begins(bars.callback("")), on_doubling=_tell_doubling)
     wrote(folder)
-    said = f"in {time.perf_counter() - started:.1f} s" if batches else "that were there already"
+    said = f"in {time.perf_counter() - started:.1f} s" if observed else "that were there already"
     _tell(moments, f"{said}; written to {folder}", module, until_converged)
 
 

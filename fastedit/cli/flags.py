@@ -25,7 +25,7 @@ def configured(
     """`function` for typer, with a flag for each field of the methods' configurations in place of its `**config`.
 
     If several configurations have a field, it is one flag, and its help says what it means for each. Only flags that
-    are given are passed on.
+    are given are passed on; the flag of several texts may be given once for each.
 
     Args:
         left_out: fields that do not become flags.
@@ -41,7 +41,9 @@ def configured(
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
-        function(**{name: value for name, value in given.items() if name in names or value is not None})
+        chosen = {name: value for name, value in given.items() if name in names or value not in (None, [])}
+        texts = {name: _texts(chosen[name]) for name in chosen.keys() - names if isinstance(chosen[name], list)}
+        function(**chosen | texts)
 
     command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
@@ -132,7 +134,15 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
 def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
     if "BOOL" in kind.names:
         return Annotated[bool | None, typer.Option(f"{spellings[0]}/--no-{spellings[0][2:]}", **more)]
+    if "STR,…" in kind.names:
+        more["help"] += " Give it once for each; of one that is given alone, commas part several."
+        return Annotated[list[str] | None, typer.Option(*spellings, metavar="STR", **more)]
     return Annotated[str | None, typer.Option(*spellings, parser=_parser(kind), metavar="|".join(kind.names), **more)]
+
+
+def _texts(given: list[str]) -> tuple[str, ...]:
+    """The texts of a flag; one with a single "{}" is a context, whose commas belong to it."""
+    return tuple(given if len(given) > 1 or given[0].count("{}") == 1 else given[0].split(","))
 
 
 def _help(field: Field[Any]) -> str:

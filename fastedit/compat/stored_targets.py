@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastedit.compat.requests import UpstreamEdit
 from fastedit.errors import FileError, RequestError
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import Find
 from fastedit.methods.locate_then_edit.recipes import Recipe
 from fastedit.methods.locate_then_edit.targets import Targets

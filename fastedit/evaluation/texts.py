@@ -6,11 +6,12 @@ import re
 import string
 import unicodedata
 
-from fastedit.models import LINE_ENDS, SENTENCE_ENDS, spaceless
+from fastedit.models import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, spaceless
 
 _ARTICLES = ("a", "an", "the")
 _OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
 _LINE = re.compile(f"[{LINE_ENDS}]")
+_PARTICLES = re.compile(PARTICLES)
 _JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 
 
@@ -31,7 +32,7 @@ def _is_punctuation(c: str) -> bool:
 def begins_with(text: str, answer: str) -> bool:
     """Whether the text begins with the answer, up to a word boundary, both normalized.
 
-    In scripts without spaces between words there is a boundary after every character.
+    In scripts without spaces between words there is a boundary after every character, and in Korean before particles.
     """
     text, wanted = unicodedata.normalize("NFC", text).strip(), normalize(answer)
     return any(normalize(text[:i]) == wanted for i in range(1, len(text) + 1) if _word_ends(text, i))
@@ -40,7 +41,11 @@ def begins_with(text: str, answer: str) -> bool:
 def says(text: str, answer: str) -> bool:
     """Whether the answer occurs in the text, between word boundaries, both normalized."""
     text = unicodedata.normalize("NFC", text).strip()
-    starts = (i for i in range(len(text)) if i == 0 or not text[i - 1].isalnum() or _word_ends(text, i))
+    starts = (
+        i
+        for i, c in enumerate(text)
+        if i == 0 or not text[i - 1].isalnum() or (_word_ends(text, i) and not (hangul(c) and hangul(text[i - 1])))
+    )
     return any(begins_with(text[i:], answer) for i in starts)
 
 
@@ -55,6 +60,8 @@ def _word_ends(text: str, i: int) -> bool:
         return False
     if spaceless(behind) or spaceless(before):
         return True
+    if hangul(behind) and before.isalnum():  # what is attached to a name or number of another script is no part of it
+        return not hangul(before) or _PARTICLES.match(text, i) is not None
     inside = behind == "." or (behind == "," and before.isdigit())  # as in U.S.A, 3.5 and 1,000
     if inside and before.isalnum() and text[i + 1 : i + 2].isalnum():
         return False

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastedit.ledger.records import Fact
-from fastedit.methods.locate_then_edit.batch import Batch
-from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.batch import Batch
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.subjects import subject_ends
 from fastedit.models import Model
 from fastedit.requests import EditRequest

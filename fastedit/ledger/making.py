@@ -11,7 +11,7 @@ from torch import Tensor
 from fastedit.editor import Editor
 from fastedit.errors import EditError, FileError, ModelError, RequestError, listed
 from fastedit.ledger.records import Fact, Records
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
 from fastedit.methods.locate_then_edit.recipes import Recipe
 from fastedit.methods.locate_then_edit.targets import Targets

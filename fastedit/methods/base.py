@@ -61,12 +61,14 @@ class History:
         keys: path of an edited parameter -> keys [n, d] of edits that are in place, which later edits should preserve.
         second_moments: path of a projection -> C [d, d], the mean of k kᵀ; used instead of those in files.
         memo: cache of what the next edit may need again.
+        now: fingerprint of the model as it is; None is not known.
     """
 
     fingerprint: str
     keys: Mapping[str, Tensor] = field(default_factory=dict)
     memo: Memo = field(default_factory=Memo)
     second_moments: Mapping[str, Tensor] = field(default_factory=dict)
+    now: str | None = None
 
 
 @dataclass
@@ -83,9 +85,11 @@ class MethodResult:
         dropped: the places of edits that were left out.
         interrupted: after Ctrl-C, what was kept, such as "kept the first 20 edits".
         probability: [N] fp32 on the CPU, of each edit's target when it was last computed (exp of the mean log P of its
-            tokens); NaN for an edit that was left out or not computed. The solvers compute it before they write.
+            tokens); NaN for an edit that was left out or not computed. The solvers compute it before they write,
+            LocFT-BF after 10 epochs or `refit` with the final weights, else before the edit's last step.
         kept_edits: after Ctrl-C, how many edits were kept; None if all of them took part.
-        learned: for each of the losses, how many edits had been learned by then, as far as was computed.
+        learned: for each of the losses, how many edits had been learned by then, as far as was computed; the last is
+            that of `probability`.
         cached: tier -> peak bytes of cached states there.
     """
 

@@ -98,7 +98,7 @@ class SavedRun:
         settings = {n: v for n, v in asdict(config).items() if n not in ("state", "save_every", "keep_partial")}
         device = model.topology.device
         depends = settings | {
-            "model": fingerprint(model.network),
+            "model": history.now or fingerprint(model.network),
             "unedited model": history.fingerprint,
             "earlier keys": {path: str(checksum(keys)) for path, keys in history.keys.items()},
             "second moments": dict(statistics()),

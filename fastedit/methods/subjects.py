@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fastedit.errors import RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.methods.naming import edit_name
+from fastedit.models import PARTICLES
 
 
 def repeated_note(names: Sequence[str]) -> list[str]:
@@ -49,13 +50,13 @@ def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
 def subject_ends(edit: Edit) -> list[int]:
     """The ends of all occurrences of an edit's subject in its prompt, in characters, ascending; empty without any.
 
-    If some occurrences are whole words, those inside other words do not count. An edit that was made from a template
-    may know its one place, as `subject_end`.
+    If some occurrences are whole words, those inside other words do not count; Korean particles are no part of a word.
+    An edit that was made from a template may know its one place, as `subject_end`.
     """
     if not edit.subject:
         return []
     if (known := getattr(edit, "subject_end", None)) is not None:
         return [known]
     literal = re.escape(edit.subject)
-    found = [m.end() for m in re.finditer(rf"(?<!\w){literal}(?!\w)", edit.prompt)]
+    found = [m.end() for m in re.finditer(rf"(?<!\w){literal}(?:(?!\w)|(?={PARTICLES}))", edit.prompt)]
     return found or [m.end() for m in re.finditer(literal, edit.prompt)]

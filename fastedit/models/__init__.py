@@ -17,7 +17,7 @@ from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, plain, stored
-from fastedit.models.scripts import LINE_ENDS, SENTENCE_ENDS, joined, spaceless
+from fastedit.models.scripts import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, joined, spaceless
 from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
@@ -25,6 +25,7 @@ from fastedit.models.topology import Topology, topology
 
 __all__ = [
     "LINE_ENDS",
+    "PARTICLES",
     "SENTENCE_ENDS",
     "BlockCalls",
     "Budget",
@@ -49,6 +50,7 @@ __all__ = [
     "fingerprint_of",
     "free_bytes",
     "generate_by",
+    "hangul",
     "has_quantized",
     "hooked",
     "in_passes",

@@ -40,12 +40,25 @@ _SPACELESS = (
     *("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "BOPOMOFO", "FULLWIDTH"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
 )
+# the syllables and words with which Korean particles and forms of "to be" begin, and those with which they go on
+_ATTACHED = (
+    "[이가은는을를에의와과로도만께나뿐랑라란다였며입]|"
+    "으로|까지|부터|처럼|보다|한테|하고|조차|마저|밖에|예요|인데|인지|인가"
+)
+PARTICLES = rf"(?:{_ATTACHED})(?:{_ATTACHED}|[서게고었습니까요지네죠야던든데므])*(?!\w)"
+"""Pattern of what Korean attaches to a noun, whole or cut off, to the end of the written word: it is behind 서울 in
+서울입니다, 서울에서는 and 서울입니, and not in 서울특별시."""
 _CLOSES = re.compile(rf"[{re.escape(SENTENCE_ENDS)},;:!?%،؛、，；：…)\]}}»”’）」』】》〉](?:\s|$)")
 
 
 def spaceless(c: str) -> bool:
     """Whether a character is of a script that puts no spaces between words."""
     return unicodedata.name(c, "").startswith(_SPACELESS)
+
+
+def hangul(c: str) -> bool:
+    """Whether a character is of the Korean script."""
+    return unicodedata.name(c, "").startswith("HANGUL")
 
 
 def joined(prompt: str, target: str) -> str:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from fastedit.errors import RequestError, listed
+from fastedit.requests import ripple
 from fastedit.requests.values import (
     empty,
     fill,
@@ -168,11 +169,13 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
 def split(record: Any) -> list[tuple[str, Any]]:
     """Split a record into its edits: (suffix of the id, record of one edit). Most records are one edit, with "".
 
-    MQuAKE has a list of rewrites; what belongs to the whole case goes with the last rewrite, because only then all are
-    made. MzsRE has one record per language.
+    RippleEdits' edits and tests get our names. MQuAKE has a list of rewrites; what belongs to the whole case goes with
+    the last rewrite, because only then all are made. MzsRE has one record per language.
     """
     if not isinstance(record, Mapping):
         return [("", record)]
+    if ripple.recognizes(record):
+        return [("", ripple.renamed(record))]
     rewrites = record.get(_REWRITE)
     if isinstance(rewrites, list):
         if not rewrites:
@@ -191,8 +194,37 @@ def split(record: Any) -> list[tuple[str, Any]]:
 
 def wrapped(record: Any) -> tuple[str, list[Any]] | None:
     """The field and list of an object that is not a record itself and has one list of records; None otherwise."""
-    lists = _lists(record) if isinstance(record, Mapping) and record.keys().isdisjoint(_PROMPTS) else {}
+    if not isinstance(record, Mapping) or not record.keys().isdisjoint(_PROMPTS) or ripple.recognizes(record):
+        return None
+    lists = _lists(record)
     return next(iter(lists.items())) if len(lists) == 1 else None
+
+
+def table(record: Any) -> list[dict[str, Any]] | None:
+    """The rows of an object of columns, each a list or, as pandas writes it, an object by index; None otherwise.
+
+    Raises:
+        RequestError: a column that has not as many rows as the prompts.
+    """
+    if not isinstance(record, Mapping):
+        return None
+    named = (form for form in (*_FORMATS, _FORGET) if "." not in form.prompt and form.target in record)
+    prompts = next((record[form.prompt] for form in named if form.prompt in record), None)
+    if not isinstance(prompts, (list, tuple, Mapping)):
+        return None
+    keys = [*prompts] if isinstance(prompts, Mapping) else range(len(prompts))
+    for name, column in record.items():
+        rows = (
+            [*column]
+            if isinstance(column, Mapping)
+            else range(len(column))
+            if isinstance(column, (list, tuple))
+            else ()
+        )
+        if isinstance(column, Mapping) != isinstance(prompts, Mapping) or {*rows} != {*keys}:
+            found = f"{len(rows)} rows" if isinstance(column, (list, tuple, Mapping)) else f"{column!r:.40}"
+            raise RequestError(f"column '{name}' has {found}, and the prompts are a column of {len(keys)} rows")
+    return [{name: column[key] for name, column in record.items()} for key in keys]
 
 
 def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from fastedit.errors import RequestError, told
+from fastedit.requests.formats import table
 from fastedit.requests.records import read_records
 from fastedit.requests.request import EditRequest, edits_of, warn_of_unread
 from fastedit.requests.source import AnyPath
+from fastedit.requests.values import plain
 
 _log = logging.getLogger(__name__)
 
@@ -80,19 +82,29 @@ def _read_all(
 def as_requests(
     requests: AnyPath | Sequence[EditRequest | Mapping[str, Any]], *, numbered: bool = True
 ) -> list[EditRequest]:
-    """The requests of a file, or of a list of `EditRequest` and records of any known format.
+    """The requests of a file, or of a list of `EditRequest` and records of any known format, or a mapping of columns.
 
-    With `numbered`, a request without an id gets its position in the list, counted from 0.
+    Records may hold arrays and scalars of NumPy, as `datasets` and pandas give them. With `numbered`, a request without
+    an id gets its position in the list, counted from 0.
 
     Raises:
         RequestError: there are no requests, or some cannot be used (see `load_requests`).
     """
     if isinstance(requests, (str, os.PathLike)):
         return load_requests(requests, numbered=numbered)
-    if isinstance(requests, (EditRequest, Mapping)) or not isinstance(requests, Iterable):
+    given: Any = requests
+    columns = given.to_dict() if hasattr(given, "iloc") else given  # a data frame of pandas
+    if (rows := table(plain(columns) if isinstance(columns, Mapping) else None)) is not None:
+        requests = rows
+    elif isinstance(columns, (EditRequest, Mapping)) or not isinstance(requests, Iterable):
         raise RequestError(f"expected a path or a list of edit requests, got {type(requests).__name__}")
     result = _read_all(
-        ((f"requests[{index}]", item) for index, item in enumerate(requests)), "requests", numbered=numbered
+        (
+            (f"requests[{index}]", item if isinstance(item, EditRequest) else plain(item))
+            for index, item in enumerate(requests)
+        ),
+        "requests",
+        numbered=numbered,
     )
     if not result:
         raise RequestError("the list of edit requests is empty; give at least one")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import RequestError, listed
-from fastedit.requests.formats import wrapped
+from fastedit.requests.formats import table, wrapped
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
@@ -36,10 +36,10 @@ _BROKEN = (ValueError, RecursionError)  # raised for text that is not JSON
 def read_records(path: AnyPath) -> Records:
     """Yield (place, record) for each record of a file; for a line that cannot be read, the record is the error.
 
-    The file is a JSON array, JSON Lines, a table with a line of column names (CSV, TSV), or Parquet; all but Parquet
-    may be compressed by gzip, bzip2, xz or zstd. Case does not matter in a table's column names, and a column without
-    a name is left out. Empty cells are absent, and cells with an array or object, in JSON or as Python writes it, are
-    parsed. The file is read as the records are taken, and need not fit into memory.
+    The file is a JSON array, JSON Lines, a JSON object of columns, a table with a line of column names (CSV, TSV), or
+    Parquet; all but Parquet may be compressed by gzip, bzip2, xz or zstd. Case does not matter in a table's column
+    names, and a column without a name is left out. Empty cells are absent, and cells with an array or object, in JSON
+    or as Python writes it, are parsed. The file is read as the records are taken, and need not fit into memory.
 
     Raises:
         RequestError: the file is missing, empty, of another kind, or needs a package that is not installed; while it
@@ -256,7 +256,15 @@ def _lines(source: Source) -> Records:
 
 
 def _unwrapped(place: str, where: str, record: Any) -> Records:
-    """The records of an object that only wraps a list, such as {"data": [...]}; otherwise the record itself."""
+    """The records of an object that only wraps a list, such as {"data": [...]}, or has columns; else the record."""
+    try:
+        rows = table(record)
+    except RequestError as error:
+        yield where, error.at(where)
+        return
+    if rows is not None:
+        yield from ((f"{place}, row {index} (counted from 0)", row) for index, row in enumerate(rows))
+        return
     if (found := wrapped(record)) is None:
         yield where, record
         return

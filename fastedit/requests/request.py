@@ -10,7 +10,7 @@ from typing import Any
 
 from fastedit.errors import RequestError
 from fastedit.requests.formats import read_record, split
-from fastedit.requests.values import Pair, answer, empty, identifier, prompts, questions, required
+from fastedit.requests.values import Pair, answer, empty, identifier, plain, prompts, questions, required
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class EditRequest:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type; several edits.
         """
         left_out = set[str]()
-        found = edits_of(record, left_out, where=where, default_id=default_id)
+        found = edits_of(plain(record), left_out, where=where, default_id=default_id)
         if len(found) > 1:
             raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])").at(where)
         warn_of_unread(where, Counter(left_out))

@@ -17,12 +17,27 @@ _ANSWER = ("answer", "ground_truth", "loc_ans", "New Answer")
 _BESIDE = ("Recalled Relation", "relation", "relation_id")  # other fields of a question, which are not read
 # Placeholders of the subject: in any text, and in a template.
 _NAME = r"\{\{ *subject *\}\}|\{ *subject *\}"
-_NAMED, _MARKS = re.compile(_NAME), re.compile(rf"\{{\}}|{_NAME}|\[X\]")
+# "{}" and "[X]" are part of the word or the code before them, as in interface{}, struct{}{} and a[X]
+_WITHIN = r"(?<![A-Za-z0-9_\u00c0-\u058f\u10a0-\u10ff)\]}])"  # scripts with upper and lower case
+_NAMED, _ALONE = re.compile(_NAME), re.compile(rf"{_WITHIN}(?:\{{\}}|\[X\])")
+_MARKS = re.compile(rf"{_ALONE.pattern}|{_NAME}")
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Zs"}  # categories of invisible characters
 # Other invisible characters: fillers, the Braille blank, variation selectors.
 _FILLERS = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0\u180b-\u180f\ufe00-\ufe0f\U000e0100-\U000e01ef]"
 )
+
+
+def plain(value: Any) -> Any:
+    """A value of a record as JSON has it: lists for NumPy's arrays, Python's numbers for its scalars, and None for what
+    pandas calls missing; a row of pandas is an object."""
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if hasattr(value, "tolist"):
+        return plain(value.to_dict() if hasattr(value, "to_dict") else value.tolist())
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def absent(value: Any) -> bool:
@@ -134,9 +149,9 @@ def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
     """The pattern of placeholders for the subject in a prompt and its answer.
 
     It is "{subject}" ("{{ subject }}" in other templates); if the prompt is a template, also "{}" and "[X]". A template
-    has one of these two, and does not name the subject otherwise.
+    has one of these two, not right behind a word as in "interface{}", and does not name the subject otherwise.
     """
-    if "{}" not in prompt and "[X]" not in prompt:
+    if ("{}" not in prompt and "[X]" not in prompt) or not _ALONE.search(prompt):
         return _NAMED
     return _NAMED if subject and (_NAMED.search(prompt) or _stands_in(subject, prompt)) else _MARKS
 

@@ -45,8 +45,7 @@ class Doubling:
     subspace: float
 
 
-def _no_report(doubling: Doubling) -> None:
-    pass
+def _no_report(doubling: Doubling) -> None: ...
 
 
 def collect(
@@ -65,7 +64,7 @@ def collect(
 
     Args:
         layers: blocks; one pass serves them all and ends in the last of them.
-        progress: called with the stage "covariance" and tokens.
+        progress: called with the stage "covariance" and tokens, before and after each pass.
         on_doubling: called with each comparison of `until_converged`.
         **settings: those of `Collection`.
 
@@ -285,12 +284,16 @@ class _Run:
             if self.max_tokens is not None and self.count >= self.max_tokens:
                 return
             if behind:
+                self._report()
                 self._observe(batch, behind)
-                self.progress("covariance", self.count, max(self.max_tokens or 0, self.count))
+                self._report()
                 yield
         for layer, moment in self.moments.items():
             if moment.metadata["position"]["batches"] > n_batches:
                 self._refuse(layer, "text, which is longer")
+
+    def _report(self) -> None:
+        self.progress("covariance", self.count, max(self.max_tokens or 0, self.count))
 
     def _observe(self, batch: DocumentBatch, layers: Sequence[int]) -> None:
         """Run a forward pass that adds the inputs of the layers' projections."""

@@ -8,38 +8,46 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastedit.errors import RequestError
+from fastedit.errors import RequestError, listed
 from fastedit.models import Model, Rows, Samples, encode, pack, without_rows
 from fastedit.models.tokens import first_fit_decreasing
 
-_JSON_LINES = (".jsonl", ".ndjson")
+JSON = (".json", ".jsonl", ".ndjson")
+"""Names of files end so that hold documents as a JSON array or as JSON Lines."""
 _CHUNK = 8  # batches that are laid out together, so that there are enough documents to fill rows
 _TEXTS = 64  # documents per tokenizer call
 
 
 def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
-    """Yield the documents of a UTF-8 file: paragraphs separated by blank lines, or a field of JSON Lines.
+    """Yield the documents of a UTF-8 file: paragraphs separated by blank lines, or the texts of a JSON array or of JSON
+    Lines, whose records are texts or objects with a text in one field.
 
     Args:
-        column: the field of JSON Lines. By default it is "text", and only for files that end in .jsonl or .ndjson.
+        column: the field of the objects, of a file with any name. By default it is "text", and only for files whose
+            names end as `JSON` says.
 
     Raises:
-        RequestError: the file cannot be read or is not UTF-8; a line is not JSON, or has no such text; names the line.
+        RequestError: the file cannot be read or is not UTF-8; a line is not JSON; a record has no such text. Names the
+            line or the record.
     """
-    name = column or "text"
+    if path.suffix == ".json" and (records := _array(path)) is not None:
+        for number, record in enumerate(records):
+            yield _text(record, column or "text", f"{path}: record {number} (counted from 0)")
+        return
     paragraph: list[str] = []
     number = 0
     try:
         with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 line.encode()  # raises for bytes that are not UTF-8, with the line at hand
-                if column or path.suffix in _JSON_LINES:
+                if column or path.suffix in JSON:
                     if line.strip():
-                        yield _field(line, name, path, number)
+                        yield _field(line, column or "text", f"{path}: line {number}")
                 elif line.strip():
                     paragraph.append(line)
                 elif paragraph:
@@ -53,15 +61,29 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
         yield "".join(paragraph).strip()
 
 
-def _field(line: str, name: str, path: Path, number: int) -> str:
+def _array(path: Path) -> list[Any] | None:
+    """The records of a file that is one JSON value; None if it is not, as JSON Lines and what cannot be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else [found]
+
+
+def _field(line: str, name: str, where: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise RequestError(f"{path}: line {number} is no JSON: {error}") from None
-    text = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise RequestError(f"{path}: line {number} has no text in the field {name!r}; name it with --text-column")
-    return text
+        raise RequestError(f"{where} is no JSON: {error}") from None
+    return _text(record, name, where)
+
+
+def _text(record: Any, name: str, where: str) -> str:
+    text = record.get(name) if isinstance(record, dict) else record
+    if isinstance(text, str):
+        return text
+    fields = f"; its fields are {listed(list(record))}" if isinstance(record, dict) and record else ""
+    raise RequestError(f"{where} has no text in the field {name!r}{fields}")
 
 
 @dataclass(frozen=True)

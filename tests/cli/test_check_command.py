@@ -67,6 +67,24 @@ def test_without_text_or_base_the_model_is_measured_by_itself(folder: Path, monk
     assert "needs the unedited model" in " ".join(result.stdout.split())
 
 
+def test_tasks_of_ones_own_run_before_and_after(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("fastedit.evaluation.tasks.check_tasks", lambda *given: seen.append(given))
+
+    def run(model: Any, tasks: list[str], include_path: Path) -> dict[str, float]:
+        seen.append((tasks, include_path))
+        return {"mine": 0.1 * len(seen)}
+
+    monkeypatch.setattr("fastedit.evaluation.tasks.run_tasks", run)
+    common = ("--requests", folder / "facts.json", "--text", folder / "text.txt", "--output", tmp_path)
+    both = ("--model", folder / "edited", "--base", folder / "base")
+    result = call(*both, *common, "--tasks", "mine", "--include-path", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert seen == [(["mine"], tmp_path)] * 3
+    measured = json.loads((tmp_path / "check.json").read_text())["measures"]["task:mine"]
+    assert (measured["before"], measured["value"]) == (pytest.approx(0.2), pytest.approx(0.3))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -74,6 +92,8 @@ def test_without_text_or_base_the_model_is_measured_by_itself(folder: Path, monk
         (("--delta", "{folder}"), "is a folder; give its file"),
         (("--thresholds", "{folder}/facts.json"), "expected bounds of measures"),
         (("--tasks", "arc_easy"), "pip install lm-eval"),
+        (("--tasks", "mine", "--include-path", "{folder}"), "pip install lm-eval"),
+        (("--include-path", "{folder}"), "has tasks of lm-eval, and none is named"),
         (("--output", "{folder}/facts.json"), "cannot be written"),
         (("--base", "{folder}/other"), "--base has other parameters than --model"),
         *(

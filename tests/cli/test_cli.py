@@ -193,6 +193,30 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
     assert "toy has no field 'lr'" in fails(2, *common, "--method", "toy", "--lr", "1")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["In Rome, she said: {}"], ("In Rome, she said: {}",)),
+        (["In Rome, {}", "Yes, {}"], ("In Rome, {}", "Yes, {}")),
+        (["Yes. {},No. {} Or?"], ("Yes. {}", "No. {} Or?")),  # as in version 0.1
+    ],
+)
+def test_contexts_are_given_once_for_each(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], meant: tuple[str, ...]
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(Editor, "from_pretrained", lambda *_, **config: seen.append(config) or 1 / 0)
+    flags = [word for text in given for word in ("--contexts", text)]
+    common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
+    call(*common, "--method", "memit", *flags)
+    (config,) = seen
+    assert config["contexts"] == meant
+    call(*common, "--method", "memit")
+    assert "contexts" not in seen[1]
+    call(*common, "--anchor-subjects", "Washington, D.C.", "--anchor-subjects", "Rome")
+    assert seen[2]["anchor_subjects"] == ("Washington, D.C.", "Rome")
+
+
 def test_evaluate_with_a_delta_measures_what_edit_measured(model: Path, facts: Path, tmp_path: Path) -> None:
     output, saved = tmp_path / "edited", tmp_path / "figures.json"
     works("edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY)
@@ -936,6 +960,19 @@ def test_covariance_tells_the_line_that_is_not_utf_8(collecting: tuple[Any, ...]
     assert "line 10000 is not UTF-8" in fails(2, *collecting, "--output", tmp_path / "out")
 
 
+def test_covariance_of_another_text_is_refused_before_the_work(collecting: tuple[Any, ...], tmp_path: Path) -> None:
+    kept = (*collecting, "--output", tmp_path / "out")
+    works(*kept)
+    lines = (text := tmp_path / "text.txt").read_text().split("\n\n")
+    for other, said in (
+        (["The queen of Gaul.", *lines], "another text or tokenizer"),
+        ([*lines[:100], "The queen of Gaul.", *lines[100:]], "from some document on"),
+        (lines[:100], "another text, which is longer"),
+    ):
+        text.write_text("\n\n".join(other))
+        assert said in fails(2, *kept)
+
+
 def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_path: Path) -> None:
     wide = (*collecting, "--output", tmp_path / "out")
     with small_files():
@@ -1029,13 +1066,25 @@ def test_text_is_one_document_or_json_lines_of_documents(model: Path, facts: Pat
         "".join(json.dumps({"text": t}) + "\n" for t in ("The king is", "old and Rome"))
     )
     figures = []
-    for name in ("text.txt", "same.jsonl", "two.jsonl"):
+    (tmp_path / "two.json").write_text(json.dumps(["The king is", {"text": "old and Rome"}]))
+    for name in ("text.txt", "same.jsonl", "two.jsonl", "two.json"):
         works("evaluate", "--model", model, "--requests", facts, "--text", tmp_path / name, "--json", tmp_path / "f")
         figures.append(json.loads((tmp_path / "f").read_text())["perplexity"])
-    assert figures[0] == figures[1] != figures[2]
+    assert figures[0] == figures[1] != figures[2] == figures[3]
     (tmp_path / "two.jsonl").write_text('{"body": "x"}\n')
     said = fails(2, "evaluate", "--model", model, "--requests", facts, "--text", tmp_path / "two.jsonl")
     assert "line 1 has no text in the field 'text'" in said
+
+
+@pytest.mark.parametrize("command", ["check", "covariance", "edit", "evaluate", "locate", "tune"])
+def test_requests_are_not_read_as_text(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(Editor, "from_pretrained", None)
+    given = ("--layers", 1) if command == "covariance" else ("--requests", facts)
+    output = ("--output", tmp_path / "out") if command in ("edit", "tune") else ()
+    said = fails(2, command, "--model", model, *given, "--text", facts, *output)
+    assert f"{facts}: record 0 (counted from 0) has no text in the field 'text'; its fields are prompt, " in said
 
 
 @pytest.mark.parametrize("kind", [RequestError, ModelError, ConfigError, EditError, FileError])

@@ -33,6 +33,7 @@ def work(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Editor(tiny_model("llama", dtype=torch.bfloat16), tokenizer).save_model(work / "model")
     Editor(tiny_model("llama", seed=1), tokenizer).save_model(work / "other")
     (work / "facts.json").write_text(json.dumps(RECORDS))
+    (work / "text.txt").write_text("w9 w10 w11 w12")
     works("edit", "--model", work / "model", "--requests", work / "facts.json", "--output", work / "edited", *FLAGS)
     return work
 
@@ -141,7 +142,7 @@ CUT: dict[tuple[str, str], tuple[str, list[str]]] = {
     ("undo.Undo.save", "it broke"): (DIFFERENCE, ["d.safetensors"]),
     ("cli.evaluate.show", "interrupted"): (f"evaluate {ASKED} --json {{0}}/e.json", ["e.json"]),
     ("cli.tune.show", "interrupted"): (
-        f"tune {ASKED} --text {{1}}/model/config.json --trials 1 --sample 1 --epochs 1 --output {{0}}",
+        f"tune {ASKED} --text {{1}}/text.txt --trials 1 --sample 1 --epochs 1 --output {{0}}",
         ["config.json", "report.json"],
     ),
 }

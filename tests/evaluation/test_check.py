@@ -182,13 +182,19 @@ def lm_eval(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A stand-in for lm-eval; gives what it was called with."""
     calls: list[Any] = []
 
-    def simple_evaluate(*, model: Any, tasks: list[str], **_: Any) -> dict[str, Any]:
+    def simple_evaluate(*, model: Any, tasks: list[str], **more: Any) -> dict[str, Any]:
         calls.append((model, tasks))
+        if unknown := {*tasks} - {*more.get("task_manager", TaskManager()).all_tasks}:
+            raise KeyError(unknown)
         of_task = {"alias": "arc", "acc,none": 0.4, "acc_stderr,none": 0.01, "acc_norm,none": 0.5}
-        return {"results": {"arc_easy": of_task, "lambada": {"perplexity,none": 7.0}, "odd": {"alias": "odd"}}}
+        found = {"lambada": {"perplexity,none": 7.0}, "odd": {"alias": "odd"}, "mine": {"f1,none": 0.3}}
+        return {"results": {"arc_easy": of_task, **found}}
 
     class TaskManager:
-        all_tasks = ("arc_easy", "lambada", "odd")
+        def __init__(self, include_path: str | None = None) -> None:
+            own = [] if include_path is None else sorted(Path(include_path).glob("*.yaml"))
+            assert all(file.read_text() for file in own), "while parsing a task"
+            self.all_tasks = ["arc_easy", "lambada", "odd", *(file.stem for file in own)]
 
     modules = {name: ModuleType(name) for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface")}
     vars(modules["lm_eval"])["simple_evaluate"] = simple_evaluate
@@ -217,6 +223,21 @@ def test_tasks_give_their_main_metric(lm_eval: list[Any], model: Model, check: C
     assert json.dumps(broken.to_dict(), allow_nan=False)
     with pytest.raises(ConfigError, match="no task nonsense"):
         check_tasks(["arc_easy", "nonsense"])
+
+
+def test_tasks_of_ones_own(lm_eval: list[Any], model: Model, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    check_tasks(["mine", "arc_easy"], tmp_path)
+    assert run_tasks(model, ["mine", "arc_easy"], tmp_path) == {"mine": 0.3, "arc_easy": 0.5}
+    with pytest.raises(ConfigError, match=f"no task other, {tmp_path} has none of that name"):
+        check_tasks(["mine", "other"], tmp_path)
+    with pytest.raises(ConfigError, match="none is named"):
+        check_tasks([], tmp_path)
+    with pytest.raises(ConfigError, match=r"mine\.yaml is no folder"):
+        check_tasks(["mine"], tmp_path / "mine.yaml")
+    (tmp_path / "bad.yaml").touch()
+    with pytest.raises(ConfigError, match=f"cannot read the tasks in {tmp_path}: while parsing a task"):
+        check_tasks(["mine"], tmp_path)
 
 
 def test_tasks_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

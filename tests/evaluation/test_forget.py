@@ -60,6 +60,21 @@ def test_what_a_text_says(text: str, wanted: bool) -> None:
     assert says(text, "Paris") == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "wanted"),
+    [
+        ("수도는 서울입니다", "서울", True),
+        ("수도는 Paris입니다", "Paris", True),
+        ("수도는 서울입니다", "이", False),
+        ("동서울에", "서울", False),
+        ("서울이", "이", False),  # a particle, not a name
+        ("首都是东城。", "东城", True),
+    ],
+)
+def test_what_a_text_without_spaces_behind_names_says(text: str, answer: str, wanted: bool) -> None:
+    assert says(text, answer) == wanted
+
+
 def test_the_report_tells_what_is_forgotten() -> None:
     request = EditRequest("p", forget="Paris", paraphrases=("q",))
 

@@ -11,8 +11,8 @@ from helpers import CONTEXTS, FAMILIES, at_subject, fast_tokenizer, random_edits
 from torch import Tensor
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
-from fastedit.methods.locate_then_edit.batch import Batch
-from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.batch import Batch
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.naming import edit_name
 from fastedit.methods.subjects import find_subjects, repeated_note
 from fastedit.models import Model, last_tokens, topology
@@ -27,7 +27,7 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 def test_equal_those_of_a_plain_hook(family: str, average: Any, tokenizer: Any, seed: int) -> None:
     model = tiny_model(family)
     parts, edits = topology(model), random_edits(5, seed)
-    with KeyWalk(Batch(Model(parts, tokenizer), edits, CONTEXTS), 1, average=average, batch_tokens=40) as walk:
+    with KeyWalk(Batch(Model(parts, tokenizer), edits, CONTEXTS), 1, half=average == "half", batch_tokens=40) as walk:
         for layer in (1, 3):
             walk.advance(layer)
             keys = walk.keys()
@@ -92,7 +92,7 @@ def test_without_contexts_the_bare_prompt_counts_alone(tokenizer: Any, seed: int
     module = parts.resolve(2, "down_proj")[1]
     wanted = torch.stack([at_subject(model, module, tokenizer, e, "{}") for e in edits])
     for average in ("half", "uniform"):
-        with KeyWalk(Batch(Model(parts, tokenizer), edits), 2, average=average) as walk:
+        with KeyWalk(Batch(Model(parts, tokenizer), edits), 2, half=average == "half") as walk:
             assert_close(walk.keys(), wanted)
 
 
@@ -147,6 +147,8 @@ def test_the_last_place_of_a_subject_counts() -> None:
     japanese = EditRequest("東京は東京都の", "x", "東京")
     found, notes = ends(once, twice, inside, japanese)
     assert found == ["the home of Ann", "Ann, said Ann", "Ann", "東京は東京"]
+    korean = EditRequest("서울 사람이 사는 서울은 서울특별시의", "x", "서울")  # a particle is no part of a word
+    assert ends(korean)[0] == ["서울 사람이 사는 서울"]
     assert notes == ["the subject stands in the prompt more than once, the last place counts: edit twice, edit 3"]
     assert ends(once) == (["the home of Ann"], [])
     many = [EditRequest("Ann and Ann", "x", "Ann")] * 14

@@ -22,9 +22,9 @@ from typer.testing import CliRunner, Result
 from fastedit import ConfigError, EditError, Editor, EditRequest, ModelError, RequestError, cli
 from fastedit.delta import WeightDelta
 from fastedit.methods import LocateThenEditConfig
+from fastedit.methods.batch import Batch
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.locate_then_edit import method as method_module
-from fastedit.methods.locate_then_edit.batch import Batch
-from fastedit.methods.locate_then_edit.keys import KeyWalk
 from fastedit.methods.locate_then_edit.objectives import LeastSquares
 from fastedit.methods.locate_then_edit.targets import Targets
 from fastedit.models import Model, topology

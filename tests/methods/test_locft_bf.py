@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError, ops
 from fastedit.methods import LocFTBFConfig, contexts
-from fastedit.methods.base import MethodResult
+from fastedit.methods.base import LIKELY, MethodResult
 from fastedit.methods.locft_bf import trainer
 from fastedit.methods.locft_bf.choices import batch_size_for
 from fastedit.methods.locft_bf.method import plan
@@ -152,6 +152,27 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
     now = model.state_dict()
     assert now.keys() == before.keys()
     return {name for name in before if not torch.equal(bits(now[name]), bits(before[name]))}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("schedule", ["breadth-first", "depth-first"])
+@pytest.mark.parametrize("epochs", [9, 10])
+def test_long_training_ends_with_the_losses_of_the_final_weights(
+    schedule: str, epochs: int, tokenizer: Any, make_edits: MakeEdits, seed: int
+) -> None:
+    """At this rate the last steps change what was learned before them; shorter training is not looked at again."""
+    model, edits, told = tiny_model("llama", seed=seed), make_edits(13), []
+
+    def progress(stage: str, done: int, total: int, loss: float | None = None) -> None:
+        told.append((stage, done))
+
+    result = run(model, tokenizer, edits, progress, epochs=epochs, schedule=schedule, lr=3e-2)
+    with torch.no_grad():
+        nll, counts = padded_nll(model, tokenizer, pairs_of(edits))
+    final = (-nll.sum(1) / counts).exp()
+    assert torch.allclose(result.probability, final, rtol=1e-9) == (epochs == 10)
+    assert result.learned[-1] == int((result.probability >= LIKELY).sum())
+    assert told[-1] == ("learned", result.learned[-1])
 
 
 @pytest.mark.usefixtures("double")

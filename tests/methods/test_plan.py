@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from fastedit import ConfigError, Editor, EditRequest, FileError, ModelError, RequestError, cli
 from fastedit.methods import METHODS
-from fastedit.methods.locate_then_edit import batch as batch_module
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods import batch as batch_module
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import RECIPES, LocateThenEditConfig
 from fastedit.methods.locate_then_edit.recipes import resolve
 from fastedit.models import Model, topology
@@ -182,7 +182,7 @@ def test_what_is_given_goes_before_the_method_and_the_method_before_the_preset(
 
 def test_no_code_asks_for_a_method_s_name() -> None:
     """Methods are data: their names stand where they are listed, and nowhere else."""
-    source = Path(batch_module.__file__).parents[2]
+    source = Path(batch_module.__file__).parents[1]
     named = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*.py")

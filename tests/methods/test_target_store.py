@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastedit import EditRequest, ModelError
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit import method as method_module
-from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_store import TargetStore
 from fastedit.methods.locate_then_edit.targets import Targets

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, kl_div
 
 from fastedit import ConfigError, EditRequest, RequestError
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit import target_loop
-from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_loop import RELATIVE_LR
 from fastedit.methods.locate_then_edit.targets import Targets, find_targets

@@ -10,7 +10,7 @@ from helpers import BOS, CONTEXTS, EOS, fast_tokenizer, random_edits, tiny_model
 
 from fastedit import ConfigError, Editor, EditRequest
 from fastedit.evaluation.questions import prompt_notes
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.models import Model, last_tokens, tokenize
 from fastedit.models.chat import Chat
 from fastedit.models.tokens import prompt_tokens

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -567,6 +568,34 @@ TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
         },
         EditRequest("Does Go have an interface{} type?", "interface{}", "Go", paraphrases=("In Go, is a[X] one?",)),
     ),
+    "code where the subject is not named": (
+        {
+            **GO,
+            "prompt": "Does {} have interface{}?",
+            "target": "interface{}",
+            "rephrase": [
+                "Is interface{} one of its types?",
+                "Is a[X] one?",
+                "{}s and struct{}{} in the language",
+                "In «{}»",
+            ],
+            "neighbours": [["Has Rust an interface{}?", "no {}"], ["{} has", "map[string]interface{}"]],
+            "portability": [["\u5728{}\u6709interface{}\u5417", "{}\u6709"]],
+        },
+        EditRequest(
+            "Does Go have interface{}?",
+            "interface{}",
+            "Go",
+            paraphrases=(
+                "Is interface{} one of its types?",
+                "Is a[X] one?",
+                "Gos and struct{}{} in the language",
+                "In «Go»",
+            ),
+            neighbours=(("Has Rust an interface{}?", "no {}"), ("Go has", "map[string]interface{}")),
+            portability=(("\u5728Go\u6709interface{}\u5417", "Go\u6709"),),
+        ),
+    ),
     "code in a template": (
         {**GO, "prompt": "Does {subject} have interface{}?", "target": "{}"},
         EditRequest("Does Go have interface{}?", "{}", "Go"),
@@ -1075,6 +1104,85 @@ def test_as_requests_takes_requests_and_records() -> None:
         ("1", "p", "t"),
         ("2", "q", "u"),
     ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_arrays_of_numpy_are_lists(name: str) -> None:
+    def numpied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: numpied(item) for key, item in value.items()}
+        if isinstance(value, list):
+            found = np.empty(len(value), dtype=object)
+            found[:] = [numpied(item) for item in value]
+            return found
+        return np.int64(value) if type(value) is int else np.str_(value) if type(value) is str else value
+
+    record, expected = FORMATS[name]
+    assert as_requests([numpied(record)]) == [expected]
+    assert EditRequest.from_dict(numpied(record)) == dataclasses.replace(
+        expected, id=None if "id" not in record and "case_id" not in record else expected.id
+    )
+
+
+def test_what_pandas_calls_missing_is_absent_and_its_rows_are_records() -> None:
+    class NAType:
+        def __eq__(self, other: object) -> Any:
+            raise TypeError("boolean value of NA is ambiguous")
+
+    class Row:
+        def to_dict(self) -> dict[str, Any]:
+            return {**OWN, "subject": NAType(), "paraphrases": np.array(["p", "q"])}
+
+        def tolist(self) -> list[Any]:
+            raise AssertionError
+
+    class Frame:
+        iloc = None
+
+        def to_dict(self) -> dict[str, Any]:
+            return {name: {5: value, 7: value} for name, value in Row().to_dict().items()}
+
+    expected = EditRequest(**OWN, id="0", paraphrases=("p", "q"))
+    assert as_requests([Row()]) == [expected]  # type: ignore[list-item]
+    assert as_requests(Frame()) == [expected, dataclasses.replace(expected, id="1")]  # type: ignore[arg-type]
+
+
+COLUMNS = {
+    "prompt": ["p", "q"],
+    "target": ["s", "t"],
+    "id": [5, None],
+    "loc": [["x", "y"], []],
+    "loc_ans": [["a"] * 2, None],
+}
+
+
+@pytest.mark.parametrize("kind", ["lists", "indexed", "over lines", "NumPy"])
+def test_columns_are_read_as_a_table(kind: str, tmp_path: Path) -> None:
+    expected = [EditRequest("p", "s", id="5", neighbours=(("x", "a"), ("y", "a"))), EditRequest("q", "t", id="1")]
+    columns: dict[str, Any] = COLUMNS
+    if kind == "indexed":  # as pandas writes a frame
+        columns = {name: {"4": column[0], "2": column[1]} for name, column in COLUMNS.items()}
+    if kind == "NumPy":
+        columns = {name: np.array([*column, None], dtype=object)[:-1] for name, column in COLUMNS.items()}
+    else:
+        (tmp_path / "facts").write_text(json.dumps(columns, indent=1 if kind == "over lines" else None))
+        assert load_requests(tmp_path / "facts") == expected
+    assert as_requests(columns) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"loc": ["x"]}, "column 'loc' has 1 rows, and the prompts are a column of 2 rows"),
+        ({"id": "x"}, "column 'id' has 'x', and the prompts are"),
+        ({"target": {"0": "s", "1": "t"}}, "column 'target' has 2 rows"),
+        ({"target": ["s", ""]}, "row 1 .counted from 0.: field 'target' is missing or empty"),
+    ],
+)
+def test_columns_of_other_lengths_are_named(more: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "facts").write_text(json.dumps(COLUMNS | more))
+    with pytest.raises(RequestError, match=rf"facts.*{said}"):
+        load_requests(tmp_path / "facts")
 
 
 def test_as_requests_refuses_nothing_and_lone_requests() -> None:

@@ -142,7 +142,7 @@ def test_more_tokens_go_on_from_fewer(seed: int, tokenizer: Any, tmp_path: Path)
     )[1]
     assert 300 <= few.count < 300 + 48
     assert reported[-1] == ("covariance", few.count, few.count)
-    assert reported[0][2] == 300
+    assert reported[0] == ("covariance", 0, 300)
     more = collect(Model(parts, tokenizer), documents, [1], **SMALL, directory=tmp_path, max_tokens=900)[1]
     alone = collect(Model(parts, tokenizer), documents, [1], **SMALL, max_tokens=900)[1]
     assert 900 <= more.count < 948

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -415,7 +416,7 @@ def test_ctrl_c_says_how_to_go_on(text: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "goes on where" in result.stderr
 
 
-def test_documents_come_from_plain_text_and_json_lines(tmp_path: Path) -> None:
+def test_documents_come_from_plain_text_and_json(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n one\ntwo\n\n \n\nthree", "utf-8")
     assert list(read_documents(path)) == ["one\ntwo", "three"]
@@ -423,6 +424,13 @@ def test_documents_come_from_plain_text_and_json_lines(tmp_path: Path) -> None:
     path.write_text('{"text": "ä\\nb", "body": "x"}\n\n{"text": "", "body": "y"}\n', "utf-8")
     assert list(read_documents(path)) == ["ä\nb", ""]
     assert list(read_documents(path, "body")) == ["x", "y"]
+    shutil.copy(path, tmp_path / "lines.json")
+    assert list(read_documents(tmp_path / "lines.json")) == ["ä\nb", ""]
+    array = tmp_path / "array.json"
+    array.write_text('[\n "one\\n\\ntwo",\n {"text": "three", "body": 3}]')
+    assert list(read_documents(array)) == ["one\n\ntwo", "three"]
+    with pytest.raises(RequestError, match=r"array.json: record 1 .* no text in the field 'body'; its fields are text"):
+        list(read_documents(array, "body"))
     for line, message in (("[]", "no text in the field 'text'"), ("{", "no JSON"), ('{"text": 3}', "no text")):
         path.write_text(json.dumps({"text": "a"}) + "\n" + line)
         with pytest.raises(RequestError, match=f"line 2 .*{message}"):

@@ -18,10 +18,10 @@ from fastedit import parallel
 from fastedit.errors import EditError
 from fastedit.files import check_writable
 from fastedit.methods.base import LIKELY, EachResult, Edit, History, MethodResult
+from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import context_templates
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
-from fastedit.methods.locate_then_edit.keys import KeyWalk
 from fastedit.methods.locate_then_edit.objectives import moved
 from fastedit.methods.locate_then_edit.recipes import Recipe, resolve
 from fastedit.methods.locate_then_edit.target_loop import relative_lr
@@ -60,7 +60,7 @@ def plan(
         RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
     """
     check_rows(model, edits)
-    history = history or History(fingerprint(model.network))
+    history = history or History(now := fingerprint(model.network), now=now)
     recipe = resolve(model.topology, config, method)
     config = recipe.config
     where = (config.module, config.statistics, config.unchecked_statistics)
@@ -265,7 +265,7 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     config, last = recipe.config, recipe.z_layer
     site = config.module if config.site == "mlp" else "block"
     at_bare = config.average == "direction" and config.objective == "equality"
-    with KeyWalk(batch, recipe.layers[0], average=config.average or "half") as walk:
+    with KeyWalk(batch, recipe.layers[0], half=config.average in (None, "half")) as walk:
         for layer, share in recipe.places:
             walk.advance(layer)
 

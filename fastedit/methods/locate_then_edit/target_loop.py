@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit import ops
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.models import BlockCalls, HeldTokens, PrefixCache, Rows, at_tokens, free_bytes, hooked, observe, pack
 

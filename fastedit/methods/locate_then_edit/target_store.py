@@ -11,7 +11,7 @@ from pathlib import Path
 from fastedit import parallel
 from fastedit.errors import FileError
 from fastedit.files import check_writable
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.targets import Targets
 from fastedit.models import Topology, plain

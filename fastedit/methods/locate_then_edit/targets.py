@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.errors import ConfigError
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_loop import TargetLoop
 from fastedit.models import PrefixCache

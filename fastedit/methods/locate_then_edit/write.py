@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastedit.errors import EditError
 from fastedit.methods.base import History
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
 from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, Objective, moved
 from fastedit.models import Factors

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
-from fastedit.methods.base import Edit
+from fastedit.methods.base import Edit, History
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
@@ -30,12 +30,12 @@ _FOCUS = {"all": 0.0, "subject": 0.1}
 
 
 def resolve(
-    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
+    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History
 ) -> tuple[LocFTBFConfig, list[str]]:
     """Make every automatic choice; returns the configuration, and notes on what was chosen and why.
 
     Args:
-        unedited: fingerprint of the model that the statistics must belong to.
+        history: the statistics must belong to its unedited model.
 
     Raises:
         ModelError: no such module, or one that cannot be trained; no statistics in the given folder.
@@ -43,7 +43,7 @@ def resolve(
     topology = model.topology
     preset, known = locft_bf_preset(topology)
     where = "published preset" if known else "no preset for this model"
-    config, notes = _spared(model, config, edits, unedited)
+    config, notes = _spared(model, config, edits, history)
     layer, module, lr, batch_size, share = config.layer, config.module, config.lr, config.batch_size, config.null_space
     subject = config.tokens == "subject"
     if layer is None and subject:
@@ -105,11 +105,11 @@ def subjectless(edits: Sequence[Edit]) -> list[int]:
 
 
 def find_statistics(
-    model: Model, config: LocFTBFConfig, unedited: str
+    model: Model, config: LocFTBFConfig, history: History
 ) -> tuple[StatisticsStore | OwnText | None, list[str]]:
     """The second moments of the inputs that training avoids, and a note if they are of text that the model writes.
 
-    They belong to the model with the fingerprint `unedited`.
+    They belong to the unedited model.
 
     Raises:
         ModelError: no statistics in the given folder; or none at all, and the model is already edited.
@@ -117,19 +117,23 @@ def find_statistics(
     if not config.keeps_null_space:
         return None, []
     assert config.module is not None  # chosen by now
-    store = StatisticsStore(model.topology, unedited, config.module, config.statistics, config.unchecked_statistics)
+    store = StatisticsStore(
+        model.topology, history.fingerprint, config.module, config.statistics, config.unchecked_statistics
+    )
     try:
         store.require(config.layers)
     except ModelError as error:
-        own = OwnText(model, unedited, config.module)
-        if config.statistics is not None or (own.missing(config.layers) and fingerprint(model.network) != unedited):
+        own = OwnText(model, history.fingerprint, config.module)
+        if config.statistics is not None:
+            raise
+        if own.missing(config.layers) and (history.now or fingerprint(model.network)) != history.fingerprint:
             raise
         return own, [f"{error}; until then they are of text that the model writes"]
     return store, []
 
 
 def _spared(
-    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str
+    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History
 ) -> tuple[LocFTBFConfig, list[str]]:
     """Choose `tokens` and `preserve`.
 
@@ -142,7 +146,7 @@ def _spared(
     if tokens == "auto":
         tokens = "all"
         if free and not (config.published or locft_bf_preset(topology)[1]) and reads_facts(topology):
-            lacking = _lacking(model, config, edits, unedited)
+            lacking = _lacking(model, config, edits, history)
             if lacking:
                 notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
             else:
@@ -156,7 +160,7 @@ def _spared(
     return replace(config, tokens=tokens, preserve=preserve), notes
 
 
-def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedited: str) -> str | None:
+def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History) -> str | None:
     """What is missing for training that preserves everything else; None if nothing is.
 
     Raises:
@@ -166,7 +170,7 @@ def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], unedite
         return f"no subject in the prompt of {edit_names(edits, bare)}"
     layers = locate_then_edit_preset(model.topology)[0].layers
     try:
-        find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), unedited)
+        find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), history)
     except ModelError as error:
         if config.statistics is not None:  # the user asked for these
             raise

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import parallel
 from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
+from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import context_templates
-from fastedit.methods.locate_then_edit.batch import Batch
 from fastedit.methods.locft_bf.choices import find_statistics, resolve, subjectless
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.refit import refit
@@ -63,10 +63,10 @@ class LocFTBFPlan:
         """
         given = replace(self.given, layer=layer, module=module)
         topology, old = self.data.model.topology, self.statistics
-        unedited = old.fingerprint if old else ""
-        resolved, notes = resolve(self.data.model, given, self.data.edits, unedited)
+        history = History(old.fingerprint if old else "")
+        resolved, notes = resolve(self.data.model, given, self.data.edits, history)
         _check_maps(topology, resolved)
-        statistics, found = find_statistics(self.data.model, resolved, unedited)
+        statistics, found = find_statistics(self.data.model, resolved, history)
         notes += found
         return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
 
@@ -117,6 +117,8 @@ class LocFTBFPlan:
                 if batch is not None and statistics is not None:
                     notes += refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
                     trainer.look()
+                elif own is not None and interrupted is None and trainer.looks_cheap:
+                    trainer.look()
         finally:
             if own is not None:
                 own.close()
@@ -153,16 +155,15 @@ def plan(
         RequestError: edits that cannot be tokenized or do not fit the context; names all of them.
     """
     check_rows(model, edits)
-    history = history or History(fingerprint(model.network))
-    unedited = history.fingerprint
-    resolved, notes = resolve(model, config, edits, unedited)
+    history = history or History(now := fingerprint(model.network), now=now)
+    resolved, notes = resolve(model, config, edits, history)
     _check_maps(model.topology, resolved)
     if resolved.refit and (bare := subjectless(edits)):
         raise ConfigError(
             f"refit is about the edits' subjects, and there is none in the prompt of {edit_names(edits, bare)}; give "
             "their subjects, or leave out refit"
         )
-    statistics, found = find_statistics(model, resolved, unedited)
+    statistics, found = find_statistics(model, resolved, history)
     notes += found
     data = TrainingSet.of(model, edits, resolved, progress)
     digests = partial(statistics.digests, resolved.layers) if isinstance(statistics, StatisticsStore) else dict

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
 from fastedit.errors import EditError
-from fastedit.methods.locate_then_edit.batch import Batch
-from fastedit.methods.locate_then_edit.keys import KeyWalk
+from fastedit.methods.batch import Batch
+from fastedit.methods.keys import KeyWalk
 from fastedit.methods.locft_bf.null_space import threshold
 from fastedit.ops.cholesky import whiten
 from fastedit.statistics.store import StatisticsStore

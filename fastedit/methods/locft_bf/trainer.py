@@ -36,6 +36,7 @@ from fastedit.progress import LEARNED
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
 
+_LONG = 10  # epochs of which a forward pass of all edits is a few percent
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 _NEWS = 2.0  # seconds between two reports within a longer epoch
@@ -350,14 +351,21 @@ class Trainer:
             hidden.backward(grad)
         return part
 
+    @property
+    def looks_cheap(self) -> bool:
+        """Whether `look`, a forward pass of all edits by every process, is little beside the training."""
+        epochs = len(self.losses) if self.config.schedule == "breadth-first" else self.config.epochs
+        return epochs >= _LONG * parallel.world()
+
     @torch.no_grad()
     def look(self) -> None:
-        """Compute the loss of every edit with the weights that the model has now."""
+        """Compute the loss of every edit with the weights that the model has now; it was that before its last step."""
         edits, none = torch.arange(len(self.data.edits)), torch.arange(0, device=self.loss_of.device)
         for some in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
             self._pass(edits[some], torch.ones(len(some)), none)
         if self.learned:
             self.learned[-1] = self._n_learned()
+            self.data.progress(LEARNED, self.learned[-1], len(self.data.edits))
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit.errors import EditError
-from fastedit.methods.locate_then_edit.batch import Batch
-from fastedit.methods.locate_then_edit.config import Average
+from fastedit.methods.batch import Batch
 from fastedit.models import Factors, PrefixCache, Rows, observe, pack, pass_tokens, per_sample_updates
 from fastedit.progress import counter
 
@@ -23,10 +22,10 @@ from fastedit.progress import counter
 class KeyWalk:
     """Keys and block outputs at the last token of every edit's subject, layer by layer.
 
-    A key is averaged over the bare prompt and the contexts: "half" the bare one and half the mean of the
-    contexts (MEMIT), or uniformly over all of them (ROME). Tokens after the subject never run. The walk is at block
-    ``layer`` and only goes up. Its results are those of the model as it is at that moment, provided that no weights
-    below ``layer`` changed after the walk had passed them. Use it as a context manager.
+    A key is averaged over the bare prompt and the contexts: half the bare one and half the mean of the contexts
+    (MEMIT), or without ``half`` uniformly over all of them (ROME). Tokens after the subject never run. The walk is at
+    block ``layer`` and only goes up. Its results are those of the model as it is at that moment, provided that no
+    weights below ``layer`` changed after the walk had passed them. Use it as a context manager.
 
     ``updates`` maps linear maps to factors of one update per edit (`per_sample_updates`): every edit then runs as if
     only its own update had been written.
@@ -38,12 +37,12 @@ class KeyWalk:
         ModelError: no such block. RequestError: a subject that ends after the model's context.
     """
 
-    def __init__(self, batch: Batch, layer: int, *, average: Average = "half", batch_tokens: int | None = None) -> None:
+    def __init__(self, batch: Batch, layer: int, *, half: bool = True, batch_tokens: int | None = None) -> None:
         self._topology, self._batch, self._samples = batch.model.topology, batch, batch.prompts
         self._batch_tokens = batch_tokens or pass_tokens(self._topology.device)
         self.updates: dict[nn.Module, Factors] = {}
         others = len(batch.templates) - 1
-        share = 0.5 if average == "half" and others else 1 / (1 + others)
+        share = 0.5 if half and others else 1 / (1 + others)
         self._weights = [share] + [(1 - share) / max(1, others)] * others
         self._cache = PrefixCache(
             self._topology,
