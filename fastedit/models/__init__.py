@@ -8,9 +8,10 @@ from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
+from fastedit.models.fused import fuse
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, only_trainable, plain_state
+from fastedit.models.hooks import Override, forwards, hooked, only_trainable, plain_state
 from fastedit.models.model import Model
 from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
@@ -46,7 +47,9 @@ __all__ = [
     "encode",
     "fingerprint",
     "fingerprint_of",
+    "forwards",
     "free_bytes",
+    "fuse",
     "generate_by",
     "has_quantized",
     "hooked",
