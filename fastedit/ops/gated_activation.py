@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,11 @@ from fastedit.ops.library import define
 from fastedit.ops.registry import Backend, Call, Option, choose, no_triton, only_interpreted, register
 
 Activation = Literal["silu", "gelu_tanh"]
-_ROOT, _CUBE = math.sqrt(8 / math.pi), 0.044715  # GELU by tanh is x·σ(_ROOT·(x + _CUBE·x³))
+# each with the function of (gradient, x) that gives its gradient in x
+_ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (silu, torch.ops.aten.silu_backward),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
+}
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu", backend: Backend = "auto") -> Tensor:
@@ -72,8 +77,7 @@ def _serve(gate: Tensor, up: Tensor, *, activation: Activation = "silu", backend
 
         y: Tensor = kernel(_rows(gate), _rows(up), activation != "silu").view(gate.shape)
         return y
-    act = silu(gate) if activation == "silu" else gelu(gate, approximate="tanh")
-    return (act * up).contiguous()
+    return (_ACTIVATIONS[activation][0](gate) * up).contiguous()
 
 
 def _serve_backward(
@@ -85,14 +89,8 @@ def _serve_backward(
         given = _rows(grad).contiguous(), _rows(gate), _rows(up), activation != "silu"
         d_gate, d_up = kernel(*given)
         return d_gate.view(gate.shape), d_up.view(up.shape)
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    g, x, u = grad.to(wide), gate.to(wide), up.to(wide)
-    plain = activation == "silu"
-    s = torch.sigmoid(x if plain else _ROOT * (x + _CUBE * x**3))
-    act = x * s
-    slope = s + act * (1 - s) * (1.0 if plain else _ROOT * (1 + 3 * _CUBE * x.square()))
-    d_up = g * act.to(gate.dtype).to(wide)
-    return (g * u * slope).to(gate.dtype).contiguous(), d_up.to(up.dtype).contiguous()
+    act, slope = _ACTIVATIONS[activation]
+    return slope(grad * up, gate).contiguous(), (grad * act(gate)).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -102,9 +100,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _check(gate: Tensor, up: Tensor, activation: Activation) -> None:
-    if activation not in get_args(Activation):
-        known = ", ".join(get_args(Activation))
-        raise ConfigError(f"gated_activation has no activation={activation!r}; choose one of {known}")
+    if activation not in _ACTIVATIONS:
+        raise ConfigError(f"gated_activation has no activation={activation!r}; choose one of {', '.join(_ACTIVATIONS)}")
     if not gate.ndim or gate.shape != up.shape:
         raise TensorError(f"gate and up are {list(gate.shape)} and {list(up.shape)}, expected [..., N] for both")
     if not gate.is_floating_point() or gate.dtype != up.dtype:

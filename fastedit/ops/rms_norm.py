@@ -98,7 +98,8 @@ def _serve_backward(
         return slope.view(x.shape)
     n, r = _normalized(x, eps)
     g = grad.to(n.dtype) * (weight.to(n.dtype) + offset)
-    return (r * (g - n * (n * g).mean(-1, keepdim=True))).to(x.dtype).contiguous()
+    along = (n * g).mean(-1, keepdim=True)
+    return g.addcmul_(n, along, value=-1).mul_(r).to(x.dtype).contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
