@@ -13,7 +13,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import permutations, product
 from typing import Any, get_args
 
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fastedit import ops
-from fastedit.errors import TensorError
 from fastedit.models.block_parts import UnknownPartsError, find_parts, widths
 from fastedit.models.hooks import Override, eval_mode, forwards
 from fastedit.models.topology import Topology
@@ -59,22 +58,20 @@ def fuse(topology: Topology, trained: Iterable[nn.Parameter] = (), *, backend: B
             projections may be among them.
         backend: as for the operations; "torch" takes their references.
     """
-    overrides, unlike = list[Override](), defaultdict[str, list[str]](list)
+    overrides, unlike = list[Override](), defaultdict[tuple[str, str], list[str]](list)
     paths = {module: path for path, module in topology.model.named_modules()}
     dtype = next(topology.backbone.parameters()).dtype
     with eval_mode(topology.backbone), torch.enable_grad():
         for found in (*_norms(topology, trained, backend), *_gated_mlps(topology, backend)):
             module = found.module
             forward = _same(found, _random_rows(found.width, next(module.parameters()).device, dtype))
-            if forward is not None:
-                overrides.append((module, found.completed(forward)))
+            if isinstance(forward, str):
+                unlike[type(module).__name__, forward].append(paths[module])
             else:
-                unlike[type(module).__name__].append(paths[module])
-    for kind, places in unlike.items():
+                overrides.append((module, found.completed(forward)))
+    for (kind, why), places in unlike.items():
         others = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        _warn_once(
-            f"{kind} runs by its own forward, since no fused kernel is known to do the same: {places[0]}{others}"
-        )
+        _warn_once(f"{kind} runs by its own forward, because {why}: {places[0]}{others}")
     return overrides
 
 
@@ -83,7 +80,7 @@ def _norms(topology: Topology, trained: Iterable[nn.Parameter], backend: Backend
     skip = {id(p) for p in trained}
     beside = (child for child in topology.backbone.children() if child is not topology.blocks)
     for module in (m for part in (*topology.blocks, *beside) for m in part.modules()):
-        parameters = dict(module.named_parameters())
+        parameters = dict(module.named_parameters(recurse=False))
         weight = parameters.get("weight")
         if weight is None or weight.ndim != 1 or len(parameters) > 1 or any(True for _ in module.children()):
             continue
@@ -92,7 +89,9 @@ def _norms(topology: Topology, trained: Iterable[nn.Parameter], backend: Backend
         if taken is not None:
             floats = [value for value in vars(module).values() if isinstance(value, float)]
             candidates = [_norm(weight.detach(), floats[0], *how, taken) for how in _NORMS] if len(floats) == 1 else []
-            yield _Lookalike(module, len(weight), module.forward, candidates, lambda forward: forward)
+            yield _Lookalike(
+                module, len(weight), module.forward, candidates, partial(_at_its_dtype, module, weight.dtype)
+            )
 
 
 _NORMS = ((0.0, True), (1.0, False), (0.0, False))
@@ -101,6 +100,20 @@ _NORMS = ((0.0, True), (1.0, False), (0.0, False))
 
 def _norm(weight: Tensor, eps: float, offset: float, round_first: bool, backend: Backend) -> Forward:
     return lambda x: ops.rms_norm(x, weight, eps=eps, offset=offset, round_first=round_first, backend=backend)
+
+
+def _at_its_dtype(module: nn.Module, dtype: torch.dtype, fused: Forward) -> Forward:
+    """The norm's forward: by the operation for rows of the dtype that it was compared in, else its own."""
+    own = module.forward
+
+    def run(x: Tensor) -> Tensor:
+        if x.dtype == dtype:
+            return fused(x)
+        _warn_once(f"{type(module).__name__} runs by its own forward, because its rows are {x.dtype} and not {dtype}")
+        y: Tensor = own(x)
+        return y
+
+    return run
 
 
 def _gated_mlps(topology: Topology, backend: Backend) -> Iterator[_Lookalike]:
@@ -164,24 +177,22 @@ def _random_rows(width: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return (x * torch.logspace(-3, 0.5, _ROWS)[:, None]).to(device, dtype)
 
 
-def _same(found: _Lookalike, x: Tensor) -> Forward | None:
-    """The first candidate that computes the same as the module, within rounding; None if there is none."""
+def _same(found: _Lookalike, x: Tensor) -> Forward | str:
+    """The first candidate that computes the same as the module, within rounding; or why there is none."""
     kind: Any = type(found.module)
     if "forward" in vars(found.module) or not _takes_only_input(kind):
-        return None  # somebody has replaced it, or it needs more than rows
+        return "that was replaced, or takes more than rows"
     try:
         wanted = _with_gradient(found.own, x)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a module that is called in the wrong way may raise anything
-        return None
-    for candidate in found.candidates:
-        try:
+        for candidate in found.candidates:
             if _close(*_with_gradient(candidate, x), *wanted):
                 return candidate
-        except TensorError:  # its weight has another dtype than rows have, or the like
-            continue
-    return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # called in the wrong way, modules raise anything; or a kernel cannot be compiled
+        said = next(iter(str(error).splitlines()), "")
+        return f"what would replace that cannot be tried ({type(error).__name__}: {said})"
+    return "no fused kernel is known to do the same"
 
 
 def _with_gradient(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from fastedit.models import BlockCalls, Model, PrefixCache, forwards, fuse, fuse
 from fastedit.ops import registry
 from fastedit.ops.registry import Option, no_triton
 
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # σ(−100) = 0, in the interpreter
 SAMPLES = ragged_samples([9, 2, 18, 7, 3, 12])
 LAYER = 1
 # norms of a block and behind it, gated MLPs; in four blocks
@@ -183,7 +184,7 @@ def test_an_mlp_that_is_another_runs_as_it_is_and_is_named(change: Callable[[Any
     overrides = fuse(topology(model), backend="torch")
     assert len(overrides) == sum(FUSED["llama"]) - 1
     assert model.model.layers[2].mlp not in [module for module, _ in overrides]
-    assert said(caplog)[0].endswith("same: model.layers.2.mlp")
+    assert said(caplog)[0].endswith(": model.layers.2.mlp")
 
 
 def test_trained_norms_and_norms_of_another_dtype_keep_their_forward(caplog: Any) -> None:
@@ -195,7 +196,28 @@ def test_trained_norms_and_norms_of_another_dtype_keep_their_forward(caplog: Any
     assert not said(caplog)
     norm.float()
     assert len(fuse(topology(model), backend="torch")) == sum(FUSED["llama"]) - 1
-    assert said(caplog)[0].endswith("same: model.layers.2.input_layernorm")
+    assert "bfloat16 and torch.float32, expected one" in said(caplog)[0]
+    assert said(caplog)[0].endswith("): model.layers.2.input_layernorm")
+
+
+def test_rows_of_a_dtype_that_was_not_compared_go_the_norm_s_own_way(caplog: Any, rng: torch.Generator) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    x = torch.randn(3, 32, generator=rng)
+    norm = model.model.layers[2].input_layernorm
+    forward = dict(fuse(topology(model), backend="torch"))[norm]
+    assert torch.equal(forward(x), norm(x))
+    assert "because its rows are torch.float32 and not torch.bfloat16" in said(caplog)[0]
+
+
+def test_a_kernel_that_fails_stays_out_and_is_named(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """Such as on a GPU that Triton does not know."""
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("PassManager::run failed\nmore")
+
+    monkeypatch.setattr(fused.ops, "gated_activation", fail)
+    assert len(fuse(topology(tiny_model("llama")), backend="torch")) == FUSED["llama"][0]
+    assert "(RuntimeError: PassManager::run failed): model.layers.0.mlp and 3 more" in said(caplog)[0]
 
 
 @pytest.fixture
