@@ -222,7 +222,7 @@ def test_a_kernel_that_fails_stays_out_and_is_named(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets auto take these two kernels in the interpreter; notes which of them run."""
+    """Lets auto take these two kernels in the interpreter; notes which of them run, but to be compared."""
     names: list[str] = []
     for op in ("rms_norm", "gated_activation"):
         kernel = pytest.importorskip(f"fastedit.kernels.{op}")
@@ -230,6 +230,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for name in (op, f"{op}_backward"):
             real = getattr(kernel, name)
             monkeypatch.setattr(kernel, name, lambda *a, real=real, name=name: (names.append(name), real(*a))[1])
+    compare = fused._same
+    monkeypatch.setattr(fused, "_same", lambda *given: (compare(*given), names.clear())[0])
     return names
 
 
