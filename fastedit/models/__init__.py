@@ -6,7 +6,7 @@ from fastedit.models.continuations import Continuations
 from fastedit.models.editable import check_own
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
-from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
+from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, row_multiple, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.fused import fuse
 from fastedit.models.generation import generate_by, sampling
@@ -65,6 +65,7 @@ __all__ = [
     "plain_state",
     "prompt_samples",
     "resume",
+    "row_multiple",
     "run_from_tokens",
     "sampling",
     "self_check",

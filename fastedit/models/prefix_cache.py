@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ModelError
-from fastedit.models.forward import in_passes, pass_tokens, run_blocks
+from fastedit.models.forward import in_passes, pass_tokens, row_multiple, run_blocks
 from fastedit.models.token_states import Budget, TokenStates
 from fastedit.models.tokens import Rows, Samples, pack
 from fastedit.models.topology import Topology
@@ -140,7 +140,8 @@ class PrefixCache:
         """Fill the buffer with the input of block ``stop``, from the input of block ``start`` or from the tokens."""
         topology = self._topology
         for select in in_passes(self.samples.lengths, self._batch_tokens):
-            rows = pack(self.samples, select, packed=self._packed).to(topology.device)
+            rows = pack(self.samples, select, packed=self._packed, multiple=row_multiple(topology.device))
+            rows = rows.to(topology.device)
             hidden = None if start is None else self.hidden(rows)
             with around(torch.tensor(select)) if around else nullcontext():
                 states = run_blocks(topology, rows, start or 0, hidden, stop=stop)

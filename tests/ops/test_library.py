@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cross_entropy import plain, problem
+from helpers import NoWait
 from torch import Tensor
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit import ops
 from fastedit.errors import EditError, TensorError
@@ -203,15 +203,6 @@ def test_autocast_lets_their_products_be(name: str) -> None:
             getattr(ops, name)(*given, **options)
         found.append(given)
     torch.testing.assert_close(*found, rtol=0, atol=0)
-
-
-class NoWait(TorchDispatchMode):
-    """Refuses what would wait for a device: values on the host, and sizes that depend on values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
