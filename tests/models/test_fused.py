@@ -23,6 +23,7 @@ from fastedit.ops.registry import Option, no_triton
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # σ(−100) = 0, in the interpreter
 SAMPLES = ragged_samples([9, 2, 18, 7, 3, 12])
 LAYER = 1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # norms of a block and behind it, gated MLPs; in four blocks
 FUSED = {
     "llama": (9, 4),
@@ -47,12 +48,17 @@ def said_anew() -> Iterator[None]:
     fused._warn_once.cache_clear()
 
 
+def tiny(family: str, **options: Any) -> Any:
+    return tiny_model(family, **options).to(DEVICE)
+
+
 def said(caplog: Any) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == fused.log.name]
 
 
 # Triton's interpreter does not round to bf16
 CASES = [(torch.float32, "torch"), (torch.bfloat16, "torch"), (torch.float16, "triton")]
+CASES += [(torch.bfloat16, "triton")] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize(("dtype", "backend"), CASES, ids=str)
@@ -61,7 +67,7 @@ def test_each_module_does_what_it_did(family: str, dtype: torch.dtype, backend: 
     """At rows that nobody has compared: by torch to the bit, so that what is rounded when is known too."""
     if backend == "triton":
         pytest.importorskip("triton")
-    parts = topology(tiny_model(family, dtype=dtype, seed=seed))
+    parts = topology(tiny(family, dtype=dtype, seed=seed))
     overrides = fuse(parts, backend=backend)
     mlps = [module for module, _ in overrides if any(True for _ in module.children())]
     assert (len({*overrides}) - len(mlps), len(mlps)) == FUSED[family]
@@ -69,8 +75,8 @@ def test_each_module_does_what_it_did(family: str, dtype: torch.dtype, backend: 
     rng = torch.Generator().manual_seed(seed)
     for module, forward in overrides:
         width = parts.hidden_size if module in mlps else len(module.weight)
-        x = torch.randn(2, 5, width, generator=rng).to(dtype)
-        found, wanted = forward(x), module(x)
+        x = torch.randn(2, 5, width, generator=rng).to(DEVICE, dtype)
+        found, wanted = forward(x).detach(), module(x).detach()
         if backend == "torch" and family != "gemma4_text":  # it takes a power of −0.5 and not a root
             assert torch.equal(found, wanted), module
         hair = max(1e-5, 2 * torch.finfo(dtype).eps) * float(wanted.abs().max())
@@ -81,7 +87,7 @@ def states_and_gradients(model: Any, overrides: list[Any], *, again: bool = Fals
     """Of a pass from block 1 on, packed and pruned, and then of one that repeats the calls of its blocks."""
     parts = topology(model)
     weight = parts.resolve(LAYER, "down_proj")[1].weight
-    rows = pack(SAMPLES, torch.arange(len(SAMPLES)), packed=parts.packs)
+    rows = pack(SAMPLES, torch.arange(len(SAMPLES)), packed=parts.packs).to(DEVICE)
     model.requires_grad_(False)
     weight.requires_grad_()
     with PrefixCache(parts, SAMPLES, LAYER) as cache, forwards(overrides):
@@ -103,7 +109,7 @@ OF_A_PASS += [("triton", family) for family in ("llama", "gemma3", "phi3")]
 def test_a_pass_gives_the_same_with_them(family: str, backend: Any, seed: int) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
-    model = tiny_model(family, seed=seed)
+    model = tiny(family, seed=seed)
     before = {module: module.__dict__.get("forward") for module in model.modules()}
     found = states_and_gradients(model, fuse(topology(model), backend=backend))
     assert {module: module.__dict__.get("forward") for module in model.modules()} == before
@@ -222,8 +228,15 @@ def test_a_kernel_that_fails_stays_out_and_is_named(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def separate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets auto take neither kernel, on a GPU either, until `launched` does."""
+    for op in ("rms_norm", "gated_activation"):
+        monkeypatch.setitem(registry._OPTIONS, op, registry._OPTIONS[op][-1:])
+
+
+@pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets auto take these two kernels in the interpreter; notes which of them run, but to be compared."""
+    """Lets auto take these two kernels, in the interpreter too; notes which of them run, but to be compared."""
     names: list[str] = []
     for op in ("rms_norm", "gated_activation"):
         kernel = pytest.importorskip(f"fastedit.kernels.{op}")
@@ -240,6 +253,7 @@ BOTH_WAYS = {"rms_norm", "rms_norm_backward", "gated_activation", "gated_activat
 
 
 @pytest.mark.parametrize(("family", "module"), [("llama", "down_proj"), ("phi3", "mlp"), ("gemma3", "block")])
+@pytest.mark.usefixtures("separate")
 def test_training_is_the_same_with_them(
     family: str, module: str, tokenizer: Any, make_edits: Any, seed: int, request: pytest.FixtureRequest
 ) -> None:
@@ -247,7 +261,7 @@ def test_training_is_the_same_with_them(
     trained = []
     for fused_ones in (False, True):
         names = request.getfixturevalue("launched") if fused_ones else []
-        model = tiny_model(family, seed=seed)
+        model = tiny(family, seed=seed)
         before = values(model)
         config = {"layer": 2, "module": module, "lr": 1e-3, "batch_size": 4, "epochs": 2}
         Editor(model, tokenizer, "locft-bf", **config).edit(make_edits(6))
@@ -261,8 +275,9 @@ def test_training_is_the_same_with_them(
         assert (found[name] - change).norm() <= 2e-2 * change.norm(), name
 
 
+@pytest.mark.usefixtures("separate")
 def test_targets_are_the_same_with_them(tokenizer: Any, seed: int, request: pytest.FixtureRequest) -> None:
-    model = Model.of(tiny_model("qwen3", seed=seed), tokenizer)
+    model = Model.of(tiny("qwen3", seed=seed), tokenizer)
     batch = Batch(model, random_edits(4, seed), ["w20 w21 . {}"])
     wanted = find_targets(batch, 1, TargetConfig(steps=4, lr=0.1))
     names = request.getfixturevalue("launched")
