@@ -1,4 +1,4 @@
-"""The operations against plain torch code: localized Adam, rank-k solves, cross-entropy at target tokens.
+"""The operations against plain torch code: localized Adam, rank-k solves, cross-entropy, parts of frozen blocks.
 
     python benchmarks/kernels.py --device cuda
 
@@ -44,6 +44,9 @@ CROSS_ENTROPY = {
     "cuda": [(rows, 4096, 128_256, "bfloat16") for rows in (32, 128, 512, 2048)],
     "cpu": [(128, 512, 50_304, "float32")],
 }
+# (rows, width, dtype)
+NORMS = {"cuda": [(8192, 4096, "bfloat16"), (8192, 8192, "bfloat16")], "cpu": [(512, 512, "float32")]}
+GATED = {"cuda": [(2048, 14336, "bfloat16"), (8192, 14336, "bfloat16")], "cpu": [(512, 1792, "float32")]}
 
 
 def served(function: Callable[[Backend], Provider], device: torch.device) -> dict[str, Provider]:
@@ -232,10 +235,64 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
     )
 
 
+def with_gradients(function: Callable[..., Tensor], n: int) -> Provider:
+    """What a function of the inputs but the last returns, and the gradients in the first n of them by the last."""
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        given, grad = inputs[:-1], inputs[-1]
+        leaves = [x.detach().requires_grad_() for x in given[:n]]
+        y = function(*leaves, *given[n:])
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    return run
+
+
+def norm_as_in_models(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate) * up
+
+
+def block_case(device: torch.device, op: str, rows: int, width: int, name: str) -> Case:
+    """A part of a frozen block, forward and backward: "rms_norm", or "gated_activation"."""
+    dtype, normed = getattr(torch, name), op == "rms_norm"
+    plain, n = (norm_as_in_models, 1) if normed else (silu_and_mul, 2)
+
+    def setup() -> Inputs:
+        sizes = [(rows, width), (width,) if normed else (rows, width), (rows, width)]
+        return tuple(torch.randn(*size, device=device).to(dtype) for size in sizes)
+
+    def ours(backend: Backend) -> Provider:
+        if normed:
+            return with_gradients(lambda x, weight: ops.rms_norm(x, weight, eps=1e-6, backend=backend), n)
+        return with_gradients(lambda gate, up: ops.gated_activation(gate, up, backend=backend), n)
+
+    providers = served(ours, device) | {"torch": with_gradients(plain, n)}
+    if device.type == "cuda":
+        compiled = cache(lambda: with_gradients(torch.compile(plain, dynamic=False), n))
+        providers["torch, compiled"] = lambda *inputs: compiled()(*inputs)
+    return Case(
+        op,
+        setup,
+        lambda *inputs: with_gradients(plain, n)(*(x.double() for x in inputs)),
+        providers,
+        tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        shape=f"{rows}×{width}",
+        dtype=name,
+        bytes=(5 if normed else 8) * rows * width * dtype.itemsize,
+        rate=name,
+    )
+
+
 def cases(device: torch.device) -> list[Case]:
     kind = device.type
     found = [adam_case(device, *sizes) for sizes in ADAM[kind]]
     found += [cross_entropy_case(device, *sizes) for sizes in CROSS_ENTROPY[kind]]
+    found += [block_case(device, "rms_norm", *sizes) for sizes in NORMS[kind]]
+    found += [block_case(device, "gated_activation", *sizes) for sizes in GATED[kind]]
     if kind == "cuda":
         found += [solve_case(device, *sizes, "solve") for sizes in SOLVES[kind]]
     return found + [solve_case(device, *sizes, "update") for sizes in SOLVES[kind] if sizes[-1] == "float64"]

@@ -38,7 +38,13 @@ from benchmarks.scaling import EXPECTED, fits
 
 FILES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 _MARKED = re.compile(r"(<!-- results:(\S+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-KERNELS = {"localized_adam": "localized Adam", "rank_k_solve": "rank-k", "target_cross_entropy": "cross-entropy"}
+KERNELS = {
+    "localized_adam": "localized Adam",
+    "rank_k_solve": "rank-k",
+    "target_cross_entropy": "cross-entropy",
+    "rms_norm": "RMS norm",
+    "gated_activation": "gated activation",
+}
 
 # (name, benchmark, mode, sizes): the lines of the table in the main README
 HEADLINES = (

@@ -20,6 +20,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastedit import EditRequest
@@ -269,6 +270,15 @@ def moments(
             torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
         )
         found.save(statistics_path(parts, folder, layer))
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses what would wait for a device: values on the host, and sizes that depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
 
 
 class Double(TorchFunctionMode):

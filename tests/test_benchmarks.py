@@ -269,6 +269,9 @@ KERNELS: dict[str, Callable[[], Case]] = {
     "solve, fp32": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float32", "solve"),
     "solve, update": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float64", "update"),
     "cross-entropy": lambda: kernels.cross_entropy_case(CPU, 8, 32, 100, "float32"),
+    "norm": lambda: kernels.block_case(CPU, "rms_norm", 8, 100, "float32"),
+    "norm, bf16": lambda: kernels.block_case(CPU, "rms_norm", 8, 100, "bfloat16"),
+    "gated activation": lambda: kernels.block_case(CPU, "gated_activation", 8, 100, "float32"),
 }
 
 

@@ -6,11 +6,12 @@ from fastedit.models.continuations import Continuations
 from fastedit.models.editable import check_own
 from fastedit.models.encode import encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
-from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, run_from_tokens
+from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, row_multiple, run_from_tokens
 from fastedit.models.frozen import FrozenPart
+from fastedit.models.fused import fuse
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import Override, hooked, only_trainable, plain_state
+from fastedit.models.hooks import Override, forwards, hooked, only_trainable, plain_state
 from fastedit.models.model import Model
 from fastedit.models.offload import is_offloaded, load_weights, offloaded_prefix, read_weight
 from fastedit.models.past import Past
@@ -48,7 +49,9 @@ __all__ = [
     "encode",
     "fingerprint",
     "fingerprint_of",
+    "forwards",
     "free_bytes",
+    "fuse",
     "generate_by",
     "hangul",
     "has_quantized",
@@ -69,6 +72,7 @@ __all__ = [
     "prompt_samples",
     "read_weight",
     "resume",
+    "row_multiple",
     "run_from_tokens",
     "sampling",
     "self_check",

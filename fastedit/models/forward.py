@@ -20,6 +20,8 @@ from fastedit.models.topology import Topology
 
 # Attention that reads restarting positions in every row of a batch; varlen attention needs a single row.
 _BATCHED_ATTENTION = frozenset({"eager", "sdpa", "flex_attention"})
+# Where masks are given ready-made: transformers looks for sequences in the positions and waits for the GPU to tell.
+_READY_MASKS = frozenset({"cuda"})
 # Tokens per forward pass. A CPU gets new pages for every buffer over 32 MiB, but products of few rows are slow.
 _PASS_TOKENS = {"cpu": 2048, "cuda": 8192}
 
@@ -84,6 +86,10 @@ def run_blocks(
         input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         hidden = None if hidden is None else hidden.reshape(1, -1, hidden.shape[-1])
 
+    mask: Tensor | None = None if past is None else past.mask
+    if past is None and position_ids is not None and _takes_mask(topology, position_ids):
+        mask = _within_samples(position_ids)
+
     overrides = list(overrides)  # the last one for a module counts
     if layer:
         identity = _identity_tuple if topology.blocks_return_tuples else _identity
@@ -107,7 +113,7 @@ def run_blocks(
         with hooked(handles()), forwards(overrides), eval_mode(topology.backbone):
             output = topology.backbone(
                 input_ids=input_ids,
-                attention_mask=None if past is None else past.mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=past,
                 use_cache=False,
@@ -116,6 +122,25 @@ def run_blocks(
     except Stopped as stopped:
         states = stopped.seen
     return states.reshape(*shape, -1)
+
+
+def _takes_mask(topology: Topology, position_ids: Tensor) -> bool:
+    """Whether all blocks can take one mask [B, 1, R, R]: they attend to everything before, or windows hold a row."""
+    config, width = topology.config, position_ids.shape[1]
+    kinds = {"full_attention", *(getattr(config, "layer_types", None) or ())}
+    window = getattr(config, "sliding_window", None)
+    return (
+        position_ids.device.type in _READY_MASKS
+        and config._attn_implementation == "sdpa"
+        and kinds <= {"full_attention", "sliding_attention"}
+        and (window is None or width <= window)
+    )
+
+
+def _within_samples(position_ids: Tensor) -> Tensor:
+    """The mask [B, 1, R, R] of packed rows: a token attends to those before it since the positions last restarted."""
+    sample = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(1)  # [B, R], counted within its row
+    return (sample[:, None, :, None] == sample[:, None, None, :]).tril()
 
 
 def resume(
@@ -198,6 +223,11 @@ def in_passes(lengths: Tensor, batch_tokens: int) -> Iterator[range]:
         total += n
     if total:
         yield range(first, len(lengths))
+
+
+def row_multiple(device: torch.device) -> int:
+    """The number that suits ``device`` to divide the length of packed rows: a GPU loads masks by 16 bytes."""
+    return 8 if device.type == "cuda" else 1
 
 
 def pass_tokens(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastedit.errors import ModelError
-from fastedit.models.forward import in_passes, pass_tokens, run_blocks
+from fastedit.models.forward import in_passes, pass_tokens, row_multiple, run_blocks
 from fastedit.models.hooks import Override, hooked
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.token_states import TokenStates
@@ -53,7 +53,8 @@ class FrozenPart:
         for select in in_passes(self._samples.lengths, pass_tokens(topology.device)):
             if self._attn is None and self._mlp is None:
                 return
-            rows = pack(self._samples, select, packed=topology.packs).to(topology.device)
+            rows = pack(self._samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
+            rows = rows.to(topology.device)
             with hooked(self._recorders(rows)):
                 run_blocks(topology, rows, cache.layer, cache.hidden(rows), stop=cache.layer + 1)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastedit.errors import ModelError
-from fastedit.models.forward import in_passes, pass_tokens, run_blocks
+from fastedit.models.forward import in_passes, pass_tokens, row_multiple, run_blocks
 from fastedit.models.offload import stages, streamed
 from fastedit.models.token_states import Budget, TokenStates
 from fastedit.models.tokens import Rows, Samples, pack
@@ -156,7 +156,8 @@ class PrefixCache:
 
     def _pass(self, select: range, start: int | None, stop: int) -> None:
         topology = self._topology
-        rows = pack(self.samples, select, packed=self._packed).to(topology.device)
+        rows = pack(self.samples, select, packed=self._packed, multiple=row_multiple(topology.device))
+        rows = rows.to(topology.device)
         states = run_blocks(topology, rows, start or 0, None if start is None else self.hidden(rows), stop=stop)
         if self._kept is None:
             size = (self.samples.input_ids.numel(), states.shape[-1])

@@ -297,6 +297,7 @@ def pack(
     *,
     packed: bool = True,
     min_row: int = 64,
+    multiple: int = 1,
     start: Tensor | None = None,
     stop: Tensor | None = None,
 ) -> Rows:
@@ -307,6 +308,7 @@ def pack(
         packed: put several samples into a row (first-fit decreasing into rows of max(longest, ``min_row``) tokens, cut
             to the fullest row); otherwise one sample per row, padded at its end.
         min_row: rows are filled up to this many tokens. Longer rows mean fewer pads and more attention.
+        multiple: of which the length of packed rows is one, by pads at their ends.
         start: [N], how many tokens at the beginning of each selected sample to leave out, none of which predicts its
             target; positions still count them.
         stop: [N], after how many tokens each selected sample ends; None is all its inputs.
@@ -325,6 +327,7 @@ def pack(
     inputs = (samples.lengths[chosen] - 1 if stop is None else stop) - left_out  # [N]
     if packed:
         bins, starts, n_rows, width = first_fit_decreasing(inputs, min_row)
+        width = -(-width // multiple) * multiple
         corner = bins * width + starts  # [N] flat place of each sample's first token
     else:
         n_rows, width = len(chosen), int(inputs.max())

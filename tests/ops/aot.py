@@ -168,7 +168,37 @@ def rank_k_solve(target: str) -> Iterator[Case]:
                 yield replace(case, aligned=aligned, instruction=instruction)
 
 
-KERNELS: list[Callable[[str], Iterator[Case]]] = [localized_adam, target_cross_entropy, rank_k_solve]
+def rms_norm(target: str) -> Iterator[Case]:
+    """Rows of a head, of models of 1B to 70B, and the widest."""
+    from fastedit.kernels.rms_norm import config_for
+
+    for kind in ("bf16", "fp32"):
+        types = dict.fromkeys(("x", "weight", "y", "grad", "slope"), f"*{kind}") | {"eps": "fp32", "offset": "fp32"}
+        for D in (128, 2048, 4096, 8192, 16384):
+            tile = config_for(D)._asdict()
+            warps = tile.pop("num_warps")
+            for kernel, constants in (("rms_norm_kernel", {"ROUND": True}), ("rms_norm_backward_kernel", {})):
+                yield Case(f"{kind}, D={D}", "rms_norm", kernel, types, constants | tile, warps, 3, ("D",))
+
+
+def gated_activation(target: str) -> Iterator[Case]:
+    from fastedit.kernels.gated_activation import BLOCK
+
+    for kind in ("bf16", "fp32"):
+        types = dict.fromkeys(("gate", "up", "y", "grad", "d_gate", "d_up"), f"*{kind}")
+        for name, gelu in (("SiLU", False), ("GELU", True)):
+            for kernel in ("gated_activation_kernel", "gated_activation_backward_kernel"):
+                constants, aligned = {"GELU": gelu, "BLOCK": BLOCK}, ("N", "gate_row", "up_row")
+                yield Case(f"{kind}, {name}", "gated_activation", kernel, types, constants, 4, 3, aligned)
+
+
+KERNELS: list[Callable[[str], Iterator[Case]]] = [
+    localized_adam,
+    target_cross_entropy,
+    rank_k_solve,
+    rms_norm,
+    gated_activation,
+]
 
 
 def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:

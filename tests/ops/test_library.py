@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cross_entropy import plain, problem
+from helpers import NoWait
 from torch import Tensor
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastedit import ops
 from fastedit.errors import EditError, TensorError
@@ -56,6 +56,15 @@ CALLS: dict[str, tuple[str, tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "solves": ("rank_k_update", solve(2, 3)),
     "solve, more keys than width": ("rank_k_update", solve(12)),
     "null space": ("null_space_update", ((*solve(3)[0][:2], BASIS, torch.eye(4)), {"l2": 1.0})),
+    "norm": ("rms_norm", ((normal(2, 5, 8), normal(8, seed=1)), {"eps": 1e-6})),
+    "norm, Gemma's": (
+        "rms_norm",
+        ((normal(5, 8), normal(8, seed=1)), {"eps": 1e-6, "offset": 1.0, "round_first": False}),
+    ),
+    "norm, backward": ("rms_norm_backward", ((normal(5, 8), normal(5, 8, seed=1), normal(8, seed=2)), {"eps": 1e-6})),
+    "gated": ("gated_activation", (tuple(normal(5, 16).chunk(2, -1)), {})),
+    "gated, GELU": ("gated_activation", (tuple(normal(5, 16).chunk(2, -1)), {"activation": "gelu_tanh"})),
+    "gated, backward": ("gated_activation_backward", ((normal(5, 8), *normal(5, 16, seed=1).chunk(2, -1)), {})),
     "syrk": ("syrk_", ((TOTAL, normal(5, 8), torch.tensor([True, False, True, True, True])), {})),
 }
 
@@ -71,7 +80,10 @@ def test_torch_finds_no_fault_with_them(name: str, call: tuple[tuple[Any, ...], 
     opcheck(getattr(torch.ops.fastedit, name).default, [copied(x) for x in args], options)
 
 
-@pytest.mark.parametrize("call", ["adam, all options", "loss, soft-capped", "solves", "null space", "syrk"])
+GRAPHS = ["adam, all options", "loss, soft-capped", "solves", "null space", "syrk", "norm", "gated"]
+
+
+@pytest.mark.parametrize("call", GRAPHS)
 def test_a_call_is_one_graph(call: str) -> None:
     """To the bit what an eager call gives, and writes."""
     name, (args, options) = CALLS[call]
@@ -143,6 +155,25 @@ def test_the_loss_is_differentiated(dtype: torch.dtype, per_row: bool, compiled:
     assert (found - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_frozen_blocks_are_differentiated(compiled: bool, seed: int) -> None:
+    """A norm and a gated activation in one graph, with their gradients."""
+    x, grad, weight = normal(5, 16, seed=seed), normal(5, 8, seed=seed + 1), normal(16, seed=seed + 2)
+
+    def plain(x: Tensor) -> Tensor:
+        gate, up = torch.nn.functional.rms_norm(x, (16,), weight.to(x.dtype), 1e-6).chunk(2, -1)
+        return torch.nn.functional.silu(gate) * up
+
+    def fused(x: Tensor) -> Tensor:
+        return ops.gated_activation(*ops.rms_norm(x, weight, eps=1e-6).chunk(2, -1))
+
+    run = torch.compile(fused, fullgraph=True, backend="aot_eager") if compiled else fused
+    found, wanted = (y.requires_grad_() for y in (x.clone(), x.double()))
+    run(found).backward(grad)
+    plain(wanted).backward(grad.double())
+    torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_only_hidden_gets_a_gradient() -> None:
     inputs = problem(0, 7, 8, 5)
     loss, grad = ops.target_cross_entropy(**inputs)
@@ -174,17 +205,8 @@ def test_autocast_lets_their_products_be(name: str) -> None:
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-class NoWait(TorchDispatchMode):
-    """Refuses what would wait for a device: values on the host, and sizes that depend on values."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("call", ["adam", "adam, all options", "sgd", "loss", "loss, soft-capped"])
+@pytest.mark.parametrize("call", ["adam", "adam, all options", "sgd", "loss", "loss, soft-capped", "norm", "gated"])
 def test_nothing_waits_for_the_device(call: str, backend: str) -> None:
     """Such calls may be captured in a CUDA graph."""
     if backend == "triton":

@@ -19,7 +19,7 @@ from fastedit.errors import ConfigError
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_loop import TargetLoop
-from fastedit.models import PrefixCache
+from fastedit.models import PrefixCache, forwards, fuse
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def find_targets(
     first = z_layer + (config.site == "block")
     with (
         _frozen(topology.model),
+        forwards(fuse(topology)),
         # unpacked here and below, so that values that are not finite stay in their own edit
         PrefixCache(topology, samples, first, budget=batch.budget, packed=False) as cache,
     ):

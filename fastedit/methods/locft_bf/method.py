@@ -28,7 +28,7 @@ from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.naming import check_rows, edit_name, edit_names
 from fastedit.methods.saved_run import SavedRun
 from fastedit.methods.subjects import repeated_note, subject_ends
-from fastedit.models import Model, PrefixCache, Topology, fingerprint, only_trainable, plain_state
+from fastedit.models import Model, PrefixCache, Topology, fingerprint, forwards, fuse, only_trainable, plain_state
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
@@ -90,12 +90,14 @@ class LocFTBFPlan:
         found = self.statistics
         statistics = found.statistics(config.layers, data.progress) if isinstance(found, OwnText) else found
         batch = _in_contexts(data, config) if config.refit else None
-        own = data.prefix_cache(lowest) if cache is None else None
+        modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
+        fused = fuse(topology, (p for module in modules.values() for p in module.parameters()))
+        with forwards(fused):
+            own = data.prefix_cache(lowest) if cache is None else None
         try:
-            modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
             trainer = Trainer(data, modules, config, statistics, self.saved)
             interrupted = None
-            with trainer.originals:
+            with trainer.originals, forwards(fused):
                 shared = own or cache
                 assert shared is not None
                 shared.advance(lowest)

@@ -31,6 +31,7 @@ from fastedit.models import (
     pack,
     pass_tokens,
     resume,
+    row_multiple,
 )
 from fastedit.progress import LEARNED
 from fastedit.statistics.store import StatisticsStore
@@ -324,7 +325,7 @@ class Trainer:
         Edits whose loss is below `focus` get no gradient.
         """
         topology, head = self.topology, cast(Any, self.topology.head)
-        rows = pack(self.samples, select, packed=topology.packs)
+        rows = pack(self.samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
         weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
         rows = rows.to(topology.device, non_blocking=True)
         self.trained_rows = self.data.trained_rows(rows)
