@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastedit import Editor
 from fastedit.errors import ConfigError
-from fastedit.methods.locate_then_edit.batch import Batch
+from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.targets import find_targets
 from fastedit.models import BlockCalls, Model, PrefixCache, forwards, fuse, fused, pack, resume, topology
