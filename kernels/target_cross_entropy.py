@@ -8,6 +8,20 @@ vocabulary adds exp(z − top) head to an fp32 sum, which is scaled down when a 
 matrix products, as many as with all logits in memory. The label is left out: 1 − p_label is the sum of the others
 instead of a difference, and exact if p_label is nearly 1. Scales are powers of two, so that they do not round.
 No atomics: the same inputs give the same bits.
+
+          head [V, h]                  one chunk: tiles · BLOCK_V columns of the vocabulary
+    ┌───┬───┬───┬───┬───┐  _exponentials   p [R, chunk]: a program for each tile, with e and Σ exp2 of its rows
+    │ 0 │ 1 │ 2 │ 3 │ … │  _settle         a program for each row: one exponent for the whole chunk
+    └───┴───┴───┴───┴───┘  _accumulate     acc [parts, R, h] = shrink · acc + p @ head: a program for each
+    then the next chunk;                   BLOCK_R × BLOCK_H of acc and part of the chunk (split-K)
+    at the end             _finish         the parts and the label join: loss and gradient
+
+    a call           bytes                                flops      registers of the sum in a thread on sm_90
+    _exponentials    V·h·w · ⌈R/128⌉, mostly from L2      2·R·V·h    128 (128 × 256 on 8 warps)
+    _accumulate      the same, and 8·R·h·parts a chunk    2·R·V·h    128
+    _settle          R·tiles a chunk, and p where the largest logit rose
+
+w is 2 for bf16 and fp16, 4 for fp32. Chunks of an 8B model's head are larger than L2, so the head is read twice.
 """
 
 from __future__ import annotations
@@ -238,7 +252,8 @@ def target_cross_entropy(
     grad = torch.empty(R, h, dtype=torch.float32 if upcast else hidden.dtype, device=hidden.device)
     if R == 0:
         return losses, grad.to(hidden.dtype)
-    target = None if interpreted else triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device_of(hidden):
+        target = None if interpreted else triton.runtime.driver.active.get_current_target()
     first, second = config_for(hidden.dtype, R, softcap is not None, target)
     rows, columns, width = triton.cdiv(R, first.BLOCK_R), triton.cdiv(h, second.BLOCK_N), first.BLOCK_N
     # whole waves of either product on all multiprocessors, and so many columns that reading the sums is cheap

@@ -240,7 +240,7 @@ def _slower(call: Call) -> str | None:
         return "fp32 products take three passes on tensor cores"
     # estimates, not measured: torch reads the head twice per chunk, the kernel twice per call, but in more launches
     R, V = call.sizes.get("R", 0), call.sizes.get("V", 0)
-    if 0 < R and 0 < V and R <= (rows := _chunk_rows(V)):
+    if R > 0 and V > 0 and (rows := _chunk_rows(V)) >= R:
         return f"R = {R} is at most {rows}, one chunk for torch"
     return None
 
