@@ -44,7 +44,10 @@ micro: $(VENV)/.installed
 gpu-install:
 	FASTEDIT_REQUIRE_EXT=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 
+# where the tests of the CUDA kernels pass, backend="auto" takes these from then on (FASTEDIT_TRUST)
 gpu-test: gpu-install
+	$(PYTHON) -m pytest tests/ops/test_syrk_cuda.py
+	$(PYTHON) -c 'from fastedit.ops import syrk; syrk.trust_cuda()'
 	$(PYTHON) -m pytest $$(grep -rli cuda tests --include='test_*.py')
 
 gpu-bench: gpu-install

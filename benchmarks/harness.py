@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row, append, device_name, make_row, results_file
+from benchmarks.rows import Row, append, device_name, gpu_state, make_row, results_file
 from fastedit.errors import ConfigError
 
 Inputs = tuple[Any, ...]
@@ -78,6 +78,8 @@ class Suite:
     budget: float = 1.0
     """Seconds of timing for each provider of a case."""
     red: list[str] = field(default_factory=list)
+    gpu: str = field(default="", init=False)
+    """Clock, power and temperature while the last case was timed, as in `rows.Row`."""
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)
@@ -126,6 +128,7 @@ class Suite:
                 floor_share=floor / float(np.median(samples)) if floor else None,
                 bytes=case.bytes or None,
                 flops=case.flops or None,
+                gpu=self.gpu,
             )
             self.record(rows[name])
         return rows
@@ -136,7 +139,8 @@ class Suite:
         spread = f"  [{row.p20:.4g}, {row.p80:.4g}]" if row.p20 is not None else ""
         share = f"  {row.floor_share:.0%} of the floor's speed" if row.floor_share else ""
         memory = f"  {row.peak_memory / 2**20:.1f} MiB" if row.peak_memory is not None else ""
-        print(f"  {label or row.provider:28s} {row.p50:10.4g} {row.unit}{spread}{share}{memory}", flush=True)
+        state = f"  {row.gpu}" if row.gpu else ""
+        print(f"  {label or row.provider:28s} {row.p50:10.4g} {row.unit}{spread}{share}{memory}{state}", flush=True)
         return row
 
     def fail(self, reason: str) -> bool:
@@ -173,7 +177,9 @@ class Suite:
         for name, (task, work, unit) in tasks.items():
             samples = [work / s for s in self._sample({name: task}, (), tuple)[name]]
             mode, dtype = ("copy", "float32") if name == "copy" else ("matmul", name)
-            row = make_row("ceiling", "torch", samples, mode=mode, dtype=dtype, device=self.device, unit=unit)
+            row = make_row(
+                "ceiling", "torch", samples, mode=mode, dtype=dtype, device=self.device, unit=unit, gpu=self.gpu
+            )
             self.record(row, f"{mode} {dtype}")
             found[name] = row.p80 or row.p50  # p80: other load on the machine only lowers it
         return found
@@ -219,10 +225,11 @@ class Suite:
             for name, call in calls.items():
                 pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 flush.sum()  # also keeps the device busy while the host launches what is timed
-                pair[0].record()
+                pair[0].record(torch.cuda.current_stream(self.device))
                 call(*sets[i % len(sets)])
-                pair[1].record()
+                pair[1].record(torch.cuda.current_stream(self.device))
                 events[name].append(pair)
+        self.gpu = gpu_state(torch.device(self.device))  # while it works off the rest
         torch.cuda.synchronize(self.device)
         return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()}
 

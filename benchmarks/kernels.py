@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,21 +25,26 @@ if not __package__:  # run as a file: from its folder, this kernels.py would hid
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from benchmarks.harness import Case, Inputs, Suite
 from fastedit import ops
+from fastedit.errors import ConfigError
 from fastedit.ops.registry import Backend
 
 Provider = Callable[..., Sequence[Tensor]]
 LR, STEP, EPS, BETAS = 1e-2, 10, 1e-8, (0.9, 0.999)
 
-# (out, in, T, dtype of W, G and X); moments are fp32
+# (out, in, T, dtype of W, G and X, dtype of both moments)
 ADAM = {
-    "cuda": [(4096, 14336, 512, "bfloat16"), (4096, 14336, 2048, "bfloat16"), (4096, 14336, 128, "float32")],
-    "cpu": [(512, 1792, 256, "float32")],
+    "cuda": [
+        (4096, 14336, 512, "bfloat16", "float32"),
+        (4096, 14336, 512, "bfloat16", "bfloat16"),
+        (4096, 14336, 2048, "bfloat16", "float32"),
+        (4096, 14336, 128, "float32", "float32"),
+    ],
+    "cpu": [(512, 1792, 256, "float32", "float32")],
 }
-# (groups, N, d, h, dtype); smaller numbers of groups show where the kernel becomes faster
+# (groups, N, d, h), in fp64; smaller numbers of groups show where the kernel becomes faster
 SOLVES = {
-    "cuda": [(256, n, 4096, 4096, dtype) for dtype in ("float64", "float32") for n in (16, 32, 64, 128)]
-    + [(groups, n, 4096, 4096, "float64") for groups in (4, 32) for n in (16, 64)],
-    "cpu": [(16, 16, 256, 256, "float64"), (16, 64, 256, 256, "float64")],
+    "cuda": [(256, n, 4096, 4096) for n in (16, 32, 64, 128)] + [(g, n, 4096, 4096) for g in (4, 32) for n in (16, 64)],
+    "cpu": [(16, 16, 256, 256), (16, 64, 256, 256)],
 }
 # (rows, h, vocabulary, dtype)
 CROSS_ENTROPY = {
@@ -47,6 +54,12 @@ CROSS_ENTROPY = {
 # (rows, width, dtype)
 NORMS = {"cuda": [(8192, 4096, "bfloat16"), (8192, 8192, "bfloat16")], "cpu": [(512, 512, "float32")]}
 GATED = {"cuda": [(2048, 14336, "bfloat16"), (8192, 14336, "bfloat16")], "cpu": [(512, 1792, "float32")]}
+
+# provider -> (package, its function of hidden states, head and labels that returns the mean loss)
+ANCHORS = {
+    "Liger": ("liger_kernel", "transformers.functional.liger_fused_linear_cross_entropy"),
+    "QuACK": ("quack", "linear_cross_entropy.chunked_linear_cross_entropy"),
+}
 
 
 def served(function: Callable[[Backend], Provider], device: torch.device) -> dict[str, Provider]:
@@ -63,36 +76,36 @@ def adam_fused(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor)
     return weight, m, v
 
 
-def adam_torch(weight: Tensor, G: Tensor, X: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-    _, _, step, low_m, low_v, _ = rest
-    return adam_fused(weight, G.T @ X, low_m, low_v, step)
+def adam_torch(
+    weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, *_: Tensor
+) -> Sequence[Tensor]:
+    return adam_fused(weight, G.T @ X, m, v, step)
 
 
 def adam_master(
-    weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, *rest: Tensor
+    weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, step: Tensor, master: Tensor
 ) -> list[Tensor]:
-    adam_fused(rest[2], (G.T @ X).float(), m, v, step)
-    return [weight.copy_(rest[2]), m, v]
+    adam_fused(master, (G.T @ X).float(), m, v, step)
+    return [weight.copy_(master), m, v]
 
 
 def adam_unfused(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> Sequence[Tensor]:
     g = (G.T @ X).float()
-    m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
-    v.mul_(BETAS[1]).add_(g * g, alpha=1 - BETAS[1])
-    size = (v / (1 - BETAS[1] ** STEP)).sqrt() + EPS
-    weight.copy_(weight.float() - LR / (1 - BETAS[0] ** STEP) * m / size)
-    return weight, m, v
+    first, second = BETAS[0] * m.float() + (1 - BETAS[0]) * g, BETAS[1] * v.float() + (1 - BETAS[1]) * g * g
+    size = (second / (1 - BETAS[1] ** STEP)).sqrt() + EPS
+    weight.copy_(weight.float() - LR / (1 - BETAS[0] ** STEP) * first / size)
+    return weight, m.copy_(first), v.copy_(second)
 
 
-def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> Case:
-    dtype = getattr(torch, name)
+def adam_case(device: torch.device, out: int, width: int, T: int, name: str, moments: str) -> Case:
+    """The baseline holds what ours holds: torch's fused step if all is of one dtype, else its formula, compiled."""
+    dtype, kept = getattr(torch, name), getattr(torch, moments)
 
     def setup() -> Inputs:
         weight = (torch.randn(out, width, device=device) * 0.01).to(dtype)
         G, X = torch.randn(T, out, device=device).to(dtype), torch.randn(T, width, device=device).to(dtype)
         m, v = torch.randn_like(weight, dtype=torch.float32), torch.rand_like(weight, dtype=torch.float32) * 10
-        step = torch.full((), STEP - 1.0, device=device)
-        return weight, G, X, m, v, step, m.to(dtype), v.to(dtype), weight.float()
+        return weight, G, X, m.to(kept), v.to(kept), torch.full((), STEP - 1.0, device=device), weight.float()
 
     def reference(weight: Tensor, G: Tensor, X: Tensor, m: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         g = G.double().T @ X.double()
@@ -108,30 +121,36 @@ def adam_case(device: torch.device, out: int, width: int, T: int, name: str) -> 
 
         return run
 
-    providers = served(ours, device) | {"torch": adam_torch}
-    if dtype == torch.bfloat16:
-        providers["torch, fp32 master"] = adam_master
+    compiled = cache(lambda: torch.compile(adam_unfused, dynamic=False))
+    plain = {
+        "torch": adam_torch if kept == dtype else adam_unfused,
+        "torch, compiled": lambda *inputs: compiled()(*inputs),
+        "torch, fp32 master": adam_master,
+    }
+    names = ["torch"] if kept == dtype or device.type == "cpu" else []
     if device.type == "cuda":
-        compiled = cache(lambda: torch.compile(adam_unfused, dynamic=False))
-        providers["torch, compiled"] = lambda *inputs: compiled()(*inputs)
+        names.append("torch, compiled")
+    if kept != dtype:
+        names.append("torch, fp32 master")
     return Case(
         "localized_adam",
         setup,
         reference,
-        providers,
+        served(ours, device) | {name: plain[name] for name in names},
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
-        mode="adam",
+        mode="adam" if kept == torch.float32 else f"adam, {moments} moments",
         shape=f"{out}×{width}, T={T}",
         dtype=name,
-        bytes=out * width * (2 * dtype.itemsize + 16) + T * (out + width) * dtype.itemsize,
+        bytes=out * width * (2 * dtype.itemsize + 4 * kept.itemsize) + T * (out + width) * dtype.itemsize,
         flops=2.0 * T * out * width,
         rate=name,
     )
 
 
-def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: str, mode: str) -> Case:
-    """Mode "solve" is the kernel's part, from whitened keys on; "update" is all of `ops.rank_k_update`, in fp64."""
-    dtype, ridge = getattr(torch, name), d / 4
+def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, mode: str) -> Case:
+    """Mode "solve" is the kernel's part, from whitened keys on; "update" is all of `ops.rank_k_update`, where two
+    triangular solves with the d × d factor, which ours and torch share, take most of the time."""
+    dtype, ridge = torch.float64, d / 4
 
     def setup() -> Inputs:
         keys, values = (torch.randn(groups, N, n, dtype=dtype, device=device) for n in (d, h))
@@ -176,21 +195,38 @@ def solve_case(device: torch.device, groups: int, N: int, d: int, h: int, name: 
         left, right, _ = rank_k_solve.rank_k_solve(keys, values, ridge)
         return left.mT, right
 
-    inside = "float64" if mode == "update" else name
     triangular = 2 * groups * N * d * d if mode == "update" else 0  # for whitening and back
     return Case(
         "rank_k_solve",
         setup,
         reference,
         (served(update, device) if mode == "update" else {"ours": kernel}) | {"torch": torch_way},
-        tolerance={"float64": 1e-10, "float32": 1e-4}[name],
+        tolerance=1e-10,
         mode=mode,
         shape=f"{groups} groups, N={N}, d={d}, h={h}",
-        dtype=name,
+        dtype="float64",
         bytes=2.0 * groups * N * (d + h) * dtype.itemsize + (4 * d * d if mode == "update" else 0),
         flops=triangular + groups * (N * N * d + N**3 / 3 + N * N * (d + h)),
-        rate=inside,
+        rate="float64",
     )
+
+
+def anchor(name: str) -> Provider:
+    """Another package's linear cross-entropy and its gradient; ConfigError, so "not measured", if it cannot run."""
+    package, function = ANCHORS[name]
+
+    def run(hidden: Tensor, head: Tensor, labels: Tensor, _: Tensor) -> Sequence[Tensor]:
+        hidden = hidden.detach().requires_grad_()
+        try:
+            module, _, attribute = f"{package}.{function}".rpartition(".")
+            loss = getattr(import_module(module), attribute)(hidden, head, labels)
+            return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of another version, or for other GPUs
+            raise ConfigError(f"{package}: {error!r}") from error
+
+    return run
 
 
 def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int, name: str) -> Case:
@@ -200,7 +236,12 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
         hidden = torch.randn(rows, h, device=device).to(dtype)
         head = (torch.randn(vocabulary, h, device=device) / h**0.5).to(dtype)
         labels = torch.randint(vocabulary, (rows,), device=device)
-        return hidden, head, labels, torch.rand(rows, device=device) / rows
+        return (
+            hidden,
+            head,
+            labels,
+            torch.full((rows,), 1 / rows, device=device),
+        )  # the mean: the anchors have no others
 
     def reference(hidden: Tensor, head: Tensor, labels: Tensor, weight: Tensor) -> Sequence[Tensor]:
         logp = (hidden.double() @ head.double().T).log_softmax(-1)
@@ -221,6 +262,8 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
     # on a CPU ours is the chunked way
     torch_ways = {"torch, chunked": ours("torch")} if device.type == "cuda" else {}
     torch_ways["torch, all logits"] = whole
+    if device.type == "cuda":
+        torch_ways |= {name: anchor(name) for name, (package, _) in ANCHORS.items() if find_spec(package)}
     return Case(
         "target_cross_entropy",
         setup,
@@ -229,7 +272,7 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
         tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
         shape=f"{rows} rows, h={h}, V={vocabulary}",
         dtype=name,
-        bytes=(vocabulary + 2.0 * rows) * h * dtype.itemsize,
+        bytes=2.0 * (vocabulary + rows) * h * dtype.itemsize,  # the head twice: no cache holds it between the products
         flops=4.0 * rows * h * vocabulary,
         rate=name,
     )
@@ -293,9 +336,8 @@ def cases(device: torch.device) -> list[Case]:
     found += [cross_entropy_case(device, *sizes) for sizes in CROSS_ENTROPY[kind]]
     found += [block_case(device, "rms_norm", *sizes) for sizes in NORMS[kind]]
     found += [block_case(device, "gated_activation", *sizes) for sizes in GATED[kind]]
-    if kind == "cuda":
-        found += [solve_case(device, *sizes, "solve") for sizes in SOLVES[kind]]
-    return found + [solve_case(device, *sizes, "update") for sizes in SOLVES[kind] if sizes[-1] == "float64"]
+    modes = ("solve", "update") if kind == "cuda" else ("update",)
+    return found + [solve_case(device, *sizes, mode) for mode in modes for sizes in SOLVES[kind]]
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ class Row:
         version: versions of fastedit, torch, transformers and triton.
         commit: the commit, with "-dirty" if files of the repository differ from it.
         date: UTC.
+        gpu: its SM clock, power and temperature while it was measured, such as "1980 MHz, 512 W, 61 °C"; may be empty.
     """
 
     benchmark: str
@@ -62,6 +63,7 @@ class Row:
     version: str
     commit: str
     date: str
+    gpu: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -87,6 +89,7 @@ def make_row(
     floor_share: float | None = None,
     bytes: float | None = None,
     flops: float | None = None,
+    gpu: str = "",
 ) -> Row:
     """Make a row with the current time, commit and machine."""
     p20, p50, p80 = (float(f"{q:.4g}") for q in np.quantile(samples, (0.2, 0.5, 0.8)))
@@ -94,7 +97,7 @@ def make_row(
     return Row(
         benchmark, provider, mode, shape, dtype, device_name(torch.device(device)), unit, spread[0], p50, spread[1],
         peak_memory, floor_share and float(f"{floor_share:.3g}"), bytes, flops, versions(), commit(),
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        datetime.now(timezone.utc).isoformat(timespec="seconds"), gpu,
     )  # fmt: skip
 
 
@@ -130,8 +133,10 @@ def read(path: Path | None = None) -> list[Row]:
     with open(path, newline="", encoding="utf-8") as file:
         for cells in (reader := csv.DictReader(file)):
             try:
+                cells["gpu"] = cells.get("gpu") or ""  # older rows end with the date
                 if tuple(cells) != COLUMNS or None in cells.values():
                     raise ValueError(f"it has not the columns {', '.join(COLUMNS)}")
+                datetime.fromisoformat(cells["date"])  # a line that was cut off ends in it
                 numbers = {name: float(cells[name]) if cells[name] else None for name in _NUMBERS}
                 if numbers["peak_memory"] is not None:
                     numbers["peak_memory"] = int(numbers["peak_memory"])
@@ -156,6 +161,18 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def gpu_state(device: torch.device) -> str:
+    """SM clock, power and temperature of a GPU now, as `Row.gpu` has them; "" if nvidia-smi cannot tell."""
+    fields, units = "clocks.sm,power.draw,temperature.gpu", ("MHz", "W", "°C")
+    command = ["nvidia-smi", f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}", f"--query-gpu={fields}"]
+    try:
+        done = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=5)
+        values = [f"{float(value):.0f}" for value in done.stdout.split(",")]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ""
+    return ", ".join(f"{value} {unit}" for value, unit in zip(values, units, strict=True))
 
 
 @cache

@@ -83,13 +83,13 @@ def cases(device: torch.device) -> list[Case]:
 
     found = []
     for x in sizes["N"]:
-        case = kernels.solve_case(device, 1, x, width, width, "float64", "update")
+        case = kernels.solve_case(device, 1, x, width, width, "update")
         found.append(alone(case, "rank-k update, d wide", x))
     for x in sizes["d"]:
-        case = kernels.solve_case(device, 1, 32, x, x, "float64", "update")
+        case = kernels.solve_case(device, 1, 32, x, x, "update")
         found.append(alone(case, "rank-k update, N edits", x))
     for x in sizes["d"]:
-        case = kernels.adam_case(device, x, x, T, adam_dtype)
+        case = kernels.adam_case(device, x, x, T, adam_dtype, "float32")
         found.append(alone(case, "localized Adam, T rows", x))
     for x in sizes["vocabulary"]:
         case = kernels.cross_entropy_case(device, rows, h, x, entropy_dtype)

@@ -283,7 +283,9 @@ inline CUtensorMap map_of(const void* planes, bool half, int64_t d, int64_t rows
 
 void run(Work work, const void* planes, bool half, int64_t stride, int64_t plane_size, int processors,
          cudaStream_t stream) {
-    const CUtensorMap map = map_of(planes, half, work.d, work.rows, stride, work.terms == 6 ? 3 : 1, plane_size);
+    // 16-bit rows are one plane; the driver may refuse a stride of 0 all the same
+    const int64_t plane = work.terms == 6 ? plane_size : work.rows * stride;
+    const CUtensorMap map = map_of(planes, half, work.d, work.rows, stride, work.terms == 6 ? 3 : 1, plane);
     const int tiles = tiles_in(work.d), clusters = std::min(tiles * work.splits, std::max(1, processors / kBlocks));
     const auto kernel = half ? syrk_wgmma_kernel<true> : syrk_wgmma_kernel<false>;
     for (; work.first < work.rows; work.first += work.most) {

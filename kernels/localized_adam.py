@@ -8,8 +8,22 @@
 
 For a weight stored [out, in], A is the gradient of the outputs and B the inputs; for one stored [in, out], the reverse.
 A program owns a tile [BLOCK_M, BLOCK_N]: it sums D over T on tensor cores, and then updates the tile in eight parts of
-its columns, so that only an eighth of w, m and v is in registers with D at a time. Tiles are visited in columns of
-GROUP tiles, so that their A and B stay in L2; w, m and v are read once and marked to be evicted first.
+its columns, so that only an eighth or two of w, m and v are in registers with D at a time. Tiles are visited in columns
+of GROUP tiles, so that their A and B stay in L2; w, m and v are read once and marked to be evicted first.
+
+        B [T, N]                 BLOCK_N = 128          an eighth: 16 columns
+        ┌───┬───┬───┐                      ┌──┬──┬──┬──┬──┬──┬──┬──┐
+        │   │▒▒▒│   │ BLOCK_T              │D0│D1│D2│D3│D4│D5│D6│D7│ BLOCK_M = 128
+        └───┴───┴───┘                      └──┴──┴──┴──┴──┴──┴──┴──┘
+    Aᵀ  ┌───┬───┬───┐             load   w0 w1 w2 w3 ...             before AHEAD: one after the other,
+    [M, │ 0 │ 2 │ 4 │             update    w0 w1 w2 ...             as D fills the registers
+    T]  ├───┼───┼───┤             load         w3 w4 w5 w6 w7        from AHEAD on: the next is on its way
+    ▒▒▒ │ 1 │ 3 │ 5 │ GROUP = 2   update       w2 w3 w4 w5 w6 w7     while one is updated
+        └───┴───┴───┘
+        W: order of programs
+
+For bf16 W and fp32 m and v, a program moves 20 bytes an element, 320 KiB in all, and reads T · 512 bytes of A and B,
+mostly from L2; it computes 32,768 · T flops. On sm_90 a thread has 128 registers, 64 of them for D.
 
 bf16 is rounded by bit arithmetic: half a unit (to nearest) or random bits (stochastic) are added to the 16 bits that
 are dropped. Philox makes eight of these at once, with the seed as key and (row, column // 8, t, tensor) as counter.
@@ -34,6 +48,7 @@ class Config(NamedTuple):
     BLOCK_N: int
     BLOCK_T: int
     GROUP: int  # tiles that are visited in a column before the next column
+    AHEAD: int  # the eighth from which on the next is loaded before the present one is updated
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
@@ -71,26 +86,51 @@ def _bf16_toward(x, UP: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, row, column, stride, mask):
-    at = pointer + row[:, None] * stride + column[None, :]
-    return at, tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+def _place(row, first, M, N, BY_FOURS: tl.constexpr, WIDTH: tl.constexpr):
+    """The WIDTH columns from `first` on, and which elements of them and `row` are inside."""
+    column = first + tl.arange(0, WIDTH)
+    if BY_FOURS:
+        column = tl.max_contiguous(column, 4)
+    return column, (row < M)[:, None] & (column < N)[None, :]
+
+
+@triton.jit
+def _fetch(pointer, row, column, stride, mask):
+    """Elements in the dtype they are stored in; None if they are not given."""
+    if pointer is not None:
+        at = pointer + row[:, None] * stride + column[None, :]
+        pointer = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    return pointer
+
+
+@triton.jit
+def _load(
+    row, first, M, N, pointers, strides, BY_FOURS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """w, m and v of `row` and the WIDTH columns from `first` on."""
+    w_ptr, m_ptr, v_ptr, _, _ = pointers
+    w_row, m_row, v_row, _, _ = strides
+    column, mask = _place(row, first, M, N, BY_FOURS, WIDTH)
+    return (
+        _fetch(w_ptr, row, column, w_row, mask),
+        _fetch(m_ptr, row, column, m_row, mask),
+        _fetch(v_ptr, row, column, v_row, mask),
+    )
 
 
 @triton.jit
 def _update(
-    d, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
+    d, loaded, row, first, M, N, pointers, strides, hyper, clip, step, step_size, root, seed,
     DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, BY_FOURS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Update `row` and the WIDTH columns from `first` on by their gradient d."""
+    """Update what `_load` gave by its gradient d, and store it."""
     w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr = pointers
     w_row, m_row, v_row, copy_row, origin_row = strides
     lr, beta1, rest1, beta2, rest2, eps, decay, bound = hyper
-    column = first + tl.arange(0, WIDTH)
-    if BY_FOURS:
-        column = tl.max_contiguous(column, 4)
-    mask = (row < M)[:, None] & (column < N)[None, :]
+    w, m, v = loaded
+    column, mask = _place(row, first, M, N, BY_FOURS, WIDTH)
     line, eighth = row.to(tl.int32)[:, None], (first // 8 + tl.arange(0, WIDTH // 8))[None, :]
-    w_at, w = _load(w_ptr, row, column, w_row, mask)
+    w = w.to(tl.float32)
     g = d * clip
     if DECOUPLED:
         w *= 1 - lr * decay
@@ -99,20 +139,20 @@ def _update(
     if m_ptr is None:
         w -= lr * g
     else:
-        m_at, m = _load(m_ptr, row, column, m_row, mask)
-        v_at, v = _load(v_ptr, row, column, v_row, mask)
-        m = beta1 * m + rest1 * g
-        v = beta2 * v + rest2 * g * g
+        m = beta1 * m.to(tl.float32) + rest1 * g
+        v = beta2 * v.to(tl.float32) + rest2 * g * g
+        m_at = m_ptr + row[:, None] * m_row + column[None, :]
+        v_at = v_ptr + row[:, None] * v_row + column[None, :]
         _store(m_at, m, mask, seed, step, line, eighth, 1, STOCHASTIC)
         _store(v_at, v, mask, seed, step, line, eighth, 2, STOCHASTIC)
         w -= step_size * m / (tl.sqrt(v) * root + eps)
-    if origin_ptr is not None:
-        _, origin = _load(origin_ptr, row, column, origin_row, mask)
+    if origin_ptr is not None:  # only here: it would not fit into the registers beside the others
+        origin = _fetch(origin_ptr, row, column, origin_row, mask).to(tl.float32)
         low, high = origin - bound, origin + bound
         if w_ptr.dtype.element_ty == tl.bfloat16:  # rounding does not leave an interval that ends in bf16 numbers
             low, high = _bf16_toward(low, True), _bf16_toward(high, False)
         w = tl.minimum(tl.maximum(w, low, tl.PropagateNan.ALL), high, tl.PropagateNan.ALL)
-    _store(w_at, w, mask, seed, step, line, eighth, 0, STOCHASTIC)
+    _store(w_ptr + row[:, None] * w_row + column[None, :], w, mask, seed, step, line, eighth, 0, STOCHASTIC)
     if copy_ptr is not None:
         _store(copy_ptr + row[:, None] * copy_row + column[None, :], w, mask, seed, step, line, eighth, 0, False)
 
@@ -123,12 +163,19 @@ def localized_adam_kernel(
     T, M, N, a_row, a_col, b_row, b_col, w_row, m_row, v_row, copy_row, origin_row, step, seed,
     lr, beta1, rest1, beta2, rest2, log_beta1, log_beta2, eps, decay, bound,
     DECOUPLED: tl.constexpr, STOCHASTIC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The module's formula on the tile of this program; `step` is t, a number or a pointer to one."""
     if skip_ptr is not None:  # noqa: SIM102  # decided when compiling
         if tl.load(skip_ptr) != 0:
             return
+    # before the products, which hide them
+    t = tl.load(step).to(tl.int32) if step.dtype.is_ptr() else step
+    # fp64, as 1 − 0.999ᵗ loses four digits of fp32 at t = 1
+    step_size = (lr / (1 - tl.exp(t * tl.cast(log_beta1, tl.float64)))).to(tl.float32)
+    root = (1 / tl.sqrt(1 - tl.exp(t * tl.cast(log_beta2, tl.float64)))).to(tl.float32)
+    clip = 1.0 if clip_ptr is None else tl.load(clip_ptr)
+
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
     group, rest = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
@@ -151,11 +198,6 @@ def localized_adam_kernel(
         a_at += BLOCK_T * tl.cast(a_row, tl.int64)
         b_at += BLOCK_T * tl.cast(b_row, tl.int64)
 
-    t = tl.load(step).to(tl.int32) if step.dtype.is_ptr() else step
-    # fp64, as 1 − 0.999ᵗ loses four digits of fp32 at t = 1
-    step_size = (lr / (1 - tl.exp(t * tl.cast(log_beta1, tl.float64)))).to(tl.float32)
-    root = (1 / tl.sqrt(1 - tl.exp(t * tl.cast(log_beta2, tl.float64)))).to(tl.float32)
-    clip = 1.0 if clip_ptr is None else tl.load(clip_ptr)
     left, right = _halves(d, BLOCK_M, BLOCK_N)
     first_quarter, second_quarter = _halves(left, BLOCK_M, BLOCK_N // 2)
     third_quarter, last_quarter = _halves(right, BLOCK_M, BLOCK_N // 2)
@@ -164,32 +206,42 @@ def localized_adam_kernel(
     # if a thread takes eight of bf16, fp32 moves between threads to be stored by fours; Philox makes eight, though, and
     # beside products of fp32 there are no registers to spare
     fours: tl.constexpr = not STOCHASTIC and a_ptr.dtype.element_ty != tl.float32
+    pointers, strides = (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row)
+    hyper = lr, beta1, rest1, beta2, rest2, eps, decay, bound
+    width: tl.constexpr = BLOCK_N // 8
+    loaded = _load(row, first, M, N, pointers, strides, fours, width)
     for i in tl.static_range(8):
+        following = loaded
+        if (i >= AHEAD) & (i < 7):
+            following = _load(row, first + (i + 1) * width, M, N, pointers, strides, fours, width)
         _update(
-            parts[i], row, first + i * (BLOCK_N // 8), M, N,
-            (w_ptr, m_ptr, v_ptr, copy_ptr, origin_ptr), (w_row, m_row, v_row, copy_row, origin_row),
-            (lr, beta1, rest1, beta2, rest2, eps, decay, bound), clip, t, step_size, root, seed,
-            DECOUPLED, STOCHASTIC, fours, BLOCK_N // 8,
+            parts[i], loaded, row, first + i * width, M, N, pointers, strides, hyper, clip, t, step_size, root, seed,
+            DECOUPLED, STOCHASTIC, fours, width,
         )  # fmt: skip
+        if i < AHEAD:
+            following = _load(row, first + (i + 1) * width, M, N, pointers, strides, fours, width)
+        loaded = following
 
 
-def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, target: GPUTarget | None) -> Config:
+def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, spare: bool, target: GPUTarget | None) -> Config:
     """The tiles for products of this dtype on a target; None is the interpreter.
 
     128 × 128 on eight warps: D takes 64 registers per thread, and with an eighth of w, m and v it fits into 128. So two
     programs share a Hopper multiprocessor, and one loads while the other multiplies. This needs `whole`: M, N, row
-    strides and all addresses are multiples of 16, and columns are contiguous; otherwise it would spill.
-    NVIDIA has no tensor cores for fp32: half the tile on four warps, 8 × 8 products per thread.
+    strides and all addresses are multiples of 16, and columns are contiguous; otherwise it would spill. A second eighth
+    fits when two of D are done; with bf16 moments or an original, which are not `spare`, when five are.
+    NVIDIA has no tensor cores for fp32: half the tile on four warps, 8 × 8 products per thread; three programs fit.
     """
     if target is None:
-        return Config(128, 128, 64, 16, 4, 1)
+        return Config(128, 128, 64, 16, 0, 4, 1)
     cuda = target.backend == "cuda"
     stages = 3 if cuda else 2
     if dtype == torch.float32:
-        return Config(128, 128, 32, 16, 8, stages) if allow_tf32 else Config(64, 128, 16, 16, 4, stages)
+        return Config(128, 128, 32, 16, 0, 8, stages) if allow_tf32 else Config(64, 128, 16, 16, 1, 4, stages)
     hopper = cuda and target.arch // 10 == 9
     block_t = 64 if cuda and target.arch >= 90 else 32
-    return Config(128, 128, block_t, 16, 8, stages, 128 if hopper and whole else None)
+    tight = hopper and whole
+    return Config(128, 128, block_t, 16, (2 if spare else 5) if tight else 0, 8, stages, 128 if tight else None)
 
 
 def localized_adam_(
@@ -222,10 +274,12 @@ def localized_adam_(
     (T, M), N = a.shape, b.shape[1]
     interpreted = triton.knobs.runtime.interpret
     if config is None:
-        target = None if interpreted else triton.runtime.driver.active.get_current_target()
+        with torch.cuda.device_of(weight):
+            target = None if interpreted else triton.runtime.driver.active.get_current_target()
         given = [x for x in (a, b, weight, exp_avg, exp_avg_sq, copy, original) if x is not None]
         laid = all(x.stride(1) == 1 and x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in given)
-        config = config_for(a.dtype, allow_tf32, laid and M % 16 == N % 16 == 0, target)
+        spare = original is None and (exp_avg is None or exp_avg.dtype == torch.float32)
+        config = config_for(a.dtype, allow_tf32, laid and M % 16 == N % 16 == 0, spare, target)
     meta = {name: value for name, value in config._asdict().items() if value is not None}
     rows = [0 if x is None else x.stride(0) for x in (weight, exp_avg, exp_avg_sq, copy, original)]
     logs = [math.log(beta) if beta else -math.inf for beta in betas]

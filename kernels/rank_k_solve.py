@@ -6,7 +6,22 @@
 group and turns them into G⁻¹ in registers: elimination without pivoting, which a positive definite S does not need,
 turns S = M D Mᵀ into D and I into M⁻¹ in N steps. Columns of M⁻¹ replace those of S that vanish, so that one tile
 [N, N] holds both; G⁻¹ = D^(−½) M⁻¹. `_apply` multiplies tiles of Y, then R, by it. No atomics: the same inputs give
-the same bits. Products of fp64 run on tensor cores if there are any; those of fp32 do not, because they would be tf32.
+the same bits. All is in fp64, on tensor cores if there are any: S has the condition number 1 + ‖Y‖²/ridge.
+
+    Y  [N, d]  ┌────────┬────────┬───┐  _gram: a program for each part   ┌───┐┌───┐┌───┐  N × N each
+               └────────┴────────┴───┘  of `span` columns                └───┘└───┘└───┘
+                                        _invert: a program for a group     ridge·I + Σ  →  G⁻¹
+    Y, R       ┌──┬──┬──┬──┬──┬──┬──┬┐  _apply: a program for            ┌──┬──┬──┬──┬──┬──┬──┬┐
+               └──┴──┴──┴──┴──┴──┴──┴┘  BLOCK_C columns; times G⁻¹       └──┴──┴──┴──┴──┴──┴──┴┘  right, left
+
+    a group      bytes               flops             registers of the sum or tile in a thread, N = 16, 32, 64, 128
+    _gram        8·N·(d + N·parts)   2·N²·d                  4, 16, 64, 128
+    _invert      8·N²·(parts + 1)    2·N³, in N steps        4, 16, 16, 32 (by halves from 64 on)
+    _apply       16·N·(d + h)        2·N²·(d + h)           16, 32, 64, 64
+
+The elimination of S = (4 2; 2 5): step 0 takes 2/4 of row 0 from row 1, which leaves (0, 4); M⁻¹ starts as I, and the
+same step makes its row 1 (−½, 1). The zero is not kept, −½ takes its place: (4 2; −½ 4). D is the diagonal, 4 and 4;
+M⁻¹ is below it, with ones on it; and G⁻¹ = (1/√4 0; −½/√4 1/√4) = (½ 0; −¼ ½).
 """
 
 from __future__ import annotations
@@ -20,7 +35,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-DTYPES = (torch.float32, torch.float64)
 MOST = 128
 """Largest N: S [N, N] has to stay in registers."""
 _SPAN = 512  # fewest columns of Y for a part of S
@@ -37,7 +51,7 @@ class Config(NamedTuple):
     num_stages: int
     maxnreg: int | None  # of `_gram` and `_apply`
 
-    def launches(self, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def launches(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Keyword arguments of `_gram`, `_invert` and `_apply`."""
         how: dict[str, Any] = {"BLOCK_N": self.BLOCK_N, "num_warps": self.num_warps}
         streams = how | ({"maxnreg": self.maxnreg} if self.maxnreg else {})
@@ -45,7 +59,7 @@ class Config(NamedTuple):
         stages = self.num_stages if step < self.BLOCK_N else 1  # one step has nothing to overlap with
         return (
             streams | {"BLOCK_K": self.BLOCK_K, "num_stages": self.num_stages},
-            how | {"EPS": torch.finfo(dtype).eps, "SIZE": self.SIZE, "BLOCK_K": 32, "num_stages": 1},
+            how | {"EPS": torch.finfo(torch.float64).eps, "SIZE": self.SIZE, "BLOCK_K": 32, "num_stages": 1},
             streams | {"BLOCK_K": step, "BLOCK_C": self.BLOCK_C, "num_stages": stages},
         )
 
@@ -176,10 +190,10 @@ def _apply(
 def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute left = G⁻¹ R and right = G⁻¹ Y for each group; G is the lower Cholesky factor of ridge·I + Y Yᵀ.
 
-    All arithmetic is in the given dtype. An error of ε in S becomes one of ε·κ in leftᵀ right, with κ ≤ 1 + ‖Y‖²/ridge.
+    An error of ε in S becomes one of ε·κ in leftᵀ right, with κ ≤ 1 + ‖Y‖²/ridge.
 
     Args:
-        white: Y [..., N, d] fp32 or fp64, any strides, 1 ≤ N ≤ 128. Smaller groups may be padded by rows of zeros.
+        white: Y [..., N, d] fp64, any strides, 1 ≤ N ≤ 128. Smaller groups may be padded by rows of zeros.
         residuals: R [..., N, h], same dtype.
         ridge: a number, or one for each group [...]; ≥ 0.
 
@@ -193,8 +207,8 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
     """
     *groups, N, d = white.shape
     h, dtype, device = residuals.shape[-1], white.dtype, white.device
-    if dtype not in DTYPES or residuals.dtype != dtype:
-        raise ValueError(f"white is {dtype}, residuals {residuals.dtype}; expected both float32 or both float64")
+    if not dtype == residuals.dtype == torch.float64:
+        raise ValueError(f"white is {dtype}, residuals {residuals.dtype}; expected both float64")
     if not 1 <= N <= MOST or residuals.shape[:-1] != white.shape[:-1]:
         raise ValueError(
             f"white is {list(white.shape)}, residuals {list(residuals.shape)}; expected [..., N, d] and [..., N, h] "
@@ -210,13 +224,15 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
     if B == 0:
         return left.view(*groups, N, h), right.view(*groups, N, d), failed.view(groups)
     interpreted = triton.knobs.runtime.interpret
-    config = config_for(dtype, N, None if interpreted else triton.runtime.driver.active.get_current_target())
+    with torch.cuda.device_of(white):
+        target = None if interpreted else triton.runtime.driver.active.get_current_target()
+    config = config_for(N, target)
     processors = 132 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
     span = config.BLOCK_K * triton.cdiv(max(_SPAN, triton.cdiv(d * B, 4 * processors)), config.BLOCK_K)
     parts = max(1, triton.cdiv(d, span))
     system = Y.new_empty(B, parts, config.BLOCK_N, config.BLOCK_N)
     inverse = Y.new_empty(B, config.BLOCK_N, config.BLOCK_N)
-    gram, invert, apply = (how | {"enable_fp_fusion": True} for how in config.launches(dtype))
+    gram, invert, apply = (how | {"enable_fp_fusion": True} for how in config.launches())
     with torch.cuda.device_of(white):
         _gram[B, parts](Y, system, N, d, span, *Y.stride(), **gram)
         _invert[(B,)](system, ridge, inverse, failed, N, parts, **invert)
@@ -227,21 +243,20 @@ def rank_k_solve(white: Tensor, residuals: Tensor, ridge: float | Tensor) -> tup
     return left.view(*groups, N, h), right.view(*groups, N, d), failed.view(groups)
 
 
-def config_for(dtype: torch.dtype, N: int, target: GPUTarget | None) -> Config:
+def config_for(N: int, target: GPUTarget | None) -> Config:
     """The tiles for N rows on a target, None for the interpreter.
 
-    For fp64, halves keep the elimination within the registers. For fp32, where products are not on tensor cores, their
-    operands would take more registers than halves save. If S takes at most 32 registers per thread, `maxnreg` allows
-    as many as four programs per multiprocessor leave: ptxas by itself aims for more programs, and spills.
+    Halves keep the elimination within the registers. If S takes at most 16 of them per thread, `maxnreg` allows as many
+    as four programs per multiprocessor leave: ptxas by itself aims for more programs, and spills.
     """
     block = max(16, triton.next_power_of_2(N))
     cuda = target is not None and target.backend == "cuda"
     return Config(
         BLOCK_N=block,
-        SIZE=block // 2 if block > 32 and dtype == torch.float64 else block,
+        SIZE=block // 2 if block > 32 else block,
         BLOCK_K=max(16, 1024 // block) if target else 64,
         BLOCK_C=64 if target else 256,
         num_warps=8 if block == 128 else 4,
         num_stages=3 if target is None or cuda else 2,
-        maxnreg=128 if cuda and block * block * dtype.itemsize <= 1 << 14 else None,
+        maxnreg=128 if cuda and block <= 32 else None,
     )

@@ -8,6 +8,20 @@ vocabulary adds exp(z − top) head to an fp32 sum, which is scaled down when a 
 matrix products, as many as with all logits in memory. The label is left out: 1 − p_label is the sum of the others
 instead of a difference, and exact if p_label is nearly 1. Scales are powers of two, so that they do not round.
 No atomics: the same inputs give the same bits.
+
+          head [V, h]                  one chunk: tiles · BLOCK_V columns of the vocabulary
+    ┌───┬───┬───┬───┬───┐  _exponentials   p [R, chunk]: a program for each tile, with e and Σ exp2 of its rows
+    │ 0 │ 1 │ 2 │ 3 │ … │  _settle         a program for each row: one exponent for the whole chunk
+    └───┴───┴───┴───┴───┘  _accumulate     acc [parts, R, h] = shrink · acc + p @ head: a program for each
+    then the next chunk;                   BLOCK_R × BLOCK_H of acc and part of the chunk (split-K)
+    at the end             _finish         the parts and the label join: loss and gradient
+
+    a call           bytes                                flops      registers of the sum in a thread on sm_90
+    _exponentials    V·h·w · ⌈R/128⌉, mostly from L2      2·R·V·h    128 (128 × 256 on 8 warps)
+    _accumulate      the same, and 8·R·h·parts a chunk    2·R·V·h    128
+    _settle          R·tiles a chunk, and p where the largest logit rose
+
+w is 2 for bf16 and fp16, 4 for fp32. Chunks of an 8B model's head are larger than L2, so the head is read twice.
 """
 
 from __future__ import annotations
@@ -22,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK = 4096  # fewest columns of the vocabulary between two passes over the sums
+_WAVES = 2  # tiles of the first product for each multiprocessor between them, if those are more
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _NOTHING = tl.constexpr(-1e30)  # exponent of an empty sum; finite, because −inf − −inf is NaN
@@ -121,6 +136,12 @@ def _settle(p, exponent, mass, top, total, shrink, tiles, BLOCK_V: tl.constexpr,
     tl.store(shrink + row, tl.exp2(old - new))
 
 
+@triton.jit
+def _halves(x, M: tl.constexpr, N: tl.constexpr):
+    """x [M, N] as its left and right half of the columns, in registers."""
+    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+
 @triton.jit(do_not_specialize=["R", "start", "tiles"])
 def _accumulate(
     p, head, shrink, acc,
@@ -137,9 +158,7 @@ def _accumulate(
     k = begin + tl.arange(0, BLOCK_K)
     p_at = p + tl.minimum(row, R - 1).to(tl.int64)[:, None] * width + k[None, :]
     w_at = head + (start + k).to(tl.int64)[:, None] * head_row + col.to(tl.int64)[None, :] * head_col
-    sum_at = acc + (tl.program_id(2).to(tl.int64) * R + row[:, None]) * h + col[None, :]
-    within = (row < R)[:, None] & (col < h)[None, :]
-    sum = tl.load(sum_at, mask=within, other=0.0) * tl.load(shrink + row, mask=row < R, other=0.0)[:, None]
+    sum = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     for first in range(0, tl.minimum(share, width - begin), BLOCK_K):
         a = tl.load(p_at)  # [BLOCK_R, BLOCK_K]
         w = tl.load(w_at, mask=(k[:, None] < V - start - first) & (col[None, :] < h), other=0.0)  # [BLOCK_K, BLOCK_H]
@@ -148,7 +167,16 @@ def _accumulate(
         sum = tl.dot(a, w, sum, input_precision=PRECISION)
         p_at += BLOCK_K
         w_at += BLOCK_K * tl.cast(head_row, tl.int64)
-    tl.store(sum_at, sum, mask=within)
+    # the old sums only now, and a quarter of the columns at a time: beside the products there are no registers for them
+    scale = tl.load(shrink + row, mask=row < R, other=0.0)[:, None]
+    line = acc + (tl.program_id(2).to(tl.int64) * R + row[:, None]) * h
+    left, right = _halves(sum, BLOCK_R, BLOCK_H)
+    quarters = _halves(left, BLOCK_R, BLOCK_H // 2) + _halves(right, BLOCK_R, BLOCK_H // 2)
+    for i in tl.static_range(4):
+        some = tl.program_id(1) * BLOCK_H + i * (BLOCK_H // 4) + tl.arange(0, BLOCK_H // 4)
+        within = (row < R)[:, None] & (some < h)[None, :]
+        old = tl.load(line + some[None, :], mask=within, other=0.0)
+        tl.store(line + some[None, :], old * scale + quarters[i], mask=within)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -192,7 +220,7 @@ def target_cross_entropy(
 
     Beside the results it needs 4·R·h bytes for fp32 sums, times the number of parts into which a chunk is cut if the
     sums have fewer tiles than there are multiprocessors. It also needs R rows of probabilities in the dtype of hidden,
-    of `_CHUNK` columns, or more if that gives every multiprocessor a tile.
+    of `_CHUNK` columns, or more if that gives every multiprocessor two tiles.
 
     Args:
         hidden: [R, h] bf16, fp16 or fp32, any strides.
@@ -224,12 +252,13 @@ def target_cross_entropy(
     grad = torch.empty(R, h, dtype=torch.float32 if upcast else hidden.dtype, device=hidden.device)
     if R == 0:
         return losses, grad.to(hidden.dtype)
-    target = None if interpreted else triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device_of(hidden):
+        target = None if interpreted else triton.runtime.driver.active.get_current_target()
     first, second = config_for(hidden.dtype, R, softcap is not None, target)
     rows, columns, width = triton.cdiv(R, first.BLOCK_R), triton.cdiv(h, second.BLOCK_N), first.BLOCK_N
-    # enough programs of either product for all multiprocessors, and so many columns that reading the sums is cheap
+    # whole waves of either product on all multiprocessors, and so many columns that reading the sums is cheap
     processors = _processors(hidden.device)
-    tiles = min(triton.cdiv(V, width), max(_CHUNK // width, processors // rows))
+    tiles = min(triton.cdiv(V, width), max(_CHUNK // width, _WAVES * processors // rows))
     parts = max(1, processors // (rows * columns))
     p = grad.new_empty(R, tiles * width)
     exponent, mass = losses.new_empty(2, R, tiles)
@@ -267,8 +296,8 @@ def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | Non
 
     With up to 64 rows, only reading the head counts. With more, tiles of 128 × 128 wait for Hopper's shared memory: a
     step of 64 fills and reads 80 KiB in the time for 64 KiB, a step of 128 × 256 fills and reads 128 KiB in the time
-    for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's slope.
-    The second is not: 512 rows and 4096 columns would be half as many programs as there are multiprocessors.
+    for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's slope;
+    the second always is. Parts of a chunk make up for its fewer tiles.
     """
     stages = 4 if target is None or target.backend == "cuda" else 2  # AMD's shared memory is 64 KiB
     generation = target.arch // 10 if target is not None and target.backend == "cuda" else 0
@@ -276,5 +305,6 @@ def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | Non
         return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # four would spill on Blackwell
     if R <= 64:
         return (Config(64, 128, 64, 4, stages),) * 2
-    second = Config(128, 128, 64, 8, stages)
-    return second._replace(BLOCK_N=256) if generation == 9 and not capped else second, second
+    square = Config(128, 128, 64, 8, stages)
+    wide = square._replace(BLOCK_N=256) if generation == 9 else square
+    return square if capped else wide, wide

@@ -135,7 +135,22 @@ def test_rows_survive_a_run_that_was_cut_short_and_the_last_of_a_key_counts(file
     assert (other.p20, other.p50, other.p80, other.peak_memory) == (None, 7.0, None, None)
 
 
-@pytest.mark.parametrize("spoil", [lambda line: line.rsplit(",", 3)[0], lambda line: line.replace("2.0", "fast")])
+def test_rows_from_before_the_gpus_state_was_noted(file: Path) -> None:
+    rows.append(made())
+    lines = file.read_text().splitlines()
+    file.write_text(
+        "\n".join([lines[0].removesuffix(",gpu"), *(line.removesuffix(",") for line in lines[1:] * 2)]) + "\n"
+    )
+    old = rows.read(file)
+    file.write_text("\n".join([lines[0], *(line.removesuffix(",") for line in lines[1:])]) + "\n")
+    rows.append(replace(made(), gpu="1980 MHz, 512 W, 61 °C"))
+    assert rows.read(file)[0] == old[0] == old[1]
+    assert rows.read(file)[1].gpu == "1980 MHz, 512 W, 61 °C"
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda line: line.rsplit(",", 3)[0], lambda line: line[:-9], lambda line: line.replace("2.0", "fast")]
+)
 def test_a_line_that_is_no_row_is_named(spoil: Callable[[str], str], file: Path) -> None:
     rows.append(made())
     rows.append(made())
@@ -263,11 +278,11 @@ def test_every_operation_has_a_microbenchmark_beside_torch() -> None:
 
 CPU = torch.device("cpu")
 KERNELS: dict[str, Callable[[], Case]] = {
-    "adam": lambda: kernels.adam_case(CPU, 48, 32, 20, "float32"),
-    "adam, bf16": lambda: kernels.adam_case(CPU, 48, 32, 20, "bfloat16"),
-    "solve, kernel alone": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float64", "solve"),
-    "solve, fp32": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float32", "solve"),
-    "solve, update": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "float64", "update"),
+    "adam": lambda: kernels.adam_case(CPU, 48, 32, 20, "float32", "float32"),
+    "adam, bf16": lambda: kernels.adam_case(CPU, 48, 32, 20, "bfloat16", "float32"),
+    "adam, bf16 moments": lambda: kernels.adam_case(CPU, 48, 32, 20, "bfloat16", "bfloat16"),
+    "solve, kernel alone": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "solve"),
+    "solve, update": lambda: kernels.solve_case(CPU, 2, 16, 32, 48, "update"),
     "cross-entropy": lambda: kernels.cross_entropy_case(CPU, 8, 32, 100, "float32"),
     "norm": lambda: kernels.block_case(CPU, "rms_norm", 8, 100, "float32"),
     "norm, bf16": lambda: kernels.block_case(CPU, "rms_norm", 8, 100, "bfloat16"),

@@ -15,11 +15,15 @@ from torch.nn.functional import pad
 from fastedit.errors import ConfigError, TensorError
 from fastedit.ops.library import define, writes_in_place
 from fastedit.ops.registry import Backend, Call, Option, choose, register
+from fastedit.ops.trust import trust, trusted
 
 CHUNK = 1024
 """Rows whose products are summed in fp32 before the sum is added to the fp64 total."""
+GPU_CHUNK = 8192
+"""The same for bf16 and fp16 rows on a GPU, where a pass over the total costs as much as the products of 2,000 rows,
+counted by an H200's bandwidth and rate."""
 LARGEST_VALUE = 2.0**57
-"""Largest magnitude in a row: squares of 8,192 rows, the most that a GPU sums in fp32, then have a finite sum."""
+"""Largest magnitude in a row: squares of GPU_CHUNK rows then have a finite sum in fp32."""
 _BLOCK = 1024
 _NOT_BUILT = "the extension fastedit._C is not built"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +33,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def syrk_(total: Tensor, rows: Tensor, mask: Tensor | None = None, *, backend: Backend = "auto") -> None:
     """Add rowsᵀ rows to the lower triangle of `total`, in place; nothing above the diagonal changes.
 
-    Products are summed in fp32 over at most CHUNK rows (products of bf16 and fp16 are exact in fp32), chunks in fp64.
+    Products are summed in fp32 over at most CHUNK rows, on a GPU GPU_CHUNK rows of bf16 and fp16, whose products are
+    exact in fp32; chunks are summed in fp64.
 
     Args:
         total: [d, d] fp64, contiguous.
@@ -65,7 +70,7 @@ def _torch(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:
         if bad.any():
             raise _not_finite(int(bad.nonzero()[0] if mask is None else mask.nonzero()[bad][0]))
     tensor_cores = rows.device.type == "cuda" and rows.dtype != torch.float32
-    for chunk in rows.split(CHUNK):
+    for chunk in rows.split(GPU_CHUNK if tensor_cores else CHUNK):
         x = chunk if tensor_cores else chunk.float()
         for start in range(0, x.shape[1], _BLOCK):  # block columns, so that half of the products are not formed
             left, right = x[:, start:].T, x[:, start : start + _BLOCK]
@@ -175,8 +180,22 @@ def _no_cuda(call: Call) -> str | None:
     return f"sm_{major}{minor} has no bf16 tensor cores" if major < 8 else None
 
 
+def trust_cuda() -> None:
+    """Let `auto` take the CUDA kernels on GPUs like the current one from now on: their tests have just passed.
+
+    Raises:
+        ConfigError: there is no GPU, or the kernels are not built.
+    """
+    device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if reason := _no_cuda(Call(device, torch.bfloat16, {})):
+        raise ConfigError(f"the CUDA kernels of syrk_ cannot be trusted: {reason}")
+    print(f"backend='auto' of syrk_ takes cuda here, by {trust('syrk_', device, _extension().__file__)}")
+
+
 def _untried(call: Call) -> str | None:
-    return "it compiles, but has not run on a GPU yet; ask for it by name"
+    if trusted("syrk_", call.device, _extension().__file__):
+        return None
+    return "its tests have not passed on this GPU yet; let make gpu-test run them, or ask for it by name"
 
 
 def _check(total: Tensor, rows: Tensor, mask: Tensor | None) -> None:

@@ -27,7 +27,13 @@ def logits_buffer(head_weight: Tensor, n: int, n_others: int = 0) -> Tensor:
     It has room for at least the last ``n_others`` rows, those of ``others``, which are always taken at once.
     """
     V = len(head_weight)
-    return head_weight.new_empty(max(1, n_others, min(_CHUNK_LOGITS // V, n)), V)
+    return head_weight.new_empty(max(1, n_others, min(_chunk_rows(V), n)), V)
+
+
+def _chunk_rows(V: int) -> int:
+    """Rows of a chunk; whole tiles of a product, 128 rows, where it has as many."""
+    rows = _CHUNK_LOGITS // V
+    return rows - rows % 128 if rows > 128 else rows
 
 
 def target_cross_entropy(
@@ -233,8 +239,9 @@ def _slower(call: Call) -> str | None:
     if call.dtype == torch.float32:
         return "fp32 products take three passes on tensor cores"
     # estimates, not measured: torch reads the head twice per chunk, the kernel twice per call, but in more launches
-    if 0 < call.sizes.get("R", 0) * call.sizes.get("V", 0) <= _CHUNK_LOGITS:
-        return f"R·V is at most {_CHUNK_LOGITS}, one chunk for torch"
+    R, V = call.sizes.get("R", 0), call.sizes.get("V", 0)
+    if R > 0 and V > 0 and (rows := _chunk_rows(V)) >= R:
+        return f"R = {R} is at most {rows}, one chunk for torch"
     return None
 
 

@@ -87,11 +87,14 @@ def localized_adam(target: str) -> Iterator[Case]:
     floats = ("lr", "beta1", "rest1", "beta2", "rest2", "log_beta1", "log_beta2", "eps", "decay", "bound")
     optional = ("copy_ptr", "origin_ptr", "clip_ptr", "skip_ptr")
     fp32 = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32")
-    master = {**fp32, "copy_ptr": "*bf16", "skip_ptr": "*fp32", "step": "*fp32"}
+    state = {**fp32, "skip_ptr": "*fp32", "step": "*fp32"}
+    master = {**state, "copy_ptr": "*bf16"}
     full = {**master, "origin_ptr": "*fp32", "clip_ptr": "*fp32"}
     for name, kind, tf32, stored in (
         ("bf16, stochastic", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
+        ("bf16, clipped", "bf16", False, {**state, "w_ptr": "*bf16", "clip_ptr": "*fp32"}),
         ("bf16, ragged", "bf16", False, {**fp32, "w_ptr": "*bf16"}),
+        ("bf16, bf16 moments", "bf16", False, dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*bf16")),
         ("bf16, bound", "bf16", False, {**fp32, "w_ptr": "*bf16", "origin_ptr": "*bf16"}),
         ("bf16, master", "bf16", False, master),
         ("bf16, full", "bf16", False, full),
@@ -99,7 +102,8 @@ def localized_adam(target: str) -> Iterator[Case]:
         ("tf32, full", "fp32", True, full),
     ):
         dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-        config = config_for(dtype, tf32, name != "bf16, ragged", TARGETS[target])._asdict()
+        spare = stored["m_ptr"] == "*fp32" and "origin_ptr" not in stored
+        config = config_for(dtype, tf32, name != "bf16, ragged", spare, TARGETS[target])._asdict()
         launch = {option: config.pop(option) for option in ("num_warps", "num_stages", "maxnreg")}
         fixed = {"a_col": 1, "b_col": 1, "DECOUPLED": False, "STOCHASTIC": "copy_ptr" not in stored, "UPCAST": False}
         yield Case(
@@ -145,27 +149,25 @@ def target_cross_entropy(target: str) -> Iterator[Case]:
 
 
 def rank_k_solve(target: str) -> Iterator[Case]:
-    """Every height of tile; products of fp64 use its own tensor cores, those of fp32 none on CUDA."""
+    """Every height of tile; products of fp64 use their own tensor cores."""
     from fastedit.kernels.rank_k_solve import config_for
 
-    amd = target == "gfx942"
-    without_fp64 = ("sm_100",) if VERSION < (3, 8) else ()  # Triton multiplied there as it does fp32
-    for kind, dtype in (("fp64", torch.float64), ("fp32", torch.float32)):
-        product = "v_mfma" if amd else "mma.sync" if kind == "fp64" and target not in without_fp64 else None
-        names = ("white", "system", "ridge", "inverse", "source", "target")
-        types = dict.fromkeys(names, f"*{kind}") | {"failed": "*i32", "group": "i64"}
-        for N in (16, 32, 64, 128):
-            config = config_for(dtype, N, TARGETS[target])
-            halves = product if config.SIZE < config.BLOCK_N else None
-            wide = ("d", "span", "width", "group", "row")
-            products = (product, halves, product)
-            launches = zip(("_gram", "_invert", "_apply"), config.launches(dtype), products, strict=True)
-            for kernel, launch, instruction in launches:
-                options = {option: launch.pop(option, None) for option in ("num_warps", "num_stages", "maxnreg")}
-                constants = launch if kernel == "_invert" else launch | {"col": 1}
-                aligned = () if kernel == "_invert" else wide
-                case = Case(f"{kind}, N={N}", "rank_k_solve", kernel, types, constants, **options)
-                yield replace(case, aligned=aligned, instruction=instruction)
+    # Triton before 3.8 multiplied on Blackwell as it does fp32
+    product = "v_mfma" if target == "gfx942" else None if target == "sm_100" and VERSION < (3, 8) else "mma.sync"
+    names = ("white", "system", "ridge", "inverse", "source", "target")
+    types = dict.fromkeys(names, "*fp64") | {"failed": "*i32", "group": "i64"}
+    for N in (16, 32, 64, 128):
+        config = config_for(N, TARGETS[target])
+        halves = product if config.SIZE < config.BLOCK_N else None
+        wide = ("d", "span", "width", "group", "row")
+        products = (product, halves, product)
+        launches = zip(("_gram", "_invert", "_apply"), config.launches(), products, strict=True)
+        for kernel, launch, instruction in launches:
+            options = {option: launch.pop(option, None) for option in ("num_warps", "num_stages", "maxnreg")}
+            constants = launch if kernel == "_invert" else launch | {"col": 1}
+            aligned = () if kernel == "_invert" else wide
+            case = Case(f"fp64, N={N}", "rank_k_solve", kernel, types, constants, **options)
+            yield replace(case, aligned=aligned, instruction=instruction)
 
 
 def rms_norm(target: str) -> Iterator[Case]:

@@ -41,6 +41,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
     monkeypatch.setattr(kernel, "_CHUNK", 128)
+    monkeypatch.setattr(kernel, "_WAVES", 1)
     return sizes
 
 

@@ -18,7 +18,7 @@ from fastedit.errors import ConfigError
 
 kernel = pytest.importorskip("fastedit.kernels.rank_k_solve")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-F32, F64 = torch.float32, torch.float64
+F64 = torch.float64
 SHAPES = [(1, 1, 1, 1), (3, 7, 52, 33), (2, 16, 123, 252), (2, 33, 252, 1), (1, 64, 507, 123), (1, 101, 130, 7)]
 """groups, N, d, h"""
 
@@ -39,10 +39,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "_SPAN", 64)
 
 
-def problem(seed: int, B: int, N: int, d: int, h: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+def problem(seed: int, B: int, N: int, d: int, h: int) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     white, residuals = (torch.randn(B, N, width, generator=rng, dtype=F64) for width in (d, h))
-    return white.to(DEVICE, dtype), residuals.to(DEVICE, dtype)
+    return white.to(DEVICE), residuals.to(DEVICE)
 
 
 def by_torch(white: Tensor, residuals: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -52,22 +52,7 @@ def by_torch(white: Tensor, residuals: Tensor, ridge: float) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fp32_is_as_exact_as_torch(shape: tuple[int, int, int, int], seed: int) -> None:
-    """Errors are at most twice torch's largest and mean, and a hair; a single element of torch's is exact by chance."""
-    white, residuals = problem(seed, *shape, F32)
-    *found, failed = kernel.rank_k_solve(white, residuals, 0.7)
-    assert not failed.any()
-    exact = by_torch(white.double(), residuals.double(), 0.7)
-    for ours, theirs, wanted in zip(found, by_torch(white, residuals, 0.7), exact, strict=True):
-        assert ours.dtype == F32
-        our_error, their_error = ((x.double() - wanted).abs() for x in (ours, theirs))
-        hair = 1e-6 * wanted.abs().max()
-        assert our_error.max() <= 2 * their_error.max() + hair
-        assert our_error.square().mean().sqrt() <= 2 * their_error.square().mean().sqrt() + hair
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fp64_solves_the_system(shape: tuple[int, int, int, int], seed: int) -> None:
+def test_solves_the_system(shape: tuple[int, int, int, int], seed: int) -> None:
     """G is lower, G Gᵀ = S, to the precision of fp64 times the condition number of S."""
     white, residuals = problem(seed, *shape)
     left, right, failed = kernel.rank_k_solve(white, residuals, 0.7)
@@ -117,11 +102,11 @@ def test_offsets_beyond_31_bits(seed: int) -> None:
     size = 2 * 2**30 + 4096
     if DEVICE == "cpu":
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-        memory = torch.frombuffer(mmap.mmap(-1, size * 4, flags=flags), dtype=F32)
+        memory = torch.frombuffer(mmap.mmap(-1, size * 8, flags=flags), dtype=F64)
     else:
-        memory = torch.zeros(size, device=DEVICE)
+        memory = torch.zeros(size, dtype=F64, device=DEVICE)
     for B, N, strides in ((3, 2, (2**30, 33, 1)), (1, 3, (33, 2**30, 1))):
-        white, residuals = problem(seed, B, N, 33, 5, F32)
+        white, residuals = problem(seed, B, N, 33, 5)
         wanted = kernel.rank_k_solve(white, residuals, 0.3)
         far = memory.as_strided((B, N, 33), strides).copy_(white)
         for x, y in zip(kernel.rank_k_solve(far, residuals, 0.3), wanted, strict=True):

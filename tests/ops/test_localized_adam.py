@@ -241,7 +241,11 @@ def test_every_tile_is_visited_once(rng: torch.Generator) -> None:
     kernel = pytest.importorskip("fastedit.kernels.localized_adam")
     given = problem(rng, 37, 70, 150)
     wanted = stepped(given, "torch")
-    for config in ((16, 64, 16, 3), (32, 64, 16, 2), (32, 128, 32, 16)):
+    for config in (
+        (16, 64, 16, 3, 0),
+        (32, 64, 16, 2, 2),
+        (32, 128, 32, 16, 7),
+    ):  # the last: when the next eighth is loaded
         args = [given[name].clone() for name in ("weight", "grad_output", "input", "exp_avg", "exp_avg_sq")]
         kernel.localized_adam_(
             *args, given["step"], lr=given["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False,

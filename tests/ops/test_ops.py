@@ -98,6 +98,13 @@ def test_chunks_change_nothing(size: int, seed: int, monkeypatch: pytest.MonkeyP
     assert (grad - wanted[1]).abs().max() <= 2e-6 * wanted[1].abs().max()
 
 
+@pytest.mark.parametrize(("logits", "rows"), [(123 * 300, 256), (123 * 129 - 1, 128), (123 * 100, 100), (1, 1)])
+def test_a_chunk_is_whole_tiles(logits: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiple of 128 rows, where it has as many: what is over takes a GPU as long as a whole tile."""
+    monkeypatch.setattr(implementation, "_CHUNK_LOGITS", logits)
+    assert len(ops.logits_buffer(torch.empty(123, 5), 1000)) == rows
+
+
 @pytest.mark.parametrize("n", [1, 5, 37, 50])
 def test_a_loops_own_buffer_changes_nothing(n: int, seed: int) -> None:
     inputs = problem(seed, 37, 52, 123)

@@ -148,7 +148,7 @@ def test_cuda(instruction: str, dtype: torch.dtype, T: int, d: int, rng: torch.G
             syrk._cuda(total, rows, mask, instruction)
 
     # tensor cores cut off the sum of 16 rows and what was summed before; our kernels promote it
-    cut_off = syrk.CHUNK // 16 if instruction == "torch" and dtype != torch.float32 else 1
+    cut_off = syrk.GPU_CHUNK // 16 if instruction == "torch" and dtype != torch.float32 else 1
     rows, keep = torch.randn(T, d + 1, generator=rng).to(dtype), torch.rand(T, generator=rng) < 0.6
     junk = torch.where(keep[:, None], rows, torch.nan).cuda()
     for columns in (slice(d), slice(1, d + 1)):  # rows that begin on 16 bytes or do not

@@ -31,7 +31,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cu
     *map = {static_cast<const uint8_t*>(base), {}, {2, bytes[0], bytes[1]}, {}};
     for (int i = 0; i < 3; ++i) {
         right = right && sizes[i] && sizes[i] < uint64_t{1} << 32 && box[i] && box[i] <= 256 && every[i] == 1;
-        right = right && (i == 0 || (map->bytes[i] % 16 == 0 && map->bytes[i] < uint64_t{1} << 40));
+        right = right && (i == 0 || (map->bytes[i] && map->bytes[i] % 16 == 0 && map->bytes[i] < uint64_t{1} << 40));
         map->sizes[i] = sizes[i], map->box[i] = box[i];
     }
     return right ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
