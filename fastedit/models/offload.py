@@ -8,6 +8,7 @@ one block in memory over all of them. Blocks that are trained, and those above, 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Generator, Iterable, Sequence
 from itertools import groupby, takewhile
 from typing import Any
@@ -81,7 +82,6 @@ def streamed(blocks: nn.ModuleList, parts: Sequence[range]) -> Generator[range, 
             _release(held)
 
 
-_C = ctypes.CDLL(None)
 _Held = list[tuple[nn.Module, Any]]
 
 
@@ -104,8 +104,10 @@ def _release(held: _Held) -> None:
     for module, hook in held:
         hook.offload = True
         hook.post_forward(module, None)
-    if held and held[0][1].execution_device in ("cpu", torch.device("cpu")) and hasattr(_C, "malloc_trim"):
-        _C.malloc_trim(0)  # else glibc keeps the memory of several blocks, in pieces
+    if held and sys.platform == "linux" and torch.device(held[0][1].execution_device).type == "cpu":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)  # else glibc keeps the memory of several blocks, in pieces
 
 
 def _hook(module: nn.Module) -> Any:
