@@ -80,7 +80,7 @@ def one(args: argparse.Namespace, requests: Path) -> None:
     options |= {"stop_loss": 0.0, "skip_loss": 0.0, "cache_bytes": 0}
     options |= {"layer": tuple(args.layers)} if args.layers else {}
     options |= {"module": args.module} if args.module else {}
-    options["lr_schedule"] = args.lr_schedule
+    options |= {"lr": args.lr, "lr_schedule": args.lr_schedule}
     editor = Editor.from_pretrained(args.model, dtype="float32", device="cpu", published=True, **options)
     memory.start()
     started = time.perf_counter()
@@ -100,8 +100,9 @@ def one(args: argparse.Namespace, requests: Path) -> None:
     print(f"  loss {result.losses[-1]:.3g}, learned {learned:.2%}, generated {generated:.2%}; {report}")
     texts = ", ".join(path.stem for path in args.requests) or "fact world"
     where = "" if args.layers is None else f", {args.module or 'down_proj'} in {args.layers} of {Path(args.model).name}"
+    rate = "" if args.lr is None else f", rate {args.lr:g}"
     falls = ", falling rate" if args.lr_schedule == "linear" else ""
-    shape = f"{n} edits ({texts}), {args.epochs} epochs{falls}{where}"
+    shape = f"{n} edits ({texts}), {args.epochs} epochs{rate}{falls}{where}"
     about = {"mode": "LocFT-BF", "shape": shape, "dtype": "float32"}
     append(make_row("scale", "ours", [whole], peak_memory=peak, **about))
     shares = {name: stages[name] for name in ("prefix", "train", "evaluate")}
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--layers", type=int, nargs="+")
     parser.add_argument("--module")
+    parser.add_argument("--lr", type=float, help="Adam's learning rate; without it, that of the published recipe")
     parser.add_argument("--lr-schedule", choices=("constant", "linear"), default="constant")
     parser.add_argument("--sample", type=int, default=200, help="edits that are measured")
     parser.add_argument("--threads", type=int, default=2)
