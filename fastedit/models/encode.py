@@ -31,20 +31,21 @@ def encode_with_spans(
 ) -> tuple[list[list[int]], list[list[Span]]]:
     """As `encode`, with the characters of each token; for fast tokenizers.
 
-    If there is no space between a prompt and its target, a token could reach across the border. The prompt then gets
-    the tokens that it has by itself, as when the model answers it. A templated prompt always gets these, because the
-    line breaks at its end could be tokenized differently before a target.
+    A token could reach across the border between a prompt and what is behind it, if there is no space between them, or
+    if the tokenizer has tokens of several words, or some that take up the spaces beside them. The prompt then gets the
+    tokens that it has by itself, as when the model answers it. A templated prompt always gets these, because the line
+    breaks at its end could be tokenized differently before a target.
     """
     whole = _whole(texts, templated)
     encoded = _call(tokenizer, whole, spans=True, templated=templated)
     ids: list[list[int]] = encoded["input_ids"]
     spans: list[list[Span]] = encoded["offset_mapping"]
     for i, text in enumerate(texts):
-        if isinstance(text, str) or len(whole[i]) > len(text[0]) + len(text[1]):
+        if isinstance(text, str):
             continue
         edge = len(text[0])
         if templated or any(first < edge < end for first, end in spans[i]):
-            ids[i], spans[i] = _in_parts(tokenizer, *text, ids[i], spans[i], templated)
+            ids[i], spans[i] = _in_parts(tokenizer, text[0], whole[i][edge:], ids[i], spans[i], templated)
     return ids, spans
 
 
@@ -53,17 +54,19 @@ def _whole(texts: Sequence[Text], templated: bool) -> list[str]:
 
 
 def _in_parts(
-    tokenizer: Any, prompt: str, target: str, ids: list[int], spans: list[Span], templated: bool
+    tokenizer: Any, prompt: str, behind_it: str, ids: list[int], spans: list[Span], templated: bool
 ) -> tuple[list[int], list[Span]]:
-    """Tokens of a pair of which none crosses the border; the given ones if the tokenizer cannot separate the target."""
-    # after a newline, a tokenizer puts nothing in front of the target and does not merge anything with it
-    parts = _call(tokenizer, [prompt, f"\n{target}"], spans=True, templated=templated)
+    """Tokens of a pair of which none crosses the border; the given ones if the tokenizer cannot separate the two."""
+    # after a newline, a tokenizer puts nothing in front of a text and does not merge anything with it
+    parts = _call(tokenizer, [prompt, f"\n{behind_it}"], spans=True, templated=templated)
     (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
+    kept = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
+    ends = 0 if templated else trailing(ids, tokenizer.eos_token_id)
+    if ids[:kept] == head[:kept] and kept < len(ids) - ends:  # the prompt's last token only took up the space
+        return ids, [*head_spans[:kept], *spans[kept:]]
     if any(first < 1 < end for first, end in tail_spans):
         return ids, spans
-    kept = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
     behind = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
-    ends = 0 if templated else trailing(ids, tokenizer.eos_token_id)
     shift = len(prompt) - 1
     moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in behind]
     found = [*head[:kept], *(tail[t] for t in behind), *ids[len(ids) - ends :]]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import BOS, EOS, PAIRS, fast_tokenizer, ragged_samples
-from transformers import PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
 
 from fastedit.errors import ModelError, RequestError
 from fastedit.models import PairError, Samples, pack, tokenize
+from fastedit.models.tokens import prompt_tokens
 
 
 class SlowTokenizer(PreTrainedTokenizer):
@@ -64,6 +65,28 @@ def test_targets_of_fast_tokenizers(kind: str, template: str, append_eos: bool) 
         n_bos = int(BOS in template)
         assert front[:n_bos] == [tokenizer.bos_token_id] * n_bos
         assert tokenizer.decode(front[n_bos:]) == prompt
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt", "target", "behind"),
+    [
+        (AddedToken("is", rstrip=True), "The capital is", "Lyon", "Lyon"),  # as Phi-3's <|assistant|> does
+        (AddedToken("is", rstrip=True), "is", "is", "is"),
+        (AddedToken("is", lstrip=True, rstrip=True), "The capital is", "Lyon is", "Lyonis"),
+        (AddedToken("is Lyon"), "The capital is", "Lyon, is Lyon", " Lyon, is Lyon"),  # a token of two words
+        (AddedToken("is Lyon"), "is", "Lyon", " Lyon"),
+        (AddedToken("Lyon", lstrip=True), "The capital is", "Lyon", "Lyon"),
+    ],
+)
+@pytest.mark.parametrize("template", ["$A", f"{BOS} $A {EOS}"])
+def test_no_token_of_the_prompt_is_taken_for_the_target(
+    token: AddedToken, prompt: str, target: str, behind: str, template: str
+) -> None:
+    tokenizer = fast_tokenizer("byte-level", template)
+    tokenizer.add_tokens([token])
+    front, back = split(tokenize(tokenizer, [(prompt, target)]), 0)
+    assert front == prompt_tokens(tokenizer, [prompt])[0]
+    assert tokenizer.decode(back) == behind + EOS
 
 
 @pytest.mark.parametrize("special", [False, True])
