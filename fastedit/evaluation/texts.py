@@ -6,13 +6,12 @@ import re
 import string
 import unicodedata
 
-from fastedit.models import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, spaceless
+from fastedit.models import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, in_word, spaceless
 
 _ARTICLES = ("a", "an", "the")
 _OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
 _LINE = re.compile(f"[{LINE_ENDS}]")
 _PARTICLES = re.compile(PARTICLES)
-_JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 
 
 def normalize(text: str) -> str:
@@ -44,7 +43,7 @@ def says(text: str, answer: str) -> bool:
     starts = (
         i
         for i, c in enumerate(text)
-        if i == 0 or not text[i - 1].isalnum() or (_word_ends(text, i) and not (hangul(c) and hangul(text[i - 1])))
+        if i == 0 or not in_word(text[i - 1]) or (_word_ends(text, i) and not (hangul(c) and hangul(text[i - 1])))
     )
     return any(begins_with(text[i:], answer) for i in starts)
 
@@ -65,11 +64,7 @@ def _word_ends(text: str, i: int) -> bool:
     inside = behind == "." or (behind == "," and before.isdigit())  # as in U.S.A, 3.5 and 1,000
     if inside and before.isalnum() and text[i + 1 : i + 2].isalnum():
         return False
-    return not (_in_word(before) and _in_word(behind))
-
-
-def _in_word(c: str) -> bool:
-    return c.isalnum() or unicodedata.category(c)[0] == "M" or c in _JOINERS
+    return not (in_word(before) and in_word(behind))
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:

@@ -4,7 +4,7 @@ from fastedit.models.block_calls import BlockCalls
 from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
 from fastedit.models.editable import check_own
-from fastedit.models.encode import encode, trailing, without_rows
+from fastedit.models.encode import Span, encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, row_multiple, run_from_tokens
 from fastedit.models.frozen import FrozenPart
@@ -18,7 +18,7 @@ from fastedit.models.past import Past
 from fastedit.models.per_sample import Factors, per_sample_updates
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, plain, stored
-from fastedit.models.scripts import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, joined, spaceless
+from fastedit.models.scripts import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, in_word, joined, spaceless
 from fastedit.models.self_check import SelfCheck, self_check
 from fastedit.models.token_states import Budget, free_bytes
 from fastedit.models.tokens import PairError, Rows, Samples, last_tokens, pack, prompt_samples, tokenize
@@ -42,6 +42,7 @@ __all__ = [
     "Rows",
     "Samples",
     "SelfCheck",
+    "Span",
     "Topology",
     "at_tokens",
     "check_own",
@@ -57,6 +58,7 @@ __all__ = [
     "has_quantized",
     "hooked",
     "in_passes",
+    "in_word",
     "is_offloaded",
     "joined",
     "last_tokens",

@@ -48,12 +48,21 @@ _ATTACHED = (
 PARTICLES = rf"(?:{_ATTACHED})(?:{_ATTACHED}|[서게고었습니까요지네죠야던든데므])*(?!\w)"
 """Pattern of what Korean attaches to a noun, whole or cut off, to the end of the written word: it is behind 서울 in
 서울입니다, 서울에서는 and 서울입니, and not in 서울특별시."""
+_JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 _CLOSES = re.compile(rf"[{re.escape(SENTENCE_ENDS)},;:!?%،؛、，；：…)\]}}»”’）」』】》〉](?:\s|$)")
 
 
 def spaceless(c: str) -> bool:
     """Whether a character is of a script that puts no spaces between words."""
     return unicodedata.name(c, "").startswith(_SPACELESS)
+
+
+def in_word(c: str) -> bool:
+    """Whether a character is part of a word: letters, digits, the accents and vowel signs on them, and joiners.
+
+    Python's `\\w` has no accents and vowel signs, and words of Hindi or Tamil are full of them.
+    """
+    return c.isalnum() or c in _JOINERS or unicodedata.category(c)[0] == "M"
 
 
 def hangul(c: str) -> bool:

@@ -69,6 +69,9 @@ def test_what_a_text_says(text: str, wanted: bool) -> None:
         ("동서울에", "서울", False),
         ("서울이", "이", False),  # a particle, not a name
         ("首都是东城。", "东城", True),
+        ("रामायण", "यण", False),  # behind a vowel sign, inside a word
+        ("राम और यण", "यण", True),
+        ("می\u200cخواهم", "خواهم", False),
     ],
 )
 def test_what_a_text_without_spaces_behind_names_says(text: str, answer: str, wanted: bool) -> None:

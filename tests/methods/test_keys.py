@@ -155,6 +155,38 @@ def test_the_last_place_of_a_subject_counts() -> None:
     assert ends(*many)[1][0].endswith("edit 8, edit 9 and 4 more")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "expected"),
+    [
+        ("राम ने रामायण", "राम", "राम"),  # a vowel sign goes on with the word
+        ("রাম ও রামায়ণ", "রাম", "রাম"),
+        ("Zoe met Zoe\u0301 in", "Zoe", "Zoe"),
+        ("علی و علی\u200cآباد", "علی", "علی"),
+        ("foo and foo_bar", "foo", "foo"),
+        ("Zoe\u0308 was born in", "Zo\u00eb", "Zoe\u0308"),  # decomposed here, composed there
+        ("Zo\u00eb was born in", "Zoe\u0308", "Zo\u00eb"),
+        ("서울의 날씨", "\u1109\u1165\u110b\u116e\u11af", "서울"),
+        ("New\u00a0York is in", "New York", "New\u00a0York"),
+        ("O\u2019Brien\u2019s home", "O'Brien", "O\u2019Brien"),
+        ("the \u201cX\u201d is", '"X"', "the \u201cX\u201d"),
+        ("Coca\u2011Cola is", "Coca-Cola", "Coca\u2011Cola"),
+        ("Al\u00adban\u200eia is", "Albania", "Al\u00adban\u200eia"),
+        ("ＮＡＳＡ is", "NASA", "ＮＡＳＡ"),
+        ("Zo\u00eb is", "zoe", None),
+        ("Zo\u00eb is", "Zoe", None),
+        ("\u1100\u1161\u11a8 is", "가나", None),
+        ("é", "\u200e", None),
+    ],
+)
+def test_subjects_are_found_as_a_reader_finds_them(prompt: str, subject: str, expected: str | None) -> None:
+    edit = EditRequest(prompt, "x", subject)
+    if expected is None:
+        with pytest.raises(RequestError):
+            find_subjects([edit])
+    else:
+        assert ends(edit)[0] == [prompt[: prompt.index(expected) + len(expected)]]
+
+
 def test_an_absent_subject_names_the_edit() -> None:
     with pytest.raises(RequestError, match="edit 0 has no subject"):
         find_subjects([EditRequest("the home of Ann is", "x")])

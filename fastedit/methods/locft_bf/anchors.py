@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit.methods.base import Edit
-from fastedit.methods.subjects import subject_ends
+from fastedit.methods.subjects import subject_spans
 
 _LIKELIEST = 256  # likeliest tokens that are kept of each prediction; all others count as one
 
@@ -48,11 +48,11 @@ def anchor_prompts(
 
 def _parts(edit: Edit) -> tuple[str, str, str]:
     """The text before the subject, the subject, and the text after it; all empty without a subject."""
-    ends = subject_ends(edit)
-    if not ends:
+    spans = subject_spans(edit)
+    if not spans:
         return "", "", ""
-    subject = str(edit.subject)
-    return edit.prompt[: ends[-1] - len(subject)], subject, edit.prompt[ends[-1] :]
+    start, end = spans[-1]
+    return edit.prompt[:start], edit.prompt[start:end], edit.prompt[end:]
 
 
 @dataclass(frozen=True)
