@@ -110,12 +110,12 @@ _known: dict[tuple[str, ...], SelfCheck] = {}
 
 
 def checked(found: Topology) -> Topology:
-    """The topology with what a pass may do; a model type that is not in `VERIFIED` is measured.
+    """The topology with what a pass may do; measured unless the model's type is in `VERIFIED` and nothing was changed.
 
     Raises:
         ModelError: this package computes other numbers than the model; says which.
     """
-    if found.config.model_type in VERIFIED and not has_quantized(found.model):
+    if found.config.model_type in VERIFIED and _unchanged(found) and not has_quantized(found.model):
         return found
     check = self_check(found)
     if check.problem is not None:
@@ -123,9 +123,25 @@ def checked(found: Topology) -> Topology:
     return check.flags.of(found)
 
 
+def _unchanged(found: Topology) -> bool:
+    """Whether a model's modules are of torch and transformers, with their own `forward` and without hooks.
+
+    Accelerate puts in a `forward` of its own, with the attribute `_hf_hook`.
+    """
+    return all(
+        type(part).__module__.partition(".")[0] in ("torch", "transformers")
+        and ("forward" not in vars(part) or hasattr(part, "_hf_hook"))
+        and not part._forward_hooks
+        and not part._forward_pre_hooks
+        for part in found.model.modules()
+    )
+
+
 @plain_state
 def self_check(found: Topology) -> SelfCheck:
     """Measure a model, once per process for the same weights in the same dtype on the same device.
+
+    One with other modules or hooks than its type says is measured each time.
 
     Raises:
         ModelError: no block has a matrix to edit; this package cannot edit the weights.
@@ -139,10 +155,11 @@ def self_check(found: Topology) -> SelfCheck:
         str(found.device),
         str(config._attn_implementation),
     )
-    if key not in _known:
+    known = _known if _unchanged(found) else {}
+    if key not in known:
         with torch.inference_mode(False), torch.enable_grad():
-            _known[key] = _measure(found)
-    return _known[key]
+            known[key] = _measure(found)
+    return known[key]
 
 
 def _measure(found: Topology) -> SelfCheck:
@@ -288,7 +305,9 @@ def _place(found: Topology) -> tuple[int, str, nn.Module]:
         first = min(offloaded, max(found.n_blocks - 2, 0))
         load_weights(found.blocks[first:])
     for layer in (*range(first, found.n_blocks), *range(first)):
-        writers = [module for module in found.writers(layer) if not holds_experts(module)]
+        writers = [
+            m for m in found.writers(layer) if not holds_experts(m) and (is_quantized(m) or "weight" in m._parameters)
+        ]
         quantized += [paths[module] for module in writers if is_quantized(module)]
         if plain := [module for module in writers if not is_quantized(module)]:
             return layer, paths[plain[0]], plain[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from families import DENSE, ROUTED, SHARED
 from helpers import CONTEXTS, moments, random_edits, same, tiny_model, values
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastedit import Editor, EditRequest, ModelError
 from fastedit.models import Model, fingerprint, self_check, topology
@@ -167,6 +168,60 @@ def test_a_model_with_other_numbers_is_refused(tokenizer: Any) -> None:
         Model.of(doubled, tokenizer)
 
 
+class _Halved(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 2
+        return output
+
+
+def _subclass(model: Any) -> None:
+    model.__class__ = _Halved
+
+
+def _last_token_hook(model: Any) -> None:
+    """A steering vector where the model reads its next token, as many put it in."""
+
+    def steer(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + torch.linspace(-1, 1, 32)], 1)
+
+    model.model.layers[2].register_forward_hook(steer)
+
+
+def _patched(model: Any) -> None:
+    mlp = model.model.layers[2].mlp
+    mlp.forward = _Mixing(copy.copy(mlp)).forward
+
+
+def _replaced(model: Any) -> None:
+    model.model.layers[2].mlp = _Mixing(model.model.layers[2].mlp)
+
+
+def _by_rows(model: Any) -> None:
+    model.model.layers[2].mlp.register_forward_hook(lambda _, __, y: 2 * y)
+
+
+@pytest.mark.parametrize(
+    ("change", "packs"),
+    [(_subclass, None), (_last_token_hook, None), (_patched, False), (_replaced, False), (_by_rows, True)],
+)
+@pytest.mark.parametrize("family", ["llama", "olmo"])
+def test_a_changed_model_is_measured_whatever_its_type_is(
+    family: str, change: Callable[[Any], None], packs: bool | None, tokenizer: Any
+) -> None:
+    """Also if the same weights were measured before it was changed; None: it is refused."""
+    model = tiny_model(family, seed=3)
+    assert Model.of(model, tokenizer).topology.packs
+    if change is _subclass and family != "llama":
+        return
+    change(model)
+    if packs is None:
+        with pytest.raises(ModelError, match=r"cannot be edited: the logits differ"):
+            Model.of(model, tokenizer)
+    else:
+        assert Model.of(model, tokenizer).topology.packs is packs
+
+
 def test_a_model_without_numbers_is_refused(tokenizer: Any) -> None:
     model = tiny_model("smollm3")
     model.lm_head.weight.data[5] = torch.nan
@@ -178,8 +233,8 @@ def test_a_model_is_measured_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     model = tiny_model("olmo", seed=7)
     Model.of(model, tokenizer)
     passes: list[int] = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
+    kind, forward = type(model), type(model).forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
     Model.of(model, tokenizer)
     assert not passes
     model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 7.0}  # the same weights, another model
