@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastedit.errors import ModelError
+from fastedit.errors import ModelError, listed
+from fastedit.models.block_parts import is_projection
 from fastedit.models.offload import offloaded_parameters
 from fastedit.models.quantized import EDITABLE, is_quantized
 from fastedit.models.topology import Topology
@@ -57,20 +58,35 @@ def check_editable(found: Topology) -> None:
 
 
 def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
-    """See that no weight of what ``module`` names in these blocks is one of another block too.
+    """See that the weights of what ``module`` names in these blocks are parameters, and of no other block.
 
-    An edit of it would change both, and passes that run the lower blocks once would not see that.
+    One that is made of other tensors, as by weight_norm or pruning, is made anew in each pass, without the edit. An
+    edit of a weight of two blocks would change both, and passes that run the lower blocks once would not see that.
 
     Raises:
-        ModelError: names the parameter and the other block.
+        ModelError: names the weights that are no parameters, or the parameter and the other block.
     """
+    places = {layer: found.resolve(layer, module) for layer in layers}
+    if made := [path for place in places.values() for path in _no_parameters(*place)]:
+        raise ModelError(
+            f"{len(made)} weights to edit are no parameters: {listed(made)}. They are made of other tensors, or are "
+            "buffers; make them parameters first, by torch.nn.utils.parametrize.remove_parametrizations, prune.remove "
+            "or remove_weight_norm"
+        )
     owners: dict[int, list[int]] = {}
     for i, block in enumerate(found.blocks):
         for parameter in block.parameters():
             owners.setdefault(id(parameter), []).append(i)
-    for layer in layers:
-        path, edited = found.resolve(layer, module)
+    for layer, (path, edited) in places.items():
         for name, parameter in edited.named_parameters():
             if others := [i for i in owners[id(parameter)] if i != layer]:
                 text = f"{path}.{name} is a weight of block {', '.join(map(str, others))} too, and cannot be edited in"
                 raise ModelError(f"{text} one of them; choose another module, or give each block its own copy")
+
+
+def _no_parameters(path: str, edited: nn.Module) -> Iterator[str]:
+    """The weights and biases of a module's linear maps that are tensors, but no parameters."""
+    for name, part in edited.named_modules():
+        for kind in ("weight", "bias") if is_projection(part) else ():
+            if kind not in part._parameters and isinstance(getattr(part, kind, None), Tensor):
+                yield ".".join(filter(None, (path, name, kind)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import FAMILIES, random_edits, randomize, tiny_model
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -205,6 +206,30 @@ def test_a_weight_of_two_blocks_is_not_edited(method: str, tokenizer: Any) -> No
         with pytest.raises(ModelError, match=rf"{layer}\.mlp\.down_proj\.weight is a weight of block {other} too"):
             editor.plan(edits)
     Editor(model, tokenizer, layer=2, module="up_proj").plan(edits)
+
+
+@pytest.mark.parametrize("method", ["locft-bf", "memit"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        parametrizations.weight_norm,
+        parametrizations.orthogonal,
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+        nn.utils.spectral_norm,
+    ],
+    ids=["weight_norm", "orthogonal", "pruned", "spectral_norm"],
+)
+def test_a_weight_that_is_made_of_others_is_not_edited(make: Any, method: str, tokenizer: Any) -> None:
+    model, edits = tiny_model("llama"), random_edits(2, 0)
+    make(model.get_submodule(DOWN.removesuffix(".weight")))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for module in ("down_proj", "mlp") if method == "locft-bf" else ("down_proj",):
+        layers: dict[str, Any] = {"layer": 1} if method == "locft-bf" else {"layers": (1, 2)}
+        editor = Editor(model, tokenizer, method, module=module, **layers)
+        with pytest.raises(ModelError, match=rf"^1 weights to edit are no parameters: {DOWN}\. .*remove_param"):
+            editor.plan(edits)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    Editor(model, tokenizer, layer=2, module="down_proj").plan(edits)
 
 
 def test_packing_is_found_out_without_dropout() -> None:
