@@ -27,7 +27,7 @@ from fastedit.version import version_of
 
 log = logging.getLogger(__name__)
 
-_TAG = "fastedit-predictions-1"
+_TAG = "fastedit-predictions-2"
 _WHAT = "the measures of an unedited model"
 _LARGEST = 2**28  # bytes of a file, at most
 _FILES = 8  # files per model; the oldest are deleted

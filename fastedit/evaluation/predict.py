@@ -100,9 +100,9 @@ def predict(
 
     With ``updates``, request i runs with edit i alone, and equal prompts run once for each edit.
 
-    Log-probabilities are fp32, whatever the model's dtype. Generation is greedy, takes at most 32 tokens and
-    stops at EOS, a newline or the end of a sentence, in any script, but not at a "." inside the wanted answer
-    ("St. Louis").
+    Log-probabilities are fp32, whatever the model's dtype. Generation is greedy, takes at most 32 tokens (8 more than
+    the wanted answer, if that is longer than 32), and stops at EOS, a newline or the end of a sentence, in any script,
+    but not at those inside the wanted answer ("St. Louis").
 
     With torch.distributed, all processes must make the same call; they share the work and return the same.
 
@@ -136,8 +136,8 @@ def predict(
         of_text = score(topology, documents, batch_tokens, partial(progress, "text"), {}, none, none.bool()).logp
         _finite(of_text.mean()[None], ["the text for perplexity"])
         perplexity = math.exp(min(-of_text.double().mean().item(), 700.0))  # JSON has no infinity
-    asked = questions.ends if generate else {}
-    texts = generated_texts(model, asked, 4 * batch_tokens, partial(progress, "generation"), updates or {})
+    stops = questions.stops if generate else {}
+    texts = generated_texts(model, stops, 4 * batch_tokens, partial(progress, "generation"), updates or {})
 
     answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in requests]
     for kind, i, prompt, answer, other in questions.asked:

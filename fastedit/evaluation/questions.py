@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from fastedit.errors import RequestError, listed
+from fastedit.evaluation.generate import Stop
 from fastedit.evaluation.texts import inner_ends
 from fastedit.models import SENTENCE_ENDS, Model, PairError, Samples, encode, special_tokens, without_rows
 from fastedit.requests import EditRequest
 
+_NEW_TOKENS = 32  # tokens of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
+_MORE_TOKENS = 8  # to generate behind the length of longer answers, to see whether they end there
 _WINDOW = 2048  # tokens of a window of text, at most: attention masks grow with the square
 
 # kind -> (prompt, answer, competing answer) for each of a request's prompts
@@ -35,7 +38,7 @@ class Questions:
     Attributes:
         asked: (kind, place of the request, prompt, answer, competing answer) in the order of the requests.
         owners: each (edit, prompt, answer) once -> the request that asks it first, for messages.
-        ends: (edit, prompt) -> number of sentence ends that generation goes past.
+        stops: (edit, prompt) -> where its generated text ends at the latest.
         samples: one for each of `owners`.
         documents: the windows of the text for the perplexity.
         n_requests: number of requests.
@@ -43,7 +46,7 @@ class Questions:
 
     asked: list[tuple[str, int, str, str, str | None]]
     owners: dict[Asked, str]
-    ends: dict[tuple[int, str], int]
+    stops: dict[tuple[int, str], Stop]
     samples: Samples
     documents: Samples
     n_requests: int
@@ -80,12 +83,10 @@ def ask(
     """
     asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
     owners: dict[Asked, str] = {}
-    ends: dict[tuple[int, str], int] = {}
     for kind, i, prompt, answer, other in asked:
         edit = i if by_edit else 0
         for said in filter(None, (answer, other)):
             owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
-        ends[edit, prompt] = max(ends.get((edit, prompt), 0), inner_ends(read_to(kind, answer, other)))
     context = model.topology.context_length
     try:
         pairs = [(prompt, said) for _, prompt, said in owners]
@@ -95,7 +96,24 @@ def ask(
         problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
         raise RequestError.of(list(reversed(problems.items())), "prompts") from None
     documents = _windows(model, [text] if isinstance(text, str) else text, context)
-    return Questions(asked, owners, ends, samples, documents, len(requests))
+    return Questions(asked, owners, _stops(asked, owners, samples, by_edit), samples, documents, len(requests))
+
+
+def _stops(
+    asked: Sequence[tuple[str, int, str, str, str | None]], owners: Iterable[Asked], samples: Samples, by_edit: bool
+) -> dict[tuple[int, str], Stop]:
+    """Where the texts of all prompts end: behind the longest answer that is looked for."""
+    sizes = dict(zip(owners, (samples.lengths - samples.target_start).tolist(), strict=True))
+    stops: dict[tuple[int, str], Stop] = {}
+    for kind, i, prompt, answer, other in asked:
+        edit = i if by_edit else 0
+        tokens = sizes[edit, prompt, answer] + (sizes[edit, prompt, other] if kind == "forgotten" and other else 0)
+        known = stops.get((edit, prompt), Stop(0, _NEW_TOKENS))
+        stops[edit, prompt] = Stop(
+            max(known.ends, inner_ends(read_to(kind, answer, other))),
+            max(known.tokens, tokens + _MORE_TOKENS if tokens > _NEW_TOKENS else 0),
+        )
+    return stops
 
 
 def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:

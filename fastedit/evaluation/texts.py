@@ -9,8 +9,9 @@ import unicodedata
 from fastedit.models import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, in_word, spaceless
 
 _ARTICLES = ("a", "an", "the")
+_WEIGHTS = dict.fromkeys(SENTENCE_ENDS, 1) | dict.fromkeys(LINE_ENDS, 2**20)
 _OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
-_LINE = re.compile(f"[{LINE_ENDS}]")
+_LINE = re.compile(f"\r\n|[{LINE_ENDS}]")
 _PARTICLES = re.compile(PARTICLES)
 
 
@@ -68,19 +69,25 @@ def _word_ends(text: str, i: int) -> bool:
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:
-    """Cut a text at the end of its first line, or at a sentence end after as many of them as there are in the answer.
+    """Cut a text at the end of a line or of a sentence, after as many of them as there are in the answer.
 
     "!" and "?" end sentences unless the answer (or the prompt, if the answer has no letters) ends in the Latin script.
     """
     last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
     marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
-    sentences = re.split(f"([{re.escape(marks)}])", _LINE.split(text, 1)[0])
+    lines = [m.start() for m in _LINE.finditer(text)][len(_LINE.findall(answer)) :]
+    sentences = re.split(f"([{re.escape(marks)}])", text[: lines[0]] if lines else text)
     return "".join(sentences[: 2 * _inner(answer, marks) + 1]).strip()
 
 
 def inner_ends(answer: str) -> int:
-    """The number of sentence ends inside an answer; those at its end do not count, since generation may stop there."""
-    return _inner(answer, SENTENCE_ENDS)
+    """The `weight` of all ends inside an answer; sentence ends at its end do not count, generation may stop there."""
+    return weight(answer.rstrip(SENTENCE_ENDS))
+
+
+def weight(text: str) -> int:
+    """The number of sentence ends in a text, among which each line end counts as more than all sentences."""
+    return sum(_WEIGHTS.get(c, 0) for c in text)
 
 
 def _inner(answer: str, marks: str) -> int:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fastedit.evaluation.generate as generating
 import fastedit.evaluation.predict as predicting
+import fastedit.evaluation.questions as questions
 import fastedit.evaluation.score as scoring
 from fastedit.errors import EditError, FastEditError, RequestError
 from fastedit.evaluation.predict import Prediction, Predictions, predict
@@ -151,7 +152,7 @@ def test_log_probabilities_of_a_bf16_model_are_fp32() -> None:
 def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, requests, most = tiny_model(family, seed=3), some_requests(), 32
     if family != "llama":  # they repeat themselves
-        monkeypatch.setattr(generating, "_NEW_TOKENS", most := 8)
+        monkeypatch.setattr(questions, "_NEW_TOKENS", most := 16)
     end_of_turn = ids_of(" Lo")[1]
     own = model.generation_config
     own.update(repetition_penalty=9.0, do_sample=True, temperature=5.0, min_new_tokens=9, suppress_tokens=[5])
@@ -233,6 +234,39 @@ def test_a_model_that_knows_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.metrics["neighbour_accuracy"]["generated"] == 0
 
 
+LONG = {
+    "longer than 32 tokens": " ".join("zyxwvutsrqponmlkjih"),
+    "two lines": "red sea\nblue sea",
+    "paragraphs and full stops": "a b. c d\n\ne f. g h",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    ("more", "matches", "behind"), [("</s>", 1, ""), (". b", 1, ""), ("\nb", 1, ""), (" b a a a a a a a a a", 0, " b")]
+)
+def test_an_answer_is_read_to_its_end_and_no_further(
+    name: str, more: str, matches: float, behind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that says it, and then something else."""
+    answer = LONG[name]
+    said = ids_of(f"a {answer}{more}")[len(ids_of("a")) :]
+
+    class Says:
+        def __init__(self, _: Any, prompts: Any, limits: list[int], ended: Any, **options: Any) -> None:
+            self.limit, self.ended = limits[0], ended
+
+        def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+            over = (i for i, token in enumerate(said, 1) if self.ended(torch.tensor([0]), torch.tensor([token])))
+            yield 0, said[: min(next(over, self.limit), self.limit)]
+
+    monkeypatch.setattr(generating, "Continuations", Says)
+    report = evaluate(tiny_model("llama"), tokenizer(), [EditRequest("a", answer)])
+    assert report.metrics["reliability"]["generated"] == matches
+    assert report.metrics["generated_begins"]["reliability"] == 1
+    assert report.rows[0]["generated"].startswith(answer.removesuffix(".") + behind)
+
+
 SCRIPTS = {  # prompt, answer, and what the model goes on with
     "Chinese": ("甲国的首都是", "东城", "。乙国"),
     "Japanese": ("甲国の首都は", "東京", "！乙国"),
@@ -291,6 +325,9 @@ def test_sentences_end_in_every_script() -> None:
         ("ᱨᱟᱺᱪᱤ᱾ ᱟᱨ", "ᱨᱟᱺᱪᱤ", "", "ᱨᱟᱺᱪᱤ"),
         ("ꯏꯝꯐꯥꯜ꯫ ꯑ", "ꯏꯝꯐꯥꯜ", "", "ꯏꯝꯐꯥꯜ"),
         ("东城︒乙", "东城", "", "东城"),
+        ("one\r\ntwo\nthree", "one\ntwo", "", "one\r\ntwo"),
+        ("one. Two\n\nthree. Four. Five", "One. Two\n\nThree.", "", "one. Two\n\nthree"),
+        ("\ntwo", "one", "", ""),
         *((f"Paris{end}London", "Paris", "", "Paris") for end in ("\r\n", "\r", "\x0b", "\x85", "\u2028", "\u2029")),
     ],
 )

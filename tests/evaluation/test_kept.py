@@ -73,7 +73,7 @@ def test_what_was_measured_once_is_the_same_from_the_cache(
     assert wanted.metrics["kl"] is not None
     assert compare(edits, after, again).to_dict() == wanted.to_dict()
     (file,) = files(tmp_path)
-    assert len(module_under_test.load_tensors(file, ("fastedit-predictions-1",), "it")[0]["first"]) == 10
+    assert len(module_under_test.load_tensors(file, ("fastedit-predictions-2",), "it")[0]["first"]) == 10
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_generated_texts_are_those_of_each_edit_alone(
     family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random, but the same in every run: over hundreds of tokens two may come as close as rounding."""
-    monkeypatch.setattr("fastedit.evaluation.generate._NEW_TOKENS", 12)
+    monkeypatch.setattr("fastedit.evaluation.questions._NEW_TOKENS", 12)
     rng = random.Random(5)
 
     def text(n: int) -> str:

@@ -78,7 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def test_edits_are_those_of_the_same_weights_in_floating_point(
     method: str, kind: Any, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastedit.evaluation.generate._NEW_TOKENS", 4)  # one more than the longest target
+    monkeypatch.setattr("fastedit.evaluation.questions._NEW_TOKENS", 4)  # one more than the longest target
     model, exact = quantized(kind)
     found, deltas = [], []
     before = values(model)
