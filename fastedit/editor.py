@@ -152,6 +152,11 @@ class Editor:
         model, tokenizer = load_model(name, dtype=dtype, device=device, offload=offload)
         return cls(model, tokenizer, method, **config)
 
+    def _look_again(self) -> None:
+        """Find the parts anew if the caller has changed the model's modules or hooks, or taken another tokenizer."""
+        if not self.parts.holds(self.model, self.tokenizer):
+            self.parts = Model.of(self.model, self.tokenizer, chat_template=self.parts.chat is not None)
+
     def _report(self, stage: str, done: int, total: int, loss: float | None = None) -> None:
         """Pass a report on to `self.progress`, as it is set now; LEARNED only if it has a true `takes_learned`."""
         if stage != LEARNED or getattr(self.progress, "takes_learned", False):
@@ -166,6 +171,7 @@ class Editor:
             RequestError: requests that cannot be used; all of them are named.
             ConfigError, ModelError: the method cannot do this with the model.
         """
+        self._look_again()
         edits, now = as_requests(requests), fingerprint(self.model)
         started = time.perf_counter()
         clock = StageClock(self._report)
@@ -275,6 +281,7 @@ class Editor:
             ModelError: a delta was made for another model, or is already applied; the model is as it was before.
             FileError: a file is not a delta.
         """
+        self._look_again()
         return Composition(deltas, self.parts.network, lambda delta: self._edits.append(_Edit(delta, {})))
 
     @property
@@ -324,6 +331,7 @@ class Editor:
             RequestError, EditError: as for `fastedit.evaluation.predict.predict`.
             ConfigError: `sample` is less than 1.
         """
+        self._look_again()
         everything = as_requests(requests)
         asked = draw(everything, sample)
 

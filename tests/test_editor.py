@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 from helpers import moments, random_edits, tiny_model
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -583,6 +585,65 @@ def test_a_model_inside_something_is_edited_as_it_is_alone(wrap: Any, tokenizer:
     assert result.delta.metadata == wanted.delta.metadata
     assert_holds(model, after)
     assert editor.evaluate(edits).to_dict() == measured
+
+
+def _other_head(editor: Editor) -> None:
+    editor.model.lm_head = torch.nn.Linear(32, editor.model.config.vocab_size, bias=False)
+
+
+def _other_blocks(editor: Editor) -> None:
+    editor.model.model.layers = copy.deepcopy(editor.model.model.layers)
+
+
+def _fewer_blocks(editor: Editor) -> None:
+    editor.model.model.layers = editor.model.model.layers[:3]
+    editor.model.config.num_hidden_layers = 3
+
+
+def _other_mlp(editor: Editor) -> None:
+    editor.model.model.layers[2].mlp = torch.nn.Sequential(editor.model.model.layers[2].mlp, torch.nn.Dropout(0.5))
+    editor.model.eval()
+
+
+def _hook(editor: Editor) -> None:
+    editor.model.model.layers[2].register_forward_hook(lambda _, __, y: y + torch.linspace(-1, 1, 32))
+
+
+def _other_tokenizer(editor: Editor) -> None:
+    editor.tokenizer = copy.deepcopy(editor.tokenizer)
+    start = ("<s>", 0)
+    editor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[start])
+
+
+@pytest.mark.parametrize(
+    "change", [_other_head, _other_blocks, _fewer_blocks, _other_mlp, _hook, _other_tokenizer], ids=lambda f: f.__name__
+)
+def test_a_model_may_change_after_its_editor_was_made(
+    change: Callable[[Editor], None], tokenizer: Any, make_edits: MakeEdits
+) -> None:
+    edits = make_edits(4)
+    editor = Editor(tiny_model("llama"), tokenizer, **CONFIG | {"epochs": 2})
+    change(editor)
+    fresh = Editor(editor.model, editor.tokenizer, **CONFIG | {"epochs": 2})
+    wanted = fresh.evaluate(edits).to_dict()
+    assert editor.evaluate(edits).to_dict() == wanted
+    found = editor.edit(edits)
+    after = state(editor.model)
+    found.revert()
+    assert fresh.edit(edits).losses == found.losses
+    assert_holds(editor.model, after)
+
+
+def test_a_model_that_changed_into_one_that_cannot_be_edited_is_refused(tokenizer: Any, make_edits: MakeEdits) -> None:
+    editor = Editor(tiny_model("llama"), tokenizer, **CONFIG)
+
+    def steer(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :-1], output[:, -1:] + torch.linspace(-1, 1, 32)], 1)
+
+    editor.model.model.layers[2].register_forward_hook(steer)
+    for use in (editor.plan, editor.evaluate):
+        with pytest.raises(ModelError, match="cannot be edited: the logits differ"):
+            use(make_edits(2))
 
 
 def test_autocast_of_the_caller_does_not_matter(tokenizer: Any, make_edits: MakeEdits) -> None:

@@ -32,6 +32,11 @@ Override = tuple[nn.Module, Callable[..., Any]]
 """A module, and the function that replaces its ``forward`` during a pass."""
 
 
+def own_forward(module: nn.Module) -> Any:
+    """The `forward` that somebody has put into this instance of a module, unless accelerate did; else None."""
+    return None if hasattr(module, "_hf_hook") else vars(module).get("forward")
+
+
 @contextmanager
 def forwards(overrides: Iterable[Override]) -> Iterator[None]:
     """Replace ``forward`` on module instances; afterwards the instances are as before."""

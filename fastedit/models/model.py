@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastedit.errors import ConfigError
 from fastedit.models.chat import Chat
 from fastedit.models.editable import check_editable
 from fastedit.models.encode import Text
+from fastedit.models.hooks import own_forward
 from fastedit.models.self_check import checked
 from fastedit.models.tokens import Samples, last_tokens, prompt_tokens, tokenize
 from fastedit.models.topology import Topology, topology
@@ -25,6 +26,7 @@ class Model:
     topology: Topology
     tokenizer: Any
     chat: Chat | None = None
+    _made_of: list[Any] = field(default_factory=list, repr=False)
 
     @classmethod
     def of(cls, network: Any, tokenizer: Any, *, chat_template: bool = False) -> Model:
@@ -46,7 +48,11 @@ class Model:
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
             given = type(tokenizer).__name__
             raise ConfigError(f"tokenizer is a {given}; give the model's, as AutoTokenizer.from_pretrained loads it")
-        return cls(checked(found), tokenizer, Chat.of(tokenizer) if chat_template else None)
+        return cls(checked(found), tokenizer, Chat.of(tokenizer) if chat_template else None, _made_of(network))
+
+    def holds(self, network: Any, tokenizer: Any) -> bool:
+        """Whether these are the parts of a network as it is now: no module, hook or `forward` in it was exchanged."""
+        return self.tokenizer is tokenizer and self._made_of == _made_of(network)
 
     def tokenize(self, pairs: Sequence[tuple[str, str]], *, append_eos: bool) -> Samples:
         """`tokens.tokenize` with this model's context length, vocabulary and chat template."""
@@ -76,3 +82,10 @@ class Model:
     @property
     def device(self) -> torch.device:
         return self.topology.device
+
+
+def _made_of(network: nn.Module) -> list[Any]:
+    return [
+        (part, type(part), own_forward(part), *part._forward_hooks, *part._forward_pre_hooks)
+        for part in network.modules()
+    ]

@@ -24,7 +24,7 @@ from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
 from fastedit.models.held_tokens import HeldTokens
-from fastedit.models.hooks import eval_mode, only_trainable, plain_state
+from fastedit.models.hooks import eval_mode, only_trainable, own_forward, plain_state
 from fastedit.models.offload import load_weights, offloaded_prefix
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, is_quantized
@@ -124,13 +124,10 @@ def checked(found: Topology) -> Topology:
 
 
 def _unchanged(found: Topology) -> bool:
-    """Whether a model's modules are of torch and transformers, with their own `forward` and without hooks.
-
-    Accelerate puts in a `forward` of its own, with the attribute `_hf_hook`.
-    """
+    """Whether a model's modules are of torch and transformers, with the `forward` of their class and without hooks."""
     return all(
         type(part).__module__.partition(".")[0] in ("torch", "transformers")
-        and ("forward" not in vars(part) or hasattr(part, "_hf_hook"))
+        and own_forward(part) is None
         and not part._forward_hooks
         and not part._forward_pre_hooks
         for part in found.model.modules()
