@@ -178,9 +178,8 @@ def fast_tokenizer(kind: str, template: str = "$A") -> PreTrainedTokenizerFast:
             initial_alphabet=[] if alphabet else pre_tokenizers.ByteLevel.alphabet(),
         ),
     )
-    steps = [
-        processors.TemplateProcessing(single=template, special_tokens=[(s, core.token_to_id(s)) for s in (BOS, EOS)])
-    ]
+    special = [(s, core.token_to_id(s)) for s in (BOS, EOS, "Z")]
+    steps = [processors.TemplateProcessing(single=template, special_tokens=special)]
     if kind == "byte-level, trimmed":
         steps.insert(0, processors.ByteLevel(trim_offsets=True))
     core.post_processor = processors.Sequence(steps)

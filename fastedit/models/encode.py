@@ -18,6 +18,8 @@ Span = tuple[int, int]
 def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) -> list[list[int]]:
     """Tokens of texts, including the special tokens that the tokenizer adds; its settings stay as they are.
 
+    Those that it puts behind a text are left out, such as [SEP], unless they are EOS: the text goes on there.
+
     ``templated``: the prompts are already in a chat template (`chat.Chat`), so no special tokens are added around
     them, and no space after them.
     """
@@ -93,6 +95,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
     with _settings_kept(tokenizer):
+        behind = 0 if templated else _put_behind(tokenizer)
         found = tokenizer(
             list(texts),
             add_special_tokens=not templated,
@@ -100,6 +103,10 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
             return_attention_mask=False,
             verbose=False,
         )
+    if behind:
+        for name in ("input_ids", "offset_mapping") if spans else ("input_ids",):
+            for tokens in found[name]:
+                del tokens[-behind:]
     if not templated and (bos := getattr(tokenizer, "bos_token", None)):
         for i, text in enumerate(texts):  # a text that begins with BOS does not get another one
             twice = text.startswith(bos) and not text.startswith(bos * 2)
@@ -108,6 +115,14 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
                 if spans:
                     del found["offset_mapping"][i][0]
     return found
+
+
+def _put_behind(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts behind every text; 0 if they are EOS."""
+    (whole,), (bare,) = (tokenizer(["a"], add_special_tokens=added)["input_ids"] for added in (True, False))
+    starts = (i for i in range(len(whole) - len(bare) + 1) if bare and whole[i : i + len(bare)] == bare)
+    behind = whole[next(starts, len(whole)) + len(bare) :]
+    return 0 if {*behind} <= {tokenizer.eos_token_id} else len(behind)
 
 
 @contextmanager

@@ -89,6 +89,23 @@ def test_no_token_of_the_prompt_is_taken_for_the_target(
     assert tokenizer.decode(back) == behind + EOS
 
 
+@pytest.mark.parametrize("eos", [EOS, "Z"])
+@pytest.mark.parametrize("template", [f"{BOS} $A {EOS}", f"$A {EOS} Z", f"$A Z {EOS}", "$A Z Z", f"{BOS} $A"])
+def test_what_a_tokenizer_puts_behind_a_text_is_not_of_it(template: str, eos: str) -> None:
+    """As BERT's [SEP]: the model is to answer behind the prompt, and the target is not trained with it."""
+    tokenizer, plain = (
+        fast_tokenizer("byte-level", template),
+        fast_tokenizer("byte-level", template[: template.index("$A") + 2]),
+    )
+    tokenizer.eos_token = plain.eos_token = eos
+    for found, wanted in zip(
+        tokenize(tokenizer, PAIRS).__dict__.values(), tokenize(plain, PAIRS).__dict__.values(), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    prompts = [prompt for prompt, _ in PAIRS]
+    assert prompt_tokens(tokenizer, prompts) == prompt_tokens(plain, prompts)
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_targets_of_slow_tokenizers(special: bool) -> None:
     tokenizer = SlowTokenizer(front=special, back=special)
