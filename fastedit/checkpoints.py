@@ -27,13 +27,11 @@ from fastedit.files import replacing_directory
 from fastedit.loading import refuse_adapter
 from fastedit.models import fingerprint_of, plain_state
 from fastedit.progress import Progress, no_progress
-from fastedit.saving import architecture_of, check_room, names_in_files
+from fastedit.saving import architecture_of, check_room, copy_settings, names_in_files
 from fastedit.undo import UNDO, Undo, subtracted
 from fastedit.weights import add_
 
-_REPORTS = ("report.json", "report.html")  # of the edit that made the checkpoint
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".undo"}
 _SKETCH, _ENERGY = 256, 0.99
 _PART = 2**20  # weights that are compared at once
 _WHOLE = "edit the loaded model instead: fastedit export DELTA --merge DIR --model MODEL"
@@ -113,20 +111,13 @@ class Checkpoint:
         check_room(directory, sum((self.folder / file).stat().st_size for file in files))
         try:
             with replacing_directory(directory) as folder:
-                self._copy_settings(folder)
+                copy_settings(self.folder, folder)
                 for i, name in enumerate(files):
                     self._write_file(name, folder, by_key)
                     progress("files", i + 1, len(files))
                 finish(folder)
         except (OSError, SafetensorError) as error:
             raise FileError(directory, f"could not be written: {error}; nothing was changed") from error
-
-    def _copy_settings(self, folder: Path) -> None:
-        for path in self.folder.iterdir():
-            if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _REPORTS:
-                shutil.copyfile(path, folder / path.name)
-            elif path.is_dir() and not _left_behind(path):
-                shutil.copytree(path, folder / path.name)
 
     def _write_file(self, name: str, folder: Path, changes: Mapping[str, Change]) -> None:
         own = [key for key, file in self._places.items() if file == name]
@@ -177,11 +168,6 @@ class Checkpoint:
                             wrong.append(f"{key} in {found.get_dtype()}")
         if wrong:
             raise ModelError(f"{self.folder}: {len(wrong)} tensors are not as config.json says: {listed(wrong)}")
-
-
-def _left_behind(folder: Path) -> bool:
-    """Whether a subfolder is not part of the checkpoint: it is hidden, as download folders are, or holds weights."""
-    return folder.name.startswith(".") or any(path.suffix in _WEIGHTS for path in folder.rglob("*"))
 
 
 def _places(folder: Path) -> dict[str, str]:

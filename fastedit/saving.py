@@ -27,9 +27,14 @@ from fastedit.errors import FileError, ModelError, listed, reason
 from fastedit.files import check_directory, replacing_directory, trying_directory
 from fastedit.models import Model, has_quantized, is_offloaded, read_weight
 
+_REPORTS = ("report.json", "report.html")  # of the edit that made the checkpoint
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".undo"}
+
 
 def save_model(model: Model, directory: str | Path) -> None:
     """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.
+
+    In the folder that the model was loaded from, subfolders and files beside its weights stay, such as a README.
 
     Raises:
         FileError: `directory` exists and is not an empty folder or a checkpoint, or it holds what the
@@ -37,11 +42,14 @@ def save_model(model: Model, directory: str | Path) -> None:
     """
     network: Any = model.network
     directory, source = Path(directory), str(network.config._name_or_path)
-    if os.path.exists(source) and Path(source).resolve() != directory.resolve():
+    own = os.path.exists(source) and Path(source).resolve() == directory.resolve()
+    if os.path.exists(source) and not own:
         check_directory(directory, {"the model": Path(source)})
     try:
         with replacing_directory(directory) as temporary:
             write_checkpoint(model, temporary)
+            if own:
+                copy_settings(directory, temporary, all_folders=True)
     except (OSError, ModelError) as error:
         if isinstance(error, FileError):  # about the folder itself
             raise
@@ -83,6 +91,23 @@ def write_checkpoint(model: Model, folder: Path) -> None:
     _attempt(network.save_pretrained, folder, state_dict=dict(state), **shards)
     _check_files(network, folder, state, layout)
     _write_index(folder)
+    if source := str(network.config._name_or_path):  # how images are read is in no object that there is here
+        copy_settings(Path(source), folder, "*processor_config.json")
+
+
+def copy_settings(checkpoint: Path, folder: Path, pattern: str = "*", *, all_folders: bool = False) -> None:
+    """Copy what a checkpoint holds beside weights, if the folder has nothing of that name yet.
+
+    Reports and undo files are no settings, nor are subfolders that are hidden or hold weights, unless `all_folders`.
+    """
+    for path in checkpoint.glob(pattern):
+        new = folder / path.name
+        if new.exists() or path.suffix in _WEIGHTS or path.name in _REPORTS:
+            continue
+        if path.is_file():
+            shutil.copyfile(path, new)
+        elif all_folders or not (path.name.startswith(".") or any(p.suffix in _WEIGHTS for p in path.rglob("*"))):
+            shutil.copytree(path, new, symlinks=all_folders)
 
 
 def _largest(model: Model) -> int:

@@ -114,6 +114,29 @@ def test_what_is_read_is_what_was_saved(kind: str, tokenizer: Any, tmp_path: Pat
         assert torch.equal(found[name].view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
+def test_settings_that_are_no_objects_go_along(tokenizer: Any, tmp_path: Path) -> None:
+    """Into another folder those that tell how images are read; into the model's own all that stood there."""
+    Editor(tiny_model("llama"), tokenizer).save_model(tmp_path / "one")
+    beside = {
+        "preprocessor_config.json": "{}",
+        "README.md": "mine",
+        "templates/rag.jinja": "x",
+        ".git/HEAD": "y",
+        "original/a.pth": "z",
+    }
+    for name, text in (beside | {"pytorch_model.bin": "old"}).items():
+        (tmp_path / "one" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "one" / name).write_text(text)
+    editor = Editor.from_pretrained(tmp_path / "one", device="cpu")
+    editor.save_model(tmp_path / "two")
+    assert [name for name in beside if (tmp_path / "two" / name).exists()] == ["preprocessor_config.json"]
+    editor.tokenizer.chat_template = "new"
+    editor.save_model(tmp_path / "one")
+    assert {name: (tmp_path / "one" / name).read_text() for name in beside} == beside
+    assert (tmp_path / "one" / "chat_template.jinja").read_text() == "new"
+    assert not (tmp_path / "one" / "pytorch_model.bin").exists()
+
+
 def test_a_delta_beside_the_weights_is_not_taken_for_weights(tokenizer: Any, tmp_path: Path) -> None:
     """Servers read all safetensors files of a folder, or those that its index names if it has one (vLLM, SGLang)."""
     save_model(Model.of(tiny_model("llama"), tokenizer), tmp_path / "model")
