@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ def _generated(
 
 def _final(model: Model) -> set[int]:
     """Tokens that end a text, including those that end a chat model's turn."""
-    own = cast(Any, model.network).generation_config.eos_token_id
+    own = getattr(getattr(model.network, "generation_config", None), "eos_token_id", None)
     turn = model.chat.end if model.chat else None
     return {model.tokenizer.eos_token_id, turn, *(own if isinstance(own, list | tuple) else [own])} - {None}
 

@@ -117,7 +117,7 @@ def _stops(
 
 
 def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
-    """Notes for the user on prompts: special and unknown tokens in them, and a chat template that is not used."""
+    """Notes for the user on special and unknown tokens in prompts and answers, and on a template that is not used."""
     notes = []
     if model.chat is None and getattr(model.tokenizer, "chat_template", None):
         notes.append(
@@ -129,15 +129,15 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
     names: dict[str, None] = {}
     for i, request in enumerate(requests):
         for kind, questions in _QUESTIONS.items():
-            for prompt, *_ in questions(request):
-                if held := [token for token in special if token in prompt]:
+            for prompt, answer, _ in questions(request):
+                if held := [token for token in special if token in prompt or token in answer]:
                     found |= dict.fromkeys(map(repr, held))
                     names[f"request {request.id or i}, {kind}"] = None
     if names:
         notes.append(
-            f"{len(names)} prompts hold special tokens of the tokenizer ({listed([*found])}), which the model reads as "
-            "such. If they come from a chat template, give the user's words alone, with chat_template=True (--chat): "
-            f"{listed([*names])}"
+            f"{len(names)} prompts or answers hold special tokens of the tokenizer ({listed([*found])}). The model "
+            "reads them as such, and a generated text shows none. If they come from a chat template, give the user's words "
+            f"and the answer's alone, with chat_template=True (--chat): {listed([*names])}"
         )
     return [*notes, *_unknown(model, requests)]
 

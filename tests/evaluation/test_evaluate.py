@@ -431,6 +431,12 @@ def test_perplexity(family: str) -> None:
     assert measured(model, []).perplexity is None
 
 
+def test_a_model_without_settings_of_generation_is_measured() -> None:
+    model, wanted = tiny_model("llama"), evaluate(tiny_model("llama"), tokenizer(), TWO).to_dict()
+    model.generation_config = None
+    assert evaluate(model, tokenizer(), TWO).to_dict() == wanted
+
+
 def test_nan_is_an_error() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.down_proj.weight.data[3, 3] = math.nan

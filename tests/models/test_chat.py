@@ -148,7 +148,13 @@ REQUEST = EditRequest("w20 w21 w22", "w30", "w21", paraphrases=(f"{BOS} w21",), 
     [
         ([EditRequest("w20", "w30")], True, []),
         ([EditRequest("w20", "w30")], False, ["the tokenizer has a chat template"]),
-        ([REQUEST] * 2, True, ["2 prompts hold special tokens of the tokenizer ('<s>')"]),
+        ([REQUEST] * 2, True, ["2 prompts or answers hold special tokens of the tokenizer ('<s>')"]),
+        (
+            [EditRequest("w20", f"w30{EOS}")],
+            True,
+            [f"1 prompts or answers hold special tokens of the tokenizer ('{EOS}')"],
+        ),
+        ([EditRequest("w20", "w30", neighbours=(("w21", f"w{BOS}"),))], True, ["request 0, neighbour"]),
         ([REQUEST], False, ["the tokenizer has a chat template", "request 0, paraphrase"]),
     ],
 )
