@@ -136,8 +136,8 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
     if names:
         notes.append(
             f"{len(names)} prompts or answers hold special tokens of the tokenizer ({listed([*found])}). The model "
-            "reads them as such, and a generated text shows none. If they come from a chat template, give the user's words "
-            f"and the answer's alone, with chat_template=True (--chat): {listed([*names])}"
+            "reads them as such, and a generated text shows none. If they come from a chat template, give the words of "
+            f"user and answer alone, with chat_template=True (--chat): {listed([*names])}"
         )
     return [*notes, *_unknown(model, requests)]
 
