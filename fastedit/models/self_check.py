@@ -8,6 +8,7 @@ differ, the model is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -115,7 +116,8 @@ def checked(found: Topology) -> Topology:
     Raises:
         ModelError: this package computes other numbers than the model; says which.
     """
-    if found.config.model_type in VERIFIED and _unchanged(found) and not has_quantized(found.model):
+    sees_ahead = getattr(found.config, "use_bidirectional_attention", False)  # as encoders of a listed type do
+    if found.config.model_type in VERIFIED and not sees_ahead and _unchanged(found) and not has_quantized(found.model):
         return found
     check = self_check(found)
     if check.problem is not None:
@@ -261,7 +263,11 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
-    """Run the model's own forward pass, one sample at a time. Raises ModelError for numbers that are not finite."""
+    """Run the model's own forward pass, one sample at a time.
+
+    Raises:
+        ModelError: the numbers are not finite, or depend on later tokens.
+    """
     kept, gradient = [], torch.zeros_like(weight, dtype=torch.float32)
     for i, start in enumerate(samples.target_start.tolist()):
         ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].to(found.device)
@@ -276,7 +282,18 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
     own = _Own(torch.cat(kept), gradient, dtype)
     if not (own.logits.isfinite().all() and gradient.isfinite().all()):
         raise ModelError(f"{found.name} cannot be edited: its logits of random tokens are not finite")
+    if _sees_ahead(found, samples.input_ids[: samples.offsets[1]].to(found.device)):
+        raise ModelError(f"{found.name} cannot be edited: its predictions depend on later tokens; it is an encoder")
     return own
+
+
+@torch.no_grad()
+def _sees_ahead(found: Topology, ids: Tensor) -> bool:
+    """Whether another last token changes the predictions at those before it."""
+    other = torch.cat([ids[:-1], ids[:1]])
+    with eval_mode(found.model):
+        one, two = (found.model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, other))
+    return _difference(one, two) > math.sqrt(torch.finfo(one.dtype).eps)
 
 
 def _samples(found: Topology) -> Samples:

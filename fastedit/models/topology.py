@@ -33,6 +33,7 @@ from fastedit.models.hooks import Stopped, eval_mode, hooked
 
 _SHORT_NAMES = ("down_proj", "up_proj", "gate_proj", "mlp", "attn", "block")
 _CONTEXTS = ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions")  # the first in a config counts
+_FIRST_CONTEXT = "original_max_position_embeddings"
 _CONTEXT = 2048  # tokens, for a model without a limit on positions
 
 
@@ -144,10 +145,7 @@ class Topology:
         return states if self.logit_scale == 1 else states * self.logit_scale
 
     def logits(self, hidden: Tensor, head: nn.Module | None = None) -> Tensor:
-        """Logits [M, V] for the head's input [M, h] (``for_head``): the head, then the soft-cap if there is one.
-
-        Another ``head`` may replace the model's own.
-        """
+        """Logits [M, V] for the head's input [M, h] (``for_head``): the model's head or another, then the soft-cap."""
         logits: Tensor = (head or self.head)(hidden)
         cap = self.logit_softcap
         return logits if cap is None else (logits / cap).tanh() * cap
@@ -367,8 +365,17 @@ def topology(model: nn.Module) -> Topology:
         # a composite model (text and images) ignores the soft-cap in its text config
         logit_softcap=getattr(config, "final_logit_softcapping", None) if config is inner.config else None,
         hidden_size=config.hidden_size,
-        context_length=next((n for name in _CONTEXTS if (n := getattr(config, name, None))), _CONTEXT),
+        context_length=_context_length(config),
     )
+
+
+def _context_length(config: Any) -> int:
+    """The most tokens of a sample. LongRoPE rotates otherwise in rows longer than its first context: less than that."""
+    longest = next((n for name in _CONTEXTS if (n := getattr(config, name, None))), _CONTEXT)
+    ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (r for r in (ropes, *ropes.values()) if isinstance(r, dict) and "longrope" in r.values()):
+        longest = min(longest, getattr(config, _FIRST_CONTEXT, None) or rope.get(_FIRST_CONTEXT, longest))
+    return longest
 
 
 def _logit_scale(config: Any) -> float:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, ROUTED, SHARED
-from helpers import CONTEXTS, moments, random_edits, same, tiny_model, values
+from helpers import CONTEXTS, moments, random_edits, randomize, same, tiny_model, values
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from fastedit import Editor, EditRequest, ModelError
 from fastedit.models import Model, fingerprint, self_check, topology
@@ -220,6 +220,16 @@ def test_a_changed_model_is_measured_whatever_its_type_is(
             Model.of(model, tokenizer)
     else:
         assert Model.of(model, tokenizer).topology.packs is packs
+
+
+def test_a_model_that_sees_ahead_is_refused(tokenizer: Any) -> None:
+    """An encoder, such as EmbeddingGemma, whose type is that of causal models."""
+    config = tiny_model("gemma3").config.to_dict() | {"use_bidirectional_attention": True}
+    model = randomize(AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)), norm=0.0)
+    if not getattr(model.config, "use_bidirectional_attention", False):
+        pytest.skip("this version of transformers has no such models")
+    with pytest.raises(ModelError, match=r"\(gemma3_text\) cannot be edited: its predictions depend on later tokens"):
+        Model.of(model, tokenizer)
 
 
 def test_a_model_without_numbers_is_refused(tokenizer: Any) -> None:

@@ -17,8 +17,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from fastedit import Editor, WeightDelta
-from fastedit.errors import ModelError
+from fastedit import Editor, EditRequest, WeightDelta
+from fastedit.errors import ModelError, RequestError
 from fastedit.models import fingerprint, topology
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2")
@@ -230,6 +230,19 @@ def test_a_weight_that_is_made_of_others_is_not_edited(make: Any, method: str, t
             editor.plan(edits)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     Editor(model, tokenizer, layer=2, module="down_proj").plan(edits)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_samples_are_shorter_than_what_changes_the_rotation_of_all(family: str, tokenizer: Any) -> None:
+    """With LongRoPE a row that is longer than the first context rotates by other angles."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    more = {"rope_parameters": rope | {"original_max_position_embeddings": 13}, "original_max_position_embeddings": 13}
+    config = AutoConfig.for_model(**tiny_model(family).config.to_dict() | more)
+    model = randomize(AutoModelForCausalLM.from_config(config)).eval()
+    editor = Editor(model, tokenizer, layer=1)
+    assert editor.topology.context_length == 13
+    with pytest.raises(RequestError, match="more than the model's context of 13"):
+        editor.plan([EditRequest("w9 " * 14, "w10")])
 
 
 def test_packing_is_found_out_without_dropout() -> None:
