@@ -116,7 +116,10 @@ def checked(found: Topology) -> Topology:
     Raises:
         ModelError: this package computes other numbers than the model; says which.
     """
-    sees_ahead = getattr(found.config, "use_bidirectional_attention", False)  # as encoders of a listed type do
+    # encoders of a listed type have these fields
+    sees_ahead = getattr(found.config, "use_bidirectional_attention", False) or not getattr(
+        found.config, "is_causal", True
+    )
     if found.config.model_type in VERIFIED and not sees_ahead and _unchanged(found) and not has_quantized(found.model):
         return found
     check = self_check(found)
