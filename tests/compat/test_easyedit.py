@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,6 +175,26 @@ def test_alphaedit_preserves_the_edits_that_stand(theirs: Any, case: Case) -> No
     os.utime(case.folder / "P.pt", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(FileError, match="P_loc holds a dict"):
         editor.edit_requests(case.requests)
+
+
+PUT_BACK: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "in place": lambda weight, before: weight.copy_(before),
+    "data in place": lambda weight, before: weight.data.copy_(before),
+    "data": lambda weight, before: setattr(weight, "data", before.clone()),
+}
+
+
+@pytest.mark.parametrize("way", PUT_BACK)
+def test_alphaedit_sees_how_ever_weights_are_put_back(way: str, theirs: Any, case: Case) -> None:
+    easyedit.install()
+    apply, hparams = theirs.ALG_DICT["AlphaEdit"], case.hparams("AlphaEdit")
+    _, weights = apply(case.model, case.tokenizer, case.requests[:1], hparams, False, True)
+    with torch.no_grad():
+        for name, before in weights.items():
+            PUT_BACK[way](case.model.get_parameter(name), before)
+    assert same(case.model, case.before)
+    apply(case.model, case.tokenizer, case.requests[1:2], hparams)
+    assert same(case.model, case.wanted("alphaedit", case.edits[1:2], l2=1.0, null_threshold=0.07))
 
 
 def test_ft_at_the_prompt_s_last_token_stays_theirs(theirs: Any, case: Case) -> None:
