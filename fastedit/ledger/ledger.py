@@ -61,6 +61,7 @@ class Ledger:
         self._records = Records(folder, write=True)
         try:
             self._header = self._checked_header(buffered)
+            self._now = self._header["fingerprint"]
             if at is not None:
                 self._records.roll_back(at)
             self._hold(self.delta())
@@ -132,6 +133,8 @@ class Ledger:
     def add(self, requests: Requests, *, source: str | None = None, evaluate: bool = False) -> Entry:
         """Add facts. A fact with the prompt of one that stands replaces it, and the entry's notes say so.
 
+        It stands already if its target, its subject and what it forgets are the same, too.
+
         Args:
             requests: as for `Editor.edit`. The ledger gives an id ("f1", "f2", …) to those without one.
             source: where the facts are from; by default the path, if `requests` is one.
@@ -178,7 +181,7 @@ class Ledger:
         Raises:
             RequestError: there is no such entry. FileError: its file is damaged.
         """
-        then = self.delta(entry)
+        then = self._records.delta(entry)
         with self._as_it_was():
             self._hold(then)
             return self._records.roll_back(entry)
@@ -285,11 +288,19 @@ class Ledger:
 
     def _hold(self, total: WeightDelta | None) -> None:
         """Let the model hold a total delta and no other. Raises ModelError if something else has changed it."""
-        while self._held:
-            self._held[-1].revert()
-            self._held.pop()
-        if total is not None and total.updates:
-            self._held.append(self.editor.apply_deltas([total]))
+        if (now := fingerprint(self.editor.model)) != self._now:
+            raise ModelError(
+                f"something else has changed the ledger's model: its fingerprint is {now}, and was {self._now}; undo "
+                "that, or load the unedited model and open the ledger again"
+            )
+        try:
+            while self._held:
+                self._held[-1].revert()
+                self._held.pop()
+            if total is not None and total.updates:
+                self._held.append(self.editor.apply_deltas([total]))
+        finally:
+            self._now = fingerprint(self.editor.model)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
