@@ -213,7 +213,7 @@ def test_ft_at_the_prompt_s_last_token_stays_theirs(theirs: Any, case: Case) -> 
 def test_locft_bf_is_a_method_of_theirs_now(theirs: Any, case: Case, tmp_path: Path) -> None:
     easyedit.install()
     (tmp_path / "locft.yaml").write_text(
-        "alg_name: LocFT-BF\nmodel_name: x\nconfig: {lr: 1.0e-2, epochs: 3, layer: 2}\n"
+        "alg_name: LocFT-BF\nmodel_name: x\nconfig: {lr: 1e-2, epochs: 3, layer: 2}\n"  # a text, to YAML 1.1
     )
     hparams = easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft")
     hparams.model_name, hparams.batch_size = (case.model, case.tokenizer), 3
@@ -224,6 +224,10 @@ def test_locft_bf_is_a_method_of_theirs_now(theirs: Any, case: Case, tmp_path: P
     hparams.config = {"rate": 1}
     with pytest.raises(ConfigError, match="locft-bf has no field 'rate'"):
         theirs.BaseEditor(hparams).batch_edit(*case.columns)
+    for content in ("alg_name: LocFT-BF\nmodel_name: x\nconfig: [lr]\n", "LocFT-BF"):
+        (tmp_path / "locft.yaml").write_text(content)
+        with pytest.raises(FileError, match="no hyperparameters of LocFT-BF can be read"):
+            easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft.yaml")
     (tmp_path / "locft.yaml").write_text("alg_name: MEMIT\nmodel_name: x\n")
     with pytest.raises(FileError, match="is of MEMIT, expected alg_name LocFT-BF"):
         easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft.yaml")

@@ -630,6 +630,32 @@ def test_targets_are_kept_in_files_and_read_again(case: Case, tmp_path: Path, mo
         case.call("rome", cache_template=template)
 
 
+@pytest.mark.parametrize("template", ["{}_{}_{}_{}.npz", "{layer}_{}_{}.npz", "{}_{}_{}_}.npz", "{0.z}.npz"])
+def test_a_template_that_cannot_be_filled_is_refused(template: str, case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache_template is .*, which cannot be filled \(.*give three \{\}"):
+        case.call("memit", cache_template=tmp_path / template)
+    assert same(case.model, case.before)
+
+
+@pytest.mark.parametrize(
+    ("template", "ids"), [("z.npz", (0, 1, 2)), ("{}_{}.npz", (0, 1, 2)), ("{}_{}_{}.npz", (7, 7, 7))]
+)
+def test_edits_that_would_share_a_file_of_targets_are_refused(
+    template: str, ids: tuple[int, ...], case: Case, tmp_path: Path
+) -> None:
+    """The next call would read the target of the last one for all."""
+    requests = [request | {"case_id": id_} for request, id_ in zip(case.requests, ids, strict=True)]
+    with pytest.raises(RequestError) as raised:
+        case.call("memit", requests, cache_template=tmp_path / "kv" / template)
+    assert len(raised.value.sentences) == 2
+    assert all(
+        re.search(r"^requests\[[12]\], edit .*, has the file of requests\[0\] by", text)
+        for text in raised.value.sentences
+    )
+    assert not (tmp_path / "kv").exists()
+    case.call("memit", [requests[0], requests[0]], cache_template=tmp_path / "kv" / template)  # one edit, given twice
+
+
 def test_rome_without_second_moment_writes_along_the_key(case: Case) -> None:
     memit.COV_CACHE.clear()
     model, _ = case.call("rome", case.requests[:1], hparams("rome", mom2_adjustment=False))
