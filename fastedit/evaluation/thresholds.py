@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ class Bound:
     max: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a value keeps the bound; NaN does not keep any limit."""
-        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+        """Whether a value keeps the bound, up to the rounding of means; NaN does not keep any limit."""
+        at_limit = any(end is not None and math.isclose(value, end, abs_tol=1e-12) for end in (self.min, self.max))
+        return at_limit or ((self.min is None or value >= self.min) and (self.max is None or value <= self.max))
 
 
 @dataclass(frozen=True)

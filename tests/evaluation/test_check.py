@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -150,6 +151,23 @@ def test_thresholds_that_cannot_be_used(tmp_path: Path, content: str, message: s
         load_thresholds(path, MEASURES, SHARES)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "holds"),
+    [
+        (Bound(min=0.7), sum([0.7] * 3) / 3, True),  # 0.6999999999999998
+        (Bound(max=0.9), sum([0.9] * 10) / 10, True),  # 0.9000000000000001
+        (Bound(max=0), 1e-17, True),
+        (Bound(min=0.7), 0.6999, False),
+        (Bound(max=1e-6), 2e-6, False),
+        (Bound(min=0.2, max=0.9), 0.95, False),
+        (Bound(min=0), math.nan, False),
+        (Bound(max=1), math.inf, False),
+    ],
+)
+def test_a_bound_is_kept_up_to_the_rounding_of_a_mean(bound: Bound, value: float, holds: bool) -> None:
+    assert bound.holds(value) is holds
 
 
 def test_thresholds_are_json_or_toml(tmp_path: Path) -> None:
