@@ -71,8 +71,8 @@ CASES = {
     "checkpointed, called twice": Case({"uses": 2, "checkpointed": True}),
     "below trained": Case(loop={"trained": ("below.weight", "up.bias", "down.weight")}),
     "compiled": Case({"uses": 2}, loop={"compiled": True}),
-    # the gradient is not rounded to bf16 here
-    "autocast": Case({"uses": 2, "checkpointed": True}, loop={"autocast": True}, tolerance=2e-2),
+    # the gradient is not rounded to bf16 here, and Adam's first steps are ±lr; to leave out a call gives 0.66 and more
+    "autocast": Case({"uses": 2, "checkpointed": True}, loop={"autocast": True}, tolerance=0.2),
     "autocast, backward inside": Case(loop={"autocast": True, "inside": True}, tolerance=2e-2),
     "two passes a step": Case(options={"accumulate": True}, loop={"passes": 2}),
 }
