@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +19,20 @@ from fastedit.ledger.blame import Likeness, likenesses
 from fastedit.ledger.making import named, refuse_taken, sorted_out, write
 from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
 from fastedit.methods import METHODS
-from fastedit.models import fingerprint, plain_state
+from fastedit.models import fingerprint
 from fastedit.requests import EditRequest, as_requests
 
 # fields of a configuration about folders and memory, which do not change an edit
 PLACES = ("statistics", "targets", "state", "save_every", "cache_bytes", "keep_partial")
+
+
+def check_model(folder: Path, header: Mapping[str, Any], now: str) -> None:
+    """Raise ModelError if a model with the fingerprint `now` is not the one of the ledger with this header."""
+    if header["fingerprint"] != now:
+        raise ModelError(
+            f"the ledger {folder} is of a model with fingerprint {header['fingerprint']}, this one has {now}; load the "
+            "unedited model that it was begun with"
+        )
 
 
 class Ledger:
@@ -186,7 +195,6 @@ class Ledger:
             self._hold(then)
             return self._records.roll_back(entry)
 
-    @plain_state
     def blame(self, prompt: str, *, subject: str | None = None) -> list[Likeness]:
         """How near the key of a prompt is to those of the facts that stand, the nearest first.
 
@@ -334,11 +342,7 @@ class Ledger:
         }
         if kept is None:
             return now
-        if kept["fingerprint"] != now["fingerprint"]:
-            raise ModelError(
-                f"the ledger {self._records.folder} is of a model with fingerprint {kept['fingerprint']}, this one has "
-                f"{now['fingerprint']}; load the unedited model that it was begun with"
-            )
+        check_model(self._records.folder, kept, now["fingerprint"])
         if buffered is None:
             now["buffered"] = kept["buffered"]
         differing = [name for name in ("method", "chat_template", "dtype", "buffered") if kept[name] != now[name]]
