@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastedit.errors import FileError, ModelError
+from fastedit.errors import FileError, ModelError, listed
 from fastedit.models import check_plain, fingerprint, load_weights, plain_state, topology
 from fastedit.models.editable import check_editable
 from fastedit.models.fingerprint import FP16
@@ -55,6 +55,11 @@ class WeightDelta:
     def applied_to(self, model: nn.Module) -> bool:
         """Whether this model holds these updates now."""
         return self._model is topology(model).model
+
+    def overwritten(self) -> list[str]:
+        """The parameters that are not as these updates left them: something else has changed them since."""
+        now = {} if self._model is None else checksums(_parameters(self._model, self._originals))
+        return [path for path, found in now.items() if found != self._sums[path]]
 
     def changes(self, model: nn.Module, part: nn.Module) -> bool:
         """Whether these updates change a parameter of `part`, tied parameters included."""
@@ -115,12 +120,11 @@ class WeightDelta:
         """
         if self._model is None:
             raise ModelError("this delta is not applied to a model; there is nothing to revert")
-        for path, now in checksums(_parameters(self._model, self._originals)).items():
-            if now != self._sums[path]:
-                raise ModelError(
-                    f"{path} was changed after this edit: by a later edit (revert the later edits first, the last one "
-                    "before the others) or by something else (undo that, or load the model again)"
-                )
+        if changed := self.overwritten():
+            raise ModelError(
+                f"{listed(changed)} was changed after this edit: by a later edit (revert the later edits first, the "
+                "last one before the others) or by something else (undo that, or load the model again)"
+            )
         put_back(_parameters(self._model, self._originals), self._originals)
         self._originals, self._sums, self._model = {}, {}, None
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastedit import parallel
 from fastedit.compose import Composition, Given
 from fastedit.delta import WeightDelta, versions
-from fastedit.errors import ConfigError, ModelError
+from fastedit.errors import ConfigError, ModelError, listed
 from fastedit.evaluation.predict import predict
 from fastedit.evaluation.questions import prompt_notes
 from fastedit.evaluation.report import EvaluationReport, compare
@@ -175,9 +175,10 @@ class Editor:
         edits, now = as_requests(requests), fingerprint(self.model)
         started = time.perf_counter()
         clock = StageClock(self._report)
-        options: dict[str, Any] = {"history": self._history(now), "progress": clock.report}
+        history, lost = self._history(now)
+        options: dict[str, Any] = {"history": history, "progress": clock.report}
         made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        about = [*slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
+        about = [*lost, *slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
         return EditPlan(edits, now, made, time.perf_counter() - started, about, clock)
 
     def edit(self, requests: Requests) -> EditResult:
@@ -289,15 +290,23 @@ class Editor:
         """The deltas of the edits that the model holds now, oldest first."""
         return [delta for delta, _ in self._standing()]
 
-    def _history(self, now: str) -> History:
-        """The edits that this Editor made before; `now` is the model's fingerprint."""
+    def _history(self, now: str) -> tuple[History, list[str]]:
+        """The edits that this Editor made before, and a note if weights no longer hold them.
+
+        Args:
+            now: the model's fingerprint.
+        """
         standing = self._standing()
         keys: dict[str, list[Tensor]] = {}
         for _, edit in standing:
             for path, more in edit.keys.items():
                 keys.setdefault(path, []).append(more)
+        newest = {path: delta for delta, _ in standing for path in delta.updates if keys}
+        lost = [path for delta in {*newest.values()} for path in delta.overwritten() if newest[path] is delta]
         unedited = standing[0][0].metadata["fingerprint"] if standing else now
-        return History(unedited, {path: torch.cat(some) for path, some in keys.items()}, self._memo, now=now)
+        preserved = {path: torch.cat(some) for path, some in keys.items() if path not in lost}
+        said = f"something else changed {listed(sorted(lost))} after the earlier edits; these are not preserved there"
+        return History(unedited, preserved, self._memo, now=now), [said] * bool(lost)
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""

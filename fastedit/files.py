@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fastedit.errors import FileError
+from fastedit.errors import FileError, listed
 
 _LOCK = "lock"
 CHECKPOINT, DELTA, ADAPTER = "a checkpoint", "a delta with its report", "an adapter"
@@ -23,6 +26,36 @@ _NAMES = {
 }
 BY_CHECKPOINT, BY_DELTA, BY_ADAPTER = (CHECKPOINT, DELTA), (DELTA,), (ADAPTER,)
 """The kinds that each kind may replace: only a checkpoint replaces a checkpoint."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark. Raises FileError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"byte {error.start} is not UTF-8; save as UTF-8") from None
+
+
+def read_json(path: Path, example: str) -> Any:
+    """The content of a JSON file that a person wrote.
+
+    Raises:
+        FileError: the file cannot be read or is not JSON (shows the example); an object of it has a key twice, of which
+            json would keep the last.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+            raise FileError(path, f"{listed(twice)} given more than once in an object; keep one")
+        return dict(pairs)
+
+    text = read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise FileError(path, f"is not JSON: {error}; expected such as {example}") from None
 
 
 def stamp(path: Path) -> tuple[int, ...]:

@@ -162,7 +162,7 @@ def read_text(path: Path | None) -> list[str]:
         documents = list(read_documents(path))
     else:
         try:
-            documents = [path.read_text("utf-8")]
+            documents = [path.read_text("utf-8-sig")]
         except OSError as error:
             raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:

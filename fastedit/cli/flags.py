@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -14,8 +13,10 @@ import typer
 
 from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
 from fastedit.errors import ConfigError, FileError
+from fastedit.files import read_json
 from fastedit.methods import METHODS, method_of
 
+_EXAMPLE = '{"method": "locft-bf", "lr": 0.0005}'
 _SAME = {"layer": "layers"}  # fields that share a flag: where a method edits
 
 
@@ -76,19 +77,14 @@ def configuration(
     They come from a file and from flags; flags take precedence.
 
     Raises:
-        FileError: the file cannot be read or is not a JSON object. ConfigError: as for `config_of`; the file is for
-            another method.
+        FileError: the file cannot be read, is not a JSON object, or has a field twice. ConfigError: as for `config_of`;
+            the file is for another method.
     """
     content: dict[str, Any] = {}
     if file is not None:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(file, f"cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise FileError(file, f"is not JSON: {error}") from None
+        content = read_json(file, _EXAMPLE)
         if not isinstance(content, dict) or not isinstance(content.get("method", ""), str):
-            raise FileError(file, 'expected an object of fields, such as {"method": "locft-bf", "lr": 0.0005}')
+            raise FileError(file, f"expected an object of fields, such as {_EXAMPLE}")
         theirs, templated = content.pop("method", None), content.pop("chat_template", False)
         if not isinstance(templated, bool):
             raise FileError(file, f"chat_template is {templated!r}; expected true or false")

@@ -20,6 +20,7 @@ from fastedit.files import check_directory, check_file, replacing
 
 if TYPE_CHECKING:
     from fastedit.ledger import Entry, Fact, Ledger
+    from fastedit.ledger.blame import Likeness
 
 LedgerArgument = Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder of the ledger.", show_default=False)]
 MeasureFlag = Annotated[bool, typer.Option("--evaluate", help="Measure the edited model on these facts.")]
@@ -141,12 +142,22 @@ def blame(
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
-    """List the facts that a prompt is nearest to, by the inputs of the edited projection.
+    """List the facts that a prompt is nearest to, by the inputs of the edited projection; the ledger is only read.
 
     Example: fastedit ledger blame ./ledger "The capital of Portugal is" --model ./Llama-3-8B
     """
-    with _opened(ledger, model, arguments.Dtype.auto, device, new=False) as opened:
-        found = opened.blame(prompt, subject=subject)
+    with _records(ledger) as records:
+        header, facts, entries = records.header, records.standing(), records.entries()
+    found: list[Likeness] = []
+    if header and facts:
+        from fastedit.ledger.blame import likenesses
+        from fastedit.ledger.ledger import check_model
+        from fastedit.models import fingerprint
+
+        dtype = arguments.Dtype(header["dtype"])
+        editor = arguments.load(model, dtype, device, chat_template=header["chat_template"])
+        check_model(ledger, header, fingerprint(editor.model))
+        found = likenesses(editor.parts, entries[-1].about["config"], facts, prompt, subject)
     table = _table("cosine", "fact", "prompt", "target", "entry", "source", "read at")
     for like in found[:most]:
         request, fact = like.fact.request, like.fact

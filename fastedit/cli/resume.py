@@ -71,7 +71,8 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
     with suppress(OSError):  # then the same command can continue, but not --resume
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _COMMAND) as temporary:
-            temporary.write_text(json.dumps({"arguments": _Given.arguments, "folder": os.getcwd()}), encoding="utf-8")
+            about = {"arguments": _Given.arguments, "folder": os.getcwd(), "state": str(folder.resolve())}
+            temporary.write_text(json.dumps(about), encoding="utf-8")
     try:
         yield
     except BaseException as error:
@@ -102,7 +103,16 @@ def _remembered(rest: list[str]) -> list[str]:
     path = place_of(Path(rest[0]), _COMMAND)
     try:
         command = json.loads(path.read_text(encoding="utf-8"))
-        arguments = [str(word) for word in command["arguments"]]
+        arguments, state = (
+            [str(word) for word in command["arguments"]],
+            Path(command.get("state", path.parent.resolve())),
+        )
+        if state != path.parent.resolve():
+            raise FileError(
+                path,
+                f"--resume {rest[0]}: {path.parent} was moved or copied from {state}, where its edit would begin anew; "
+                f"move it back, or run the whole command again with --state {path.parent}, it goes on",
+            )
         os.chdir(command["folder"])
     except FileNotFoundError as error:
         if error.filename == str(path):
@@ -110,6 +120,6 @@ def _remembered(rest: list[str]) -> list[str]:
         else:
             why = f"the folder {error.filename} where it began is gone; run the whole command again, it goes on"
         raise FileError(path, f"--resume {rest[0]}: {why}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(path, f"{{path}} cannot be used ({error}); run the whole command again, it goes on") from error
     return arguments

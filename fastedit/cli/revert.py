@@ -67,12 +67,19 @@ def revert(
 
 
 def _undos(model: Path, deltas: Sequence[Path], given: Path | None, approximate: bool) -> dict[Path, Undo]:
-    """The readable undo files, by path, with a note on others. Raises FileError if `given` is needed but unreadable."""
+    """The readable undo files by path, the likeliest first, with a note on others.
+
+    The one beside a delta of `fastedit diff` is of the checkpoint that it was taken of, which may differ, in its dtype
+    or by a rounding, from one that the delta was applied to.
+
+    Raises:
+        FileError: `given` is needed but unreadable.
+    """
     from fastedit.undo import UNDO, Undo, undo_files
 
     beside = (path for delta in deltas if (path := delta.with_suffix(Path(UNDO).suffix)).is_file())
     found = {}
-    for path in dict.fromkeys([*([given] if given else beside), *undo_files(model)]):
+    for path in dict.fromkeys([given, *undo_files(model)] if given else [*undo_files(model), *beside]):
         try:
             found[path] = Undo.load(path)
         except FileError as error:

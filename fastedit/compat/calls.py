@@ -16,7 +16,7 @@ from fastedit.compat.hparams import Hparams, locate_then_edit_fields, module_ins
 from fastedit.compat.known import Known, copied, known_of
 from fastedit.compat.moments import Cache, Moments
 from fastedit.compat.requests import upstream_edits
-from fastedit.compat.stored_targets import check_ids, stored_targets
+from fastedit.compat.stored_targets import check_names, stored_targets
 from fastedit.errors import ConfigError
 from fastedit.methods.base import History, MethodResult
 from fastedit.methods.naming import edit_name
@@ -139,7 +139,7 @@ def locate_then_edit(
     if cache_template is not None:
         if hparams.method == "ROME":
             raise ConfigError("cache_template of ROME names files of updates, which depend on the model; leave it out")
-        check_ids(call.edits)
+        check_names(cache_template, hparams.get("clamp_norm_factor"), call.edits)
     moments = Moments(hparams, topology, fields["module"], fields["layers"])
     _find_moments(moments, call, variables, projections)
     lengths: tuple[tuple[int, int], ...] = _LENGTHS

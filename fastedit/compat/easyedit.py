@@ -12,6 +12,7 @@ edits are reverted when they are not sequential.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,11 +174,17 @@ class LocFTBFHyperParams:
         path = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
         try:
             found = cls(**yaml.safe_load(path.read_text("utf-8")))
-        except (OSError, TypeError, yaml.YAMLError) as error:
+            found.config = {name: _number(value) for name, value in found.config.items()}
+        except (OSError, TypeError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FileError(path, f"no hyperparameters of {_NEW} can be read: {error}") from error
         if found.alg_name != _NEW:
             raise FileError(path, f"{{path}} is of {found.alg_name}, expected alg_name {_NEW}")
         return found
+
+
+def _number(value: Any) -> Any:
+    """A number such as 5e-4, which YAML 1.1 reads as a text; other values as they are."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
 def _registry() -> MutableMapping[str, Any]:

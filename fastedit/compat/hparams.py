@@ -29,6 +29,8 @@ _OWN = {
 _WHOLE = frozenset(("v_num_grad_steps", "v_loss_layer", "num_steps", "batch_size", "mom2_n_samples"))
 _NUMBERS = frozenset((*_TARGET, *(name for own in _OWN.values() for name in own), "update_norm_lambda", "lr",
                       "weight_decay")) | _WHOLE  # fmt: skip
+_FLAGS = frozenset(("bias_update", "calculate_objective_value", "mom2_adjustment", "norm_constraint"))
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 class Hparams:
@@ -43,15 +45,19 @@ class Hparams:
         self.method, self._given = method, given
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field as it was given. A number may also be a text, because YAML 1.1 reads 5e-1 as a text.
+        """A field as it was given; `default` if it is absent, or None where there is a default.
+
+        A number may also be a text, because YAML 1.1 reads 5e-1 as a text, and so may true and false, as from a shell.
 
         Raises:
-            ConfigError: the field must be a number, or a whole number, and is not.
+            ConfigError: the field must be a number, a whole number, or true or false, and is not.
         """
         given = self._given
         value = given.get(name, _ABSENT) if isinstance(given, Mapping) else getattr(given, name, _ABSENT)
-        if value is _ABSENT:
+        if value is _ABSENT or (value is None and default not in (None, _ABSENT)):
             return default
+        if name in _FLAGS and isinstance(value, str):
+            return self._flag(name, value)
         return self._number(name, value, name in _WHOLE) if name in _NUMBERS else value
 
     @property
@@ -61,6 +67,11 @@ class Hparams:
         if isinstance(given, str) or not isinstance(given, Iterable) or not (layers := list(given)):
             raise ConfigError(f"layers of the hparams of {self.method} is {given!r:.80}, expected a list of blocks")
         return [self._number("layers", layer, whole=True) for layer in layers]
+
+    def _flag(self, name: str, text: str) -> bool:
+        if (word := text.strip().casefold()) not in _TRUE + _FALSE:
+            raise ConfigError(f"{name} of the hparams of {self.method} is {text!r:.80}, expected true or false")
+        return word in _TRUE
 
     def _number(self, name: str, value: Any, whole: bool) -> Any:
         found: Any = value

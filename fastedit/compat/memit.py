@@ -22,9 +22,10 @@ from torch import Tensor
 
 from fastedit.compat.calls import Call, Edited, Request, Variables, fine_tune, locate_then_edit
 from fastedit.compat.hparams import fine_tuning_fields
-from fastedit.compat.moments import check_stack, check_sum, check_symmetric
+from fastedit.compat.moments import check_own, check_stack, check_sum, check_symmetric
 from fastedit.errors import RequestError, listed
 from fastedit.models import plain_state
+from fastedit.tensorfile import checksum
 from fastedit.weights import LowRank
 
 CONTEXT_TEMPLATES_CACHE: Any = None
@@ -32,7 +33,7 @@ COV_CACHE: dict[tuple[str, str], Tensor] = {}
 STATS_DIR = "data/stats"
 
 Weights = dict[str, Tensor]
-_KEYS = "_fastedit_keys"  # attribute of a cache_c: its version, and the keys that it sums up
+_KEYS = "_fastedit_keys"  # attribute of a cache_c: its checksum, and the keys that it sums up
 _NORMS = (
     *("zs_norm", "cur_zs_norm", "layer_ks_norm", "adj_norm", "residual_norm", "inside_update_norm"),
     *("pseudo_inverse", "C_inv_norm", "D_inv_norm", "D_norm", "cov"),
@@ -168,7 +169,7 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
         cache_c[i] += (new.T @ new).to(cache_c)
         if path in previous:
             keys[path] = torch.cat([previous[path].to(new), new])
-    setattr(cache_c, _KEYS, (cache_c._version, keys))
+    setattr(cache_c, _KEYS, (checksum(cache_c), keys))
     return found.model, cache_c
 
 
@@ -176,8 +177,9 @@ def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
     """Path of each parameter -> rows [n, d] with the sum of k kᵀ in `cache_c`: its own keys, or else a square root."""
     written = call.written()
     check_stack("cache_c", cache_c, call.parts.topology, written.layers, written.module)
-    version, keys = getattr(cache_c, _KEYS, (None, {}))
-    if version == cache_c._version:
+    check_own("cache_c", cache_c)
+    total_then, keys = getattr(cache_c, _KEYS, (None, {}))
+    if keys and total_then == checksum(cache_c):
         return dict(keys)
     found = {}
     for i, (path, total) in enumerate(zip(written.paths, cache_c, strict=True)):

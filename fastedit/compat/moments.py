@@ -136,6 +136,12 @@ def check_symmetric(name: str, matrix: Tensor) -> None:
         raise ConfigError(f"{name} is not symmetric; give all of it")
 
 
+def check_own(name: str, matrices: Tensor) -> None:
+    """Raise ConfigError for a tensor that cannot be written in place, because some of its elements are one."""
+    if any(size > 1 and step == 0 for size, step in zip(matrices.shape, matrices.stride(), strict=True)):
+        raise ConfigError(f"{name} is updated in place, and several of its elements are one (expand); give a clone")
+
+
 def check_sum(name: str, eigenvalues: Tensor) -> None:
     """Raise ConfigError if a matrix with these eigenvalues [d], upwards, is no sum of k kᵀ, up to a rounding."""
     least, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastedit.compat.requests import UpstreamEdit
-from fastedit.errors import FileError, RequestError
+from fastedit.errors import ConfigError, FileError, RequestError
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import Find
 from fastedit.methods.locate_then_edit.recipes import Recipe
@@ -21,11 +21,31 @@ from fastedit.methods.naming import edit_name
 from fastedit.tensorfile import writing
 
 
-def check_ids(edits: Sequence[UpstreamEdit]) -> None:
-    """Raise RequestError for edits without a case_id, which is part of their files' names; names all of them."""
-    names = [edit_name(edit, place) for place, edit in enumerate(edits) if edit.id is None]
-    if names:
-        raise RequestError.of([(name, f"{name} has no case_id, and cache_template needs one") for name in names])
+def check_names(template: str | Path, clamp: Any, edits: Sequence[UpstreamEdit]) -> None:
+    """Check that each edit has a file of its own; the arguments are those of `stored_targets`.
+
+    Raises:
+        ConfigError: the template cannot be filled. RequestError: edits without a case_id, or with the file of another
+            edit; names all of them.
+    """
+    owners: dict[str, int] = {}
+    problems = []
+    for place, edit in enumerate(edits):
+        name = edit_name(edit, place)
+        if edit.id is None:
+            problems.append((name, f"{name} has no case_id, and cache_template needs one"))
+            continue
+        try:
+            file = str(template).format(0, clamp, edit.id)
+        except (LookupError, ValueError, AttributeError) as error:
+            given = f"cache_template is {str(template)!r:.200}, which cannot be filled ({error})"
+            raise ConfigError(f"{given}; give three {{}}: for the layer, the clamp and the case_id") from None
+        owner = owners.setdefault(file, place)
+        if (edit.prompt, edit.target) != (edits[owner].prompt, edits[owner].target):
+            text = f"requests[{place}], {name}, has the file of requests[{owner}] by cache_template"
+            problems.append((name, f"{text}; give it a case_id of its own"))
+    if problems:
+        raise RequestError.of(problems)
 
 
 def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fastedit.evaluation.page import PART, cut, frame, more_in, size
+from fastedit.evaluation.page import PART, cut, frame, more_in, quoted, size
 from fastedit.evaluation.report import EvaluationReport
 
 _POINTS = 300  # points of a curve, at most
@@ -155,8 +155,8 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
     missed = [row for row in rows if not row["generated_begins"]["reliability"] and row["logp"] is not None]
     missed.sort(key=lambda row: row["logp"])
     said = (
-        f'<li>{escape(cut(row["prompt"]))}<br><span class="bad">{escape(cut(row["generated"] or "nothing"))}</span>'
-        f' <span class="faint">instead of</span> {escape(cut(row["target"]))}'
+        f'<li>{quoted(row["prompt"])}<br><span class="bad">{quoted(row["generated"] or "nothing")}</span>'
+        f' <span class="faint">instead of</span> {quoted(row["target"])}'
         f' <span class="faint">(a token of it has a probability of {math.exp(row["logp"]):.2g})</span></li>'
         for row in missed
     )
@@ -165,22 +165,22 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _neighbour(prompt: str, one: Mapping[str, Any]) -> str:
     return (
-        f"<li>{escape(cut(one['prompt']))}<br>{escape(cut(one['before'] or 'nothing'))} → "
-        f"<strong>{escape(cut(one['after'] or 'nothing'))}</strong><br>"
-        f'<span class="faint">a neighbour of: {escape(cut(prompt))}</span></li>'
+        f"<li>{quoted(one['prompt'])}<br>{quoted(one['before'] or 'nothing')} → "
+        f"<strong>{quoted(one['after'] or 'nothing')}</strong><br>"
+        f'<span class="faint">a neighbour of: {quoted(prompt)}</span></li>'
     )
 
 
 def _conflict(found: Mapping[str, Any]) -> str:
     targets = "; ".join(
-        f"{cut(one['target'])} (id {cut(', '.join(map(str, one['ids'])))})" for one in found["targets"][:20]
+        f"{quoted(one['target'])} (id {quoted(', '.join(map(str, one['ids'])))})" for one in found["targets"][:20]
     )
-    return f'<li>{escape(cut(found["prompt"]))}<br><span class="faint">targets:</span> {escape(targets)}</li>'
+    return f'<li>{quoted(found["prompt"])}<br><span class="faint">targets:</span> {targets}</li>'
 
 
 def _unlearned(one: Mapping[str, Any]) -> str:
-    name = f"{cut(str(one['id']))}: " if one["id"] is not None else ""
-    return f'<li>{escape(name + cut(one["prompt"]))}<br><span class="faint">{escape(cut(one["why"]))}</span></li>'
+    name = f"{quoted(str(one['id']))}: " if one["id"] is not None else ""
+    return f'<li>{name}{quoted(one["prompt"])}<br><span class="faint">{escape(cut(one["why"]))}</span></li>'
 
 
 def _section(title: str, items: Iterable[str], n: int) -> str:

@@ -53,6 +53,11 @@ def frame(title: str, body: str, style: str = "") -> str:
     )
 
 
+def quoted(text: str) -> str:
+    """A user's or a model's text, isolated: one from right to left would turn round what stands beside it."""
+    return f"<bdi>{escape(cut(text))}</bdi>"
+
+
 def cut(text: str, length: int = _TEXT) -> str:
     """A text, shortened if it is too long for a page."""
     return text if len(text) <= length else f"{text[:length]}…"
@@ -129,7 +134,7 @@ def _requests(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _request(row: Mapping[str, Any]) -> str:
     mark = '<span class="good">✓</span>' if row["begins"] else '<span class="bad">✗</span>'
-    said = escape(str(row["generated"] or "nothing"))
+    said = quoted(str(row["generated"] or "nothing"))
     entries = [("wanted", row["target"])]
     for kind, probes in row.items():
         if kind.startswith(("prefix_", "negation")):
@@ -142,5 +147,5 @@ def _request(row: Mapping[str, Any]) -> str:
             ("choice, log-probability of a token", ", ".join(f"{o['answer']} {o['logp']:.2f}" for o in ranked))
         )
     inside = "".join(f"<dt>{escape(title)}</dt><dd>{escape(str(text))}</dd>" for title, text in entries)
-    summary = f"<summary>{mark} {escape(row['prompt'])} → <strong>{said}</strong></summary>"
+    summary = f"<summary>{mark} {quoted(row['prompt'])} → <strong>{said}</strong></summary>"
     return f"<details>{summary}<dl>{inside}</dl></details>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import ConfigError, FileError, listed
+from fastedit.files import read_json, read_text
 
 TASK, TASK_CHANGE = "task:", "task_change:"
 """Prefixes of an lm-eval task's name: for its value, and for the change by the edit."""
@@ -25,8 +27,9 @@ class Bound:
     max: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a value keeps the bound; NaN does not keep any limit."""
-        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+        """Whether a value keeps the bound, up to the rounding of means; NaN does not keep any limit."""
+        at_limit = any(end is not None and math.isclose(value, end, abs_tol=1e-12) for end in (self.min, self.max))
+        return at_limit or ((self.min is None or value >= self.min) and (self.max is None or value <= self.max))
 
 
 @dataclass(frozen=True)
@@ -114,22 +117,13 @@ def _problem(bounds: Any, share: bool, task: bool) -> str:
 
 
 def _content(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start} is not UTF-8; save as UTF-8") from None
     if path.suffix.lower() != ".toml":
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileError(path, f"is not JSON: {error}; expected such as {_EXAMPLE}") from None
+        return read_json(path, _EXAMPLE)
     if sys.version_info < (3, 11):
         raise FileError(path, "TOML is read by Python 3.11 and later; write the thresholds as JSON")
     import tomllib
 
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise FileError(path, f"is not TOML: {error}") from None

@@ -13,7 +13,7 @@ from fastedit.ledger.records import Fact
 from fastedit.methods.batch import Batch
 from fastedit.methods.keys import KeyWalk
 from fastedit.methods.subjects import subject_ends
-from fastedit.models import Model
+from fastedit.models import Model, plain_state
 from fastedit.requests import EditRequest
 
 
@@ -32,6 +32,7 @@ class Likeness:
     at: str | None
 
 
+@plain_state
 def likenesses(
     model: Model, config: Mapping[str, Any], facts: Sequence[Fact], prompt: str, subject: str | None
 ) -> list[Likeness]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +19,20 @@ from fastedit.ledger.blame import Likeness, likenesses
 from fastedit.ledger.making import named, refuse_taken, sorted_out, write
 from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
 from fastedit.methods import METHODS
-from fastedit.models import fingerprint, plain_state
+from fastedit.models import fingerprint
 from fastedit.requests import EditRequest, as_requests
 
 # fields of a configuration about folders and memory, which do not change an edit
 PLACES = ("statistics", "targets", "state", "save_every", "cache_bytes", "keep_partial")
+
+
+def check_model(folder: Path, header: Mapping[str, Any], now: str) -> None:
+    """Raise ModelError if a model with the fingerprint `now` is not the one of the ledger with this header."""
+    if header["fingerprint"] != now:
+        raise ModelError(
+            f"the ledger {folder} is of a model with fingerprint {header['fingerprint']}, this one has {now}; load the "
+            "unedited model that it was begun with"
+        )
 
 
 class Ledger:
@@ -61,6 +70,7 @@ class Ledger:
         self._records = Records(folder, write=True)
         try:
             self._header = self._checked_header(buffered)
+            self._now = self._header["fingerprint"]
             if at is not None:
                 self._records.roll_back(at)
             self._hold(self.delta())
@@ -132,6 +142,8 @@ class Ledger:
     def add(self, requests: Requests, *, source: str | None = None, evaluate: bool = False) -> Entry:
         """Add facts. A fact with the prompt of one that stands replaces it, and the entry's notes say so.
 
+        It stands already if its target, its subject and what it forgets are the same, too.
+
         Args:
             requests: as for `Editor.edit`. The ledger gives an id ("f1", "f2", …) to those without one.
             source: where the facts are from; by default the path, if `requests` is one.
@@ -178,12 +190,11 @@ class Ledger:
         Raises:
             RequestError: there is no such entry. FileError: its file is damaged.
         """
-        then = self.delta(entry)
+        then = self._records.delta(entry)
         with self._as_it_was():
             self._hold(then)
             return self._records.roll_back(entry)
 
-    @plain_state
     def blame(self, prompt: str, *, subject: str | None = None) -> list[Likeness]:
         """How near the key of a prompt is to those of the facts that stand, the nearest first.
 
@@ -285,11 +296,19 @@ class Ledger:
 
     def _hold(self, total: WeightDelta | None) -> None:
         """Let the model hold a total delta and no other. Raises ModelError if something else has changed it."""
-        while self._held:
-            self._held[-1].revert()
-            self._held.pop()
-        if total is not None and total.updates:
-            self._held.append(self.editor.apply_deltas([total]))
+        if (now := fingerprint(self.editor.model)) != self._now:
+            raise ModelError(
+                f"something else has changed the ledger's model: its fingerprint is {now}, and was {self._now}; undo "
+                "that, or load the unedited model and open the ledger again"
+            )
+        try:
+            while self._held:
+                self._held[-1].revert()
+                self._held.pop()
+            if total is not None and total.updates:
+                self._held.append(self.editor.apply_deltas([total]))
+        finally:
+            self._now = fingerprint(self.editor.model)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -323,11 +342,7 @@ class Ledger:
         }
         if kept is None:
             return now
-        if kept["fingerprint"] != now["fingerprint"]:
-            raise ModelError(
-                f"the ledger {self._records.folder} is of a model with fingerprint {kept['fingerprint']}, this one has "
-                f"{now['fingerprint']}; load the unedited model that it was begun with"
-            )
+        check_model(self._records.folder, kept, now["fingerprint"])
         if buffered is None:
             now["buffered"] = kept["buffered"]
         differing = [name for name in ("method", "chat_template", "dtype", "buffered") if kept[name] != now[name]]

@@ -21,6 +21,7 @@ from fastedit.statistics.store import StatisticsStore
 from fastedit.tensorfile import load_tensors, save_tensors
 
 _TAG, _WHAT = "fastedit-ledger-targets-1", "the targets"
+_MEANT = ("target", "subject", "forget")  # fields that, with the prompt, say what a fact is
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def sorted_out(
     same = [
         by_prompt[prompt]
         for prompt, request in newest.items()
-        if prompt in by_prompt and by_prompt[prompt].request.target == request.target
+        if prompt in by_prompt and not _differing(by_prompt[prompt].request, request)
     ]
     standing_already = {fact.request.prompt for fact in same}
     new = [request for prompt, request in newest.items() if prompt not in standing_already]
@@ -164,9 +165,18 @@ def sorted_out(
     if older := [request for request in requests if newest[request.prompt] is not request]:
         notes.append(f"of requests with one prompt the last one counts; {len(older)} were left out")
     for fact in replaced:
-        target = newest[fact.request.prompt].target
-        notes.append(f"fact {fact.id}, {fact.request.prompt!r:.80} {fact.request.target!r}, is replaced by {target!r}")
+        old, request = fact.request, newest[fact.request.prompt]
+        said = [
+            f"{request.target!r}",
+            *(f"{name} {new!r}" for name, new in _differing(old, request) if name != "target"),
+        ]
+        notes.append(f"fact {fact.id}, {old.prompt!r:.80} {old.target!r}, is replaced by {', '.join(said)}")
     return new, replaced, notes
+
+
+def _differing(old: EditRequest, new: EditRequest) -> list[tuple[str, str | None]]:
+    """Names and new values of the fields that make another fact of a prompt."""
+    return [(name, value) for name in _MEANT if (value := getattr(new, name)) != getattr(old, name)]
 
 
 def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -237,12 +238,22 @@ class Records:
         return [_fact(row) for row in self._all(_STANDING, self.last if number is None else number)]
 
     def find(self, names: Sequence[str]) -> list[Fact]:
-        """Find facts that stand by id or prompt. Raises RequestError if some do not stand; names similar ones."""
-        standing = self.standing()
-        known = {fact.request.prompt: fact for fact in standing} | {fact.id: fact for fact in standing}
-        problems = []
+        """Find facts that stand by id or prompt.
+
+        Raises:
+            RequestError: no names, or some that are no texts; some facts do not stand (names similar ones); a name is
+                the id of one fact and the prompt of another.
+        """
+        if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+            raise RequestError(f"facts are {names!r:.80}; give ids or prompts, at least one")
+        standing, problems = self.standing(), list[tuple[str, str]]()
+        of_prompt = {fact.request.prompt: fact for fact in standing}
+        known = of_prompt | {fact.id: fact for fact in standing}
         for name in names:
-            if name not in known:
+            if name in of_prompt and of_prompt[name] is not known[name]:
+                text = f"{name!r} is the id of one fact and the prompt of another, {of_prompt[name].id}"
+                problems.append((name, f"{text}; give the first one's prompt, or the other's id"))
+            elif name not in known:
                 near = [known[other].id for other in get_close_matches(name, known, n=3, cutoff=0.4)]
                 hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`log` lists them"
                 problems.append((name, f"no fact with the id or the prompt {name!r} stands; {hint}"))
@@ -258,8 +269,11 @@ class Records:
         """The total delta after an entry; None if no fact stands there.
 
         Raises:
-            RequestError: there is no such entry. FileError: its file is damaged; says what to do.
+            RequestError: there is no such entry, or it is no whole number.
+            FileError: its file is damaged; says what to do.
         """
+        if isinstance(number, bool) or not isinstance(number, Integral):
+            raise RequestError(f"the entry is {number!r}; give its number, as `log` shows it")
         if number == 0 or (file := self.entry(number).delta) is None:
             return None
         try:

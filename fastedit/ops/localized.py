@@ -23,6 +23,13 @@ Rows = list[tuple[Tensor, Tensor]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAMES = "float32, bfloat16 or float16"
+_OPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    **dict.fromkeys(("lr", "eps", "weight_decay"), (lambda x: 0 <= x < math.inf, "≥ 0")),
+    "betas": (lambda x: len(x) == 2 and all(0 <= beta < 1 for beta in x), "two numbers from 0 up to 1"),
+    "max_norm": (lambda x: x is None or x > 0, "> 0, or None"),
+    "seed": (lambda x: x is None or x == int(x), "a whole number, or None"),
+}
+"""Name of an option -> whether it can take a value, and what is expected."""
 _KEYS: Iterator[int] = count()
 _OWNERS: WeakValueDictionary[int, LocalizedAdam] = WeakValueDictionary()
 
@@ -65,7 +72,7 @@ class LocalizedAdam(torch.optim.Optimizer):
         weight.requires_grad_(False)
         weight.grad = None
         module.__class__ = _tapped(self._kind)
-        module.__dict__["_tap"] = anchor, key, self._transposed, weight.dtype
+        module.__dict__["_tap"] = anchor, key, self._transposed, weight.dtype, weight
 
     def remove(self) -> None:
         """Undo `localized`, except for the weight's values; the weight is no longer updated."""
@@ -74,6 +81,12 @@ class LocalizedAdam(torch.optim.Optimizer):
             self._module.__class__ = self._kind
             self._weight.requires_grad_(self._flag)
         self._noted, self._rows = [], []
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse other parameters. Raises ConfigError."""
+        if self.param_groups:
+            raise ConfigError("this optimizer trains one weight; give others to an optimizer of their own")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -162,16 +175,17 @@ def localized(
     gradient is formed from its two factors inside `localized_adam_`. A bias gets its gradient as usual.
 
     Works under autocast, activation checkpointing (`use_reentrant=False`) and `torch.compile`, in any order. It is for
-    one process and one device, without a `GradScaler`; move and cast the model first. Uses of the weight that do not
-    call the module, such as a tied head, add nothing to its gradient. A copy of the model (`copy.deepcopy`,
-    `torch.save`) has the plain module; to load the file of a whole model, fastedit must be installed.
+    one process, one thread and one device, without a `GradScaler` and second derivatives; move and cast the model
+    first. Uses of the weight that do not call the module, such as a tied head, add nothing to its gradient. A copy of
+    the model (`copy.deepcopy`, `torch.save`) has the plain module; to load the file of a whole model, fastedit must be
+    installed.
 
     Args:
         module: nn.Linear, or Conv1D of transformers; fp32, bf16 or fp16.
         lr, betas, eps, weight_decay, decoupled, max_norm: as in `localized_adam_`; they are in
             `optimizer.param_groups[0]`, so that learning-rate schedules work.
         seed: round a bf16 weight stochastically. Without a seed, a weight that is not fp32 has an fp32 master, which
-            is updated and then rounded into it.
+            is updated and then rounded into it; what others write to the weight replaces it, except through `.data`.
         accumulate: collect the rows of several backward passes until `step()`, which makes one update from them.
             `zero_grad()` drops them.
         allow_tf32, backend: as in `localized_adam_`.
@@ -181,9 +195,10 @@ def localized(
         module.
 
     Raises:
-        ConfigError: options have values that they cannot take (names all); the module is not a plain linear map, or is
-            localized already; there are several processes.
-        TensorError: the weight has another dtype, or (in a forward pass) the module was moved or cast afterwards.
+        ConfigError: options have values that they cannot take (names all); the module is not a plain linear map; it or
+            its weight is localized already; there are several processes.
+        TensorError: the weight has another dtype, or (in a forward pass) the module was moved or cast, or given another
+            weight, afterwards.
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled}
     options |= {"max_norm": max_norm, "seed": seed}
@@ -193,16 +208,22 @@ def localized(
 class _Tapped(nn.Module):
     """The first base class of a module that is trained in the backward pass, before `nn.Linear` or `Conv1D`."""
 
-    _tap: tuple[Tensor, int, bool, torch.dtype]
+    _tap: tuple[Tensor, int, bool, torch.dtype, nn.Parameter]
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[no-any-return]
-        anchor, key, transposed, dtype = self._tap
+        anchor, key, transposed, dtype, weight = self._tap
         if (self.weight.dtype, self.weight.device) != (dtype, anchor.device):
             raise TensorError(
                 f"this {type(self).__name__} is {self.weight.dtype} on {self.weight.device} now, and was {dtype} on "
                 f"{anchor.device} when localized made its moments; move and cast the model first"
+            )
+        if self.weight is not weight:
+            raise TensorError(
+                f"the weight of this {type(self).__name__} is not the one that localized trains: something has put "
+                "another in its place (load_state_dict(assign=True), a parametrization, functional_call); call "
+                "remove() of the optimizer, and localized anew"
             )
         found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, anchor, key, transposed
@@ -240,6 +261,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         note = _note if torch.compiler.is_compiling() else _serve
@@ -286,14 +308,20 @@ def _check(module: nn.Module, options: Mapping[str, Any]) -> bool:
         )
     if module.weight.dtype not in _DTYPES:
         raise TensorError(f"the weight of this {name} is {module.weight.dtype}, expected {_NAMES}")
-    betas, norm = options["betas"], options["max_norm"]
-    wrong = {name: "≥ 0" for name in ("lr", "eps", "weight_decay") if not 0 <= options[name] < math.inf}
-    wrong |= {} if len(betas) == 2 and all(0 <= beta < 1 for beta in betas) else {"betas": "two numbers from 0 up to 1"}
-    wrong |= {} if norm is None or norm > 0 else {"max_norm": "> 0, or None"}
+    if any(owner._weight is module.weight and "_tap" in owner._module.__dict__ for owner in _OWNERS.values()):
+        raise ConfigError(f"the weight of this {name} is localized already, in another module that shares it")
+    wrong = {option: what for option, (takes, what) in _OPTIONS.items() if not _holds(takes, options[option])}
     if wrong:
         raise ConfigError("; ".join(f"{name} is {options[name]}, expected {what}" for name, what in wrong.items()))
     _refuse_ranks()
     return kind.forward is not nn.Linear.forward
+
+
+def _holds(takes: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        return bool(takes(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _refuse_ranks() -> None:

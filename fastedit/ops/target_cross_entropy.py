@@ -106,6 +106,7 @@ class _Loss(torch.autograd.Function):
         return losses.clone() if per_row else losses.sum()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.unfrozen:
             raise TensorError(

@@ -42,7 +42,7 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
     paragraph: list[str] = []
     number = 0
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
                 line.encode()  # raises for bytes that are not UTF-8, with the line at hand
                 if column or path.suffix in JSON:

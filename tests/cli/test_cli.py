@@ -1185,6 +1185,8 @@ def test_tune_leaves_the_config_json_of_models_alone(
     [
         (None, [], "config.json: cannot be read: No such file or directory"),
         ("{", [], "config.json: is not JSON"),
+        ("[" * 100_000, [], "config.json: is not JSON"),
+        ('{"lr": 0.1, "epochs": 2, "lr": 0.2}', [], "config.json: lr given more than once in an object; keep one"),
         ("[1]", [], "config.json: expected an object of fields"),
         ('{"method": 3}', [], "config.json: expected an object of fields"),
         ('{"method": "nonsense"}', [], "config.json: unknown method 'nonsense'"),

@@ -85,6 +85,16 @@ def test_the_difference_of_two_checkpoints_is_a_delta(work: Path, tmp_path: Path
     assert same_weights(tmp_path / "back", model)
 
 
+def test_the_undo_file_of_a_checkpoint_counts_before_that_of_the_difference(work: Path, tmp_path: Path) -> None:
+    """The difference was taken of a checkpoint in fp32, and applied to one in bf16."""
+    delta = tmp_path / "d.safetensors"
+    works("diff", work / "model", work / "other", "--output", delta)
+    works("apply", delta, "--model", work / "model", "--output", tmp_path / "applied")
+    for edited in (tmp_path / "applied", work / "other"):
+        works("revert", delta, "--model", edited, "--output", tmp_path / "back")
+        assert same_weights(tmp_path / "back", work / "model")
+
+
 def with_weight(folder: Path, value: float | None, new: Path, dtype: torch.dtype) -> Path:
     """A copy of a checkpoint, with a value for the first weight in the last norm."""
     shutil.copytree(folder, new)

@@ -15,6 +15,7 @@ from helpers import tiny_model
 from safetensors.torch import load_file
 
 from fastedit import Editor
+from fastedit.files import locked
 
 RECORDS = [{"prompt": f"w{10 + i} w{20 + i} w{30 + i}", "target": f"w{40 + i}"} for i in range(3)]
 LEARNS = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--published")
@@ -35,6 +36,20 @@ def work(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = works("ledger", "add", work / "ledger", "--model", work / "model", "--requests", facts, *LEARNS)
     assert re.match(r"entry 1: \+3 \(f1 … f3\), learned \d of 3, 3 facts stand; ", first.stdout)
     return work
+
+
+def test_a_ledger_in_use_is_read(work: Path, tmp_path: Path) -> None:
+    """By what needs no lock, as on a disk that cannot be written."""
+    model = ("--model", work / "model")
+    with locked(work / "ledger"):
+        (work / "ledger" / "lock").write_text("1 on elsewhere")
+        assert "in use by process 1 on elsewhere" in fails(2, "ledger", "rollback", work / "ledger", 0)
+        assert "f1" in works("ledger", "log", work / "ledger").stdout
+        assert "+1.000" in works("ledger", "blame", work / "ledger", RECORDS[0]["prompt"], *model).stdout
+        works("ledger", "export", work / "ledger", "--output", tmp_path / "edited", *model)
+        assert "is of a model with fingerprint" in fails(
+            2, "ledger", "blame", work / "ledger", "w9", "--model", work / "other"
+        )
 
 
 def test_facts_come_and_go(work: Path, tmp_path: Path) -> None:

@@ -71,6 +71,23 @@ def test_report_json_has_all_that_the_page_shows(report: dict[str, Any]) -> None
     assert all(row["logp"] < 0 for row in report["requests"])
 
 
+def test_a_text_from_right_to_left_turns_nothing_round(report: dict[str, Any]) -> None:
+    """ "before → after" of two Hebrew texts would be shown as "after → before"."""
+    texts = {
+        name: f"{name} \u05d0\u05d1\u202e <" for name in ("prompt", "before", "after", "target", "generated", "id")
+    }
+    row = report["requests"][0] | {name: texts[name] for name in ("prompt", "target", "generated")}
+    row |= {"changed_neighbours": [{name: texts[name] for name in ("prompt", "before", "after")}], "logp": -9.0}
+    row["generated_begins"] = {**row["generated_begins"], "reliability": 0.0}
+    conflict = {"prompt": texts["prompt"], "targets": [{"target": texts["target"], "ids": [texts["id"]]}]}
+    missed = {"prompt": texts["prompt"], "id": texts["id"], "why": ""}
+    did = report["edit"] | {"unlearned": [missed], "conflicting": [conflict]}
+    html = edit_page(did, EvaluationReport(report, report["before"], report["n"], [row]))
+    tags_of(html)
+    for name, text in texts.items():
+        assert html.count(text.replace("<", "&lt;")) == html.count(f"<bdi>{text.replace('<', '&lt;')}</bdi>") > 0, name
+
+
 def test_a_page_of_many_edits_is_small(output: Path, report: dict[str, Any]) -> None:
     n, long = 100_000, "long " * 1000
     did = report["edit"]

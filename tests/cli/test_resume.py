@@ -130,6 +130,38 @@ def test_what_cannot_be_resumed_is_refused(command: list[str], tmp_path: Path, m
     assert f"the folder {tmp_path / 'gone'} where it began is gone" in call("edit", "--resume", "out").stderr
 
 
+@pytest.mark.parametrize("how", ["moved", "copied", "moved with its folder"])
+def test_a_state_at_another_place_does_not_begin_anew(
+    how: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, now = tmp_path / "there", tmp_path / ("here" if how == "moved with its folder" else "there")
+    folder.mkdir()
+    shutil.copy(tmp_path / "facts.json", folder)
+    monkeypatch.chdir(folder)
+    step = Trainer._step
+
+    def stop(self: Trainer, *args: Any) -> Any:
+        if list(Path("out.run").glob("*1.safetensors")):
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    assert call(*command, "--output", "out").exit_code == 1
+    monkeypatch.setattr(Trainer, "_step", step)
+    if how == "moved with its folder":
+        shutil.copytree(folder, now)  # and the old one is still there
+    else:
+        {"moved": shutil.move, "copied": shutil.copytree}[how]("out.run", "other.run")
+    monkeypatch.chdir(now)
+    name = "out" if how == "moved with its folder" else "other"
+    result = call("edit", "--resume", name)
+    assert result.exit_code == 2
+    assert f"{name}.run was moved or copied from {folder}/out.run, where its edit would begin anew" in result.stderr
+    assert not [*tmp_path.rglob("delta.safetensors")]
+    assert call(*command, "--output", "result", "--state", f"{name}.run").exit_code == 0
+    assert not Path(f"{name}.run").exists()
+
+
 @pytest.mark.parametrize(
     ("state", "message"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +177,26 @@ def test_alphaedit_preserves_the_edits_that_stand(theirs: Any, case: Case) -> No
         editor.edit_requests(case.requests)
 
 
+PUT_BACK: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "in place": lambda weight, before: weight.copy_(before),
+    "data in place": lambda weight, before: weight.data.copy_(before),
+    "data": lambda weight, before: setattr(weight, "data", before.clone()),
+}
+
+
+@pytest.mark.parametrize("way", PUT_BACK)
+def test_alphaedit_sees_how_ever_weights_are_put_back(way: str, theirs: Any, case: Case) -> None:
+    easyedit.install()
+    apply, hparams = theirs.ALG_DICT["AlphaEdit"], case.hparams("AlphaEdit")
+    _, weights = apply(case.model, case.tokenizer, case.requests[:1], hparams, False, True)
+    with torch.no_grad():
+        for name, before in weights.items():
+            PUT_BACK[way](case.model.get_parameter(name), before)
+    assert same(case.model, case.before)
+    apply(case.model, case.tokenizer, case.requests[1:2], hparams)
+    assert same(case.model, case.wanted("alphaedit", case.edits[1:2], l2=1.0, null_threshold=0.07))
+
+
 def test_ft_at_the_prompt_s_last_token_stays_theirs(theirs: Any, case: Case) -> None:
     easyedit.install()
     fields = {"num_steps": 2, "lr": 1e-3, "weight_decay": 0, "norm_constraint": False, "layers": [2]}
@@ -193,7 +213,7 @@ def test_ft_at_the_prompt_s_last_token_stays_theirs(theirs: Any, case: Case) -> 
 def test_locft_bf_is_a_method_of_theirs_now(theirs: Any, case: Case, tmp_path: Path) -> None:
     easyedit.install()
     (tmp_path / "locft.yaml").write_text(
-        "alg_name: LocFT-BF\nmodel_name: x\nconfig: {lr: 1.0e-2, epochs: 3, layer: 2}\n"
+        "alg_name: LocFT-BF\nmodel_name: x\nconfig: {lr: 1e-2, epochs: 3, layer: 2}\n"  # a text, to YAML 1.1
     )
     hparams = easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft")
     hparams.model_name, hparams.batch_size = (case.model, case.tokenizer), 3
@@ -204,6 +224,10 @@ def test_locft_bf_is_a_method_of_theirs_now(theirs: Any, case: Case, tmp_path: P
     hparams.config = {"rate": 1}
     with pytest.raises(ConfigError, match="locft-bf has no field 'rate'"):
         theirs.BaseEditor(hparams).batch_edit(*case.columns)
+    for content in ("alg_name: LocFT-BF\nmodel_name: x\nconfig: [lr]\n", "LocFT-BF"):
+        (tmp_path / "locft.yaml").write_text(content)
+        with pytest.raises(FileError, match="no hyperparameters of LocFT-BF can be read"):
+            easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft.yaml")
     (tmp_path / "locft.yaml").write_text("alg_name: MEMIT\nmodel_name: x\n")
     with pytest.raises(FileError, match="is of MEMIT, expected alg_name LocFT-BF"):
         easyedit.LocFTBFHyperParams.from_hparams(tmp_path / "locft.yaml")

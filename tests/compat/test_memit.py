@@ -225,6 +225,21 @@ def test_matrices_that_cannot_be_used_are_refused_before_the_work(kind: str, nam
     assert same(case.model, case.before)
 
 
+def test_a_cache_c_that_cannot_be_updated_is_refused_before_the_work(case: Case) -> None:
+    with pytest.raises(ConfigError, match=r"cache_c is updated in place, and several of its elements are one"):
+        case.call("alphaedit", cache_c=torch.zeros(1).expand(2, 56, 56))
+    assert same(case.model, case.before)
+
+
+@pytest.mark.parametrize("way", [lambda t: t.data.zero_(), lambda t: t.numpy().fill(0)], ids=["data", "numpy"])
+def test_a_cache_c_that_was_emptied_holds_no_keys(way: Callable[[torch.Tensor], object], case: Case) -> None:
+    _, cache_c = case.call("alphaedit", case.requests[:1])
+    case.model.load_state_dict(case.before)
+    way(cache_c)
+    case.call("alphaedit", case.requests[1:], cache_c=cache_c)
+    assert same(case.model, case.wanted("alphaedit", case.edits[1:]))
+
+
 def test_a_cache_c_that_is_no_sum_of_keys_is_refused(case: Case) -> None:
     signs = torch.ones(2, 56)
     signs[1, 3] = -1
@@ -363,6 +378,34 @@ def test_requests_that_cannot_be_used_are_all_named(case: Case) -> None:
     assert same(case.model, case.before)
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "as_given"),
+    [
+        ("rome", {"mom2_adjustment": "False"}, {"mom2_adjustment": False}),
+        ("rome", {"mom2_adjustment": " yes"}, {}),
+        ("memit", {"bias_update": "no", "calculate_objective_value": "false"}, {}),
+        ("memit", {"layer_selection": None, "layer_module_tmp": None, "stats_dir": None, "bias_update": None}, {}),
+        ("emmet", {"update_norm_lambda": None}, {}),
+    ],
+    ids=str,
+)
+def test_texts_of_truth_values_and_fields_without_a_value(
+    method: str, given: dict[str, Any], as_given: dict[str, Any], case: Case
+) -> None:
+    case.call(method, given=hparams(method, **as_given))
+    wanted = values(case.model)
+    case.model.load_state_dict(case.before)
+    case.call(method, given=hparams(method, **given))
+    assert same(case.model, wanted)
+
+
+def test_no_value_of_stats_dir_is_the_default_folder(case: Case) -> None:
+    case.C.clear()
+    memit.STATS_DIR = str(case.folder)
+    case.call("memit", given=hparams("memit", stats_dir=None))
+    assert same(case.model, case.wanted("memit"))
+
+
 def test_hparams_are_read_from_mappings_too_and_from_texts_of_numbers(case: Case) -> None:
     given = vars(hparams("memit", v_lr="3e-1", v_weight_decay="1e-1"))  # as YAML 1.1 reads them
     model, _ = case.call("memit", given=given)
@@ -388,6 +431,7 @@ def test_texts_stay_texts_that_read_as_numbers(case: Case, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("method", "given", "said"),
     [
+        ("rome", {"mom2_adjustment": "maybe"}, "mom2_adjustment .* is 'maybe', expected true or false"),
         ("memit", {"v_lr": "fast"}, "v_lr of the hparams of MEMIT is 'fast', expected a number"),
         ("memit", {"kl_factor": None}, "kl_factor of the hparams of MEMIT is None, expected a number"),
         ("memit", {"v_num_grad_steps": 2.5}, "v_num_grad_steps .* is 2.5, expected a whole number"),
@@ -584,6 +628,32 @@ def test_targets_are_kept_in_files_and_read_again(case: Case, tmp_path: Path, mo
         case.call("memit", [{**case.requests[0], "case_id": None}], cache_template=template)
     with pytest.raises(ConfigError, match="cache_template of ROME"):
         case.call("rome", cache_template=template)
+
+
+@pytest.mark.parametrize("template", ["{}_{}_{}_{}.npz", "{layer}_{}_{}.npz", "{}_{}_{}_}.npz", "{0.z}.npz"])
+def test_a_template_that_cannot_be_filled_is_refused(template: str, case: Case, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cache_template is .*, which cannot be filled \(.*give three \{\}"):
+        case.call("memit", cache_template=tmp_path / template)
+    assert same(case.model, case.before)
+
+
+@pytest.mark.parametrize(
+    ("template", "ids"), [("z.npz", (0, 1, 2)), ("{}_{}.npz", (0, 1, 2)), ("{}_{}_{}.npz", (7, 7, 7))]
+)
+def test_edits_that_would_share_a_file_of_targets_are_refused(
+    template: str, ids: tuple[int, ...], case: Case, tmp_path: Path
+) -> None:
+    """The next call would read the target of the last one for all."""
+    requests = [request | {"case_id": id_} for request, id_ in zip(case.requests, ids, strict=True)]
+    with pytest.raises(RequestError) as raised:
+        case.call("memit", requests, cache_template=tmp_path / "kv" / template)
+    assert len(raised.value.sentences) == 2
+    assert all(
+        re.search(r"^requests\[[12]\], edit .*, has the file of requests\[0\] by", text)
+        for text in raised.value.sentences
+    )
+    assert not (tmp_path / "kv").exists()
+    case.call("memit", [requests[0], requests[0]], cache_template=tmp_path / "kv" / template)  # one edit, given twice
 
 
 def test_rome_without_second_moment_writes_along_the_key(case: Case) -> None:

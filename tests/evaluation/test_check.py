@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,15 +140,34 @@ def test_a_bound_fails_by_name_where_nothing_was_measured(check: Check) -> None:
         ('{"kl": {"max": NaN}}', "max is nan; give a number"),
         ('{"kl": {"min": 2, "max": 1}}', "min 2 is above max 1"),
         ("[]", "expected bounds of measures"),
+        ('{"kl": {"max": 1}, "choice": {"min": 0.5}, "kl": {"max": 9}}', "kl given more than once in an object"),
+        ('{"kl": {"max": 1, "max": 9}}', "max given more than once in an object; keep one"),
     ],
 )
 def test_thresholds_that_cannot_be_used(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(content)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises((ConfigError, FileError)) as error:
         load_thresholds(path, MEASURES, SHARES)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "holds"),
+    [
+        (Bound(min=0.7), sum([0.7] * 3) / 3, True),  # 0.6999999999999998
+        (Bound(max=0.9), sum([0.9] * 10) / 10, True),  # 0.9000000000000001
+        (Bound(max=0), 1e-17, True),
+        (Bound(min=0.7), 0.6999, False),
+        (Bound(max=1e-6), 2e-6, False),
+        (Bound(min=0.2, max=0.9), 0.95, False),
+        (Bound(min=0), math.nan, False),
+        (Bound(max=1), math.inf, False),
+    ],
+)
+def test_a_bound_is_kept_up_to_the_rounding_of_a_mean(bound: Bound, value: float, holds: bool) -> None:
+    assert bound.holds(value) is holds
 
 
 def test_thresholds_are_json_or_toml(tmp_path: Path) -> None:
@@ -155,6 +175,8 @@ def test_thresholds_are_json_or_toml(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(
         '{"reliability": {"min": 0.95}, "perplexity_ratio": {"max": 1.05}, "task:arc_easy": {"min": 0.2, "max": 0.9}}'
     )
+    assert load_thresholds(tmp_path / "t.json", MEASURES, SHARES) == wanted
+    (tmp_path / "t.json").write_text((tmp_path / "t.json").read_text(), encoding="utf-8-sig")  # as by Windows' editors
     assert load_thresholds(tmp_path / "t.json", MEASURES, SHARES) == wanted
     (tmp_path / "t.toml").write_text(
         'reliability.min = 0.95\nperplexity_ratio.max = 1.05\n["task:arc_easy"]\nmin = 0.2\nmax = 0.9'

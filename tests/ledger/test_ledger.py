@@ -216,6 +216,12 @@ def test_the_newest_target_of_a_prompt_counts(opened: Open) -> None:
         (lambda ledger: ledger.add([A]), RequestError, "nothing to add"),
         (lambda ledger: ledger.add([EditRequest("w9 w10", "w11")]), RequestError, "subject"),
         (lambda ledger: ledger.rollback(5), RequestError, "entries are 1 to 1"),
+        *((lambda ledger, entry=entry: ledger.rollback(entry), RequestError, "give its number")
+          for entry in (None, True, "1", 1.0)),
+        (lambda ledger: ledger.delta("1"), RequestError, "the entry is '1'; give its number"),
+        *((lambda ledger, facts=facts: ledger.forget(facts), RequestError, "give ids or prompts, at least one")
+          for facts in ([], None, [1], ("A", None))),
+        (lambda ledger: ledger.replace(["A"], "w9"), RequestError, "give ids or prompts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_changes_nothing(refused: Any, kind: Any, words: str, opened: Open, tmp_path: Path) -> None:
@@ -227,6 +233,33 @@ def test_what_cannot_be_done_changes_nothing(refused: Any, kind: Any, words: str
         assert same(ledger.editor.model, held)
         assert len(ledger.log()) == 1
         ledger.add([C])
+
+
+def test_a_name_of_two_facts_is_refused(opened: Open) -> None:
+    with opened(way="locft-bf") as ledger:
+        ledger.add([replace(A, id=B.prompt), B])
+        with pytest.raises(RequestError, match="is the id of one fact and the prompt of another, B; give the first"):
+            ledger.forget([B.prompt])
+        ledger.forget([A.prompt])
+        ledger.forget(B.prompt)
+        assert ledger.facts == []
+
+
+FORGOTTEN = EditRequest("w30 w31 w32 w33", forget="w50", subject="w30 w31", id="P")
+
+
+@pytest.mark.parametrize("other", [{"subject": "w33"}, {"forget": "w51"}, {"forget": None}], ids=str)
+def test_a_fact_with_another_subject_or_answer_to_forget_is_another_fact(other: dict[str, Any], opened: Open) -> None:
+    newer = replace(FORGOTTEN, **other)
+    with opened("one", "locft-bf") as ledger:
+        ledger.add([FORGOTTEN])
+        (name,) = other
+        assert any(
+            f"is replaced by {FORGOTTEN.target!r}, {name} {other[name]!r}" in n for n in ledger.add([newer]).notes
+        )
+        assert [fact.request for fact in ledger.facts] == [newer]
+        with pytest.raises(RequestError, match="stand already"):
+            ledger.add([newer])
 
 
 def test_a_failure_leaves_the_entry_before(opened: Open, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,10 +458,30 @@ def test_an_edited_model_has_no_ledger(opened: Open, tmp_path: Path) -> None:
         Ledger(tmp_path / "other", editor)
     with opened() as ledger:
         other = ledger.editor.edit([B])
-        with pytest.raises(ModelError, match="was changed after this edit"):
+        with pytest.raises(ModelError, match="something else has changed the ledger's model"):
             ledger.add([C])
         other.revert()
         ledger.add([C])
+
+
+@pytest.mark.parametrize("facts", [[], [A]], ids=["no fact stands", "a fact stands"])
+@pytest.mark.parametrize("place", ["1.mlp.down_proj", "3.mlp.up_proj"])
+def test_a_model_that_something_else_has_changed_takes_no_facts(place: str, facts: list[Any], opened: Open) -> None:
+    """Neither a matrix that the ledger writes nor another one, and not at the second attempt either."""
+    with opened() as ledger:
+        if facts:
+            ledger.add(facts)
+        weight = ledger.editor.model.get_submodule(f"model.layers.{place}").weight
+        before = weight.detach().clone()
+        weight.data *= 1.5
+        held = values(ledger.editor.model)
+        for change in (lambda: ledger.add([B]), lambda: ledger.add([B]), lambda: ledger.rollback(0)):
+            with pytest.raises(ModelError, match="something else has changed the ledger's model: its fingerprint is"):
+                change()
+        assert same(ledger.editor.model, held)
+        assert len(ledger.log()) == len(facts)
+        weight.data = before
+        ledger.add([B])
 
 
 def test_only_training_is_buffered(opened: Open) -> None:

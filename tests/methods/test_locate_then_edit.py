@@ -160,6 +160,23 @@ def test_later_batches_preserve_the_keys_of_edits_that_stand(method: str, case: 
     assert_written(case.model, case.published(edits[4:5], about), case.before, TOLERANCE)
 
 
+@pytest.mark.usefixtures("given")
+@pytest.mark.parametrize("method", ["memit", "alphaedit"])
+def test_edits_that_were_taken_back_by_hand_are_not_preserved(method: str, case: Case, seed: int) -> None:
+    edits, about = random_edits(4, seed), METHODS[method]
+    editor = case.editor(method, about)
+    editor.edit(edits[:2])
+    for name, parameter in case.model.named_parameters():
+        parameter.data.copy_(case.before[name])
+    result = editor.edit(edits[2:])
+    assert sum("something else changed model.layers" in note for note in result.notes) == 1
+    found = values(case.model)
+    result.revert()
+    result = case.editor(method, about).edit(edits[2:])
+    assert same(case.model, found)
+    assert not any("something else" in note for note in result.notes)
+
+
 def break_token(case: Case, token: str = "You") -> None:
     """What reads this token has values that are not finite."""
     with torch.no_grad():

@@ -215,3 +215,13 @@ def test_nothing_waits_for_the_device(call: str, backend: str) -> None:
     function: Callable[..., Any] = getattr(ops, name)
     with NoWait():
         function(*[copied(x) for x in args], **{k: copied(x) for k, x in options.items()}, backend=backend)
+
+
+def test_a_second_derivative_of_the_loss_is_refused() -> None:
+    """Its gradient is kept from the forward pass as it is; the derivative of that would be 0."""
+    inputs = problem(0, 7, 8, 5)
+    hidden = inputs["hidden"].requires_grad_()
+    found, _ = ops.target_cross_entropy(**inputs)
+    (slope,) = torch.autograd.grad(found.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()

@@ -71,8 +71,8 @@ CASES = {
     "checkpointed, called twice": Case({"uses": 2, "checkpointed": True}),
     "below trained": Case(loop={"trained": ("below.weight", "up.bias", "down.weight")}),
     "compiled": Case({"uses": 2}, loop={"compiled": True}),
-    # the gradient is not rounded to bf16 here
-    "autocast": Case({"uses": 2, "checkpointed": True}, loop={"autocast": True}, tolerance=2e-2),
+    # the gradient is not rounded to bf16 here, and Adam's first steps are ±lr; to leave out a call gives 0.66 and more
+    "autocast": Case({"uses": 2, "checkpointed": True}, loop={"autocast": True}, tolerance=0.2),
     "autocast, backward inside": Case(loop={"autocast": True, "inside": True}, tolerance=2e-2),
     "two passes a step": Case(options={"accumulate": True}, loop={"passes": 2}),
 }
@@ -328,9 +328,15 @@ def test_no_gradient_of_the_weights_size_exists(
             {"lr": -1.0, "betas": (0.9, 1.0), "max_norm": 0.0},
             r"lr is -1\.0, expected ≥ 0; betas is \(0\.9, 1\.0\), expected .*; max_norm is 0\.0, expected > 0",
         ),
+        (
+            lambda: nn.Linear(3, 4),
+            {"lr": "1e-3", "betas": None, "weight_decay": None, "seed": 1.5},
+            r"lr is 1e-3, expected ≥ 0; weight_decay is None, .*; betas is None, .*; seed is 1\.5, expected a whole",
+        ),
         (lambda: ops.localized(nn.Linear(3, 4), lr=1.0)._module, {}, r"Linear is localized already; call remove\(\)"),
+        (lambda: shared(nn.Linear(3, 4)), {}, r"the weight of this .*Linear is localized already, in another module"),
     ],
-    ids=["another class", "wrapped", "dtype", "options", "twice"],
+    ids=["another class", "wrapped", "dtype", "options", "no numbers", "twice", "shared"],
 )
 def test_what_cannot_be_trained_is_refused(
     make: Callable[[], nn.Module], options: dict[str, Any], message: str
@@ -338,6 +344,15 @@ def test_what_cannot_be_trained_is_refused(
     module = make()
     with pytest.raises((ConfigError, TensorError), match=message):
         ops.localized(module, **{"lr": 0.1} | options)
+
+
+def shared(module: nn.Linear) -> nn.Linear:
+    """Another module with the same weight, which is localized."""
+    other = nn.Linear(module.in_features, module.out_features)
+    other.weight = module.weight
+    assert ops.localized(other, lr=0.1)
+    module.other = other
+    return module
 
 
 def wrapped(module: nn.Module) -> nn.Module:
@@ -359,3 +374,50 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     with pytest.raises(ConfigError, match=r"in one process, and this is one of 4 \(DDP or FSDP\)"):
         ops.localized(nn.Linear(3, 4), lr=0.1)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+REPLACED: dict[str, Callable[[nn.Linear], object]] = {
+    "assigned": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach().clone())),
+    "loaded": lambda layer: layer.load_state_dict({n: x.clone() for n, x in layer.state_dict().items()}, assign=True),
+    "parametrized": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+    "weight norm": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("way", REPLACED)
+def test_a_weight_that_took_the_place_of_the_trained_one_is_refused(way: str) -> None:
+    """It would never be updated."""
+    layer = nn.Linear(3, 4)
+    ops.localized(layer, lr=0.1)
+    REPLACED[way](layer)
+    with pytest.raises(TensorError, match=r"weight of this \w*Linear is not the one that localized trains"):
+        layer(torch.ones(2, 3))
+    with torch.no_grad():
+        layer(torch.ones(2, 3))
+
+
+def test_a_call_with_another_weight_is_refused() -> None:
+    layer = nn.Linear(3, 4)
+    ops.localized(layer, lr=0.1)
+    with pytest.raises(TensorError, match="functional_call"):
+        torch.func.functional_call(layer, {"weight": torch.ones(4, 3)}, torch.ones(2, 3))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """What a penalty on the input's gradient adds to that of the weight is not among the rows."""
+    layer, x = nn.Linear(3, 4), torch.ones(2, 3, requires_grad=True)
+    ops.localized(layer, lr=0.1)
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+def test_other_parameters_are_refused() -> None:
+    layer = nn.Linear(3, 4)
+    with pytest.raises(ConfigError, match="trains one weight"):
+        ops.localized(layer, lr=0.1).add_param_group({"params": [layer.bias]})

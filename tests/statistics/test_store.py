@@ -435,6 +435,8 @@ def test_documents_come_from_plain_text_and_json(tmp_path: Path) -> None:
         path.write_text(json.dumps({"text": "a"}) + "\n" + line)
         with pytest.raises(RequestError, match=f"line 2 .*{message}"):
             list(read_documents(path))
+    path.write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert list(read_documents(path)) == ["a"]
     path.write_bytes(b'{"text": "a"}\n\xff')
     with pytest.raises(RequestError, match="UTF-8"):
         list(read_documents(path))
