@@ -64,7 +64,11 @@ def in_memory(editor: Editor) -> list[int]:
 def test_an_edit_has_the_same_bits(
     family: str, method: str, checkpoint: Any, make_edits: Edits, tmp_path: Path, seed: int
 ) -> None:
-    """The edit, its report, the fingerprint, and the saved files; also of types that are measured, and of experts."""
+    """The edit, its report, the fingerprint, and the saved files; also of types that are measured.
+
+    The products of experts depend in the last bits on the rows beside them, which differ from those without offloading.
+    """
+    rounding = 1e-5 if family == "qwen2_moe" else 0.0
     config: dict[str, Any] = dict(LOCFT_BF if method == "locft-bf" else MEMIT)
     folder, found = checkpoint(family), []
     edits = [replace(edit, subject=edit.prompt) for edit in make_edits(5)]
@@ -82,9 +86,11 @@ def test_an_edit_has_the_same_bits(
     assert in_memory(editor) == ([2, 3] if method == "locft-bf" else [1, 2, 3])
     (made_for, report, saved), (made_for_, report_, saved_) = found
     assert made_for_ == made_for
+    assert report_.pop("kl") == pytest.approx(report.pop("kl"), abs=rounding)
     assert report_ == report
     assert saved.keys() == saved_.keys()
-    assert all(torch.equal(saved[name], saved_[name]) for name in saved)
+    for name in saved:
+        torch.testing.assert_close(saved_[name], saved[name], rtol=0.0, atol=rounding)
     changed = [name for name, weight in tiny_model(family).state_dict().items() if not torch.equal(weight, saved[name])]
     assert changed
 
