@@ -12,6 +12,7 @@ from fastedit.models.fused import fuse
 from fastedit.models.generation import generate_by, sampling
 from fastedit.models.held_tokens import HeldTokens
 from fastedit.models.hooks import Override, forwards, hooked, only_trainable, plain_state
+from fastedit.models.mlp_tail import MLPTail
 from fastedit.models.model import Model
 from fastedit.models.offload import is_offloaded, load_weights, offloaded_prefix, read_weight
 from fastedit.models.past import Past
@@ -34,6 +35,7 @@ __all__ = [
     "Factors",
     "FrozenPart",
     "HeldTokens",
+    "MLPTail",
     "Model",
     "Override",
     "PairError",

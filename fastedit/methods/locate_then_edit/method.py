@@ -30,7 +30,7 @@ from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun, State
-from fastedit.models import Budget, Factors, Model, fingerprint, load_weights, plain_state
+from fastedit.models import Budget, Factors, MLPTail, Model, fingerprint, load_weights, plain_state
 from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
@@ -265,17 +265,22 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     config, last = recipe.config, recipe.z_layer
     site = config.module if config.site == "mlp" else "block"
     at_bare = config.average == "direction" and config.objective == "equality"
+    topology = batch.model.topology
+    tailed = site == "block" and config.module == "down_proj" and not topology.mlp_adds
     with KeyWalk(batch, recipe.layers[0], half=config.average in (None, "half")) as walk:
         for layer, share in recipe.places:
             walk.advance(layer)
 
-            def residuals(share: float = share) -> Tensor:
-                return (z - walk.outputs(last, site)) * share
+            tail = MLPTail.of(topology, layer) if tailed else None
+
+            def residuals(share: float = share, tail: MLPTail | None = tail, layer: int = layer) -> Tensor:
+                wanted = (z - walk.outputs(last, site)) * share
+                return wanted if tail is None else tail.change(walk.outputs(layer, config.module), wanted)
 
             at = walk.keys(config.module, bare=True) if at_bare else None
             factors = write(layer, walk.keys(config.module), residuals, at)
             if factors is not None:
-                walk.updates[batch.model.topology.resolve(layer, config.module)[1]] = factors
+                walk.updates[topology.resolve(layer, config.module)[1]] = factors
 
 
 def _lr_of_all(batch: Batch, recipe: Recipe) -> float:

@@ -10,7 +10,7 @@ from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
 from fastedit.methods.locate_then_edit.distributions import shares
 from fastedit.methods.presets import locate_then_edit_preset
-from fastedit.models import Topology, check_own, check_plain
+from fastedit.models import MLPTail, Topology, check_own, check_plain
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,13 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     by_rule = "mlp" if behind_norm and single else "block"
     site = choose("site", by_rule)
     if behind_norm and site == "block":
-        notes.append(
-            "a norm or a factor stands behind down_proj in this model, so that no update moves a block's output by its "
-            "whole residual: targets are reached in part; distribution single with site mlp reaches them"
-        )
+        tail = MLPTail.of(topology, places[-1][0])
+        if tail is None or tail.gain is not None:
+            what = "a norm or a factor" if tail is None else "a norm"
+            notes.append(
+                f"{what} stands behind down_proj in this model, and bounds what an update adds to a block's output: "
+                "targets are reached in part; distribution single with site mlp reaches them"
+            )
     elif behind_norm and choose("site", None) is None:
         notes.append("site mlp (a norm or a factor stands behind down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)

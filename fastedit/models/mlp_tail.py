@@ -1,0 +1,112 @@
+"""What a block does with its MLP's output before it adds it to the residual stream: a norm, a factor, or nothing.
+
+A locate-then-edit update is made for a change of the residual stream. In Gemma 3 a norm makes vectors of size 40 and
+more of `down_proj` outputs of size 0.1, so that the same change there would be hundreds of times too large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastedit.models.hooks import hooked
+from fastedit.models.topology import Topology
+
+_HALVINGS = 60  # of the bracket of a multiplier
+
+
+@dataclass(frozen=True)
+class MLPTail:
+    """The residual stream gets factor · gain · y / √(mean y² + eps) of an output y of `down_proj`, or factor · y.
+
+    Attributes:
+        factor: such as Granite's residual multiplier.
+        gain: [h] fp32, the weight of an RMS norm; None without a norm.
+        eps: of the norm.
+    """
+
+    factor: float
+    gain: Tensor | None = None
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, found: Topology, layer: int) -> MLPTail | None:
+        """The tail of a block's MLP; None if it is none of these, or a norm stands after the sum."""
+        first, down = found.block(0), found.resolve(0, "down_proj")[1]
+        norms = _readers(found, down)
+        if len(norms) > 1:
+            return None
+        factor = found.added_share(first.get_submodule(norms[0]) if norms else down)
+        norm = _measured(found.block(layer).get_submodule(norms[0]), found.hidden_size) if norms else (None, 0.0)
+        return None if factor is None or norm is None else cls(factor, *norm)
+
+    def change(self, outputs: Tensor, wanted: Tensor) -> Tensor:
+        """The change of `down_proj` outputs that changes the residual stream as wanted, or as nearly as can be.
+
+        A norm keeps the direction of an output alone, so that the stream cannot change by more than about what the MLP
+        adds to it. The change keeps the size of the output.
+
+        Args:
+            outputs: [N, h] fp32, before the change; `wanted` [N, h].
+        """
+        if self.gain is None:
+            return wanted / self.factor
+        root = (outputs.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        target = (self.gain * outputs / root + wanted / self.factor).double()
+        return root * _nearest(self.gain.double(), target, _rms(outputs / root).double()).to(outputs) - outputs
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean(-1, keepdim=True).sqrt()
+
+
+def _nearest(gain: Tensor, target: Tensor, size: Tensor) -> Tensor:
+    """The u [N, h] of these root mean squares [N, 1] with the least ‖gain · u − target‖.
+
+    It is u = gain · target / (gain² + μ); the multiplier μ ≥ 0 is found by bisection, for every row.
+    """
+    low, high = torch.zeros_like(size), _rms(gain * target) / size
+    tiny = gain.square().max() * 1e-12  # of a channel that the norm closes
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        large = _rms(gain * target / (gain.square() + middle + tiny)) > size
+        low, high = torch.where(large, middle, low), torch.where(large, high, middle)
+    found = gain * target / (gain.square() + high + tiny)
+    return found * size / _rms(found)  # of a target that is too small for any μ
+
+
+def _readers(found: Topology, down: nn.Module) -> list[str]:
+    """Names in a block of the modules that make something else of `down_proj`'s output. Measured in block 0."""
+    block, readers, written = found.block(0), list[str](), list[Tensor]()
+    names = {module: name for name, module in block.named_modules() if module is not block}
+
+    def ran(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module is down:
+            written.append(output)
+        elif written and inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            changed = output.shape == inputs[0].shape and not torch.equal(output, inputs[0])  # dropout does nothing
+            if changed and torch.equal(inputs[0].reshape(-1), written[0].reshape(-1)):
+                readers.append(names[module])
+
+    with hooked([module.register_forward_hook(ran) for module in names]):
+        found.first_block([found.config.vocab_size // 4])
+    return readers
+
+
+@torch.no_grad()
+def _measured(norm: nn.Module, width: int) -> tuple[Tensor, float] | None:
+    """The weight [h] and the eps of an RMS norm; None if the module computes something else."""
+    weight = next(norm.parameters(), None)
+    if weight is None:
+        return None
+    place = torch.arange(1, width + 1, device=weight.device)
+    one, other = ((2 + torch.cos(place * step)).to(weight.dtype) for step in (1.0, 0.37))
+    gain, again, small = (norm(x[None, None])[0, 0].float() / x.float() for x in (one, other, one * 1e-3))
+    gain, again = gain * _rms(one.float()), again * _rms(other.float())
+    if not torch.allclose(gain, again, rtol=0.02, atol=0.02 * float(gain.abs().mean())):
+        return None
+    root = (gain * small).sum() / small.square().sum()  # √(mean x² + eps) of the small one
+    return gain, max(0.0, float(root.square() - (one * 1e-3).float().square().mean()))
