@@ -115,7 +115,7 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
     fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given
     if method != "ROME":  # a single layer is a spread over one layer
-        fields |= {"distribution": "spread", "site": "block"}
+        fields |= {"distribution": "spread", "site": "block", "through_norm": False}
     return fields | {"layers": layers, "module": module_inside(hparams, topology)}
 
 

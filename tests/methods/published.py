@@ -129,7 +129,8 @@ class Case:
         moments(self.model, folder, seed)
 
     def editor(self, method: str, about: Settings, **config: Any) -> Editor:
-        return Editor(self.model, self.tokenizer, method, **{"statistics": self.folder} | about.config | config)
+        given = {"statistics": self.folder, "through_norm": False} | about.config | config
+        return Editor(self.model, self.tokenizer, method, **given)
 
     def published(self, edits: Sequence[EditRequest], about: Settings, *more: Any) -> dict[int, Tensor]:
         """On a fresh model."""

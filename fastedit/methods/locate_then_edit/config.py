@@ -90,6 +90,11 @@ class LocateThenEditConfig:
         "where a target is sought: the output of the last written block, or of its MLP; None is mlp for rome, and "
         "for a single layer of a model with a norm after its MLPs.",
     )
+    through_norm: bool = option(
+        True,
+        "make updates for what a norm or a factor behind down_proj lets through; with False their outputs get the "
+        "residuals of the block, as in the published code.",
+    )
     steps: int | None = option(None, "loss evaluations of a target; None is the preset's.")
     lr: float | None = option(
         None, "Adam's rate for a target; None is the preset's, else half the root mean square of a typical state."

@@ -266,7 +266,8 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     site = config.module if config.site == "mlp" else "block"
     at_bare = config.average == "direction" and config.objective == "equality"
     topology = batch.model.topology
-    tailed = site == "block" and config.module == "down_proj" and not topology.mlp_adds
+    down = topology.is_down_proj(last, topology.resolve(last, config.module)[1])
+    tailed = config.through_norm and site == "block" and down and not topology.mlp_adds
     with KeyWalk(batch, recipe.layers[0], half=config.average in (None, "half")) as walk:
         for layer, share in recipe.places:
             walk.advance(layer)

@@ -65,24 +65,28 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         return next((value for value in values if value not in (None, "auto")), otherwise)
 
     objective, distribution = choose("objective", "least-squares"), choose("distribution", "spread")
+    behind_norm = given.module == "down_proj" and not topology.mlp_adds
+    tail = MLPTail.of(topology, preset.single) if behind_norm else MLPTail(1.0)
+    bounded = tail is None or tail.gain is not None
+    if bounded and distribution != "single" and (given.distribution, given.layers) == (None, None):
+        distribution = "single"
+        notes.append(
+            "distribution single (a norm stands behind down_proj in this model, and bounds every layer's share)"
+        )
     single = distribution == "single"
     layers = choose("layers", (preset.single,) if single else preset.layers)
     if given.layers is None:
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
     places = shares(distribution, layers)
-    behind_norm = given.module == "down_proj" and not topology.mlp_adds
     by_rule = "mlp" if behind_norm and single else "block"
     site = choose("site", by_rule)
-    if behind_norm and site == "block":
-        tail = MLPTail.of(topology, places[-1][0])
-        if tail is None or tail.gain is not None:
-            what = "a norm or a factor" if tail is None else "a norm"
-            notes.append(
-                f"{what} stands behind down_proj in this model, and bounds what an update adds to a block's output: "
-                "targets are reached in part; distribution single with site mlp reaches them"
-            )
-    elif behind_norm and choose("site", None) is None:
-        notes.append("site mlp (a norm or a factor stands behind down_proj in this model)")
+    if bounded and site == "block":
+        notes.append(
+            "a norm stands behind down_proj in this model, and bounds what an update adds to a block's output: targets "
+            "are reached in part; distribution single with site mlp reaches them"
+        )
+    elif behind_norm and site == "mlp" and choose("site", None) is None:
+        notes.append(f"site mlp (a {'norm' if bounded else 'factor'} stands behind down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
     cov_weight = given.cov_weight
     if cov_weight is None:
