@@ -578,6 +578,44 @@ def test_a_target_is_reached_or_it_is_said_that_it_is_not(
         result.revert()
 
 
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3", "olmo2", "opt_post_norm"])
+def test_one_layer_is_written_where_a_norm_bounds_what_each_adds(
+    family: str, tokenizer: Any, tmp_path: Path, seed: int
+) -> None:
+    case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)
+    bounded = family not in ("llama", "granite")
+    for method, given in (("memit", {}), ("alphaedit", {}), ("memit", {"layers": (0, 1)})):
+        made = Editor(case.model, tokenizer, method, statistics=str(case.folder), steps=2, n_contexts=0, **given)
+        result = made.edit(random_edits(2, seed))
+        config = result.delta.metadata["config"]
+        single = bounded and not given
+        assert (config["distribution"], config["site"]) == (("single", "mlp") if single else ("spread", "block"))
+        assert any("distribution single" in note for note in result.notes) == bounded
+        result.revert()
+
+
+def test_an_update_in_front_of_a_norm_is_of_the_size_of_the_outputs_there(
+    tokenizer: Any, tmp_path: Path, seed: int
+) -> None:
+    """In Gemma 3 the outputs of `down_proj` are hundreds of times smaller than what the norm makes of them."""
+    case = Case(tokenizer, tmp_path, seed, "gemma3", dtype=torch.float32)
+    weights = {path: w for path, w in case.model.named_parameters() if "down_proj" in path}
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.mul_(0.01)
+    before = {path: weight.norm().item() for path, weight in weights.items()}
+    sizes = []
+    for through_norm in (True, False):
+        config = {"statistics": str(case.folder), "unchecked_statistics": True, "n_contexts": 0, "cov_weight": 1e-6}
+        editor = Editor(case.model, tokenizer, "memit", layers=(0, 1), through_norm=through_norm, **config)
+        result = editor.edit(random_edits(3, seed))
+        updates = {path: u.dense() if isinstance(u, LowRank) else u for path, u in result.delta.updates.items()}
+        sizes.append(max(float(u.norm()) / before[path] for path, u in updates.items()))
+        result.revert()
+    assert sizes[0] < 3
+    assert sizes[1] > 10 * sizes[0]
+
+
 def test_what_was_chosen_is_said(case: Case, seed: int) -> None:
     editor = Editor(case.model, case.tokenizer, "memit", statistics=str(case.folder), steps=2)
     result = editor.edit(random_edits(2, seed))
