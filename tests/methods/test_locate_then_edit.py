@@ -616,15 +616,25 @@ def test_an_update_in_front_of_a_norm_is_of_the_size_of_the_outputs_there(
     assert sizes[1] > 10 * sizes[0]
 
 
-def test_what_was_chosen_is_said(case: Case, seed: int) -> None:
-    editor = Editor(case.model, case.tokenizer, "memit", statistics=str(case.folder), steps=2)
+@pytest.mark.parametrize(
+    ("method", "layers", "cov_weight", "rule"),
+    [
+        ("memit", (0, 1), 112, "2 times the key width"),
+        ("emmet", (1,), 1120, "2 times the key width, divided by alpha"),
+        ("rome", (1,), 112, "2 times the key width"),
+    ],
+)
+def test_what_was_chosen_is_said(
+    method: str, layers: tuple[int, ...], cov_weight: float, rule: str, case: Case, seed: int
+) -> None:
+    editor = Editor(case.model, case.tokenizer, method, statistics=str(case.folder), steps=2)
     result = editor.edit(random_edits(2, seed))
     config = result.delta.metadata["config"]
-    assert config["layers"] == (0, 1)
-    assert config["cov_weight"] == 56
+    assert config["layers"] == layers
+    assert config["cov_weight"] == cov_weight
     assert [note for note in result.notes if "more than once" not in note] == [
-        "layers 0, 1 (no preset for this model)",
-        "cov_weight 56 (no preset for this model: the key width)",
+        f"layers {', '.join(map(str, layers))} (no preset for this model)",
+        f"cov_weight {cov_weight} (no preset for this model: {rule})",
         f"lr {config['lr']:.3g} (no preset for this model: half the root mean square of a typical state)",
     ]
 
@@ -666,7 +676,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
     moments(model, checkpoint / "statistics", seed)  # where an edit looks by itself
     result = call(*common, *memit)
     assert result.exit_code == 0, result.stderr
-    assert "memit: cov_weight 56 (no preset for this model: the key width)" in result.stderr
+    assert "memit: cov_weight 112 (no preset for this model: 2 times the key width)" in result.stderr
     config: dict[str, Any] = {"layers": (0, 1), "steps": 3, "batch_size": 2, "contexts": ("w20 {}", "w21 . {}")}
     editor = Editor.from_pretrained(checkpoint, "memit", **config)
     wanted = editor.edit(requests)

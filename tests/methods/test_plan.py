@@ -56,8 +56,9 @@ def test_all_offending_edits_are_named_before_any_work(kind: str, case: Case, se
     wrong = [2, 11, 29]
     edits = [spoil(edit) if i in wrong else edit for i, edit in enumerate(edits)]
     given = {} if method == "locft-bf" else SETTINGS[method].config | {"statistics": case.folder}
-    editor = Editor(case.model, case.tokenizer, method, **given)
     calls = nothing_runs(case.model)
+    editor = Editor(case.model, case.tokenizer, method, **given)
+    calls.clear()  # a model with a hook is measured when it is loaded
     with pytest.raises(RequestError, match=r"^3 edits cannot be used: .*edit n2.*edit n11.*edit n29") as error:
         editor.plan(edits)
     assert str(error.value).count(said) == 3
@@ -94,7 +95,8 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
             return getattr(case.tokenizer, name)
 
         def __call__(self, texts: Any, **options: Any) -> Any:
-            tokenized.append(texts)
+            if texts != ["a"]:  # a look at what the tokenizer puts behind a text
+                tokenized.append(texts)
             return case.tokenizer(texts, **options)
 
     given = SETTINGS["memit"].config | {"statistics": case.folder} | SOUGHT | {"lr": None, "batch_size": 2}
@@ -148,8 +150,9 @@ def test_a_plan_can_be_run_with_a_progress_that_is_set_after_it(case: Case, seed
 
 
 def test_missing_statistics_are_told_by_the_plan_before_the_model_writes_contexts(case: Case, seed: int) -> None:
-    editor = Editor(case.model, case.tokenizer, "memit", statistics=case.folder / "none", layers=(0, 2))
     calls = nothing_runs(case.model)
+    editor = Editor(case.model, case.tokenizer, "memit", statistics=case.folder / "none", layers=(0, 2))
+    calls.clear()
     with pytest.raises(ModelError, match="no statistics of down_proj in layers 0,2 "):
         editor.plan(random_edits(2, seed))
     assert not calls

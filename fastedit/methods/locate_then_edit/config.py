@@ -71,7 +71,9 @@ class LocateThenEditConfig:
         "measured on the model that the earlier ones left.",
     )
     cov_weight: float | None = option(
-        None, "λ, the weight of the second moment C against one edit; None is the preset's, else the key width."
+        None,
+        "λ, the weight of the second moment C against one edit; None is the preset's, else the key width times the "
+        "number of layers (at least 2), divided by alpha for an equality.",
     )
     alpha: float | None = option(None, "α that stabilizes equality; None is 0 for rome and 0.1 for the others.")
     l2: float | None = option(None, "AlphaEdit's weight of ‖ΔW‖²; None is the preset's.")

@@ -88,10 +88,13 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     elif behind_norm and site == "mlp" and choose("site", None) is None:
         notes.append(f"site mlp (a {'norm' if bounded else 'factor'} stands behind down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
-    cov_weight = given.cov_weight
+    cov_weight, alpha = given.cov_weight, choose("alpha", 0.1)
     if cov_weight is None:
-        cov_weight = preset.cov_weight(objective) if published else float(width)
-        notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else ': the key width'})")
+        times = max(2, len(places))
+        over = alpha if objective == "equality" and alpha else 1.0  # equality with α is least squares with λα
+        cov_weight = preset.cov_weight(objective) if published else times * width / over
+        rule = f": {times} times the key width{', divided by alpha' if over != 1 else ''}"
+        notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else rule})")
     filled = replace(
         given,
         objective=objective,
@@ -99,7 +102,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         layers=tuple(layers),
         batch_size=choose("batch_size", "auto"),
         cov_weight=cov_weight,
-        alpha=choose("alpha", 0.1),
+        alpha=alpha,
         average=choose("average", "half"),
         site=site,
         n_contexts=choose("n_contexts", 5),
