@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from helpers import moments, random_edits, tiny_model
-from torch import nn
 
 from fastedit import ConfigError, Editor, EditRequest, ModelError, RequestError
 from fastedit.models import Model
