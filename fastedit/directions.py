@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ops
 from fastedit.delta import WeightDelta, versions
 from fastedit.errors import ConfigError, ModelError, listed
-from fastedit.models import Model, Topology, encode, fingerprint, hooked, plain_state, topology
+from fastedit.models import MLPTail, Model, Topology, encode, fingerprint, hooked, plain_state, topology
 from fastedit.models.block_parts import holds_experts
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import LowRank, Update, oriented
@@ -208,7 +208,8 @@ def _basis(parts: Topology, direction: Tensor) -> Tensor:
 def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
     """The chosen layers; raises ModelError if their matrices do not write straight to the residual stream."""
     chosen = list(range(parts.n_blocks)) if layers is None else _numbers(layers)
-    if not parts.mlp_adds:
+    tail = MLPTail.of(parts, 0)
+    if tail is None or not tail.adds:
         raise ModelError(
             f"{parts.name} has a norm or a factor behind its MLPs, so that no direction of theirs is its own"
         )

@@ -39,9 +39,14 @@ class MLPTail:
         norms = _readers(found, down)
         if len(norms) > 1:
             return None
-        factor = found.added_share(first.get_submodule(norms[0]) if norms else down)
+        factor = _factor(found, first.get_submodule(norms[0]) if norms else down)
         norm = _measured(found.block(layer).get_submodule(norms[0]), found.hidden_size) if norms else (None, 0.0)
         return None if factor is None or norm is None else cls(factor, *norm)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the residual stream gets the output itself."""
+        return self.gain is None and abs(self.factor - 1) < 0.1 * abs(self.factor + 1)
 
     def change(self, outputs: Tensor, wanted: Tensor) -> Tensor:
         """The change of `down_proj` outputs that changes the residual stream as wanted, or as nearly as can be.
@@ -92,8 +97,26 @@ def _readers(found: Topology, down: nn.Module) -> list[str]:
                 readers.append(names[module])
 
     with hooked([module.register_forward_hook(ran) for module in names]):
-        found.first_block([found.config.vocab_size // 4])
+        _first_output(found)
     return readers
+
+
+def _factor(found: Topology, module: nn.Module) -> float | None:
+    """The factor by which a change of a module's output changes that of block 0; None if it is not one factor."""
+    before = _first_output(found)
+    shift = before.new_ones(found.hidden_size) * before.square().mean().sqrt()
+    shift[::2] *= -1
+    with hooked([module.register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))]):
+        moved = _first_output(found) - before
+    factor = float((moved * shift).mean() / shift.square().mean())
+    return factor if (moved - factor * shift).norm() < 0.1 * (moved + factor * shift).norm() else None
+
+
+def _first_output(found: Topology) -> Tensor:
+    """The output of block 0 for a token, in fp32."""
+    output = found.first_block([found.config.vocab_size // 4])
+    hidden: Tensor = output[0] if found.blocks_return_tuples else output
+    return hidden.float()
 
 
 @torch.no_grad()

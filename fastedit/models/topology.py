@@ -219,32 +219,6 @@ class Topology:
         # no tolerance: equal shapes run the same kernels, and a masked token has weight exactly 0
         return torch.equal(one[0, 1], other[0, 1]), tuples
 
-    @cached_property
-    def mlp_adds(self) -> bool:
-        """Whether a change of a block's ``down_proj`` output changes the residual stream after the block by as much.
-
-        It does not if there is a norm in between (Gemma 2 and 3, OLMo 2) or after the sum (some OPT), or a factor.
-        Measured once, in block 0.
-        """
-        share = self.added_share(self.resolve(0, "down_proj")[1])
-        return share is not None and abs(share - 1) < 0.1 * abs(share + 1)
-
-    def added_share(self, module: nn.Module) -> float | None:
-        """The factor by which a change of a module's output changes that of block 0; None if it is not one factor."""
-        tokens = [self.config.vocab_size // 4]
-        before = self._hidden(self.first_block(tokens))
-        shift = before.new_ones(self.hidden_size) * before.square().mean().sqrt()
-        shift[::2] *= -1
-        with hooked([module.register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))]):
-            moved = self._hidden(self.first_block(tokens)) - before
-        share = float((moved * shift).mean() / shift.square().mean())
-        return share if (moved - share * shift).norm() < 0.1 * (moved + share * shift).norm() else None
-
-    def _hidden(self, output: Any) -> Tensor:
-        """The hidden states, in fp32, from what a block returns."""
-        hidden: Tensor = output[0] if self.blocks_return_tuples else output
-        return hidden.float()
-
     @torch.no_grad()
     def first_block(self, tokens: list[int]) -> Any:
         """The output of block 0 for a row of tokens, each of which is its own sequence."""

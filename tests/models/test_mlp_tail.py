@@ -46,7 +46,7 @@ def test_the_tail_is_found(family: str) -> None:
     assert tail is not None
     assert tail.factor == pytest.approx(factor, rel=1e-4)
     assert (tail.gain is not None) == norm
-    assert found.mlp_adds == (factor == 1.0 and not norm)
+    assert tail.adds == (factor == 1.0 and not norm)
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0])

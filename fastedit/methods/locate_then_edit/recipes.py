@@ -65,9 +65,9 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         return next((value for value in values if value not in (None, "auto")), otherwise)
 
     objective, distribution = choose("objective", "least-squares"), choose("distribution", "spread")
-    behind_norm = given.module == "down_proj" and not topology.mlp_adds
-    tail = MLPTail.of(topology, preset.single) if behind_norm else MLPTail(1.0)
+    tail = MLPTail.of(topology, preset.single) if given.module == "down_proj" else MLPTail(1.0)
     bounded = tail is None or tail.gain is not None
+    behind = bounded or (tail is not None and not tail.adds)  # targets of one layer are sought in front of it
     if bounded and distribution != "single" and (given.distribution, given.layers) == (None, None):
         distribution = "single"
         notes.append(
@@ -78,14 +78,14 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     if given.layers is None:
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
     places = shares(distribution, layers)
-    by_rule = "mlp" if behind_norm and single else "block"
+    by_rule = "mlp" if behind and single else "block"
     site = choose("site", by_rule)
     if bounded and site == "block":
         notes.append(
             "a norm stands behind down_proj in this model, and bounds what an update adds to a block's output: targets "
             "are reached in part; distribution single with site mlp reaches them"
         )
-    elif behind_norm and site == "mlp" and choose("site", None) is None:
+    elif behind and site == "mlp" and choose("site", None) is None:
         notes.append(f"site mlp (a {'norm' if bounded else 'factor'} stands behind down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
     cov_weight, alpha = given.cov_weight, choose("alpha", 0.1)
