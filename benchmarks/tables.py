@@ -289,7 +289,8 @@ def spared(rows: Sequence[Row]) -> Lines:
         head = ("model", "recipe", "edits written", "paraphrases", "neighbours kept", "other facts kept", "perplexity")
         return table((*head, "time"), body)
 
-    found = sorted((row for row in rows if row.benchmark == "real_models"), key=lambda row: row.date)
+    own = (row for row in rows if row.benchmark == "real_models" and row.mode in recipes)
+    found = sorted(own, key=lambda row: row.date)
     newest = {on_gpu(row): row.device for row in found}
     return each_device([row for row in found if row.device == newest[on_gpu(row)]], draw)
 
