@@ -40,7 +40,7 @@ class MLPTail:
         if len(norms) > 1:
             return None
         factor = _factor(found, first.get_submodule(norms[0]) if norms else down)
-        norm = _measured(found.block(layer).get_submodule(norms[0]), found.hidden_size) if norms else (None, 0.0)
+        norm = _measured(found, found.block(layer).get_submodule(norms[0])) if norms else (None, 0.0)
         return None if factor is None or norm is None else cls(factor, *norm)
 
     @property
@@ -120,12 +120,12 @@ def _first_output(found: Topology) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(norm: nn.Module, width: int) -> tuple[Tensor, float] | None:
+def _measured(found: Topology, norm: nn.Module) -> tuple[Tensor, float] | None:
     """The weight [h] and the eps of an RMS norm; None if the module computes something else."""
     weight = next(norm.parameters(), None)
     if weight is None:
         return None
-    place = torch.arange(1, width + 1, device=weight.device)
+    place = torch.arange(1, found.hidden_size + 1, device=found.device)  # an offloaded weight is on none
     one, other = ((2 + torch.cos(place * step)).to(weight.dtype) for step in (1.0, 0.37))
     gain, again, small = (norm(x[None, None])[0, 0].float() / x.float() for x in (one, other, one * 1e-3))
     gain, again = gain * _rms(one.float()), again * _rms(other.float())
