@@ -608,9 +608,11 @@ def test_an_update_in_front_of_a_norm_is_of_the_size_of_the_outputs_there(
     sizes = []
     for through_norm in (True, False):
         config = {"statistics": str(case.folder), "n_contexts": 0, "cov_weight": 1e-6}
-        editor = Editor(case.model, tokenizer, "memit", layers=(0, 1), through_norm=through_norm, **config)
+        config |= {"through_norm": through_norm, "module": "mlp.down_proj"}
+        editor = Editor(case.model, tokenizer, "memit", layers=(0, 1), **config)
         result = editor.edit(random_edits(3, seed))
         updates = {path: u.dense() if isinstance(u, LowRank) else u for path, u in result.delta.updates.items()}
+        assert any("may be far too large" in note for note in result.notes) != through_norm
         sizes.append(max(float(u.norm()) / before[path] for path, u in updates.items()))
         result.revert()
     assert sizes[0] < 3

@@ -65,7 +65,9 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         return next((value for value in values if value not in (None, "auto")), otherwise)
 
     objective, distribution = choose("objective", "least-squares"), choose("distribution", "spread")
-    tail = MLPTail.of(topology, preset.single) if given.module == "down_proj" else MLPTail(1.0)
+    at = (given.layers or (preset.single,))[-1]
+    down = topology.is_down_proj(at, topology.resolve(at, given.module)[1])
+    tail = MLPTail.of(topology, at) if down else MLPTail(1.0)
     bounded = tail is None or tail.gain is not None
     behind = bounded or (tail is not None and not tail.adds)  # targets of one layer are sought in front of it
     if bounded and distribution != "single" and (given.distribution, given.layers) == (None, None):
@@ -81,9 +83,10 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     by_rule = "mlp" if behind and single else "block"
     site = choose("site", by_rule)
     if bounded and site == "block":
+        unmapped = "" if given.through_norm else "; without through_norm, updates may be far too large in front of it"
         notes.append(
             "a norm stands behind down_proj in this model, and bounds what an update adds to a block's output: targets "
-            "are reached in part; distribution single with site mlp reaches them"
+            f"are reached in part; distribution single with site mlp reaches them{unmapped}"
         )
     elif behind and site == "mlp" and choose("site", None) is None:
         notes.append(f"site mlp (a {'norm' if bounded else 'factor'} stands behind down_proj in this model)")
