@@ -84,8 +84,8 @@ def requests_of(edits: Sequence[EditRequest]) -> list[dict[str, Any]]:
 class Case:
     """A tiny model called "org/tiny" whose second moments are in COV_CACHE, and those of an Editor in a folder."""
 
-    def __init__(self, tokenizer: Any, folder: Path, seed: int) -> None:
-        self.model, self.tokenizer, self.folder = tiny_model("llama"), tokenizer, folder
+    def __init__(self, tokenizer: Any, folder: Path, seed: int, family: str = "llama") -> None:
+        self.model, self.tokenizer, self.folder, self.family = tiny_model(family), tokenizer, folder, family
         self.model.config._name_or_path = "org/tiny"
         self.before = values(self.model)
         moments(self.model, folder, seed)
@@ -98,7 +98,7 @@ class Case:
 
     def editor(self, method: str, model: Any = None, **config: Any) -> Editor:
         own = {"statistics": self.folder, "contexts": CONTEXTS} | OURS[method] | config
-        return Editor(model or tiny_model("llama"), self.tokenizer, method, **own)
+        return Editor(model or tiny_model(self.family), self.tokenizer, method, **own)
 
     def wanted(self, method: str, edits: Sequence[EditRequest] | None = None, **config: Any) -> dict[str, torch.Tensor]:
         editor = self.editor(method, **config)
@@ -111,8 +111,10 @@ class Case:
 
 
 @pytest.fixture
-def case(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> Case:
-    found = Case(tokenizer, tmp_path / "statistics", seed)
+def case(
+    tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Case:
+    found = Case(tokenizer, tmp_path / "statistics", seed, getattr(request, "param", "llama"))
     monkeypatch.setattr(memit, "COV_CACHE", found.C)
     monkeypatch.setattr(memit, "CONTEXT_TEMPLATES_CACHE", [["{}"], CONTEXTS])
     monkeypatch.setattr(memit, "STATS_DIR", str(tmp_path / "none"))
@@ -703,6 +705,14 @@ def fine_tuned(model: Any, tokenizer: Any, edits: Sequence[EditRequest], given: 
 
 FT = {"num_steps": 6, "lr": 1e-2, "weight_decay": 0.01, "batch_size": 2, "norm_constraint": False, "layers": [1, 2]}
 FT |= {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight", "objective_optimization": "target_new"}
+
+
+@pytest.mark.parametrize("case", ["gemma2"], indirect=True)
+def test_a_norm_behind_the_mlp_is_not_counted_as_in_the_published_code(case: Case) -> None:
+    ours, published = case.wanted("memit"), case.wanted("memit", through_norm=False)
+    model, _ = case.call("memit")
+    assert close(model, published, case.before)
+    assert not close(model, ours, case.before, 0.1)
 
 
 def test_ft_is_the_published_loop(tokenizer: Any, seed: int) -> None:

@@ -85,6 +85,8 @@ def test_what_cannot_be_had_is_approached(seed: int) -> None:
     def missed(outputs: Tensor) -> Tensor:
         return (added(outputs) - added(y) - wanted).norm(dim=-1)
 
+    shrunk = y + tail.change(y, -0.5 * added(y))  # no direction adds so little
+    torch.testing.assert_close(shrunk.norm(dim=-1), y.norm(dim=-1))
     found = y + tail.change(y, wanted)
     torch.testing.assert_close(found.norm(dim=-1), y.norm(dim=-1))
     for scale in (1e-3, 1e-2, 0.1, 1.0):
