@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib import import_module
 from pathlib import Path
@@ -38,3 +39,14 @@ def test_links_lead_to_files(page: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastedit").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_sections_of_errors_begin_with_their_names(path: Path) -> None:
+    """Or the API reference cannot be built: its first line is "Name, Name: when"."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    for docstring in filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds))):
+        for section in re.findall(r"^Raises:\n((?:    .*\n?)+)", docstring, re.MULTILINE):
+            for line in (line for line in section.splitlines() if re.match(r" {4}\S", line)):
+                assert re.match(r"    \w+(, \w+)*: ", line), line

@@ -156,7 +156,8 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
         The edited model, and cache_c with the keys of these edits added.
 
     Raises:
-        As for `apply_rome_to_model`; ConfigError also for a cache_c or a P of a wrong shape.
+        ConfigError: a cache_c or a P has a wrong shape; and as for `apply_rome_to_model`.
+        RequestError, ModelError, EditError: as for `apply_rome_to_model`.
     """
     call = Call("AlphaEdit", model, tok, requests, hparams)
     previous = {} if cache_c is None else _keys_of(cache_c, call)
@@ -215,7 +216,8 @@ def apply_ft_to_model(
         As for `apply_rome_to_model`.
 
     Raises:
-        As for `apply_rome_to_model`; RequestError also for prompt_last with longer targets.
+        RequestError: prompt_last with longer targets; and as for `apply_rome_to_model`.
+        ConfigError, ModelError, EditError: as for `apply_rome_to_model`.
     """
     call = Call("FT", model, tok, requests, hparams)
     fields = fine_tuning_fields(call.hparams, call.parts.topology)

@@ -96,7 +96,7 @@ class Ledger:
             options: those of `Editor.from_pretrained`, and fields of the configuration.
 
         Raises:
-            As for the class, and for `Editor.from_pretrained`.
+            ModelError, ConfigError, FileError: as for the class, and for `Editor.from_pretrained`.
         """
         kept = None
         check_place(Path(folder))
