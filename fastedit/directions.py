@@ -157,7 +157,7 @@ def _between(layer: int, a: Tensor, b: Tensor) -> Direction:
     """The direction from states b [M, h] to a [N, h]; its separation is measured on every second one of them."""
     vector = a.mean(0) - b.mean(0)
     if not vector.norm() > 0:
-        raise ModelError(f"the two sets of prompts have the same mean behind block {layer}, or one that is not finite")
+        raise ModelError(f"the two sets of prompts have the same mean after block {layer}, or one that is not finite")
     half = a[::2].mean(0) - b[::2].mean(0)
     one, other = a[1::2] @ half, b[1::2] @ half
     spread = ((one.var(unbiased=False) + other.var(unbiased=False)) / 2).sqrt().clamp_min(1e-12)
@@ -211,7 +211,7 @@ def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
     tail = MLPTail.of(parts, 0)
     if tail is None or not tail.adds:
         raise ModelError(
-            f"{parts.name} has a norm or a factor behind its MLPs, so that no direction of theirs is its own"
+            f"{parts.name} has a norm or a factor after its MLPs, so that no direction of theirs is its own"
         )
     if experts := [layer for layer in chosen if holds_experts(parts.block(layer))]:
         raise ModelError(f"blocks {experts} of {parts.name} have experts, which would go on writing; leave them out")

@@ -100,7 +100,7 @@ def test_an_ablation_that_preserves_is_the_least_squares_update(tokenizer: Any, 
             ConfigError,
             "1 prompts have no tokens, or more than",
         ),
-        (lambda m, t: find(m, t, HAVING, HAVING), ModelError, "the same mean behind block 0"),
+        (lambda m, t: find(m, t, HAVING, HAVING), ModelError, "the same mean after block 0"),
         (lambda m, t: ablate(m, torch.ones(31)), ConfigError, "expected finite ones of width 32"),
         (lambda m, t: ablate(m, torch.full((32,), float("nan"))), ConfigError, "expected finite ones"),
         (lambda m, t: ablate(m, torch.ones(2, 32)), ConfigError, "2 directions depend on one another"),
@@ -147,5 +147,5 @@ def test_what_cannot_be_ablated(
 
 
 def test_models_that_write_through_a_norm_are_refused() -> None:
-    with pytest.raises(ModelError, match="has a norm or a factor behind its MLPs"):
+    with pytest.raises(ModelError, match="has a norm or a factor after its MLPs"):
         ablate(tiny_model("gemma2"), torch.ones(32))

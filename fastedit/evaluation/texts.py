@@ -53,19 +53,19 @@ def _word_ends(text: str, i: int) -> bool:
     """Whether a word may end before character i."""
     if i == len(text):
         return True
-    before, behind = text[i - 1], text[i]
+    before, after = text[i - 1], text[i]
     if before.isspace() or _is_punctuation(before):  # the word ended before
         return False
-    if unicodedata.category(behind)[0] == "M":  # an accent or a vowel sign belongs to the letter before it
+    if unicodedata.category(after)[0] == "M":  # an accent or a vowel sign belongs to the letter before it
         return False
-    if spaceless(behind) or spaceless(before):
+    if spaceless(after) or spaceless(before):
         return True
-    if hangul(behind) and before.isalnum():  # what is attached to a name or number of another script is no part of it
+    if hangul(after) and before.isalnum():  # what is attached to a name or number of another script is no part of it
         return not hangul(before) or _PARTICLES.match(text, i) is not None
-    inside = behind == "." or (behind == "," and before.isdigit())  # as in U.S.A, 3.5 and 1,000
+    inside = after == "." or (after == "," and before.isdigit())  # as in U.S.A, 3.5 and 1,000
     if inside and before.isalnum() and text[i + 1 : i + 2].isalnum():
         return False
-    return not (in_word(before) and in_word(behind))
+    return not (in_word(before) and in_word(after))
 
 
 def cut(text: str, answer: str, prompt: str = "") -> str:

@@ -46,8 +46,8 @@ class _Batch:
         more = width - self.tokens.shape[1], width - other.tokens.shape[1]
 
         def both(one: Tensor, another: Tensor, columns_last: bool = True) -> Tensor:
-            behind = () if columns_last else (0, 0)
-            return torch.cat([pad(x, (*behind, n, 0)) for x, n in zip((one, another), more, strict=True)])
+            trailing = () if columns_last else (0, 0)
+            return torch.cat([pad(x, (*trailing, n, 0)) for x, n in zip((one, another), more, strict=True)])
 
         layers = zip(_layers(self.cache), _layers(other.cache), strict=True)
         cache = _cache([(both(k, k2, False), both(v, v2, False)) for (k, v), (k2, v2) in layers])

@@ -18,7 +18,7 @@ Span = tuple[int, int]
 def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) -> list[list[int]]:
     """Tokens of texts, including the special tokens that the tokenizer adds; its settings stay as they are.
 
-    Those that it puts behind a text are left out, such as [SEP], unless they are EOS: the text goes on there.
+    Those that it puts after a text are left out, such as [SEP], unless they are EOS: the text goes on there.
 
     ``templated``: the prompts are already in a chat template (`chat.Chat`), so no special tokens are added around
     them, and no space after them.
@@ -33,7 +33,7 @@ def encode_with_spans(
 ) -> tuple[list[list[int]], list[list[Span]]]:
     """As `encode`, with the characters of each token; for fast tokenizers.
 
-    A token could reach across the border between a prompt and what is behind it, if there is no space between them, or
+    A token could reach across the border between a prompt and what follows it, if there is no space between them, or
     if the tokenizer has tokens of several words, or some that take up the spaces beside them. The prompt then gets the
     tokens that it has by itself, as when the model answers it. A templated prompt always gets these, because the line
     breaks at its end could be tokenized differently before a target.
@@ -56,11 +56,11 @@ def _whole(texts: Sequence[Text], templated: bool) -> list[str]:
 
 
 def _in_parts(
-    tokenizer: Any, prompt: str, behind_it: str, ids: list[int], spans: list[Span], templated: bool
+    tokenizer: Any, prompt: str, following: str, ids: list[int], spans: list[Span], templated: bool
 ) -> tuple[list[int], list[Span]]:
     """Tokens of a pair of which none crosses the border; the given ones if the tokenizer cannot separate the two."""
     # after a newline, a tokenizer puts nothing in front of a text and does not merge anything with it
-    parts = _call(tokenizer, [prompt, f"\n{behind_it}"], spans=True, templated=templated)
+    parts = _call(tokenizer, [prompt, f"\n{following}"], spans=True, templated=templated)
     (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
     kept = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
     ends = 0 if templated else trailing(ids, tokenizer.eos_token_id)
@@ -95,7 +95,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
     if not texts:
         return {"input_ids": [], "offset_mapping": []}
     with _settings_kept(tokenizer):
-        behind = 0 if templated else _put_behind(tokenizer)
+        appended = 0 if templated else _appended(tokenizer)
         found = tokenizer(
             list(texts),
             add_special_tokens=not templated,
@@ -103,10 +103,10 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
             return_attention_mask=False,
             verbose=False,
         )
-    if behind:
+    if appended:
         for name in ("input_ids", "offset_mapping") if spans else ("input_ids",):
             for tokens in found[name]:
-                del tokens[-behind:]
+                del tokens[-appended:]
     if not templated and (bos := getattr(tokenizer, "bos_token", None)):
         for i, text in enumerate(texts):  # a text that begins with BOS does not get another one
             twice = text.startswith(bos) and not text.startswith(bos * 2)
@@ -117,12 +117,12 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
     return found
 
 
-def _put_behind(tokenizer: Any) -> int:
-    """How many tokens the tokenizer puts behind every text; 0 if they are EOS."""
+def _appended(tokenizer: Any) -> int:
+    """How many tokens the tokenizer puts after every text; 0 if they are EOS."""
     (whole,), (bare,) = (tokenizer(["a"], add_special_tokens=added)["input_ids"] for added in (True, False))
     starts = (i for i in range(len(whole) - len(bare) + 1) if bare and whole[i : i + len(bare)] == bare)
-    behind = whole[next(starts, len(whole)) + len(bare) :]
-    return 0 if {*behind} <= {tokenizer.eos_token_id} else len(behind)
+    added = whole[next(starts, len(whole)) + len(bare) :]
+    return 0 if {*added} <= {tokenizer.eos_token_id} else len(added)
 
 
 @contextmanager

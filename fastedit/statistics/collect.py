@@ -272,7 +272,7 @@ class _Run:
         n_batches = 0
         for batch in batches:
             n_batches = batch.number + 1
-            behind = []
+            lacking = []
             for layer, moment in self.moments.items():
                 seen = moment.metadata["position"]
                 if batch.number == 0 and seen["first"] not in ("", batch.digest):
@@ -280,12 +280,12 @@ class _Run:
                 if batch.number == seen["batches"] - 1 and seen["digest"] != batch.digest:
                     self._refuse(layer, "text from some document on, or tokenizer")
                 if batch.number >= seen["batches"]:
-                    behind.append(layer)
+                    lacking.append(layer)
             if self.max_tokens is not None and self.count >= self.max_tokens:
                 return
-            if behind:
+            if lacking:
                 self._report()
-                self._observe(batch, behind)
+                self._observe(batch, lacking)
                 self._report()
                 yield
         for layer, moment in self.moments.items():

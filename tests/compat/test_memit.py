@@ -708,7 +708,7 @@ FT |= {"rewrite_module_tmp": "model.layers.{}.mlp.down_proj.weight", "objective_
 
 
 @pytest.mark.parametrize("case", ["gemma2"], indirect=True)
-def test_a_norm_behind_the_mlp_is_not_counted_as_in_the_published_code(case: Case) -> None:
+def test_a_norm_after_the_mlp_is_not_counted_as_in_the_published_code(case: Case) -> None:
     ours, published = case.wanted("memit"), case.wanted("memit", through_norm=False)
     model, _ = case.call("memit")
     assert close(model, published, case.before)

@@ -556,7 +556,7 @@ def test_an_independent_edit_that_there_is_not_is_named(case: Case, seed: int) -
 def test_a_target_is_reached_or_it_is_said_that_it_is_not(
     family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With next to nothing to preserve. A norm behind the MLP keeps a block's output from following an update."""
+    """With next to nothing to preserve. A norm after the MLP keeps a block's output from following an update."""
     case = Case(tokenizer, tmp_path, seed, family, dtype=torch.float32)  # Gemma 2's softmax is fp32, 0/0 in fp64
     edits = random_edits(2, seed)
     found: list[Any] = []
@@ -594,9 +594,7 @@ def test_one_layer_is_written_where_a_norm_bounds_what_each_adds(
         result.revert()
 
 
-def test_an_update_in_front_of_a_norm_is_of_the_size_of_the_outputs_there(
-    tokenizer: Any, tmp_path: Path, seed: int
-) -> None:
+def test_an_update_before_a_norm_is_of_the_size_of_the_outputs_there(tokenizer: Any, tmp_path: Path, seed: int) -> None:
     """In Gemma 3 the outputs of `down_proj` are hundreds of times smaller than what the norm makes of them."""
     case = Case(tokenizer, tmp_path, seed, "gemma3", dtype=torch.float32)
     weights = {path: w for path, w in case.model.named_parameters() if "down_proj" in path}

@@ -1,4 +1,4 @@
-"""What stands between an MLP and the residual stream, and the change in front of it that a change behind it takes."""
+"""What stands between an MLP and the residual stream, and the change before it that a change after it takes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_tail_is_found(family: str) -> None:
 @pytest.mark.parametrize("size", [0.01, 1.0])
 @pytest.mark.parametrize("family", ["llama", "granite", *NORMS])
 def test_a_change_that_can_be_had_is_reached(family: str, size: float, seed: int) -> None:
-    """Also where outputs in front of the norm are small beside those behind it, as in Gemma 3."""
+    """Also where outputs before the norm are small beside those after it, as in Gemma 3."""
     model = tiny_model(family)
     found = topology(model)
     with torch.no_grad():
@@ -61,13 +61,13 @@ def test_a_change_that_can_be_had_is_reached(family: str, size: float, seed: int
     y, before = block_output(found)
     other = y + 0.5 * y.square().mean().sqrt() * torch.randn(y.shape, generator=generator)
     other *= y.norm(dim=-1, keepdim=True) / other.norm(dim=-1, keepdim=True)
-    _, behind = block_output(found, other - y)
+    _, wanted = block_output(found, other - y)
     tail = MLPTail.of(found, 0)
     assert tail is not None
-    change = tail.change(y, behind - before)
+    change = tail.change(y, wanted - before)
     _, now = block_output(found, change)
     torch.testing.assert_close(
-        now - before, behind - before, rtol=0.0, atol=2e-3 * float((behind - before).abs().max())
+        now - before, wanted - before, rtol=0.0, atol=2e-3 * float((wanted - before).abs().max())
     )
     assert change.norm() < 3 * (other - y).norm()
 

@@ -94,7 +94,7 @@ class LocateThenEditConfig:
     )
     through_norm: bool = option(
         True,
-        "make updates for what a norm or a factor behind down_proj lets through; with False their outputs get the "
+        "make updates for what a norm or a factor after down_proj lets through; with False its outputs get the "
         "residuals of the block, as in the published code.",
     )
     steps: int | None = option(None, "loss evaluations of a target; None is the preset's.")

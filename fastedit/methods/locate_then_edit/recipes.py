@@ -69,27 +69,25 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     down = topology.is_down_proj(at, topology.resolve(at, given.module)[1])
     tail = MLPTail.of(topology, at) if down else MLPTail(1.0)
     bounded = tail is None or tail.gain is not None
-    behind = bounded or (tail is not None and not tail.adds)  # targets of one layer are sought in front of it
+    transformed = bounded or (tail is not None and not tail.adds)  # then one layer's targets are MLP outputs
     if bounded and distribution != "single" and (given.distribution, given.layers) == (None, None):
         distribution = "single"
-        notes.append(
-            "distribution single (a norm stands behind down_proj in this model, and bounds every layer's share)"
-        )
+        notes.append("distribution single (a norm follows down_proj in this model, and bounds every layer's share)")
     single = distribution == "single"
     layers = choose("layers", (preset.single,) if single else preset.layers)
     if given.layers is None:
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
     places = shares(distribution, layers)
-    by_rule = "mlp" if behind and single else "block"
+    by_rule = "mlp" if transformed and single else "block"
     site = choose("site", by_rule)
     if bounded and site == "block":
-        unmapped = "" if given.through_norm else "; without through_norm, updates may be far too large in front of it"
+        unmapped = "" if given.through_norm else "; without through_norm, updates may be far too large before the norm"
         notes.append(
-            "a norm stands behind down_proj in this model, and bounds what an update adds to a block's output: targets "
+            "a norm follows down_proj in this model, and bounds what an update adds to a block's output: targets "
             f"are reached in part; distribution single with site mlp reaches them{unmapped}"
         )
-    elif behind and site == "mlp" and choose("site", None) is None:
-        notes.append(f"site mlp (a {'norm' if bounded else 'factor'} stands behind down_proj in this model)")
+    elif transformed and site == "mlp" and choose("site", None) is None:
+        notes.append(f"site mlp (a {'norm' if bounded else 'factor'} follows down_proj in this model)")
     width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
     cov_weight, alpha = given.cov_weight, choose("alpha", 0.1)
     if cov_weight is None:
@@ -132,7 +130,7 @@ def _checked_width(topology: Topology, layers: list[int], module: str, site: str
             raise ConfigError(f"site mlp is the output of down_proj, but {path} is written; take site block")
     if layers[-1] == topology.n_blocks - 1:
         raise ConfigError(
-            f"layers ends with {layers[-1]}, the last block, and nothing reads the subject behind it; choose among "
+            f"layers ends with {layers[-1]}, the last block, and nothing reads the subject after it; choose among "
             f"0 to {topology.n_blocks - 2}"
         )
     return width

@@ -91,7 +91,7 @@ def find_targets(
     topology.block(z_layer)
     if z_layer == topology.n_blocks - 1:
         raise ConfigError(
-            f"z_layer {z_layer} is the last block and nothing reads the subject behind it; choose one of 0 to "
+            f"z_layer {z_layer} is the last block and nothing reads the subject after it; choose one of 0 to "
             f"{z_layer - 1}"
         )
     samples, _ = batch.rewriting
