@@ -27,7 +27,10 @@ from fastedit.version import version_of
 _TAG = "fastedit-run-1"
 _ABOUT = "run.json"
 # files that may be in the folder: of a run, of the command that started it, and unfinished ones of a killed process
-_OURS = re.compile(r"\.?(command\.json|run\.json|status\.json|lock|\d+\.safetensors)(\.[0-9a-f]+)?")
+_OURS = re.compile(
+    r"\.?(command\.json|run\.json|status\.json|lock|\d+\.safetensors)(\.[0-9a-f]+)?"
+    r"|\.tmp\w+"  # safetensors writes to such a file first, and a process that is killed leaves it
+)
 _WHAT = "the state of the run"
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and everything else, serializable to JSON."""

@@ -53,6 +53,7 @@ def test_an_edit_that_was_killed_goes_on_to_the_same_bits(
     while process.poll() is None and not list(states.glob("*2.safetensors")):
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
+    (states / ".tmpXb72LM").touch()  # as if safetensors had just begun to write a state
     second = call(*command, "--output", "out")
     assert second.exit_code == 2, second.stderr
     assert f"out.run is in use by process {process.pid} on " in second.stderr
