@@ -90,7 +90,7 @@ __device__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// after products_wait<0>: what reads `sum` stays behind it
+// after products_wait<0>: what reads `sum` stays after it
 __device__ inline void products_done(float (&sum)[96]) {
 #pragma unroll
     for (int e = 0; e < 96; ++e) asm volatile("" : "+f"(sum[e])::"memory");

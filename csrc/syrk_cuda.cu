@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(1024) compact_kernel(const uint8_t* mask, int 
     if (threadIdx.x == 0) kept[0] = done;
 }
 
-// end of the zeros behind `there` rows
+// end of the zeros after `there` rows
 __device__ int64_t zeros_end(int64_t there, int64_t count) {
     return min(count, (there + kZeroRows - 1) / kZeroRows * kZeroRows);
 }

@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default=checkpoint_path(), help="folder or hub name")
 parser.add_argument("--having", type=Path, help="prompts that show the behaviour, one a line")
 parser.add_argument("--lacking", type=Path, help="prompts that do not, one a line")
-parser.add_argument("--layer", type=int, help="behind which block to read the direction; by default the middle one")
+parser.add_argument("--layer", type=int, help="after which block to read the direction; by default the middle one")
 parser.add_argument("--output", type=Path, help="file for the delta")
 args = parser.parse_args()
 

@@ -164,7 +164,7 @@ def trying_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iterato
 
 
 def check_writable(folder: Path) -> None:
-    """Check now that files can be written to a folder, by writing one; nothing is left behind.
+    """Check now that files can be written to a folder, by writing one and removing it.
 
     Raises:
         FileError: the folder cannot be made, or not be written to.

@@ -160,7 +160,7 @@ def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> Non
     # other unexpected weights are harmless, such as masks and rotations in old checkpoints
     if more := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
         raise ModelError(
-            f"{name} has {len(more)} weights of blocks behind the {blocks} of its config.json, {more[0]} among "
+            f"{name} has {len(more)} weights of blocks beyond the {blocks} of its config.json, {more[0]} among "
             "them; give the config.json that belongs to the weights"
         )
 

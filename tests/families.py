@@ -43,7 +43,7 @@ _ENDS = "full_attention"
 DENSE: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "olmo": {},
-    "olmo3": {},  # norms behind attention and MLP
+    "olmo3": {},  # norms after attention and MLP
     "exaone4": _HEADS,  # the same
     "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5},
     "seed_oss": _HEADS,

@@ -22,7 +22,7 @@ LACKING = [f"w{i} w21 w{i + 3}" for i in range(30, 40)]
 
 @torch.no_grad()
 def behind_blocks(model: nn.Module, tokenizer: Any, prompt: str) -> Tensor:
-    """The residual stream behind each block but the last, whose output is given with the final norm, [L - 1, T, h]."""
+    """The residual stream after each block but the last, whose output is given with the final norm, [L - 1, T, h]."""
     ids = torch.tensor([tokenizer(prompt).input_ids])
     return torch.cat(model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[1:-1])
 

@@ -423,7 +423,7 @@ def spoil(path: Path, how: str) -> None:
     if how == "nothing in it":
         for file in path.iterdir():
             file.unlink()
-    if how == "weights behind a dead link":
+    if how == "weights by a dead link":
         weights.unlink()
         weights.symlink_to(path / "gone")
     if how == "no such folder":
@@ -468,7 +468,7 @@ def spoil(path: Path, how: str) -> None:
         "no config",
         "no tokenizer",
         "nothing in it",
-        "weights behind a dead link",
+        "weights by a dead link",
     ],
 )
 def test_checkpoints_that_cannot_be_loaded_are_errors(how: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -482,13 +482,13 @@ def test_checkpoints_that_cannot_be_loaded_are_errors(how: str, tokenizer: Any, 
         "no config": "it lacks config.json$",
         "no tokenizer": "it lacks the tokenizer's files$",
         "nothing in it": r"it lacks config.json and weights as \*.safetensors and the tokenizer's files$",
-        "weights behind a dead link": "model.safetensors cannot be read: No such file",
+        "weights by a dead link": "model.safetensors cannot be read: No such file",
     }
     expected = {
         "unsupported architecture": "has no attention and MLP that can be told apart",
         "a missing weight": "lacks 1 weights of its architecture, model.layers.1.mlp.up_proj.weight",
         "no such folder": f"^no folder {path}, and no model could be loaded from the hub: .",
-        "config of fewer layers": f"{path} has 18 weights of blocks behind the 2 .*, model.layers.2.input_layernorm",
+        "config of fewer layers": f"{path} has 18 weights of blocks beyond the 2 .*, model.layers.2.input_layernorm",
         "config of other shapes": r"layers.0.mlp.down_proj.weight is (\[32, 56\], .*should be \[32, 40\]|of another)",
     }.get(how, f"no model could be loaded from {path}: " + reasons.get(how, "."))
     with pytest.raises(ModelError, match=expected):

@@ -245,7 +245,7 @@ def measure(
 
     Measures of an unedited model ("before") are kept, and taken from there the next time.
     """
-    from fastedit.evaluation.kept import predict_unedited
+    from fastedit.evaluation.baseline import predict_unedited
     from fastedit.evaluation.predict import predict
 
     function = predict_unedited if when == "before" else predict

@@ -130,12 +130,12 @@ def plan_of(editor: Editor, edits: list[EditRequest], skip_bad: bool) -> EditPla
     try:
         return editor.plan(edits)
     except RequestError as error:
-        kept = [edit for place, edit in enumerate(edits) if edit_name(edit, place) not in error.edits]
-        if not skip_bad or not kept or len(kept) == len(edits):
+        good = [edit for place, edit in enumerate(edits) if edit_name(edit, place) not in error.edits]
+        if not skip_bad or not good or len(good) == len(edits):
             raise
-        left_out = f"{len(edits) - len(kept)} of {len(edits)} edits are left out"
+        left_out = f"{len(edits) - len(good)} of {len(edits)} edits are left out"
         arguments.tell([f"{left_out}: {listed(error.sentences, ' | ')}"])
-    return plan_of(editor, kept, skip_bad)
+    return plan_of(editor, good, skip_bad)
 
 
 def check_questions(editor: Editor, edits: list[Any], documents: list[str]) -> None:

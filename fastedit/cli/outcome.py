@@ -55,13 +55,13 @@ def keeping(
         outcome.keep()
         yield outcome
     except KeyboardInterrupt:
-        raise EditError(f"interrupted; {outcome.kept()}") from None
+        raise EditError(f"interrupted; {outcome.where()}") from None
     except FastEditError as error:
-        error.text += f"; {outcome.kept()}"
+        error.text += f"; {outcome.where()}"
         raise
     except Exception as error:
         log.info("the edit was made, what followed failed", exc_info=True)
-        raise EditError(f"{reason(error)}; {outcome.kept()}") from error
+        raise EditError(f"{reason(error)}; {outcome.where()}") from error
 
 
 class Outcome:
@@ -116,8 +116,8 @@ class Outcome:
         if self._place != directory:
             shutil.rmtree(self._place, ignore_errors=True)
 
-    def kept(self) -> str:
-        """What is on disk, for messages."""
+    def where(self) -> str:
+        """Where the edit is on disk, for messages."""
         there = [name for name in (_DELTA, _REPORT) if (self._place / name).is_file()]
         if not there:
             return "nothing was written"

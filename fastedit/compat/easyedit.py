@@ -61,7 +61,7 @@ def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, 
         call.known.written.clear()
     place = Path(str(call.hparams.get("P_loc", "")))
     load = partial(_projections, place)
-    P = call.known.memo.kept("P_loc", (place, stamp(place)), load) if place.is_file() else None
+    P = call.known.memo.get("P_loc", (place, stamp(place)), load) if place.is_file() else None
     previous = call.known.standing(call.parts.network)
     taken = _taken(options, "cache_template")
     wanted = taken.pop("return_orig_weights")

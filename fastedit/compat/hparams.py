@@ -141,7 +141,7 @@ def _problems(hparams: Hparams, layers: list[int], topology: Topology) -> Iterab
         if len(layers) != 1:
             yield "layers", "ROME writes one layer"
     elif max(hparams.get("v_loss_layer"), *layers) != topology.n_blocks - 1:
-        yield "v_loss_layer", f"the loss is behind the last block, {topology.n_blocks - 1}"
+        yield "v_loss_layer", f"the loss is computed after the last block, {topology.n_blocks - 1}"
 
 
 def _other_modules(
@@ -162,7 +162,7 @@ def _other_modules(
     if head is not None and getattr(modules.get(head), "weight", None) is not topology.head.weight:
         yield "lm_head_module", "the head is the model's own, as lm_head or as its tied embedding"
     if norm is not None and modules.get(norm) not in set(topology.backbone.children()) - {topology.blocks}:
-        yield "ln_f_module", "the norm is the one behind the blocks"
+        yield "ln_f_module", "the norm is the one after the blocks"
 
 
 def fine_tuning_fields(hparams: Hparams, topology: Topology) -> dict[str, Any]:

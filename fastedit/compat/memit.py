@@ -189,8 +189,8 @@ def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
         if total.any():
             values, vectors = torch.linalg.eigh(total.double())
             check_sum(name, values)
-            kept = values > values[-1] * len(values) * torch.finfo(total.dtype).eps
-            found[f"{path}.weight"] = values[kept].sqrt()[:, None] * vectors[:, kept].T
+            nonzero = values > values[-1] * len(values) * torch.finfo(total.dtype).eps
+            found[f"{path}.weight"] = values[nonzero].sqrt()[:, None] * vectors[:, nonzero].T
     return found
 
 

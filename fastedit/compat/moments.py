@@ -83,20 +83,20 @@ class Moments:
         """Use C = I: an update without a second moment."""
         for path, layer in zip(self.paths, self.layers, strict=True):
             width = self._topology.input_width(layer, self.module)
-            self.given[path] = known.memo.kept(("identity", width), (), partial(torch.eye, width))
+            self.given[path] = known.memo.get(("identity", width), (), partial(torch.eye, width))
 
     def take_projections(self, known: Known, projections: Tensor) -> None:
         """Use C = I − P, for P [L, d, d] that project on the null space. Raises ConfigError if P is something else."""
         check_stack("P", projections, self._topology, self.layers, self.module)
         for i, path in enumerate(self.paths):
             make = partial(_beside, projections[i], f"P[{i}], of layer {self.layers[i]},")
-            self.given[path] = known.memo.kept(("P", i), (projections, projections._version), make)
+            self.given[path] = known.memo.get(("P", i), (projections, projections._version), make)
 
     def add_identity(self, known: Known, share: float) -> None:
         """Add share · I to each given C."""
         for path, C in self.given.items():
             make = partial(_with_identity, C, share)
-            self.given[path] = known.memo.kept(("with identity", path), (C, C._version, share), make)
+            self.given[path] = known.memo.get(("with identity", path), (C, C._version, share), make)
 
 
 def _with_identity(matrix: Tensor, share: float) -> Tensor:

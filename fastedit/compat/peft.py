@@ -125,8 +125,8 @@ def as_adapter(delta: WeightDelta, model: nn.Module, *, rank: int | None = None)
     updates, errors = {}, {}
     for path, update in delta.updates.items():
         most = min(*update.shape, rank or max(update.shape))
-        kept = isinstance(update, LowRank) and update.left.shape[1] <= most
-        updates[path], errors[path] = (update, 0.0) if kept else truncated(update, most)
+        exact = isinstance(update, LowRank) and update.left.shape[1] <= most
+        updates[path], errors[path] = (update, 0.0) if exact else truncated(update, most)
     return Adapter(WeightDelta(updates, delta.metadata), errors, conv1d, str(network.config._name_or_path))
 
 

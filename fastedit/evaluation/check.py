@@ -50,7 +50,7 @@ _MEASURES: dict[str, _About] = {
         "so it does at paraphrases", ("generated_begins", "generalization"), prompts="paraphrase"
     ),
     "generalization_exact": _About("it is the target there", ("generalization", "generated"), prompts="paraphrase"),
-    **{f"prefix_{n}": _About(f"it begins so behind {n} tokens of other text") for n in PREFIXES},
+    **{f"prefix_{n}": _About(f"it begins so after {n} tokens of other text") for n in PREFIXES},
     "negation": _About("it begins so at the negated prompt, where it should not"),
     "choice": _About("of several answers the target is the likeliest"),
     "portability": _About("the answer to what follows from the fact (two hops)", ("generated_begins", "portability"),

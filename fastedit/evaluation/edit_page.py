@@ -96,9 +96,9 @@ def _curve(title: str, values: Sequence[float], top: float, form: str, unit: str
         return f'<figure class="card">{title}: <span class="faint">nothing was noted</span></figure>'
     last = points[-1][1]
     step = -(-len(points) // _POINTS)
-    kept = points[:-1:step] + points[-1:]
+    drawn = points[:-1:step] + points[-1:]
     right = max(len(values) - 1, 1)
-    places = [(100 * i / right, 96 - 92 * value / (top or 1)) for i, value in kept]
+    places = [(100 * i / right, 96 - 92 * value / (top or 1)) for i, value in drawn]
     line = "M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in places) if len(places) > 1 else f"M0 {places[0][1]:.2f}h100"
     span = f"{unit} 1" if len(values) == 1 else f"{unit}s 1 … {len(values)}"
     label = f"{title}: {form.format(points[0][1])} to {form.format(last)}"

@@ -14,7 +14,7 @@ from fastedit.models import SENTENCE_ENDS, Model, PairError, Samples, encode, sp
 from fastedit.requests import EditRequest
 
 _NEW_TOKENS = 32  # tokens of a generated answer, as published (arXiv 2502.11177; LocFT-BF)
-_MORE_TOKENS = 8  # to generate behind the length of longer answers, to see whether they end there
+_MORE_TOKENS = 8  # to generate beyond the length of longer answers, to see whether they end there
 _WINDOW = 2048  # tokens of a window of text, at most: attention masks grow with the square
 
 # kind -> (prompt, answer, competing answer) for each of a request's prompts
@@ -102,7 +102,7 @@ def ask(
 def _stops(
     asked: Sequence[tuple[str, int, str, str, str | None]], owners: Iterable[Asked], samples: Samples, by_edit: bool
 ) -> dict[tuple[int, str], Stop]:
-    """Where the texts of all prompts end: behind the longest answer that is looked for."""
+    """Where the texts of all prompts end: after the longest answer that is looked for."""
     sizes = dict(zip(owners, (samples.lengths - samples.target_start).tolist(), strict=True))
     stops: dict[tuple[int, str], Stop] = {}
     for kind, i, prompt, answer, other in asked:

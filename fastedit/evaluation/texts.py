@@ -21,8 +21,8 @@ def normalize(text: str) -> str:
     Accents and vowel signs stay. If nothing would be left, punctuation and the like stay, too.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
-    kept = "".join(c for c in text if not _is_punctuation(c) and unicodedata.category(c) != "Cf")
-    return " ".join(word for word in kept.split() if word not in _ARTICLES) or text
+    plain = "".join(c for c in text if not _is_punctuation(c) and unicodedata.category(c) != "Cf")
+    return " ".join(word for word in plain.split() if word not in _ARTICLES) or text
 
 
 def _is_punctuation(c: str) -> bool:

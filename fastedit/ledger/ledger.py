@@ -40,7 +40,7 @@ class Ledger:
 
     A fact stands from when it is added until it is forgotten, replaced or rolled back. An entry's total delta to the
     unedited model depends only on that model, the facts that stand and the configuration, so a forgotten fact leaves
-    nothing behind. The solvers (rome, memit, emmet, alphaedit) optimize the target z of each fact once, keep it, and
+    no trace. The solvers (rome, memit, emmet, alphaedit) optimize the target z of each fact once, keep it, and
     solve again for all facts that stand. LocFT-BF starts again from the unedited model and trains all of them. With
     ``buffered`` it trains only the new ones, on the current weights; if one is forgotten, later ones are trained again.
 
@@ -98,16 +98,16 @@ class Ledger:
         Raises:
             ModelError, ConfigError, FileError: as for the class, and for `Editor.from_pretrained`.
         """
-        kept = None
+        header = None
         check_place(Path(folder))
         if (Path(folder) / NAME).is_file():  # errors about the ledger come before the model is loaded
             records = Records(folder, write=True)
-            kept = records.header
+            header = records.header
             records.close()
-        if kept:
-            method = method or kept["method"]
-            own = {"dtype": kept["dtype"], "chat_template": kept["chat_template"]}
-            options = own | (kept["config"] if method == kept["method"] else {}) | options
+        if header:
+            method = method or header["method"]
+            own = {"dtype": header["dtype"], "chat_template": header["chat_template"]}
+            options = own | (header["config"] if method == header["method"] else {}) | options
         return cls(folder, Editor.from_pretrained(model, method or "locft-bf", **options), buffered=buffered, at=at)
 
     def close(self) -> None:
@@ -325,9 +325,9 @@ class Ledger:
 
     def _checked_header(self, buffered: bool | None) -> dict[str, Any]:
         """The settings that all entries share, of this ledger or for a new one. Raises an error if they differ."""
-        editor, kept = self.editor, self._records.header
+        editor, header = self.editor, self._records.header
         config = {name: value for name, value in asdict(editor.config).items() if name not in PLACES}
-        if kept is None and buffered and METHODS[editor.method].solves_each:
+        if header is None and buffered and METHODS[editor.method].solves_each:
             raise ConfigError(f"buffered is for locft-bf; {editor.method} solves all facts again, from their targets")
         now: dict[str, Any] = {
             "fingerprint": fingerprint(editor.model),
@@ -340,15 +340,15 @@ class Ledger:
             "statistics": {},
             "versions": versions(),
         }
-        if kept is None:
+        if header is None:
             return now
-        check_model(self._records.folder, kept, now["fingerprint"])
+        check_model(self._records.folder, header, now["fingerprint"])
         if buffered is None:
-            now["buffered"] = kept["buffered"]
-        differing = [name for name in ("method", "chat_template", "dtype", "buffered") if kept[name] != now[name]]
-        texts = [f"{name} was {kept[name]!r} and is {now[name]!r}" for name in differing]
+            now["buffered"] = header["buffered"]
+        differing = [name for name in ("method", "chat_template", "dtype", "buffered") if header[name] != now[name]]
+        texts = [f"{name} was {header[name]!r} and is {now[name]!r}" for name in differing]
         if not differing:
-            old, new = kept["config"], now["config"]
+            old, new = header["config"], now["config"]
             texts = [
                 f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in new if old.get(name) != new[name]
             ]
@@ -357,4 +357,4 @@ class Ledger:
                 f"the ledger {self._records.folder} was begun otherwise: {'; '.join(texts)}. All its facts are written "
                 "in one way; leave these as they were, or begin another ledger"
             )
-        return kept
+        return header

@@ -109,8 +109,8 @@ def _targets(
     parts, order = [], list[int]()
     for name, places in files.items():
         try:
-            kept, about, _ = load_tensors(records.tensors(name), (_TAG,), _WHAT)
-            stored = Targets.of_state(kept, about, device)
+            tensors, about, _ = load_tensors(records.tensors(name), (_TAG,), _WHAT)
+            stored = Targets.of_state(tensors, about, device)
         except (FileError, KeyError, TypeError) as error:
             notes.append(f"the targets of {len(places)} facts are sought again, since their file is damaged: {error}")
             new += places

@@ -34,7 +34,7 @@ class Memo:
     def __init__(self) -> None:
         self._held: dict[Hashable, tuple[list[Any], Tensor]] = {}
 
-    def kept(self, place: Hashable, source: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
+    def get(self, place: Hashable, source: Sequence[Any], make: Callable[[], Tensor]) -> Tensor:
         """The tensor of a place, made anew only if its source has changed.
 
         Args:

@@ -78,7 +78,7 @@ class Batch:
         for sample, place in enumerate(last):
             if place >= context:
                 name = self._names[sample % n]
-                text = f"{name}: its subject ends at token {place + 1}, behind the model's context of {context}"
+                text = f"{name}: its subject ends at token {place + 1}, beyond the model's context of {context}"
                 problems.setdefault(sample % n, (name, f"{text}; shorten the prompt"))
         if problems:
             raise RequestError.of(list(problems.values()))

@@ -45,6 +45,6 @@ def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int],
         place, context = source(problem.pair)
         name = where = edit_name(edits[place], place)
         if context:
-            where += f", behind the context {context[:60]!r}"
+            where += f", after the context {context[:60]!r}"
         problems.setdefault(place, (name, f"{where}: {problem.sentence(in_context=bool(context))}"))
     return RequestError.of([problems[place] for place in sorted(problems)])

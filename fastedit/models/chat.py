@@ -83,8 +83,8 @@ def _end(tokenizer: Any, user: dict[str, str]) -> int | None:
         text = _rendered(tokenizer, [user, {"role": "assistant", "content": _MARK}])
     except Exception:  # some templates are for prompts only
         return None
-    behind = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    return int(behind[0]) if behind and behind[0] in special_tokens(tokenizer).values() else None
+    ending = tokenizer(text.rpartition(_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    return int(ending[0]) if ending and ending[0] in special_tokens(tokenizer).values() else None
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -30,7 +30,7 @@ class _Batch:
     mask: Tensor
     cache: DynamicCache | None
 
-    def kept(self, going: Tensor) -> _Batch:
+    def rows(self, going: Tensor) -> _Batch:
         """The rows `going` [K], without columns that hold only pads."""
         rows = going.to(self.tokens.device)
         mask = self.mask[rows]
@@ -194,4 +194,4 @@ class Continuations:
         if over.all():
             return done, None
         batch = batch.followed_by(tokens)
-        return done, batch.kept((~over).nonzero().flatten()) if over.any() else batch
+        return done, batch.rows((~over).nonzero().flatten()) if over.any() else batch

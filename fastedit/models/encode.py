@@ -62,17 +62,17 @@ def _in_parts(
     # after a newline, a tokenizer puts nothing in front of a text and does not merge anything with it
     parts = _call(tokenizer, [prompt, f"\n{following}"], spans=True, templated=templated)
     (head, tail), (head_spans, tail_spans) = parts["input_ids"], parts["offset_mapping"]
-    kept = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
+    n_head = len(head) - (0 if templated else trailing(head, tokenizer.eos_token_id))
     ends = 0 if templated else trailing(ids, tokenizer.eos_token_id)
-    if ids[:kept] == head[:kept] and kept < len(ids) - ends:  # the prompt's last token only took up the space
-        return ids, [*head_spans[:kept], *spans[kept:]]
+    if ids[:n_head] == head[:n_head] and n_head < len(ids) - ends:  # the prompt's last token only took up the space
+        return ids, [*head_spans[:n_head], *spans[n_head:]]
     if any(first < 1 < end for first, end in tail_spans):
         return ids, spans
-    behind = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
+    after = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
     shift = len(prompt) - 1
-    moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in behind]
-    found = [*head[:kept], *(tail[t] for t in behind), *ids[len(ids) - ends :]]
-    return found, [*head_spans[:kept], *moved, *spans[len(ids) - ends :]]
+    moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in after]
+    found = [*head[:n_head], *(tail[t] for t in after), *ids[len(ids) - ends :]]
+    return found, [*head_spans[:n_head], *moved, *spans[len(ids) - ends :]]
 
 
 def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:

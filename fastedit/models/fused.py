@@ -48,7 +48,7 @@ class _Lookalike:
 
 
 def fuse(topology: Topology, trained: Iterable[nn.Parameter] = (), *, backend: Backend = "auto") -> list[Override]:
-    """Overrides that run the norms and gated MLPs of all blocks, and the norm behind them, by fused operations.
+    """Overrides that run the norms and gated MLPs of all blocks, and the norm after them, by fused operations.
 
     There are none on a CPU, or where the user chose torch: passes then keep every bit. A module that has the parts of a
     norm or of a gated MLP, and other numbers, keeps its own ``forward``; a warning names it, once per process.

@@ -46,7 +46,7 @@ _ATTACHED = (
     "으로|까지|부터|처럼|보다|한테|하고|조차|마저|밖에|예요|인데|인지|인가"
 )
 PARTICLES = rf"(?:{_ATTACHED})(?:{_ATTACHED}|[서게고었습니까요지네죠야던든데므])*(?!\w)"
-"""Pattern of what Korean attaches to a noun, whole or cut off, to the end of the written word: it is behind 서울 in
+"""Pattern of what Korean attaches to a noun, whole or cut off, to the end of the written word: it follows 서울 in
 서울입니다, 서울에서는 and 서울입니, and not in 서울특별시."""
 _JOINERS = "\u200c\u200d"  # occur inside words of Persian and of languages of India
 _CLOSES = re.compile(rf"[{re.escape(SENTENCE_ENDS)},;:!?%،؛、，；：…)\]}}»”’）」』】》〉](?:\s|$)")

@@ -271,7 +271,7 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
     Raises:
         ModelError: the numbers are not finite, or depend on later tokens.
     """
-    kept, gradient = [], torch.zeros_like(weight, dtype=torch.float32)
+    outputs, gradient = [], torch.zeros_like(weight, dtype=torch.float32)
     for i, start in enumerate(samples.target_start.tolist()):
         ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].to(found.device)
         with eval_mode(found.model):
@@ -279,10 +279,10 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
         logits: Tensor = output.logits[0, start - 1 :].float()
         (part,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
         gradient += part.float()
-        kept.append(logits.detach())
+        outputs.append(logits.detach())
     # quantized maps round in their own way, which may depend on other rows: allow for bf16
     dtype = torch.bfloat16 if has_quantized(found.model) else weight.dtype
-    own = _Own(torch.cat(kept), gradient, dtype)
+    own = _Own(torch.cat(outputs), gradient, dtype)
     if not (own.logits.isfinite().all() and gradient.isfinite().all()):
         raise ModelError(f"{found.name} cannot be edited: its logits of random tokens are not finite")
     if _sees_ahead(found, samples.input_ids[: samples.offsets[1]].to(found.device)):

@@ -242,9 +242,9 @@ def _last_shared(ids: list[int], part: list[int], eos: int | None) -> int:
 
 def prompt_samples(ids: Sequence[Sequence[int]], last: Sequence[int]) -> Samples:
     """Samples that end with a token, such as a subject's last one; it is their only target row, without a label."""
-    kept = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
-    flat = torch.tensor([token for tokens in kept for token in tokens])
-    offsets = torch.tensor([0, *(len(tokens) for tokens in kept)]).cumsum(0)
+    rows = [[*tokens[: end + 1], 0] for tokens, end in zip(ids, last, strict=True)]  # the 0 is only a label
+    flat = torch.tensor([token for tokens in rows for token in tokens])
+    offsets = torch.tensor([0, *(len(tokens) for tokens in rows)]).cumsum(0)
     return Samples(flat, offsets, torch.tensor(last) + 1)
 
 

@@ -55,11 +55,11 @@ class LocalizedAdam(torch.optim.Optimizer):
         super().__init__([weight], dict(options))
         self._options = tuple(options)  # a group may have more entries: from schedules, or from torch when it is loaded
         self._accumulate, self._allow_tf32, self._backend = accumulate, allow_tf32, backend
-        kept = self.state[weight]
-        kept["step"] = torch.zeros((), device=weight.device)
-        kept["exp_avg"], kept["exp_avg_sq"] = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
+        state = self.state[weight]
+        state["step"] = torch.zeros((), device=weight.device)
+        state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weight, dtype=torch.float32) for _ in range(2))
         if weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and options["seed"] is None):
-            kept["master"] = weight.detach().float()
+            state["master"] = weight.detach().float()
         self._version = weight._version
         self._noted: list[tuple[int, Tensor, Tensor]] = []  # with the number of the backward pass
         self._rows: Rows = []  # of the backward passes since the last step
@@ -110,7 +110,7 @@ class LocalizedAdam(torch.optim.Optimizer):
             TensorError: it has other tensors than this weight, or tensors of other shapes.
         """
         mine, given = self.state[self._weight], state_dict["state"].get(0, {})
-        sizes = [{name: list(x.shape) for name, x in kept.items()} for kept in (mine, given)]
+        sizes = [{name: list(x.shape) for name, x in tensors.items()} for tensors in (mine, given)]
         if sizes[0] != sizes[1]:
             raise TensorError(f"the state holds {sizes[1]}, expected {sizes[0]}: it is of another weight or dtype")
         super().load_state_dict(state_dict)  # this rounds moments to the dtype of the weight
@@ -138,16 +138,16 @@ class LocalizedAdam(torch.optim.Optimizer):
             return
         _refuse_ranks()
         grads, inputs = rows[0] if len(rows) == 1 else (torch.cat(x) for x in zip(*rows, strict=True))
-        kept, group, weight = self.state[self._weight], self.param_groups[0], self._weight.detach()
-        master = kept.get("master")
+        state, group, weight = self.state[self._weight], self.param_groups[0], self._weight.detach()
+        master = state.get("master")
         if master is not None and self._weight._version != self._version:  # something else wrote to the weight
             master.copy_(weight)
-        kept["step"] += 1
-        stored = [weight if master is None else master, kept["exp_avg"], kept["exp_avg_sq"]]
+        state["step"] += 1
+        stored = [weight if master is None else master, state["exp_avg"], state["exp_avg_sq"]]
         stored += [] if master is None else [weight]
         target, first, second, *copy = (x.T for x in stored) if self._transposed else stored
         localized_adam_(
-            target, grads, inputs, first, second, kept["step"], **{name: group[name] for name in self._options},
+            target, grads, inputs, first, second, state["step"], **{name: group[name] for name in self._options},
             copy=copy[0] if copy else None, allow_tf32=self._allow_tf32, backend=self._backend,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self._weight)  # kernels do not, and autograd must notice
@@ -232,8 +232,8 @@ class _Tapped(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Make copies and pickles plain modules: rows of a copy do not belong to this weight."""
-        kept = {name: value for name, value in self.__dict__.items() if name != "_tap"}
-        return _plain, (type(self).__mro__[2], self.weight, _OWNERS[self._tap[1]]._flag), kept
+        attributes = {name: value for name, value in self.__dict__.items() if name != "_tap"}
+        return _plain, (type(self).__mro__[2], self.weight, _OWNERS[self._tap[1]]._flag), attributes
 
 
 def _plain(kind: type[nn.Module], weight: nn.Parameter, flag: bool) -> nn.Module:

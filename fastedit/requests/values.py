@@ -149,7 +149,7 @@ def marks_of(prompt: str, subject: str | None) -> re.Pattern[str]:
     """The pattern of placeholders for the subject in a prompt and its answer.
 
     It is "{subject}" ("{{ subject }}" in other templates); if the prompt is a template, also "{}" and "[X]". A template
-    has one of these two, not right behind a word as in "interface{}", and does not name the subject otherwise.
+    has one of these two, not right after a word as in "interface{}", and does not name the subject otherwise.
     """
     if ("{}" not in prompt and "[X]" not in prompt) or not _ALONE.search(prompt):
         return _NAMED

@@ -97,8 +97,8 @@ class StatisticsStore:
             return factor_covariance(C.to(self.topology.device), allow_few=self.unchecked)
         path, _ = self._required(layer)
         width, device = self.topology.input_width(layer, self.module), self.topology.device
-        if (kept := self._kept(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
-            return unpack_lower(kept[LOWER], width).to(device)
+        if (stored := self._load(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
+            return unpack_lower(stored[LOWER], width).to(device)
         found = _read(path, width)
         C = found.finalize().to(device, found.stored)  # the precision decides what counts as positive definite
         try:
@@ -109,7 +109,7 @@ class StatisticsStore:
             if isinstance(error, FewTokensError):
                 error = FewTokensError(error.count, error.dim, "unchecked_statistics")
             raise error.at(path) from None
-        self._keep(layer, "factor", _CHOLESKY_TAG, {LOWER: pack_lower(factor)})
+        self._save(layer, "factor", _CHOLESKY_TAG, {LOWER: pack_lower(factor)})
         return factor
 
     def eigen(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -120,14 +120,14 @@ class StatisticsStore:
         keeps = self.in_memory(layer) is None and not self.unchecked
         width, device = self.topology.input_width(layer, self.module), self.topology.device
         shapes = {"values": (width,), "vectors": (width, width)}
-        if keeps and (kept := self._kept(layer, "eigen", _EIGEN_TAG, shapes)) is not None:
-            return kept["values"].to(device), kept["vectors"].to(device)
+        if keeps and (stored := self._load(layer, "eigen", _EIGEN_TAG, shapes)) is not None:
+            return stored["values"].to(device), stored["vectors"].to(device)
         values, vectors = torch.linalg.eigh(self.covariance(layer))
         if keeps:
-            self._keep(layer, "eigen", _EIGEN_TAG, {"values": values, "vectors": vectors.contiguous()})
+            self._save(layer, "eigen", _EIGEN_TAG, {"values": values, "vectors": vectors.contiguous()})
         return values, vectors
 
-    def _kept(self, layer: int, kind: str, tag: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+    def _load(self, layer: int, kind: str, tag: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
         """The kept file that was made from a layer's statistics; None if missing, damaged or from other statistics."""
         place, about = self._place(layer, kind)
         with suppress(FileError):
@@ -136,7 +136,7 @@ class StatisticsStore:
                 return tensors
         return None
 
-    def _keep(self, layer: int, kind: str, tag: str, tensors: dict[str, Tensor]) -> None:
+    def _save(self, layer: int, kind: str, tag: str, tensors: dict[str, Tensor]) -> None:
         place, about = self._place(layer, kind)
         try:
             save_tensors(place, tensors, tag, about, f"the {kind} file")

@@ -1,4 +1,4 @@
-"""The command line: what its files and lines hold, its exit codes, and what a failure leaves behind."""
+"""The command line: what its files and lines hold, its exit codes, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_message_of_several_lines_is_one_line(model: Path, facts: Path, monkey
 
 @pytest.mark.parametrize("flags", [("--evaluate",), ("--evaluate", "--dtype", "float32"), ("--evaluate", "all")])
 def test_evaluate_may_stand_without_a_value(flags: tuple[str, ...], tmp_path: Path) -> None:
-    """As it did in 0.1: what stands behind it is not taken for one."""
+    """As it did in 0.1: what follows it is not taken for one."""
     missing = tmp_path / "nowhere.json"
     said = fails(2, "edit", "--model", tmp_path, "--requests", missing, "--output", tmp_path / "edited", *flags)
     assert "nowhere.json" in said

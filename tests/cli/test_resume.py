@@ -1,4 +1,4 @@
-"""`fastedit edit --resume`: an edit whose process was killed, and what the command leaves behind."""
+"""`fastedit edit --resume`: an edit whose process was killed, and what the command leaves."""
 
 from __future__ import annotations
 

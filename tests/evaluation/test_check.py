@@ -63,7 +63,7 @@ def answered(check: Check, says: Callable[[str], str], likeliest: str = "", perp
 
 
 def targets(prompt: str) -> str:
-    """The first words of the right answer; not behind much text, and wrongly to "It is not true that …"."""
+    """The first words of the right answer; not after much text, and wrongly to "It is not true that …"."""
     right = next((e.target for e in EDITS if prompt.lower().endswith(e.prompt.lower())), "nothing")
     return f"{right} and more" if len(prompt.split()) < 100 else "lost"
 

@@ -37,7 +37,7 @@ TWO = [EditRequest("p", "x", id="one"), EditRequest("p", "x", id="two")]
 
 @lru_cache
 def tokenizer(ends_texts: bool = False) -> Any:
-    """97 byte-level tokens; token 0 is BOS, put before every text, 1 is EOS, put behind it if wanted."""
+    """97 byte-level tokens; token 0 is BOS, put before every text, 1 is EOS, put after it if wanted."""
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -179,7 +179,7 @@ def test_generated_text_as_one_at_a_time(family: str, ends_texts: bool, monkeypa
 
 
 def spy_on_generation(monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Lists that will hold the prompts that are run, and the number of tokens behind each."""
+    """Lists that will hold the prompts that are run, and the number of tokens after each."""
     run, steps = [], []
 
     class Spy(Continuations):
@@ -221,7 +221,7 @@ def test_a_model_that_knows_the_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = spy_on_generation(monkeypatch)[1]
     report = evaluate(model, tokenizer(), [*requests, wrong])
     sizes = [len(ids_of(f"{p} {a}")) - len(ids_of(p)) for p, a, _ in facts]
-    assert steps == [sizes[0] + 1, sizes[1], sizes[2] + 1, sizes[3] + 1]  # none behind its stop
+    assert steps == [sizes[0] + 1, sizes[1], sizes[2] + 1, sizes[3] + 1]  # none after its stop
     assert report.metrics["reliability"]["generated"] == 4 / 5
     assert [row["reliability"]["generated"] for row in report.rows] == [1, 1, 1, 1, 0]
     assert [row["generated"] for row in report.rows[:4]] == ["St. Louis", "A D.C", "Lo Lo", "red sea"]
@@ -243,10 +243,11 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 @pytest.mark.parametrize(
-    ("more", "matches", "behind"), [("</s>", 1, ""), (". b", 1, ""), ("\nb", 1, ""), (" b a a a a a a a a a", 0, " b")]
+    ("more", "matches", "remaining"),
+    [("</s>", 1, ""), (". b", 1, ""), ("\nb", 1, ""), (" b a a a a a a a a a", 0, " b")],
 )
 def test_an_answer_is_read_to_its_end_and_no_further(
-    name: str, more: str, matches: float, behind: str, monkeypatch: pytest.MonkeyPatch
+    name: str, more: str, matches: float, remaining: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a model that says it, and then something else."""
     answer = LONG[name]
@@ -264,7 +265,7 @@ def test_an_answer_is_read_to_its_end_and_no_further(
     report = evaluate(tiny_model("llama"), tokenizer(), [EditRequest("a", answer)])
     assert report.metrics["reliability"]["generated"] == matches
     assert report.metrics["generated_begins"]["reliability"] == 1
-    assert report.rows[0]["generated"].startswith(answer.removesuffix(".") + behind)
+    assert report.rows[0]["generated"].startswith(answer.removesuffix(".") + remaining)
 
 
 SCRIPTS = {  # prompt, answer, and what the model goes on with

@@ -26,7 +26,7 @@ ASKED[4] = EditRequest("w9 w10 w12", "w11")  # no neighbours
 
 @torch.no_grad()
 def distributions(model: Any, tokenizer: Any) -> list[list[torch.Tensor]]:
-    """Log-probabilities of the next token behind each neighbour prompt, one plain pass each."""
+    """Log-probabilities of the next token after each neighbour prompt, one plain pass each."""
     return [
         [
             model(tokenizer(p, return_tensors="pt").input_ids).logits[0, -1].float().log_softmax(-1)

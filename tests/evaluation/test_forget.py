@@ -69,7 +69,7 @@ def test_what_a_text_says(text: str, wanted: bool) -> None:
         ("동서울에", "서울", False),
         ("서울이", "이", False),  # a particle, not a name
         ("首都是东城。", "东城", True),
-        ("रामायण", "यण", False),  # behind a vowel sign, inside a word
+        ("रामायण", "यण", False),  # after a vowel sign, inside a word
         ("राम और यण", "यण", True),
         ("می\u200cخواهم", "خواهم", False),
     ],
@@ -108,5 +108,5 @@ def test_a_real_answer_is_forgotten(tokenizer: Any) -> None:
     assert after.metrics["reliability"]["generated"] == 1
     result.revert()
     editor.edit([EditRequest("w9 w10 w11", f"w30 . {said}")])
-    after = editor.evaluate([request])  # the answer comes behind the refusal
+    after = editor.evaluate([request])  # the answer comes after the refusal
     assert (after.metrics["reliability"]["generated"], after.metrics["forgotten"]["generated"]) == (1, 0)

@@ -123,7 +123,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
     def run(edit: EditRequest, layer: int = 1, contexts: Sequence[str] = ()) -> None:
         KeyWalk(Batch(Model(parts, tokenizer), [good, edit], contexts), layer)
 
-    with pytest.raises(RequestError, match="edit x: its subject ends at token 65, behind the model's context of 64"):
+    with pytest.raises(RequestError, match="edit x: its subject ends at token 65, beyond the model's context of 64"):
         run(EditRequest("w10 " * 64 + "w11", "w12", "w11", id="x"))
     run(EditRequest("w10 " * 63 + "w11 w12 w13", "w12", "w11", id="x"))
     for context in ("no place", "{} {}"):
@@ -224,8 +224,8 @@ def test_the_last_token_is_the_one_that_holds_the_last_character(kind: str, temp
     assert ids == encoded["input_ids"]
     for spans, stop, place in zip(encoded["offset_mapping"], stops, last, strict=True):
         assert spans[place][0] < stop <= spans[place][1]
-        behind = [span for span in spans[place + 1 :] if span[1] > span[0]]
-        assert all(start >= stop for start, _ in behind)  # of several tokens of one character the last
+        later = [span for span in spans[place + 1 :] if span[1] > span[0]]
+        assert all(start >= stop for start, _ in later)  # of several tokens of one character the last
     assert last_tokens(Slow(tokenizer), texts[:5], stops[:5]) == (ids[:5], last[:5])
 
 

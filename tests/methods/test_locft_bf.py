@@ -655,7 +655,7 @@ def test_an_epoch_that_takes_long_is_reported_on(
 def test_augment_trains_copies_behind_contexts_of_the_model(
     tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each edit as it is and behind two contexts that end a sentence; equal to the published loop on them."""
+    """Each edit as it is and after two contexts that end a sentence; equal to the published loop on them."""
     edits = make_edits(6)
     seen: list[list[tuple[str, str]]] = []
 

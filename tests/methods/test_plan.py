@@ -95,7 +95,7 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
             return getattr(case.tokenizer, name)
 
         def __call__(self, texts: Any, **options: Any) -> Any:
-            if texts != ["a"]:  # a look at what the tokenizer puts behind a text
+            if texts != ["a"]:  # a look at what the tokenizer puts after a text
                 tokenized.append(texts)
             return case.tokenizer(texts, **options)
 

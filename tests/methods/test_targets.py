@@ -265,13 +265,13 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest
     monkeypatch.setattr(target_loop.TargetLoop, "_update", lambda *args: updates.append(update(*args)))
     find_targets(Batch(Model(parts, tokenizer), edits, CONTEXTS), Z_LAYER, replace(CONFIG, stop_loss=0), in_flight=6)
     assert tokens[0] == tokens[1]  # once each
-    before, behind = 0, 0  # tokens of the rows in front of the subject's last, and from there on
+    before, after = 0, 0  # tokens of the rows in front of the subject's last, and from there on
     for edit in edits:
         end, name = last_of_subject(tokenizer, edit), len((edit.subject or "").split()) - 1
-        behind += len(edit.prompt.split()) - 1 - end + len(edit.target.split())
+        after += len(edit.prompt.split()) - 1 - end + len(edit.target.split())
         before += name + 3 * end
         before += sum(len(context.split()) - 1 for context in CONTEXTS)
-    assert tokens[2] == before + (3 * behind + 6) * CONFIG.steps  # of the KL row one token
+    assert tokens[2] == before + (3 * after + 6) * CONFIG.steps  # of the KL row one token
     n_targets = 3 * sum(len(edit.target.split()) for edit in edits)
     assert tokens[3] == (n_targets + 6) * CONFIG.steps
     assert head == [n_targets + 6] * CONFIG.steps  # targets and KL rows in one product
@@ -403,9 +403,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
         run(EditRequest("w10 w11", "w12"))
     with pytest.raises(RequestError, match=r"^edit x: prompt and target take 70 tokens"):
         run(EditRequest("w10 " * 70, "w12", "w10", id="x"))
-    with pytest.raises(
-        RequestError, match=r"^edit x, behind the context 'w13 .* {}': prompt and target take 66 tokens"
-    ):
+    with pytest.raises(RequestError, match=r"^edit x, after the context 'w13 .* {}': prompt and target take 66 tokens"):
         run(EditRequest("w10 " * 60, "w12", "w10", id="x"), contexts=["w13 {}", "w13 w13 w13 w13 w13 w13 {}"])
     with pytest.raises(ConfigError, match=r"the context 'w13 \{\} \{\}' needs exactly one"):
         run(good, contexts=["w13 {} {}"])

@@ -73,7 +73,7 @@ def test_settings_with_such_tokens_are_named(larger: Any, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=f"^anchor_subjects: .*{NAMED}"):
         Editor(tiny_model("llama"), larger, **anchored).edit(FINE)
     moments(model := tiny_model("llama"), tmp_path, 0)
-    with pytest.raises(RequestError, match=f"behind the context '<Lumbria> {{}}': .*{NAMED}"):
+    with pytest.raises(RequestError, match=f"after the context '<Lumbria> {{}}': .*{NAMED}"):
         Editor(model, larger, "rome", contexts=["<Lumbria> {}"], layers=(1,), statistics=tmp_path).plan(FINE)
     larger.add_special_tokens({"eos_token": "<end>"})
     with pytest.raises(ModelError, match=r"EOS token cannot be trained: .*'<end>' \(99\)"):

@@ -68,11 +68,11 @@ def test_as_one_at_a_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for capacity in (1000, 100, 1):
         heads.clear()
         assert together(parts, capacity) == wanted
-        assert sum(heads) == sum(map(len, wanted.values()))  # no row behind its end, none but the last token's
+        assert sum(heads) == sum(map(len, wanted.values()))  # no row after its end, none but the last token's
     assert model.training
     shapes.clear()
     together(parts, 1000)
-    # behind the trial's passes one over all prompts, then single tokens
+    # after the trial's passes one over all prompts, then single tokens
     assert shapes[3:] == [(10, 17), *((n, 1) for n in heads[-len(shapes[4:]) :])]
 
 

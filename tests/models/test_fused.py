@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  #
 SAMPLES = ragged_samples([9, 2, 18, 7, 3, 12])
 LAYER = 1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# norms of a block and behind it, gated MLPs; in four blocks
+# norms of a block and after it, gated MLPs; in four blocks
 FUSED = {
     "llama": (9, 4),
     "mistral": (9, 4),

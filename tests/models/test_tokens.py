@@ -68,7 +68,7 @@ def test_targets_of_fast_tokenizers(kind: str, template: str, append_eos: bool) 
 
 
 @pytest.mark.parametrize(
-    ("token", "prompt", "target", "behind"),
+    ("token", "prompt", "target", "after"),
     [
         (AddedToken("is", rstrip=True), "The capital is", "Lyon", "Lyon"),  # as Phi-3's <|assistant|> does
         (AddedToken("is", rstrip=True), "is", "is", "is"),
@@ -80,19 +80,19 @@ def test_targets_of_fast_tokenizers(kind: str, template: str, append_eos: bool) 
 )
 @pytest.mark.parametrize("template", ["$A", f"{BOS} $A {EOS}"])
 def test_no_token_of_the_prompt_is_taken_for_the_target(
-    token: AddedToken, prompt: str, target: str, behind: str, template: str
+    token: AddedToken, prompt: str, target: str, after: str, template: str
 ) -> None:
     tokenizer = fast_tokenizer("byte-level", template)
     tokenizer.add_tokens([token])
     front, back = split(tokenize(tokenizer, [(prompt, target)]), 0)
     assert front == prompt_tokens(tokenizer, [prompt])[0]
-    assert tokenizer.decode(back) == behind + EOS
+    assert tokenizer.decode(back) == after + EOS
 
 
 @pytest.mark.parametrize("eos", [EOS, "Z"])
 @pytest.mark.parametrize("template", [f"{BOS} $A {EOS}", f"$A {EOS} Z", f"$A Z {EOS}", "$A Z Z", f"{BOS} $A"])
 def test_what_a_tokenizer_puts_behind_a_text_is_not_of_it(template: str, eos: str) -> None:
-    """As BERT's [SEP]: the model is to answer behind the prompt, and the target is not trained with it."""
+    """As BERT's [SEP]: the model is to answer after the prompt, and the target is not trained with it."""
     tokenizer, plain = (
         fast_tokenizer("byte-level", template),
         fast_tokenizer("byte-level", template[: template.index("$A") + 2]),

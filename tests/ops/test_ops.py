@@ -221,7 +221,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "labels in rows": ({"labels": torch.zeros(5, 1).long()}, "labels is [5, 1] torch.int64"),
     "no label": ({"labels": torch.tensor([3, -100, 8, -100, 0])}, "labels[1] is -100, expected 0 to 8, a row of "
                  "head_weight (2 of 5 are none); leave rows"),
-    "a label behind the head": ({"labels": torch.tensor([3, 1, 8, 9, 0])}, "labels[3] is 9, expected 0 to 8"),
+    "a label beyond the head": ({"labels": torch.tensor([3, 1, 8, 9, 0])}, "labels[3] is 9, expected 0 to 8"),
     "one weight": ({"sample_weight": torch.ones(1)}, "sample_weight is [1], expected [5]"),
     "a bias of the states": ({"bias": torch.ones(4)}, "bias is [4], expected [9]"),
     "two devices": ({"labels": torch.zeros(5, device="meta").long()}, "labels is on meta, hidden on cpu; bring them"),

@@ -534,7 +534,7 @@ TEMPLATES: dict[str, tuple[dict[str, Any], EditRequest]] = {
         {"requested_rewrite": {"prompt": "{} is", "subject": "Peru", "target_new": {"str": "{}"}}},
         EditRequest("Peru is", "Peru", "Peru"),
     ),
-    "named, behind a prompt that holds the subject": (
+    "named, after a prompt that holds the subject": (
         {"prompt": "Peru is in", "subject": "Peru", "target_new": "{subject} City", "ground_truth": "{subject}ville"},
         EditRequest("Peru is in", "Peru City", "Peru", true_target="Peruville"),
     ),
@@ -931,7 +931,7 @@ def parquet() -> bytes:
 OTHER_FILES: dict[str, tuple[str, bytes]] = {
     "csv": ("facts.csv", table(",").encode()),
     "csv with semicolons, quotes and BOM": ("facts", b"\xef\xbb\xbf" + table(";", quoting=csv.QUOTE_ALL).encode()),
-    "csv behind empty lines": ("facts.csv", ("\n\n" + table(",", lineterminator="\n") + "\n").encode()),
+    "csv after empty lines": ("facts.csv", ("\n\n" + table(",", lineterminator="\n") + "\n").encode()),
     "tabs": ("facts.tsv", table("\t").encode()),
     "gzip": ("facts.json.gz", gzip.compress(json.dumps(TABLE).encode(), mtime=0)),
     "gzip by another name": ("facts.json", gzip.compress("\n".join(map(json.dumps, TABLE)).encode(), mtime=0)),

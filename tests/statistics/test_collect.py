@@ -215,9 +215,7 @@ def test_it_stops_when_twice_the_text_changes_nothing_and_not_before(seed: int, 
     assert 10 * calm[1].dim <= count < 8 * len(same)
     assert [d.tokens for d in reports] == [d["tokens"] for d in calm[0].metadata["doublings"]]
     assert reports[-1].change <= 0.1 < reports[0].change
-    turned = collect(
-        Model(parts, tokenizer), same[: count // 16] + later, [0, 1], **given
-    )  # behind the last first half
+    turned = collect(Model(parts, tokenizer), same[: count // 16] + later, [0, 1], **given)  # after the last first half
     assert turned[1].count > count
     C, more = (moment.finalize() for moment in (calm[1], collect(Model(parts, tokenizer), same, [1])[1]))
     assert float((C - more).norm() / more.norm()) < 0.2

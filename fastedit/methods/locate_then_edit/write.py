@@ -58,7 +58,7 @@ def written_layers(
         source = (given, given._version) if given is not None else (statistics.digests([layer])[str(layer)],)
         name, *settings = kind.memo(config)
         make = partial(kind.factorization, statistics, layer, config)
-        factors = history.memo.kept((path, name), (statistics.fingerprint, *source, *settings), make)
+        factors = history.memo.get((path, name), (statistics.fingerprint, *source, *settings), make)
         objective = kind.make(factors, config)
         weight = f"{path}.weight"
         if weight in history.keys:

@@ -55,8 +55,8 @@ class NullSpace:
         """
         values = values.clamp(min=0)
         shares = values / (values + threshold(values, share))
-        kept = shares > _SMALLEST
-        return cls(vectors[:, kept].float().contiguous(), shares[kept].float())
+        large = shares > _SMALLEST
+        return cls(vectors[:, large].float().contiguous(), shares[large].float())
 
     def of_rows(self, x: Tensor) -> Tensor:
         """x P for rows x [..., d]."""

@@ -288,10 +288,10 @@ class Trainer:
         weights = torch.cat([weights, weights.new_full((len(anchors),), weight_of_anchor)])
         loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
         for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
-            kept = anchors[max(0, some.start - n) : max(0, some.stop - n)]
-            part = self._pass(chosen[some], weights[some], kept.to(topology.device, non_blocking=True))
-            loss += part[: len(part) - len(kept)].sum()
-            apart += part[len(part) - len(kept) :].sum()
+            here = anchors[max(0, some.start - n) : max(0, some.stop - n)]
+            part = self._pass(chosen[some], weights[some], here.to(topology.device, non_blocking=True))
+            loss += part[: len(part) - len(here)].sum()
+            apart += part[len(part) - len(here) :].sum()
             optimizer.gather()
         if parallel.world() > 1:
             self._share_losses(whole, loss, apart)

@@ -63,15 +63,15 @@ def predict_unedited(
         except FileError:
             return path, None
 
-    path, kept = parallel.of_first(known)
-    if kept is None:
+    path, measured = parallel.of_first(known)
+    if measured is None:
         found = predict(model, requests, **options, keep_head=keep_head, progress=progress)
         parallel.of_first(lambda: _save(path, found))
         return found
     log.info("the unedited model was measured before: %s", path)
     with suppress(OSError):
         path.touch()  # so that it is deleted last
-    answers, perplexity = kept
+    answers, perplexity = measured
     neighbours = any(some["neighbour"] for some in answers)
     head = Head(model.topology, keep=keep_head) if neighbours else None
     return Predictions(answers, perplexity, head, model.chat is not None)
@@ -99,10 +99,12 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
 
 
 def _save(path: Path, found: Predictions) -> None:
-    kept = [answers[kind] for answers in found.answers for kind in KINDS]
-    firsts = {id(p.first): p.first for some in kept for p in some if p.first is not None}  # equal questions share it
+    predictions = [answers[kind] for answers in found.answers for kind in KINDS]
+    firsts = {
+        id(p.first): p.first for some in predictions for p in some if p.first is not None
+    }  # equal questions share it
     places = {of: place for place, of in enumerate(firsts)}
-    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in some] for some in kept]
+    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in some] for some in predictions]
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     tensors = {"answers": content} | ({"first": torch.stack([*firsts.values()])} if firsts else {})
     if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST:

@@ -13,8 +13,8 @@ import torch
 from helpers import tiny_model
 
 from fastedit import EditRequest
-from fastedit.evaluation import kept as module_under_test
-from fastedit.evaluation.kept import predict_unedited
+from fastedit.evaluation import baseline as module_under_test
+from fastedit.evaluation.baseline import predict_unedited
 from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.report import compare
 from fastedit.models import Model
