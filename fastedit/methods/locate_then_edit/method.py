@@ -267,18 +267,16 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     at_bare = config.average == "direction" and config.objective == "equality"
     topology = batch.model.topology
     down = topology.is_down_proj(last, topology.resolve(last, config.module)[1])
-    tailed = config.through_norm and site == "block" and down
+    tail = MLPTail.of(topology, last) if config.through_norm and site == "block" and down else None
+    tailed = tail is not None and not tail.adds  # in one block as in all
     with KeyWalk(batch, recipe.layers[0], half=config.average in (None, "half")) as walk:
         for layer, share in recipe.places:
             walk.advance(layer)
-
             tail = MLPTail.of(topology, layer) if tailed else None
 
             def residuals(share: float = share, tail: MLPTail | None = tail, layer: int = layer) -> Tensor:
                 wanted = (z - walk.outputs(last, site)) * share
-                if tail is None or tail.adds:
-                    return wanted
-                return tail.change(walk.outputs(layer, config.module), wanted)
+                return wanted if tail is None else tail.change(walk.outputs(layer, config.module), wanted)
 
             at = walk.keys(config.module, bare=True) if at_bare else None
             factors = write(layer, walk.keys(config.module), residuals, at)

@@ -78,7 +78,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     if given.layers is None:
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
     places = shares(distribution, layers)
-    by_rule = "mlp" if transformed and single else "block"
+    by_rule = "mlp" if transformed and len(layers) == 1 else "block"
     site = choose("site", by_rule)
     if bounded and site == "block":
         unmapped = "" if given.through_norm else "; without through_norm, updates may be far too large before the norm"
