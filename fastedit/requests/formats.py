@@ -201,13 +201,17 @@ def wrapped(record: Any) -> tuple[str, list[Any]] | None:
 
 
 def table(record: Any) -> list[dict[str, Any]] | None:
-    """The rows of an object of columns, each a list or, as pandas writes it, an object by index; None otherwise.
+    """The records of an object that has them by id, or that has their columns; None if it is neither.
+
+    A column is a list or, as pandas writes it, an object by index.
 
     Raises:
         RequestError: a column that has not as many rows as the prompts.
     """
     if not isinstance(record, Mapping):
         return None
+    if _has_records(record):
+        return [item if any(name in item for name in _ID) else {"id": key, **item} for key, item in record.items()]
     named = (form for form in (*_FORMATS, _FORGET) if "." not in form.prompt and form.target in record)
     prompts = next((record[form.prompt] for form in named if form.prompt in record), None)
     if not isinstance(prompts, (list, tuple, Mapping)):
@@ -225,6 +229,13 @@ def table(record: Any) -> list[dict[str, Any]] | None:
             found = f"{len(rows)} rows" if isinstance(column, (list, tuple, Mapping)) else f"{column!r:.40}"
             raise RequestError(f"column '{name}' has {found}, and the prompts are a column of {len(keys)} rows")
     return [{name: column[key] for name, column in record.items()} for key in keys]
+
+
+def _has_records(record: Mapping[str, Any]) -> bool:
+    """Whether all values are records. The languages of an MzsRE record are one edit's (`split`)."""
+    records = all(isinstance(item, Mapping) and not item.keys().isdisjoint(_PROMPTS) for item in record.values())
+    fields = any(name in _READ or _LANGUAGE.fullmatch(str(name)) for name in record)
+    return bool(record) and records and not fields
 
 
 def _lists(record: Mapping[str, Any]) -> dict[str, list[Any]]:

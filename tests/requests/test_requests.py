@@ -1170,6 +1170,19 @@ def test_columns_are_read_as_a_table(kind: str, tmp_path: Path) -> None:
     assert as_requests(columns) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_records_by_id_are_read(indent: int | None, tmp_path: Path) -> None:
+    """As pandas writes a frame with ``orient="index"``, and many people their own files."""
+    records = {"7": {"prompt": "p", "target": "s"}, "x": {"prompt": "q", "target": "t", "case_id": 3}}
+    expected = [EditRequest("p", "s", id="7"), EditRequest("q", "t", id="3")]
+    (tmp_path / "facts").write_text(json.dumps(records, indent=indent))
+    assert load_requests(tmp_path / "facts") == as_requests(records) == expected  # type: ignore[arg-type]
+    records["y"] = {"prompt": "r", "target": ""}
+    (tmp_path / "facts").write_text(json.dumps(records, indent=indent))
+    with pytest.raises(RequestError, match=r"row 2 \(counted from 0\): field 'target' is missing or empty"):
+        load_requests(tmp_path / "facts")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
