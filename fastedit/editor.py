@@ -235,8 +235,20 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        about = found.losses, plan.about + found.notes, seconds, found.probability, found.interrupted
-        return EditResult(delta, edits, conflicts, *about, found.learned, stages, found.cached, self.parts)
+        return EditResult(
+            delta=delta,
+            requests=edits,
+            conflicts=conflicts,
+            losses=found.losses,
+            notes=plan.about + found.notes,
+            seconds=seconds,
+            probability=found.probability,
+            interrupted=found.interrupted,
+            learned=found.learned,
+            stages=stages,
+            cached=found.cached,
+            _model=self.parts,
+        )
 
     @plain_state
     @parallel.together()

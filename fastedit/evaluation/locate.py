@@ -243,7 +243,7 @@ def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> Loc
     """Edit at one place and measure; the parameters are restored bit for bit in any case."""
     (layer,), module = place.config.layers, place.config.module
     assert module is not None
-    parameters = dict(place.data.model.topology.resolve(layer, module)[1].named_parameters())
+    parameters = dict(place.data.batch.model.topology.resolve(layer, module)[1].named_parameters())
     with Snapshot(parameters, always=True):
         try:
             started = time.perf_counter()

@@ -71,7 +71,7 @@ class History:
     now: str | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MethodResult:
     """The outcome of a method; the model already holds the edit.
 

@@ -372,7 +372,7 @@ def test_requests_that_cannot_be_used_are_all_named(case: Case) -> None:
         "requests[3]: the prompt '{} w9' is a template and there is no subject to put there",
         "requests[4]: it is a str, expected a mapping with prompt and target_new",
     ]
-    with pytest.raises(RequestError, match="does not stand in the prompt"):
+    with pytest.raises(RequestError, match="is not in the prompt"):
         case.call("memit", [good | {"prompt": "w9 w9"}])
     for requests, kind in ((good, "dict"), ("facts.json", "str"), (hparams(), "SimpleNamespace")):
         with pytest.raises(RequestError, match=f"requests is a {kind}, expected a list of mappings"):

@@ -463,7 +463,7 @@ def test_edits_that_cannot_be_made_are_named_before_any_work(
     edits, about = random_edits(2, seed), METHODS["memit"]
     monkeypatch.setattr(method_module, "find_targets", lambda *_, **__: pytest.fail("a target was sought"))
     wrong = {
-        "edit x: the subject 'w11' does not stand in the prompt": EditRequest("w10 w12", "w13", "w11", id="x"),
+        "edit x: the subject 'w11' is not in the prompt": EditRequest("w10 w12", "w13", "w11", id="x"),
         "edit 2 has no subject": EditRequest("w10 w12", "w13"),
         "edit x: prompt and target take": EditRequest("w10 " * 70, "w13", "w10", id="x"),
     }

@@ -397,7 +397,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
     def run(edit: EditRequest, z_layer: int = Z_LAYER, contexts: Sequence[str] = ()) -> None:
         find_targets(Batch(Model(parts, tokenizer), [good, edit], contexts), z_layer, CONFIG)
 
-    with pytest.raises(RequestError, match="edit x: the subject 'w13' does not stand in the prompt 'w10 w11'"):
+    with pytest.raises(RequestError, match="edit x: the subject 'w13' is not in the prompt 'w10 w11'"):
         run(EditRequest("w10 w11", "w12", "w13", id="x"))
     with pytest.raises(RequestError, match="edit 1 has no subject"):
         run(EditRequest("w10 w11", "w12"))

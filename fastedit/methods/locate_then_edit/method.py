@@ -67,6 +67,7 @@ def plan(
     statistics = StatisticsStore(model.topology, history.fingerprint, *where, given=history.second_moments)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
+    given.require_subjects()
     statistics.require(recipe.layers)
     if config.targets is not None and parallel.first():
         check_writable(Path(config.targets))
@@ -168,14 +169,14 @@ class LocateThenEditPlan:
         notes += [f"interrupted; {interrupted}"] if interrupted else []
         notes += [f"dropped, because the loss is not finite: {batch.names(dropped)}"] if dropped else []
         return MethodResult(
-            updates,
-            writer.originals.values,
-            asdict(recipe.config),
-            probability,
-            losses,
-            notes,
-            keys,
-            tuple(dropped),
+            updates=updates,
+            originals=writer.originals.values,
+            config=asdict(recipe.config),
+            probability=probability,
+            losses=losses,
+            notes=notes,
+            keys=keys,
+            dropped=tuple(dropped),
             interrupted=interrupted,
             kept_edits=writer.edits if interrupted else None,
             learned=learned,
@@ -287,7 +288,6 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
 def _lr_of_all(batch: Batch, recipe: Recipe) -> float:
     """The learning rate for targets, from the states of all edits with the current weights."""
     site = "down_proj" if recipe.config.site == "mlp" else "block"
-    bare = batch.bare()
-    bare.progress = no_progress  # the keys of the edits are reported later, as a stage
+    bare = batch.bare().reporting(no_progress)  # the keys of the edits are reported later, as a stage
     with KeyWalk(bare, recipe.z_layer) as walk:
         return relative_lr(walk.outputs(recipe.z_layer, site, finite=False))
