@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastedit.errors import ConfigError, EditError, RequestError
+from fastedit.errors import ConfigError, EditError, Problem, RequestError
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.questions import ask
@@ -271,13 +271,13 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
 
 def _questions(capability: Sequence[tuple[str, str]]) -> list[EditRequest]:
     questions: list[EditRequest] = []
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     for i, (prompt, answer) in enumerate(capability):
         name = f"capability {i}"
         try:
             questions.append(EditRequest(prompt, answer, id=name))
         except RequestError as error:
-            problems.append((name, str(error.at(name))))
+            problems.append(Problem(name, str(error)))
     if problems:
         raise RequestError.of(problems, "capability pairs")
     return questions

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastedit.editor import Editor
-from fastedit.errors import EditError, FileError, ModelError, RequestError, listed
+from fastedit.errors import EditError, FileError, ModelError, Problem, RequestError, listed
 from fastedit.ledger.records import Fact, Records
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
@@ -197,11 +197,9 @@ def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> N
         if request.id is None:
             continue
         if owner.setdefault(request.id, request.prompt) != request.prompt:
-            problems.append((request.id, f"id {request.id} names the fact {owner[request.id]!r:.80} already"))
+            problems.append(Problem(f"id {request.id}", f"it names the fact {owner[request.id]!r:.80} already"))
     if problems:
-        error = RequestError.of(problems, "ids")
-        error.text += "; give other ids, or forget the old facts first"
-        raise error
+        raise RequestError.of(problems, "ids").add("give other ids, or forget the old facts first")
 
 
 def told(facts: Sequence[Fact]) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastedit.errors import ConfigError, RequestError, listed
+from fastedit.errors import ConfigError, Problem, RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.methods.contexts import BARE
 from fastedit.methods.naming import edit_name, named_error
@@ -65,8 +65,9 @@ class Batch:
 
     def require_subjects(self) -> None:
         """Raise RequestError if there are edits without a subject, or with one that is not in the prompt; names all."""
-        if problems := [no_subject(self.edits[place], place) for place in self.without_subject]:
-            raise RequestError.of(problems)
+        problems = [Problem(self._names[place], no_subject(self.edits[place])) for place in self.without_subject]
+        if problems:
+            raise RequestError.of_edits(problems)
 
     def reporting(self, progress: Progress) -> Batch:
         """The same batch with another progress callback."""
@@ -94,14 +95,13 @@ class Batch:
         texts, ends = self._in_templates()
         ids, last = self.model.last_tokens(texts, ends)
         n, context = len(self), self.model.topology.context_length
-        problems: dict[int, tuple[str, str]] = {}
+        problems: dict[int, Problem] = {}
         for sample, place in enumerate(last):
             if place >= context:
-                name = self._names[sample % n]
-                text = f"{name}: its subject ends at token {place + 1}, beyond the model's context of {context}"
-                problems.setdefault(sample % n, (name, f"{text}; shorten the prompt"))
+                cause = f"its subject ends at token {place + 1}, beyond the model's context of {context}"
+                problems.setdefault(sample % n, Problem(self._names[sample % n], f"{cause}; shorten the prompt"))
         if problems:
-            raise RequestError.of(list(problems.values()))
+            raise RequestError.of_edits(list(problems.values()))
         return prompt_samples(ids, last)
 
     @cached_property

@@ -6,7 +6,6 @@ import re
 import unicodedata
 
 from fastedit.methods.base import Edit
-from fastedit.methods.naming import edit_name
 from fastedit.models import PARTICLES, Span, in_word
 
 _PARTICLES = re.compile(PARTICLES)
@@ -18,14 +17,12 @@ _ALIKE = {
 _PLAIN = {ord(c): plain for plain, alike in _ALIKE.items() for c in alike}
 
 
-def no_subject(edit: Edit, place: int) -> tuple[str, str]:
-    """The name of an edit whose subject is not in its prompt, and the sentence that says so."""
-    name = edit_name(edit, place)
+def no_subject(edit: Edit) -> str:
+    """Why an edit's subject was not found, and what to do."""
     if not edit.subject:
-        text = f"{name} has no subject, and this method reads a fact at the last token of its subject; give the words "
-        return name, text + "of the prompt that the fact is about"
-    text = f"{name}: the subject {edit.subject!r} is not in the prompt {edit.prompt!r:.80}; give it as it is written "
-    return name, text + "there"
+        reason = "it has no subject, and this method reads a fact at the last token of its subject"
+        return f"{reason}; give the words of the prompt that the fact is about"
+    return f"the subject {edit.subject!r} is not in the prompt {edit.prompt!r:.80}; give it as it is written there"
 
 
 def subject_spans(edit: Edit) -> list[Span]:

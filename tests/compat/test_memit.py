@@ -626,7 +626,7 @@ def test_targets_are_kept_in_files_and_read_again(case: Case, tmp_path: Path, mo
     with pytest.raises(FileError, match=r"case_1\.npz holds no target v_star"):
         case.call("memit", cache_template=template)
     assert same(case.model, before)
-    with pytest.raises(RequestError, match="edit 0 has no case_id"):
+    with pytest.raises(RequestError, match="edit 0: it has no case_id"):
         case.call("memit", [{**case.requests[0], "case_id": None}], cache_template=template)
     with pytest.raises(ConfigError, match="cache_template of ROME"):
         case.call("rome", cache_template=template)
@@ -651,7 +651,7 @@ def test_edits_that_would_share_a_file_of_targets_are_refused(
         case.call("memit", requests, cache_template=tmp_path / "kv" / template)
     assert len(raised.value.sentences) == 2
     assert all(
-        re.search(r"^requests\[[12]\], edit .*, has the file of requests\[0\] by", text)
+        re.search(r"^edit .*: requests\[[12]\] has the file of requests\[0\] by", text)
         for text in raised.value.sentences
     )
     assert not (tmp_path / "kv").exists()

@@ -212,7 +212,7 @@ def test_the_newest_target_of_a_prompt_counts(opened: Open) -> None:
         (lambda ledger: ledger.replace("fact-7", "w9"), RequestError, "did you mean fact-1"),
         (lambda ledger: ledger.replace("A", A.target), RequestError, "stand already"),
         (lambda ledger: ledger.add([replace(C, id="A"), replace(D, id="fact-1")]), RequestError, "2 ids cannot"),
-        (lambda ledger: ledger.add([replace(C, id="x"), replace(D, id="x")]), RequestError, "id x names"),
+        (lambda ledger: ledger.add([replace(C, id="x"), replace(D, id="x")]), RequestError, "id x: it names"),
         (lambda ledger: ledger.add([A]), RequestError, "nothing to add"),
         (lambda ledger: ledger.add([EditRequest("w9 w10", "w11")]), RequestError, "subject"),
         (lambda ledger: ledger.rollback(5), RequestError, "entries are 1 to 1"),

@@ -188,7 +188,7 @@ def test_subjects_are_found_as_a_reader_finds_them(prompt: str, subject: str, ex
 
 
 def test_an_absent_subject_names_the_edit() -> None:
-    with pytest.raises(RequestError, match="edit 0 has no subject"):
+    with pytest.raises(RequestError, match="edit 0: it has no subject"):
         ends(EditRequest("the home of Ann is", "x"))
     wrong = EditRequest("the home of Ann is", "x", "ann", id="7")
     with pytest.raises(RequestError, match="edit 7: the subject 'ann' is not in the prompt 'the home of Ann is'"):

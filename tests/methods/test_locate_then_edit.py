@@ -464,7 +464,7 @@ def test_edits_that_cannot_be_made_are_named_before_any_work(
     monkeypatch.setattr(method_module, "find_targets", lambda *_, **__: pytest.fail("a target was sought"))
     wrong = {
         "edit x: the subject 'w11' is not in the prompt": EditRequest("w10 w12", "w13", "w11", id="x"),
-        "edit 2 has no subject": EditRequest("w10 w12", "w13"),
+        "edit 2: it has no subject": EditRequest("w10 w12", "w13"),
         "edit x: prompt and target take": EditRequest("w10 " * 70, "w13", "w10", id="x"),
     }
     for message, edit in wrong.items():
@@ -665,7 +665,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
         ("expected INT,…, got 'low'", (*memit, "--layers", "low")),
         ("memit has no field 'epochs'", (*memit, "--epochs", 1)),
         ("objective", (*memit, "--objective", "best")),
-        ("edit 3: the subject 'w9 w9 w9' does not stand", (*memit, "--requests", wrong)),
+        ("edit 3: the subject 'w9 w9 w9' is not in the prompt", (*memit, "--requests", wrong)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("fastedit.cli.arguments.measure", lambda *_: pytest.fail("the model was measured"))

@@ -399,7 +399,7 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
 
     with pytest.raises(RequestError, match="edit x: the subject 'w13' is not in the prompt 'w10 w11'"):
         run(EditRequest("w10 w11", "w12", "w13", id="x"))
-    with pytest.raises(RequestError, match="edit 1 has no subject"):
+    with pytest.raises(RequestError, match="edit 1: it has no subject"):
         run(EditRequest("w10 w11", "w12"))
     with pytest.raises(RequestError, match=r"^edit x: prompt and target take 70 tokens"):
         run(EditRequest("w10 " * 70, "w12", "w10", id="x"))
