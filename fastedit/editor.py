@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -24,7 +24,7 @@ from fastedit.evaluation.sampling import draw
 from fastedit.files import locked
 from fastedit.loading import load_model, slow_dtype_note
 from fastedit.methods import METHODS, method_of
-from fastedit.methods.base import History, Memo, Plan
+from fastedit.methods.base import History, Memo, Plan, SolverPlan
 from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.progress import LEARNED, Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
@@ -268,13 +268,13 @@ class Editor:
             raise ConfigError(f"{self.method} cannot solve edits one by one; methods that can: {able}")
         plan = self.plan(requests)
         edits, now = plan.requests, plan.fingerprint
-        made: Any = plan.made
+        made = cast(SolverPlan, plan.made)
         started = time.perf_counter()
         found = made.run_each()
         found.notes[:0] = plan.about
         seconds = plan.seconds + time.perf_counter() - started
-        metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
-        metadata["chat_template"] = self.parts.chat is not None
+        metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": now}
+        metadata |= {"versions": versions(), "chat_template": self.parts.chat is not None}
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
 
     @plain_state

@@ -17,7 +17,6 @@ from fastedit.methods.locate_then_edit.recipes import Recipe
 from fastedit.methods.locate_then_edit.targets import Targets
 from fastedit.requests import EditRequest
 from fastedit.results import EditResult
-from fastedit.statistics.store import StatisticsStore
 from fastedit.tensorfile import load_tensors, save_tensors
 
 _TAG, _WHAT = "fastedit-ledger-targets-1", "the targets"
@@ -54,7 +53,7 @@ def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mappi
         ModelError: the statistics are not those of the earlier facts.
     """
     plan, lr = editor.plan([fact.request for fact in facts]), header["lr"]
-    statistics = _statistics(plan.made)
+    statistics = plan.made.digests()
     changed = [layer for layer, digest in statistics.items() if header["statistics"].get(layer, digest) != digest]
     if changed:
         raise ModelError(
@@ -83,14 +82,6 @@ def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mappi
         raise EditError(f"interrupted ({result.interrupted}); the ledger takes whole changes only, nothing was written")
     result.notes += notes
     return Written(result, sought, statistics, lr)
-
-
-def _statistics(made: Any) -> dict[str, str]:
-    """Digests of the second moments that a plan reads from files."""
-    if not isinstance(made.statistics, StatisticsStore):
-        return {}
-    layers = made.recipe.layers if isinstance(made, LocateThenEditPlan) else made.config.layers
-    return made.statistics.digests(layers)
 
 
 def _targets(

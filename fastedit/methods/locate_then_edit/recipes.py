@@ -9,6 +9,7 @@ from typing import Any
 from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
 from fastedit.methods.locate_then_edit.distributions import shares
+from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, ObjectiveType
 from fastedit.methods.presets import locate_then_edit_preset
 from fastedit.models import MLPTail, Topology, check_own, check_plain
 
@@ -35,6 +36,11 @@ class Recipe:
     def z_layer(self) -> int:
         """The block whose output, or whose MLP's output, is the site of the targets."""
         return self.places[-1][0]
+
+    @property
+    def objective(self) -> ObjectiveType:
+        assert self.config.objective is not None
+        return OBJECTIVES[self.config.objective]
 
     @property
     def target(self) -> TargetConfig:
@@ -92,8 +98,9 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     cov_weight, alpha = given.cov_weight, choose("alpha", 0.1)
     if cov_weight is None:
         times = max(2, len(places))
-        over = alpha if objective == "equality" and alpha else 1.0  # equality with α is least squares with λα
-        cov_weight = preset.cov_weight(objective) if published else times * width / over
+        meets = OBJECTIVES[objective].meets
+        over = alpha if meets and alpha else 1.0  # equality with α is least squares with λα
+        cov_weight = preset.cov_weight(meets) if published else times * width / over
         rule = f": {times} times the key width{', divided by alpha' if over != 1 else ''}"
         notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else rule})")
     filled = replace(

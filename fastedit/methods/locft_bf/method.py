@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -63,6 +62,10 @@ class LocFTBFPlan:
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress callback."""
         return replace(self, data=self.data.reporting(progress))
+
+    def digests(self) -> dict[str, str]:
+        """Digest of the file of second moments of each layer that has one; empty if training reads none."""
+        return self.statistics.digests(self.config.layers) if isinstance(self.statistics, StatisticsStore) else {}
 
     def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
         """Plan the same edits for another module of the model, with its own learning rate.
@@ -178,9 +181,8 @@ def plan(
     statistics, found = find_statistics(model, resolved, history)
     notes += found
     data = TrainingSet.of(batch, resolved)
-    digests = partial(statistics.digests, resolved.layers) if isinstance(statistics, StatisticsStore) else dict
-    saved = SavedRun.of(model, edits, resolved, history, digests)
-    return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, saved)
+    made = LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
+    return replace(made, saved=SavedRun.of(model, edits, resolved, history, made.digests))
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
