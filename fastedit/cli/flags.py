@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
+from fastedit.configs import LARGEST_INT, Kind, explained, hints_of, kind_of, numbers, union
 from fastedit.errors import ConfigError, FileError
 from fastedit.files import read_json
 from fastedit.methods import METHODS, method_of
@@ -144,7 +144,7 @@ def _texts(given: list[str]) -> tuple[str, ...]:
 def _help(field: Field[Any]) -> str:
     """A field's help with its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    text = str(field.metadata.get("help", "")).replace("None is", "by default")
+    text = explained(field, "By default")
     return text + ("" if default in (None, MISSING) else f" (default {default})")
 
 

@@ -162,7 +162,10 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
     text = works("edit", "--help", COLUMNS="200").stdout
     for field in fields(LocFTBFConfig):
         assert f"--{field.name.replace('_', '-')} " in text
-    assert "a batch whose loss is below does no backward pass" in " ".join(text.split())
+    text = " ".join(text.split())
+    assert "a batch whose loss is below does no backward pass" in text
+    assert "α that stabilizes equality. By default 0 for rome and 0.1 for the others." in text
+    assert "The same command again continues from there, and ends" in text  # as one line, whatever the source has
 
     seen = []
 
@@ -173,7 +176,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
         seed: int = option(0, "of everything.")
         layers: tuple[int, ...] = option((1, 2), "the blocks that it edits.")
         mode: Literal["a", "b"] = "a"
-        fast: bool | None = option(None, "does less.")
+        fast: bool | None = option(None, "does less.", unset="True")
 
     class ToyMethod(methods.Method):
         def plan(self, model: Any, edits: Any, config: Any, **_: Any) -> Any:
@@ -184,6 +187,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
     monkeypatch.setattr(cli, "app", cli.make_app())
     help_text = " ".join(works("edit", "--help", COLUMNS="200").stdout.split())
     assert "the blocks that it edits. (default (1, 2)) Such as 4-8 or" in help_text
+    assert "does less. By default True." in help_text
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
     fails(1, *common, "--method", "toy", "--layers", "0,2-3", "--mode", "b", "--no-fast")
     fails(1, *common, "--method", "toy")
