@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from fastedit.cli import phase, processes
 from fastedit.cli.apply import apply
-from fastedit.cli.arguments import BareEvaluate, check_backend
+from fastedit.cli.arguments import Command, check_backend
 from fastedit.cli.check import check
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
@@ -140,11 +140,11 @@ def make_app() -> typer.Typer:
         "env": env,
     }
     for name, command in commands.items():
-        kind = ResumableCommand if command is commands["edit"] else BareEvaluate
+        kind = ResumableCommand if command is commands["edit"] else Command
         app.command(name, cls=kind, help=_flowing(command))(_checked(processes.in_all(name, command)))
     ledger = typer.Typer(cls=_Group, help="Keep the facts of a model, and change any of them.")
     for name, command in LEDGER.items():
-        ledger.command(name, help=_flowing(command))(_checked(processes.in_all(f"ledger {name}", command)))
+        ledger.command(name, cls=Command, help=_flowing(command))(_checked(processes.in_all(f"ledger {name}", command)))
     app.add_typer(ledger, name="ledger")
     return app
 

@@ -74,7 +74,7 @@ def edit(
     """
     method, chat, fields = configuration(config, method, chat, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
     inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
     if speaks():  # only one: processes would remove folders that others try to make

@@ -122,18 +122,17 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
             "help": text,
             "rich_help_panel": "Configuration of " + (names[0] if len(names) == 1 else "several methods"),
         }
-        spellings = dict.fromkeys(f"--{n.replace('_', '-')}" for n in (name, *(field.name for _, field in places)))
-        found[name] = _annotation(kind, list(spellings), more)
+        found[name] = _annotation(kind, f"--{name.replace('_', '-')}", more)
     return found
 
 
-def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
+def _annotation(kind: Kind, flag: str, more: dict[str, Any]) -> Any:
     if "BOOL" in kind.names:
-        return Annotated[bool | None, typer.Option(f"{spellings[0]}/--no-{spellings[0][2:]}", **more)]
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **more)]
     if "STR,…" in kind.names:
         more["help"] += " Give it once for each; of one that is given alone, commas part several."
-        return Annotated[list[str] | None, typer.Option(*spellings, metavar="STR", **more)]
-    return Annotated[str | None, typer.Option(*spellings, parser=_parser(kind), metavar="|".join(kind.names), **more)]
+        return Annotated[list[str] | None, typer.Option(flag, metavar="STR", **more)]
+    return Annotated[str | None, typer.Option(flag, parser=_parser(kind), metavar="|".join(kind.names), **more)]
 
 
 def _texts(given: list[str]) -> tuple[str, ...]:

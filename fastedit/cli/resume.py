@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastedit.cli.arguments import BareEvaluate
+from fastedit.cli.arguments import Command
 from fastedit.cli.processes import speaks
 from fastedit.errors import ConfigError, EditError, FastEditError, FileError
 from fastedit.files import locked, replacing
@@ -21,7 +21,7 @@ class _Given:
     arguments: tuple[str, ...] = ()
 
 
-class ResumableCommand(BareEvaluate):
+class ResumableCommand(Command):
     """A command that, with `--resume OUTPUT`, runs again with the arguments of the command that wrote there."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -50,7 +50,7 @@ def tune(
     all trials share the given ones.
     """
     config = config_of(method, given)
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     inputs = arguments.inputs_of(model, requests=requests, text=text)
     for name in ("config.json", "report.json", "front.png", "trials.jsonl"):
         check_file(output / name, inputs)

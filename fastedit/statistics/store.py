@@ -255,7 +255,7 @@ class StatisticsStore:
         if self.directory is None and self.topology.head.weight.dtype == torch.float16:
             looked += f"; {FP16}"
         text = f"no statistics of {self.module} in layer{'s' * (len(layers) > 1)} {listed} (looked in {looked}); make "
-        text += f"them: fastedit covariance {_checkpoint(self.topology) or 'MODEL'} --text FILE "
+        text += f"them: fastedit covariance --model {_checkpoint(self.topology) or 'MODEL'} --text FILE "
         return MissingStatisticsError(f"{text}--layers {listed}{more}", layers)
 
 

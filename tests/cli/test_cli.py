@@ -49,7 +49,7 @@ RECORDS: list[dict[str, Any]] = [
     }
     for land, city in (("Gaul", "Rome"), ("Elam", "Bonn"), ("Moab", "Oslo"), ("Edom", "Lima"))
 ]
-LEARNS = ["--lr", "0.01", "--layer", "1", "--batch-size", "2", "--epochs", "12"]
+LEARNS = ["--lr", "0.01", "--layers", "1", "--batch-size", "2", "--epochs", "12"]
 BRIEFLY = [*LEARNS, "--epochs", "2"]
 
 
@@ -161,7 +161,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 ) -> None:
     text = works("edit", "--help", COLUMNS="200").stdout
     for field in fields(LocFTBFConfig):
-        assert f"--{field.name.replace('_', '-')} " in text
+        assert f"--{field.name.replace('_', '-').replace('layer', 'layers')} " in text
     text = " ".join(text.split())
     assert "a batch whose loss is below does no backward pass" in text
     assert "α that stabilizes equality. By default 0 for rome and 0.1 for the others." in text
@@ -270,6 +270,14 @@ def test_evaluate_may_stand_without_a_value(flags: tuple[str, ...], tmp_path: Pa
     missing = tmp_path / "nowhere.json"
     said = fails(2, "edit", "--model", tmp_path, "--requests", missing, "--output", tmp_path / "edited", *flags)
     assert "nowhere.json" in said
+
+
+def test_evaluate_without_a_value_says_its_new_spelling(tmp_path: Path) -> None:
+    common = ("--model", tmp_path, "--requests", tmp_path / "nowhere.json")
+    for command in (("edit", "--output", tmp_path / "o"), ("evaluate",), ("ledger", "add", tmp_path / "l")):
+        said = "--evaluate without a value is an old spelling of --evaluate all"
+        assert said in call(*command, *common, "--evaluate").stderr
+        assert said not in call(*command, *common, "--evaluate", "all").stderr
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -411,8 +419,8 @@ def test_bad_requests(model: Path, tmp_path: Path, command: str, content: bytes 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layer", "3"], "blocks 0 to 2"),
-        (["--layer", "-1"], "blocks 0 to 2"),
+        (["--layers", "3"], "blocks 0 to 2"),
+        (["--layers", "-1"], "blocks 0 to 2"),
         (["--module", "experts"], "choose one of down_proj, up_proj, gate_proj"),
         (["--lr", "fast"], "expected FLOAT, got 'fast'"),
         (["--lr", "-1"], "positive learning rate"),
@@ -437,7 +445,7 @@ def test_bad_flags_are_refused_before_any_work(
     flags: list[str],
     message: str,
 ) -> None:
-    needs_model = flags[0] in ("--layer", "--module", "--device")
+    needs_model = flags[0] in ("--layers", "--module", "--device")
     work = ("fastedit.cli.arguments.measure",) if needs_model else (Editor, "from_pretrained")
     monkeypatch.setattr(*work, None)
     output = tmp_path / "deep" / "out"
@@ -530,7 +538,7 @@ def test_edits_that_this_model_cannot_take_are_skipped_when_asked(model: Path, t
     long = {"prompt": "far away " * 99 + "France", "target": "x", "subject": "France", "id": "long"}
     path, output = write(tmp_path / "facts.json", [long, fits, long | {"id": "too"}]), tmp_path / "out"
     flags = {
-        "locft-bf": ["--published", "--layer", "1", "--epochs", "1"],
+        "locft-bf": ["--published", "--layers", "1", "--epochs", "1"],
         "rome": ["--layers", "1", "--module", "down_proj", "--n-contexts", "0", "--steps", "1"],
     }[method]
     common = ("edit", "--model", model, "--requests", path, "--output", output, "--delta-only", "--no-evaluate")
@@ -1052,14 +1060,18 @@ def test_an_old_spelling_works_and_says_so(model: Path, facts: Path, tmp_path: P
 @pytest.mark.parametrize("flag", ["--layers", "--layer"])
 def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: Path, flag: str) -> None:
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate", "--epochs", 1)
-    works(*common, flag, "1")
+    said = works(*common, flag, "1").stderr
+    assert ("--layer is an old spelling of --layers" in said) == (flag == "--layer")
     assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == 1
     works(*common, flag, "1-2")
     assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == [1, 2]
     (tmp_path / "text").write_text("The king of Gaul is old.")
     collect = ("covariance", "--text", tmp_path / "text", "--output", tmp_path / "c", "--layers", "1")
     assert "written to" in works(*collect, "--model", model).stdout
-    assert "there already" in works(*collect, model).stdout
+    again = works(*collect, model)
+    assert "there already" in again.stdout
+    assert f"a model without --model is an old spelling of --model {model}" in again.stderr
+    assert "old spelling" not in works(*collect, "--model", model).stderr
     assert "Missing option '--model'" in fails(2, *collect)
 
 
@@ -1217,7 +1229,7 @@ def test_a_configuration_file_may_give_layers_that_flags_change(model: Path, fac
         ({"layer": [0, 1]}, [], [0, 1]),
         ({"layer": 1}, [], 1),
         ({"layer": [0, 1]}, ["--layers", "1"], 1),
-        ({"layers": [1]}, ["--layer", "0"], 0),
+        ({"layers": [1]}, ["--layers", "0"], 0),
     ):
         file.write_text(json.dumps(content | {"epochs": 1, "lr": 0.01}))
         output = tmp_path / "edited"

@@ -660,7 +660,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
 
     for text, arguments in (
         ("no statistics of down_proj in layers 0,1 ", memit),
-        (f"fastedit covariance {checkpoint} --text FILE --layers 0,1", memit),
+        (f"fastedit covariance --model {checkpoint} --text FILE --layers 0,1", memit),
         ("layers ends with 3, the last block", (*memit, "--layers", 3)),
         ("expected INT,…, got 'low'", (*memit, "--layers", "low")),
         ("memit has no field 'epochs'", (*memit, "--epochs", 1)),
