@@ -67,9 +67,7 @@ RequestsFlag = Annotated[
 ]
 SkipBadFlag = Annotated[
     bool,
-    typer.Option(
-        "--skip-bad", help="Leave out records that cannot be used, with a warning, and go on with the others."
-    ),
+    typer.Option("--skip-bad", help="Leave out records that cannot be used, with a warning, and use the others."),
 ]
 TextFlag = Annotated[
     Path | None,
@@ -91,12 +89,12 @@ ConfigFlag = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="JSON file with the method and fields of its configuration, as `fastedit tune` writes it; flags that are "
-        "given count more.",
+        help="JSON file with the method and fields of its configuration, as `fastedit tune` writes it; flags "
+        "override the file.",
     ),
 ]
 LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the weights; auto keeps the checkpoint's.")]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
 ]

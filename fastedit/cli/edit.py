@@ -48,7 +48,10 @@ def edit(
     ] = False,
     delta_only: Annotated[
         bool,
-        typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report; replaces such."),
+        typer.Option(
+            "--delta-only",
+            help="Write only the delta and the report, not the checkpoint; may replace an earlier delta folder.",
+        ),
     ] = False,
     chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
@@ -57,7 +60,7 @@ def edit(
     verbose: arguments.VerboseFlag = False,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with an edit that was cut off: its --output (or --state), and no other flag."),
+        typer.Option(help="Continue an edit that was interrupted: its --output (or --state), and no other flag."),
     ] = None,
     **given: Any,
 ) -> None:

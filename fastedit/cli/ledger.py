@@ -45,7 +45,7 @@ def add(
     config: arguments.ConfigFlag = None,
     buffered: Annotated[
         bool,
-        typer.Option("--buffered", help="Of a new ledger, locft-bf: train new facts alone, on top of the others."),
+        typer.Option("--buffered", help="For a new ledger with locft-bf: train new facts alone, on top of the others."),
     ] = False,
     source: Annotated[str | None, typer.Option(help="Where the facts are from; by default the file.")] = None,
     skip_bad: arguments.SkipBadFlag = False,
@@ -177,7 +177,9 @@ def blame(
 
 def rollback(
     ledger: LedgerArgument,
-    entry: Annotated[int, typer.Argument(min=0, help="Its number; 0 is the unedited model.", show_default=False)],
+    entry: Annotated[
+        int, typer.Argument(min=0, help="Number of the entry; 0 is the unedited model.", show_default=False)
+    ],
     verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Go back to the delta of an earlier entry, bit for bit; this is an entry, too.
@@ -197,7 +199,7 @@ def export(
         Path | None, typer.Option(help="Write the edited model to this folder; replaces a checkpoint. Needs --model.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="The unedited model, for --output.")] = None,
-    entry: Annotated[int | None, typer.Option(min=1, help="As it was after this entry; by default the newest.")] = None,
+    entry: Annotated[int | None, typer.Option(min=1, help="The entry to write; by default the newest.")] = None,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:

@@ -41,7 +41,7 @@ def check_apart(state: Path, output: Path) -> None:
     """Raise FileError if one of the folders contains the other; the output is replaced as a whole."""
     state, output = state.resolve(), output.resolve()
     if state == output or state in output.parents or output in state.parents:
-        raise FileError(state, f"--state {{path}} and --output {output} lie in one another; give two folders")
+        raise FileError(state, f"--state {{path}} and --output {output}: one contains the other; give two folders")
 
 
 def place_of(folder: Path, name: str) -> Path:

@@ -78,7 +78,7 @@ def _projections(path: Path) -> Tensor:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything may be in the file
-        raise FileError(path, f"P_loc is no tensor that torch.load reads: {error}") from error
+        raise FileError(path, f"P_loc is not a tensor that torch.load reads: {error}") from error
     if not isinstance(found, Tensor):
         raise FileError(path, f"P_loc holds a {type(found).__name__}, expected a tensor")
     return found

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastedit.errors import RequestError
 from fastedit.evaluation.first_token import divergences
 from fastedit.evaluation.page import PART
 from fastedit.evaluation.predict import Answers, Prediction, Predictions, predict
@@ -167,7 +168,7 @@ def compare(
         of: how many requests these are a sample of.
 
     Raises:
-        ValueError: the neighbours before and after are not the same.
+        RequestError: the neighbours before and after are not the same.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
@@ -212,7 +213,7 @@ def _pairs(now: Answers, old: Answers) -> Pairs:
     both = now["neighbour"], old["neighbour"]
     pairs = list(zip(*both, strict=True)) if all(both) else []
     if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
-        raise ValueError("the predictions before and after the edit are not of the same requests")
+        raise RequestError("the predictions before and after the edit are not of the same requests")
     return pairs
 
 

@@ -61,7 +61,7 @@ def trusted(op: str, device: torch.device, binary: str | os.PathLike[str]) -> bo
 
 
 def _read(file: Path) -> list[dict[str, str]]:
-    """What the file holds. Raises ConfigError if it is no such file."""
+    """What the file holds. Raises ConfigError if it is not such a file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -664,7 +664,7 @@ def test_an_older_delta_is_replaced(model: Path, facts: Path, tmp_path: Path) ->
     works(*common, *BRIEFLY, "--seed", 5)
     assert WeightDelta.load(output / "delta.safetensors").metadata["config"]["seed"] == 5
     (output / "notes.txt").touch()
-    assert "is no checkpoint" in fails(2, *common, *BRIEFLY)
+    assert "is not a checkpoint" in fails(2, *common, *BRIEFLY)
 
 
 def test_a_loss_that_is_not_finite(model: Path, facts: Path, tmp_path: Path) -> None:

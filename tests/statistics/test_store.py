@@ -431,7 +431,7 @@ def test_documents_come_from_plain_text_and_json(tmp_path: Path) -> None:
     assert list(read_documents(array)) == ["one\n\ntwo", "three"]
     with pytest.raises(RequestError, match=r"array.json: record 1 .* no text in the field 'body'; its fields are text"):
         list(read_documents(array, "body"))
-    for line, message in (("[]", "no text in the field 'text'"), ("{", "no JSON"), ('{"text": 3}', "no text")):
+    for line, message in (("[]", "no text in the field 'text'"), ("{", "not JSON"), ('{"text": 3}', "no text")):
         path.write_text(json.dumps({"text": "a"}) + "\n" + line)
         with pytest.raises(RequestError, match=f"line 2 .*{message}"):
             list(read_documents(path))
