@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(
 
 def test_missing_statistics_are_told_with_the_command(tmp_path: Path) -> None:
     parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
-    with pytest.raises(ModelError, match=r"fastedit covariance org/name --text FILE --layers 1,2,3$"):
+    with pytest.raises(ModelError, match=r"fastedit covariance --model org/name --text FILE --layers 1,2,3$"):
         StatisticsStore(parts, OURS).require([1, 2, 3])
     with pytest.raises(ModelError, match=f"--layers 2 --module up_proj --output {tmp_path}$"):
         StatisticsStore(parts, OURS, "up_proj", tmp_path).cholesky(2)
