@@ -126,7 +126,7 @@ def union(kinds: Sequence[Kind]) -> Kind:
 
         return run
 
-    wanted = " or ".join(kind.wanted for kind in others) + ", or leave it out" * optional
+    wanted = " or ".join(kind.wanted for kind in others) + (", or leave it out" if optional else "")
     names = dict.fromkeys(name for kind in others for name in kind.names)
     shown = tuple(name for name in names if f"{name},…" not in names)  # a list may have a single item
     return Kind(shown, wanted, first("convert", TypeError), first("parse", ValueError))

@@ -41,7 +41,7 @@ class Dtype(str, Enum):
 
 
 class Offload(str, Enum):
-    """What stays in the checkpoint's files."""
+    """The part of a model that stays in the checkpoint's files."""
 
     prefix = "prefix"
 

@@ -116,7 +116,8 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
         names = [", ".join(owners[config_type]) for config_type, _ in places]
         helps = [_help(field) for _, field in places]
         text = helps[0] if len(places) == 1 else "\n\n".join(map(": ".join, zip(names, helps, strict=True)))
-        text += f" Such as 4-8 or 3,5,8-11, as in --{name} 4-8." * ("INT,…" in kind.names)
+        if "INT,…" in kind.names:
+            text += f" Such as 4-8 or 3,5,8-11, as in --{name} 4-8."
         more: dict[str, Any] = {
             "show_default": False,
             "help": text,

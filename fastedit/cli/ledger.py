@@ -301,7 +301,7 @@ def _tell(entry: Entry, ledger: Ledger) -> None:
 
 
 def _measured(evaluate: str | None) -> bool | int:
-    """What `--evaluate` is to the ledger: False for none, True for all, or a number. Raises ConfigError."""
+    """Translate `--evaluate` for the ledger: False for none, True for all, or a number. Raises ConfigError."""
     return evaluate is not None and (arguments.sample_size(evaluate) or True)
 
 
