@@ -268,7 +268,10 @@ def check_fits(checkpoint: Checkpoint, delta: WeightDelta) -> None:
         if checkpoint.shapes.get(path) != update.shape
     ]
     if wrong:
-        raise ModelError(f"{checkpoint.folder} has {len(wrong)} parameters not, or in other shapes: {listed(wrong)}")
+        raise ModelError(
+            f"{checkpoint.folder} lacks {len(wrong)} parameters of the delta, or has them in another shape: "
+            f"{listed(wrong)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -316,8 +319,8 @@ def differences(
     a, b = one.shapes, other.shapes
     if wrong := [path for path in {**a, **b} if a.get(path) != b.get(path)]:
         raise ModelError(
-            f"{one.folder} and {other.folder} are no versions of one model: {len(wrong)} parameters are in one of them "
-            f"only, or differ in shape: {listed(wrong)}"
+            f"{one.folder} and {other.folder} are not versions of one model: {len(wrong)} parameters are in one of "
+            f"them only, or differ in shape: {listed(wrong)}"
         )
     return _differences(one, other, progress)
 

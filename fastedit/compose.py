@@ -110,7 +110,7 @@ def stacked(deltas: Sequence[WeightDelta], now: str, put: Callable[[WeightDelta]
             strangers.append(i)
     if strangers:
         made = [f"delta {i + 1} was made for {deltas[i].metadata.get('fingerprint')}" for i in strangers]
-        after = f", and after the deltas before {listed(known[1:])}" * (len(known) > 1)
+        after = f", and after the deltas before {listed(known[1:])}" if len(known) > 1 else ""
         raise ModelError(
             f"{len(strangers)} of the deltas ({len(deltas)}) cannot be put on this model, whose fingerprint is {now}"
             f"{after}: {listed(made)}. Give deltas of one model; one that was made on top of another goes right after "

@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -39,14 +39,25 @@ class Kind:
     parse: Callable[[str], Any]
 
 
-def option(default: Any, help: str) -> Any:  # users and typer say "help", too
-    """Make a field of a configuration class from its default and its help, for the command line and the docstring."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, unset: str = "") -> Any:  # users and typer say "help", too
+    """Make a field of a configuration class, with its help for the command line and the docstring.
+
+    Args:
+        help: what the field is, a phrase that ends with a full stop.
+        unset: what a default of None stands for, such as "the preset's".
+    """
+    return field(default=default, metadata={"help": help, "unset": unset})
+
+
+def explained(option: Field[Any], unset: str) -> str:
+    """The help of a field, and what its None stands for, introduced by `unset`: "None is" or "By default"."""
+    text, meaning = option.metadata.get("help", ""), option.metadata.get("unset", "")
+    return f"{text} {unset} {meaning}." if meaning else text
 
 
 def described(config_type: type[_Config]) -> type[_Config]:
     """Class decorator that lists the options in the docstring."""
-    lines = [f"    {f.name}: {f.metadata['help']}" for f in fields(config_type)]  # type: ignore[arg-type]
+    lines = [f"    {f.name}: {explained(f, 'None is')}" for f in fields(config_type)]  # type: ignore[arg-type]
     config_type.__doc__ = "\n".join([(config_type.__doc__ or "").rstrip(), "", "Attributes:", *lines, ""])
     return config_type
 
@@ -115,7 +126,7 @@ def union(kinds: Sequence[Kind]) -> Kind:
 
         return run
 
-    wanted = " or ".join(kind.wanted for kind in others) + ", or leave it out" * optional
+    wanted = " or ".join(kind.wanted for kind in others) + (", or leave it out" if optional else "")
     names = dict.fromkeys(name for kind in others for name in kind.names)
     shown = tuple(name for name in names if f"{name},…" not in names)  # a list may have a single item
     return Kind(shown, wanted, first("convert", TypeError), first("parse", ValueError))

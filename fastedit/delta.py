@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastedit.errors import FileError, ModelError, listed
+from fastedit.errors import FileError, ModelError, TensorError, listed
 from fastedit.models import check_plain, fingerprint, load_weights, plain_state, topology
 from fastedit.models.editable import check_editable
 from fastedit.models.fingerprint import FP16
@@ -180,7 +180,7 @@ class WeightDelta:
                     updates[key] = tensors[key]
                 elif (name := key.removesuffix(_LEFT).removesuffix(_RIGHT)) not in updates:
                     updates[name] = LowRank(tensors[name + _LEFT], tensors[name + _RIGHT])
-        except (KeyError, ValueError) as error:
+        except (KeyError, TensorError) as error:
             raise FileError(path, f"the delta is damaged ({error!r}); make the edit again") from error
         return cls(updates, metadata)
 

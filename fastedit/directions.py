@@ -233,7 +233,7 @@ def _check_prompts(name: str, prompts: Any) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError(f"{name} is {prompts!r:.100}; give a list of texts")
     if wrong := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
-        raise ConfigError(f"{len(wrong)} of {name} are no texts: {listed([str(i) for i in wrong])} (counted from 0)")
+        raise ConfigError(f"{len(wrong)} of {name} are not texts: {listed([str(i) for i in wrong])} (counted from 0)")
 
 
 def _matrix(module: nn.Module) -> Tensor:

@@ -318,7 +318,7 @@ class Editor:
         unedited = standing[0][0].metadata["fingerprint"] if standing else now
         preserved = {path: torch.cat(some) for path, some in keys.items() if path not in lost}
         said = f"something else changed {listed(sorted(lost))} after the earlier edits; these are not preserved there"
-        return History(unedited, preserved, self._memo, now=now), [said] * bool(lost)
+        return History(unedited, preserved, self._memo, now=now), [said] if lost else []
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""

@@ -95,7 +95,9 @@ def replacing_directory(path: Path, over: Sequence[str] = BY_CHECKPOINT) -> Iter
     """
     path = path.resolve()  # "." has no siblings by that name, and of a link the target is to be replaced
     if path.exists() and not (path.is_dir() and not any(path.iterdir())) and (kind := _kind(path)) not in over:
-        what = f"is {kind}, which is not replaced by this" if kind else "exists and is no checkpoint, delta or adapter"
+        what = (
+            f"is {kind}, which is not replaced by this" if kind else "exists and is not a checkpoint, delta or adapter"
+        )
         raise FileError(path, f"{{path}} {what}; give a new folder, nothing was overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastedit.errors import TensorError
 from fastedit.tensorfile import checksum
 
 
@@ -21,7 +22,7 @@ class LowRank:
     It has the orientation of its parameter: for a Conv1D, whose weight is [in, out], ``left`` is [in, k].
 
     Raises:
-        ValueError: the factors are not matrices that can be multiplied.
+        TensorError: the factors are not matrices that can be multiplied.
     """
 
     left: Tensor
@@ -30,7 +31,7 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:
             shapes = f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
-            raise ValueError(f"factors of shapes {shapes} have no product; expected [m, k] and [k, n]")
+            raise TensorError(f"factors of shapes {shapes} have no product; expected [m, k] and [k, n]")
 
     @property
     def shape(self) -> torch.Size:

@@ -138,7 +138,7 @@ def test_refuses_another_model_unless_forced(edit: Callable[..., EditResult]) ->
     before = state(other)
     with pytest.raises(ModelError, match="fingerprint"):
         delta.apply(other)
-    with pytest.raises(ModelError, match="NoneType is no Hugging Face causal language model"):
+    with pytest.raises(ModelError, match="NoneType is not a Hugging Face causal language model"):
         delta.apply(None)  # type: ignore[arg-type]
     assert_holds(other, before)
     assert not delta.applied

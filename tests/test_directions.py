@@ -128,7 +128,7 @@ def test_an_ablation_that_preserves_is_the_least_squares_update(tokenizer: Any, 
             ]
         ),
         (lambda m, t: find(m, t, "w9 w10", LACKING), ConfigError, "having is 'w9 w10'; give a list of texts"),
-        (lambda m, t: find(m, t, HAVING, [*LACKING, 5]), ConfigError, r"1 of lacking are no texts: 10 \(counted"),
+        (lambda m, t: find(m, t, HAVING, [*LACKING, 5]), ConfigError, r"1 of lacking are not texts: 10 \(counted"),
         (lambda m, t: ablate_preserving(m, t, torch.ones(32), []), ConfigError, r"prompts is \[\]; give a list"),
         (
             lambda m, t: ablate_preserving(m, t, torch.ones(32), HAVING, weight=float("inf")),

@@ -191,7 +191,7 @@ def test_unknown_names_are_errors_that_list_the_known(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="epochs is 0"):
         Editor(model, tokenizer, epochs=0)
     for wrong, said in ((nn.Linear(3, 3), "Linear"), (None, "NoneType"), ("./llama", "'./llama'")):
-        with pytest.raises(ModelError, match=rf"^{said} is no Hugging Face.* Editor\.from_pretrained"):
+        with pytest.raises(ModelError, match=rf"^{said} is not a Hugging Face.* Editor\.from_pretrained"):
             Editor(wrong, tokenizer)
     for nothing in (None, "gpt2"):
         with pytest.raises(ConfigError, match=f"tokenizer is a {type(nothing).__name__}; .*AutoTokenizer"):
@@ -401,7 +401,7 @@ def test_a_folder_of_something_else_is_not_overwritten(tokenizer: Any, tmp_path:
     (tmp_path / "notes").write_text("mine")
     editor = Editor(tiny_model("llama"), tokenizer)
     for path in (tmp_path, tmp_path / "notes"):
-        with pytest.raises(ModelError, match="no checkpoint"):
+        with pytest.raises(ModelError, match="not a checkpoint"):
             editor.save_model(path)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("notes", "mine")]
 

@@ -87,10 +87,10 @@ def test_a_folder_of_something_else_is_not_replaced(held: str, tmp_path: Path) -
     path = tmp_path / "work"
     path.mkdir()
     (path / held).write_text("mine")
-    with pytest.raises(ModelError, match="no checkpoint"), replacing_directory(path):
+    with pytest.raises(ModelError, match="not a checkpoint"), replacing_directory(path):
         pytest.fail("it was accepted")
     assert (path / held).read_text() == "mine"
-    with pytest.raises(ModelError, match="no checkpoint"), replacing_directory(path / held):
+    with pytest.raises(ModelError, match="not a checkpoint"), replacing_directory(path / held):
         pytest.fail("a file was accepted")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -113,12 +113,12 @@ def test_a_folder_of_a_delta_and_its_report_is_replaced_and_no_other(tmp_path: P
     path = tmp_path / "edit"
     path.mkdir()
     (path / "report.json").touch()
-    with pytest.raises(ModelError, match="no checkpoint"):
+    with pytest.raises(ModelError, match="not a checkpoint"):
         check_directory(path)
     (path / "delta.safetensors").touch()
     check_directory(path)
     (path / "notes").touch()
-    with pytest.raises(ModelError, match="no checkpoint"):
+    with pytest.raises(ModelError, match="not a checkpoint"):
         check_directory(path)
 
 

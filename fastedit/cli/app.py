@@ -7,6 +7,7 @@ so that `--help` is quick.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import wraps
@@ -17,7 +18,7 @@ from typer.core import TyperGroup
 
 from fastedit.cli import phase, processes
 from fastedit.cli.apply import apply
-from fastedit.cli.arguments import BareEvaluate, check_backend
+from fastedit.cli.arguments import Command, check_backend
 from fastedit.cli.check import check
 from fastedit.cli.check_model import check_model
 from fastedit.cli.covariance import covariance
@@ -107,6 +108,12 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _flowing(command: Callable[..., Any]) -> str:
+    """The docstring of a command with each paragraph as one line, which the terminal breaks where it ends."""
+    paragraphs = inspect.getdoc(command).split("\n\n")  # type: ignore[union-attr]
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def make_app() -> typer.Typer:
     """Make the application, with a flag for each field of the methods' configurations."""
     app = typer.Typer(
@@ -133,11 +140,11 @@ def make_app() -> typer.Typer:
         "env": env,
     }
     for name, command in commands.items():
-        kind = ResumableCommand if command is commands["edit"] else BareEvaluate
-        app.command(name, cls=kind)(_checked(processes.in_all(name, command)))
+        kind = ResumableCommand if command is commands["edit"] else Command
+        app.command(name, cls=kind, help=_flowing(command))(_checked(processes.in_all(name, command)))
     ledger = typer.Typer(cls=_Group, help="Keep the facts of a model, and change any of them.")
     for name, command in LEDGER.items():
-        ledger.command(name)(_checked(processes.in_all(f"ledger {name}", command)))
+        ledger.command(name, cls=Command, help=_flowing(command))(_checked(processes.in_all(f"ledger {name}", command)))
     app.add_typer(ledger, name="ledger")
     return app
 

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from fastedit.errors import ConfigError, ModelError, RequestError
+from fastedit.files import read_text
 
 if TYPE_CHECKING:
     from fastedit.checkpoints import Checkpoint
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from fastedit.editor import Editor
     from fastedit.evaluation.predict import Predictions
     from fastedit.requests import EditRequest
+
+JSON_DOCUMENTS = (
+    "A .json, .jsonl or .ndjson file is a JSON array or JSON Lines of documents, each a text or an object with a text "
+    "field."
+)
+"""How each `--text` reads such a file."""
 
 
 class Dtype(str, Enum):
@@ -34,7 +41,7 @@ class Dtype(str, Enum):
 
 
 class Offload(str, Enum):
-    """What stays in the checkpoint's files."""
+    """The part of a model that stays in the checkpoint's files."""
 
     prefix = "prefix"
 
@@ -60,16 +67,14 @@ RequestsFlag = Annotated[
 ]
 SkipBadFlag = Annotated[
     bool,
-    typer.Option(
-        "--skip-bad", help="Leave out records that cannot be used, with a warning, and go on with the others."
-    ),
+    typer.Option("--skip-bad", help="Leave out records that cannot be used, with a warning, and use the others."),
 ]
 TextFlag = Annotated[
     Path | None,
     typer.Option(
         "--text",
-        help="Text for perplexity, read in windows of the model's context: UTF-8, one document; or a JSON array or "
-        "JSON Lines of documents, each a text or an object with a text field.",
+        help=f"Text for perplexity, read in windows of the model's context. {JSON_DOCUMENTS} A file with any other "
+        "name is UTF-8 text, one document as a whole.",
     ),
 ]
 EvaluateFlag = Annotated[
@@ -84,12 +89,12 @@ ConfigFlag = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="JSON file with the method and fields of its configuration, as `fastedit tune` writes it; flags that are "
-        "given count more.",
+        help="JSON file with the method and fields of its configuration, as `fastedit tune` writes it; flags "
+        "override the file.",
     ),
 ]
 LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is the checkpoint's own.")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the weights; auto keeps the checkpoint's.")]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")
 ]
@@ -131,13 +136,29 @@ def read_requests(path: Path, skip_bad: bool) -> list[EditRequest]:
     return edits
 
 
-class BareEvaluate(TyperCommand):
-    """A command whose `--evaluate` may be given without a value, as in version 0.1: it then means all."""
+def tell_of_old(old: str, new: str) -> None:
+    """Say on stderr that a spelling of version 0.1 has become another."""
+    typer.echo(f"{old} is an old spelling of {new}", err=True)
+
+
+class Command(TyperCommand):
+    """A command that also takes the flags of version 0.1, and says how they are spelled now.
+
+    `--evaluate` without a value meant all; `--layers` was `--layer` or `--blocks`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        taken = {spelling for parameter in self.params for spelling in parameter.opts}
         given = []
         for argument, following in zip(args, [*args, "--"][1:], strict=True):
-            given += [argument, "all"] if argument == "--evaluate" and following.startswith("-") else [argument]
+            flag, equals, value = argument.partition("=")
+            if flag in ("--layer", "--blocks") and "--layers" in taken:
+                tell_of_old(flag, "--layers")
+                argument = f"--layers{equals}{value}"
+            given.append(argument)
+            if argument == "--evaluate" and argument in taken and following.startswith("-"):
+                tell_of_old("--evaluate without a value", "--evaluate all")
+                given.append("all")
         parsed: list[str] = super().parse_args(ctx, given)
         return parsed
 
@@ -152,21 +173,17 @@ def sample_size(evaluate: str) -> int | None:
     return int(size)
 
 
-def read_text(path: Path | None) -> list[str]:
-    """Read the documents of a file, for perplexity. Raises RequestError if it cannot be read or is empty."""
+def documents_of(path: Path | None) -> list[str]:
+    """Read the documents of a file, for perplexity.
+
+    Raises:
+        FileError, RequestError: the file cannot be read, or is empty.
+    """
     if path is None:
         return []
     from fastedit.statistics.documents import JSON, read_documents
 
-    if path.suffix in JSON:
-        documents = list(read_documents(path))
-    else:
-        try:
-            documents = [path.read_text("utf-8-sig")]
-        except OSError as error:
-            raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path}: byte {error.start} is not UTF-8; save as UTF-8") from None
+    documents = list(read_documents(path)) if path.suffix in JSON else [read_text(path)]
     if not any(document.strip() for document in documents):
         raise RequestError(f"{path}: expected text, but it is empty")
     return documents

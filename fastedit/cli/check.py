@@ -63,7 +63,7 @@ def check(
     if base and delta:
         raise ConfigError("--base and --delta are two ways to give the unedited model; give one of them")
     names, sample = [name.strip() for name in tasks.split(",") if name.strip()], arguments.sample_size(evaluate)
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     inputs = arguments.inputs_of(model, requests=requests, text=text, delta=delta, thresholds=thresholds)
     for name in ("check.json", "check.html") if output else ():
         check_file(output / name, inputs)  # type: ignore[operator]

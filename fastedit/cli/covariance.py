@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 
 def covariance(
-    model: Annotated[str | None, typer.Argument(help="The same as --model.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(hidden=True)] = None,
     model_option: Annotated[
         str | None, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
     ] = None,
     text: Annotated[
         Path,
         typer.Option(
-            help="UTF-8 text with blank lines between documents, or JSON Lines or a JSON array with a text field.",
+            help=f"Text to collect them from. {arguments.JSON_DOCUMENTS} A file with any other name is UTF-8 text, "
+            "with blank lines between its documents (the --text of other commands is one document as a whole).",
             show_default=False,
         ),
     ] = ...,  # type: ignore[assignment]  # typer's way to require an option after one that is not
@@ -43,7 +44,7 @@ def covariance(
     module: Annotated[str, typer.Option(help="The projection whose inputs are the keys.")] = "down_proj",
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Stop with the batch that reaches so many; by default at the end of the text."),
+        typer.Option(min=1, help="Stop after about this many tokens; by default at the end of the text."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
@@ -67,6 +68,8 @@ def covariance(
     """
     from fastedit.statistics.documents import read_documents
 
+    if model is not None:
+        arguments.tell_of_old("a model without --model", f"--model {model}")
     if (name := model_option or model) is None:
         raise ConfigError("Missing option '--model'; give the folder or hub name of a model")
     wanted = layer_list(layers)

@@ -48,7 +48,10 @@ def edit(
     ] = False,
     delta_only: Annotated[
         bool,
-        typer.Option("--delta-only", help="Do not write the checkpoint, only the delta and the report; replaces such."),
+        typer.Option(
+            "--delta-only",
+            help="Write only the delta and the report, not the checkpoint; may replace an earlier delta folder.",
+        ),
     ] = False,
     chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
@@ -57,7 +60,7 @@ def edit(
     verbose: arguments.VerboseFlag = False,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Go on with an edit that was cut off: its --output (or --state), and no other flag."),
+        typer.Option(help="Continue an edit that was interrupted: its --output (or --state), and no other flag."),
     ] = None,
     **given: Any,
 ) -> None:
@@ -74,7 +77,7 @@ def edit(
     """
     method, chat, fields = configuration(config, method, chat, given)
     sample, measured = arguments.sample_size(evaluate), not unmeasured
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     folders = {name: fields.get(name) for name in ("statistics", "targets")}
     inputs = arguments.inputs_of(model, requests=requests, text=text, config=config, **folders)
     if speaks():  # only one: processes would remove folders that others try to make

@@ -33,5 +33,5 @@ def env() -> None:
     if not torch.cuda.is_available():
         table.add_row("GPU", "none")
     for op, taken, why in registry.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
-        table.add_row(f"ops.{op}", taken + f" ({why})" * bool(why))
+        table.add_row(f"ops.{op}", f"{taken} ({why})" if why else taken)
     show(table)

@@ -36,7 +36,7 @@ def evaluate(
     Example: fastedit evaluate --model ./Llama-3-8B --delta ./edited/delta.safetensors --requests facts.json
     """
     sample = arguments.sample_size(evaluate)
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     if json_file and speaks():
         check_file(json_file, arguments.inputs_of(model, requests=requests, text=text, delta=delta))
     from fastedit.cli.bars import Bars

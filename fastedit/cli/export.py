@@ -33,10 +33,10 @@ def export(
         Path | None, typer.Option(help="Write the updates to this safetensors file, in fp32 by parameter.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="The unedited model, by folder or hub name; --dense takes none.")
+        str | None, typer.Option("--model", help="The unedited model, by folder or hub name; --dense does not need it.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the adapter, at most; LocFT-BF's edits need one, such as 64.")
+        int | None, typer.Option(min=1, help="Rank of the adapter, at most; LocFT-BF's edits need one, such as 64.")
     ] = None,
     requests: Annotated[
         Path | None, typer.Option(help="Edit requests to measure: what the adapter loses against the whole delta.")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastedit.configs import LARGEST_INT, Kind, hints_of, kind_of, numbers, union
+from fastedit.configs import LARGEST_INT, Kind, explained, hints_of, kind_of, numbers, union
 from fastedit.errors import ConfigError, FileError
 from fastedit.files import read_json
 from fastedit.methods import METHODS, method_of
@@ -116,24 +116,24 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
         names = [", ".join(owners[config_type]) for config_type, _ in places]
         helps = [_help(field) for _, field in places]
         text = helps[0] if len(places) == 1 else "\n\n".join(map(": ".join, zip(names, helps, strict=True)))
-        text += f" Such as 4-8 or 3,5,8-11, as in --{name} 4-8." * ("INT,…" in kind.names)
+        if "INT,…" in kind.names:
+            text += f" Such as 4-8 or 3,5,8-11, as in --{name} 4-8."
         more: dict[str, Any] = {
             "show_default": False,
             "help": text,
             "rich_help_panel": "Configuration of " + (names[0] if len(names) == 1 else "several methods"),
         }
-        spellings = dict.fromkeys(f"--{n.replace('_', '-')}" for n in (name, *(field.name for _, field in places)))
-        found[name] = _annotation(kind, list(spellings), more)
+        found[name] = _annotation(kind, f"--{name.replace('_', '-')}", more)
     return found
 
 
-def _annotation(kind: Kind, spellings: list[str], more: dict[str, Any]) -> Any:
+def _annotation(kind: Kind, flag: str, more: dict[str, Any]) -> Any:
     if "BOOL" in kind.names:
-        return Annotated[bool | None, typer.Option(f"{spellings[0]}/--no-{spellings[0][2:]}", **more)]
+        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", **more)]
     if "STR,…" in kind.names:
         more["help"] += " Give it once for each; of one that is given alone, commas part several."
-        return Annotated[list[str] | None, typer.Option(*spellings, metavar="STR", **more)]
-    return Annotated[str | None, typer.Option(*spellings, parser=_parser(kind), metavar="|".join(kind.names), **more)]
+        return Annotated[list[str] | None, typer.Option(flag, metavar="STR", **more)]
+    return Annotated[str | None, typer.Option(flag, parser=_parser(kind), metavar="|".join(kind.names), **more)]
 
 
 def _texts(given: list[str]) -> tuple[str, ...]:
@@ -144,7 +144,7 @@ def _texts(given: list[str]) -> tuple[str, ...]:
 def _help(field: Field[Any]) -> str:
     """A field's help with its default."""
     default = field.default if field.default_factory is MISSING else field.default_factory()
-    text = str(field.metadata.get("help", "")).replace("None is", "by default")
+    text = explained(field, "By default")
     return text + ("" if default in (None, MISSING) else f" (default {default})")
 
 

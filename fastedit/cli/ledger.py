@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from fastedit.ledger.blame import Likeness
 
 LedgerArgument = Annotated[Path, typer.Argument(metavar="LEDGER", help="Folder of the ledger.", show_default=False)]
-MeasureFlag = Annotated[bool, typer.Option("--evaluate", help="Measure the edited model on these facts.")]
+MeasureFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        metavar="all|sample:N",
+        help="Measure the edited model on these facts: all, or at most N of them, drawn with seed 0.",
+    ),
+]
 _OWN = ("state", "save_every", "keep_partial", "targets")  # the ledger has its own ways for these
 _SHOWN = 10
 
@@ -38,11 +45,11 @@ def add(
     config: arguments.ConfigFlag = None,
     buffered: Annotated[
         bool,
-        typer.Option("--buffered", help="Of a new ledger, locft-bf: train new facts alone, on top of the others."),
+        typer.Option("--buffered", help="For a new ledger with locft-bf: train new facts alone, on top of the others."),
     ] = False,
     source: Annotated[str | None, typer.Option(help="Where the facts are from; by default the file.")] = None,
     skip_bad: arguments.SkipBadFlag = False,
-    evaluate: MeasureFlag = False,
+    evaluate: MeasureFlag = None,
     chat: arguments.ChatFlag = False,
     dtype: arguments.DtypeFlag = arguments.Dtype.auto,
     device: arguments.DeviceFlag = None,
@@ -58,7 +65,7 @@ def add(
     """
     from fastedit.requests import load_requests
 
-    facts = load_requests(requests, skip_bad=skip_bad, numbered=False)
+    measured, facts = _measured(evaluate), load_requests(requests, skip_bad=skip_bad, numbered=False)
     begun = _header(ledger)
     options: dict[str, Any] = {"buffered": True if buffered else None}
     if begun is None or method or config or given:
@@ -67,14 +74,14 @@ def add(
     if chat or begun is None:
         options["chat_template"] = chat
     with _opened(ledger, model, dtype, device, method=method, **options) as opened:
-        _tell(opened.add(facts, source=source or str(requests), evaluate=evaluate), opened)
+        _tell(opened.add(facts, source=source or str(requests), evaluate=measured), opened)
 
 
 def forget(
     ledger: LedgerArgument,
     facts: Annotated[list[str], typer.Argument(help="Ids or prompts of facts that stand.", show_default=False)],
     model: arguments.ModelFlag,
-    evaluate: MeasureFlag = False,
+    evaluate: MeasureFlag = None,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
@@ -82,8 +89,9 @@ def forget(
 
     Example: fastedit ledger forget ./ledger f12 f13 --model ./Llama-3-8B
     """
+    measured = _measured(evaluate)
     with _opened(ledger, model, arguments.Dtype.auto, device, new=False) as opened:
-        _tell(opened.forget(facts, evaluate=evaluate), opened)
+        _tell(opened.forget(facts, evaluate=measured), opened)
 
 
 def replace(
@@ -92,7 +100,7 @@ def replace(
     target: Annotated[str, typer.Argument(help="Its new target.", show_default=False)],
     model: arguments.ModelFlag,
     source: Annotated[str | None, typer.Option(help="Where the target is from.")] = None,
-    evaluate: MeasureFlag = False,
+    evaluate: MeasureFlag = None,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
@@ -100,8 +108,9 @@ def replace(
 
     Example: fastedit ledger replace ./ledger f12 Lisbon --model ./Llama-3-8B
     """
+    measured = _measured(evaluate)
     with _opened(ledger, model, arguments.Dtype.auto, device, new=False) as opened:
-        _tell(opened.replace(fact, target, source=source, evaluate=evaluate), opened)
+        _tell(opened.replace(fact, target, source=source, evaluate=measured), opened)
 
 
 def log(
@@ -168,7 +177,9 @@ def blame(
 
 def rollback(
     ledger: LedgerArgument,
-    entry: Annotated[int, typer.Argument(min=0, help="Its number; 0 is the unedited model.", show_default=False)],
+    entry: Annotated[
+        int, typer.Argument(min=0, help="Number of the entry; 0 is the unedited model.", show_default=False)
+    ],
     verbose: arguments.VerboseFlag = False,
 ) -> None:
     """Go back to the delta of an earlier entry, bit for bit; this is an entry, too.
@@ -188,7 +199,7 @@ def export(
         Path | None, typer.Option(help="Write the edited model to this folder; replaces a checkpoint. Needs --model.")
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="The unedited model, for --output.")] = None,
-    entry: Annotated[int | None, typer.Option(min=1, help="As it was after this entry; by default the newest.")] = None,
+    entry: Annotated[int | None, typer.Option(min=1, help="The entry to write; by default the newest.")] = None,
     device: arguments.DeviceFlag = None,
     verbose: arguments.VerboseFlag = False,
 ) -> None:
@@ -287,6 +298,11 @@ def _tell(entry: Entry, ledger: Ledger) -> None:
     for kind, shares in (entry.about["checks"].get("measures") or {}).items():
         if isinstance(shares, dict) and isinstance(share := shares.get("generated"), float):
             typer.echo(f"{kind}: {share:.1%} generated")
+
+
+def _measured(evaluate: str | None) -> bool | int:
+    """Translate `--evaluate` for the ledger: False for none, True for all, or a number. Raises ConfigError."""
+    return evaluate is not None and (arguments.sample_size(evaluate) or True)
 
 
 def _changed(entry: Entry) -> str:

@@ -22,10 +22,9 @@ def locate(
     model: arguments.ModelFlag,
     requests: arguments.RequestsFlag,
     layers: arguments.LayersFlag = None,
-    blocks: Annotated[str | None, typer.Option(hidden=True)] = None,
-    modules: Annotated[str, typer.Option(help="Such as down_proj,up_proj.")] = "down_proj",
+    modules: Annotated[str, typer.Option(help="Modules to try, such as down_proj,up_proj.")] = "down_proj",
     sample: Annotated[int, typer.Option(help="Edits to make at each place.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Seed for the sample and the edits.")] = 0,
     skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     chat: arguments.ChatFlag = False,
@@ -46,11 +45,8 @@ def locate(
     """
     from fastedit.requests import load_requests
 
-    if blocks is not None:
-        typer.echo("--blocks is an old spelling of --layers", err=True)
-        layers = layers or blocks
     wanted = None if layers is None else layer_list(layers)
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     known = [(r.prompt, r.target) for r in load_requests(capability, skip_bad=skip_bad)] if capability else []
     inputs = arguments.inputs_of(model, requests=requests, text=text, capability=capability)
     for name, path in (("the output of --picture", picture), ("the output of --json", json_file)):

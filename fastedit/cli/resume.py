@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastedit.cli.arguments import BareEvaluate
+from fastedit.cli.arguments import Command
 from fastedit.cli.processes import speaks
 from fastedit.errors import ConfigError, EditError, FastEditError, FileError
 from fastedit.files import locked, replacing
@@ -21,7 +21,7 @@ class _Given:
     arguments: tuple[str, ...] = ()
 
 
-class ResumableCommand(BareEvaluate):
+class ResumableCommand(Command):
     """A command that, with `--resume OUTPUT`, runs again with the arguments of the command that wrote there."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -41,7 +41,7 @@ def check_apart(state: Path, output: Path) -> None:
     """Raise FileError if one of the folders contains the other; the output is replaced as a whole."""
     state, output = state.resolve(), output.resolve()
     if state == output or state in output.parents or output in state.parents:
-        raise FileError(state, f"--state {{path}} and --output {output} lie in one another; give two folders")
+        raise FileError(state, f"--state {{path}} and --output {output}: one contains the other; give two folders")
 
 
 def place_of(folder: Path, name: str) -> Path:

@@ -27,13 +27,18 @@ def tune(
     model: arguments.ModelFlag,
     requests: arguments.RequestsFlag,
     output: Annotated[
-        Path, typer.Option(help="Folder for config.json, report.json, front.png and the trials; goes on with them.")
+        Path,
+        typer.Option(
+            help="Folder for config.json, report.json, front.png and the trials; continues earlier trials there."
+        ),
     ],
     method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
-    sample: Annotated[int, typer.Option(min=1, help="Edits of a trial.")] = 50,
-    minutes: Annotated[float, typer.Option(help="Begin no trial that would likely end later.")] = 30.0,
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials in all, at most.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Of the sample and of the edits.")] = 0,
+    sample: Annotated[int, typer.Option(min=1, help="Edits in each trial.")] = 50,
+    minutes: Annotated[
+        float, typer.Option(help="Minutes to search; no trial begins that would likely end later.")
+    ] = 30.0,
+    trials: Annotated[int | None, typer.Option(min=1, help="At most this many trials in all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_INT, help="Seed for the sample and the edits.")] = 0,
     skip_bad: arguments.SkipBadFlag = False,
     text: arguments.TextFlag = None,
     chat: arguments.ChatFlag = False,
@@ -50,7 +55,7 @@ def tune(
     all trials share the given ones.
     """
     config = config_of(method, given)
-    edits, documents = arguments.read_requests(requests, skip_bad), arguments.read_text(text)
+    edits, documents = arguments.read_requests(requests, skip_bad), arguments.documents_of(text)
     inputs = arguments.inputs_of(model, requests=requests, text=text)
     for name in ("config.json", "report.json", "front.png", "trials.jsonl"):
         check_file(output / name, inputs)

@@ -64,7 +64,7 @@ class Edited:
         return {names[id(own[path])]: before for path, before in self.result.originals.items()} if wanted else {}
 
 
-class Call:
+class EditCall:
     """A call after all checks that do not need a plan.
 
     Raises:
@@ -111,7 +111,7 @@ class Call:
 
 
 def locate_then_edit(
-    call: Call,
+    call: EditCall,
     variables: Variables,
     *,
     copy: bool = False,
@@ -160,7 +160,7 @@ def locate_then_edit(
     return Edited(call.model, call.parts, call.known, result, moments.paths)
 
 
-def _find_moments(moments: Moments, call: Call, variables: Variables, projections: Tensor | None) -> None:
+def _find_moments(moments: Moments, call: EditCall, variables: Variables, projections: Tensor | None) -> None:
     hparams, known = call.hparams, call.known
     if hparams.method == "ROME" and not hparams.get("mom2_adjustment"):
         return moments.take_identity(known)
@@ -195,7 +195,7 @@ def _templates(contexts: Any) -> tuple[str, ...]:
     return tuple(text for text in flat if text != "{}")
 
 
-def fine_tune(call: Call, name: str, fields: Mapping[str, Any], *, copy: bool = False) -> Edited:
+def fine_tune(call: EditCall, name: str, fields: Mapping[str, Any], *, copy: bool = False) -> Edited:
     """Run LocFT-BF with these fields; raises the errors of `Editor.edit`."""
     if copy:
         call.copy()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastedit.compat import memit
-from fastedit.compat.calls import Call, Request, fine_tune, locate_then_edit
+from fastedit.compat.calls import EditCall, Request, fine_tune, locate_then_edit
 from fastedit.errors import ConfigError, FileError
 from fastedit.files import stamp
 from fastedit.models import plain_state
@@ -47,7 +47,7 @@ def _rome(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **opt
 
 @plain_state
 def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
-    call = Call("EMMET", model, tok, requests, hparams)
+    call = EditCall("EMMET", model, tok, requests, hparams)
     taken = _taken(options, "cache_template")
     wanted = taken.pop("return_orig_weights")
     found = locate_then_edit(call, memit.variables(), **taken)
@@ -56,7 +56,7 @@ def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **op
 
 @plain_state
 def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
-    call = Call("AlphaEdit", model, tok, requests, hparams)
+    call = EditCall("AlphaEdit", model, tok, requests, hparams)
     if options.get("reset_cache"):
         call.known.written.clear()
     place = Path(str(call.hparams.get("P_loc", "")))
@@ -78,14 +78,14 @@ def _projections(path: Path) -> Tensor:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything may be in the file
-        raise FileError(path, f"P_loc is no tensor that torch.load reads: {error}") from error
+        raise FileError(path, f"P_loc is not a tensor that torch.load reads: {error}") from error
     if not isinstance(found, Tensor):
         raise FileError(path, f"P_loc holds a {type(found).__name__}, expected a tensor")
     return found
 
 
 def _ft(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
-    if Call("FT", model, tok, requests, hparams).longer_targets():
+    if EditCall("FT", model, tok, requests, hparams).longer_targets():
         _log.warning("FT runs as EasyEdit's own: objective_optimization is prompt_last, ours trains target_new")
         found: tuple[Any, Any] = _theirs["FT"](model, tok, requests, hparams, **options)
         return found
@@ -94,7 +94,7 @@ def _ft(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **optio
 
 @plain_state
 def _locft_bf(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
-    call = Call(_NEW, model, tok, requests, hparams)
+    call = EditCall(_NEW, model, tok, requests, hparams)
     fields = call.hparams.get("config", {})
     if not isinstance(fields, Mapping):
         raise ConfigError(f"config of {_NEW}'s hparams is {fields!r}, expected fields of LocFTBFConfig by name")

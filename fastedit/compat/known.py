@@ -1,4 +1,4 @@
-"""What is kept about a model between calls of other editing code; it is freed with the model."""
+"""The record of a model between calls of other editing code; it is freed with the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastedit.tensorfile import checksums
 
 @dataclass
 class Known:
-    """What calls on one model share.
+    """The values that calls on one model share.
 
     Attributes:
         fingerprint: fingerprint of the model at the first call; statistics belong to that model.
@@ -60,7 +60,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
 def known_of(model: nn.Module, parts: Model) -> Known:
-    """What is kept about a model."""
+    """The record of a model, which is begun at the first call."""
     if model not in _KNOWN:
         _KNOWN[model] = Known(fingerprint(parts.network))
     return _KNOWN[model]

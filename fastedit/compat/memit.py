@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.compat.calls import Call, Edited, Request, Variables, fine_tune, locate_then_edit
+from fastedit.compat.calls import EditCall, Edited, Request, Variables, fine_tune, locate_then_edit
 from fastedit.compat.hparams import fine_tuning_fields
 from fastedit.compat.moments import check_own, check_stack, check_sum, check_symmetric
 from fastedit.errors import RequestError, listed
@@ -68,7 +68,7 @@ def apply_rome_to_model(
         ConfigError: hparams lack fields, or ask for something that is not supported; names all of them.
         RequestError, ModelError, EditError: as for `fastedit.Editor.edit`; the model is as it was before.
     """
-    call = Call("ROME", model, tok, requests, hparams)
+    call = EditCall("ROME", model, tok, requests, hparams)
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
     return found.model, found.weights_copy(return_orig_weights)
 
@@ -89,7 +89,7 @@ def apply_memit_to_model(
         cache_template: names of files of targets, with "{}" for the layer, the clamp and the case_id. Existing files
             are read, others are written.
     """
-    call = Call("MEMIT", model, tok, requests, hparams)
+    call = EditCall("MEMIT", model, tok, requests, hparams)
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
     return found.model, found.weights_copy(return_orig_weights)
 
@@ -110,7 +110,7 @@ def apply_emmet_to_model(
         As for `apply_memit_to_model`, and number of each layer -> norms of its weights and update; norms that are not
         measured here are None.
     """
-    call = Call("EMMET", model, tok, requests, hparams)
+    call = EditCall("EMMET", model, tok, requests, hparams)
     alpha = 0.0 if len(call.edits) == 1 else None
     found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template, alpha=alpha)
     return found.model, found.weights_copy(return_orig_weights), _distances(found)
@@ -159,7 +159,7 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
         ConfigError: a cache_c or a P has a wrong shape; and as for `apply_rome_to_model`.
         RequestError, ModelError, EditError: as for `apply_rome_to_model`.
     """
-    call = Call("AlphaEdit", model, tok, requests, hparams)
+    call = EditCall("AlphaEdit", model, tok, requests, hparams)
     previous = {} if cache_c is None else _keys_of(cache_c, call)
     found = locate_then_edit(call, variables(), cache_template=cache_template, projections=P, previous=previous)
     keys = {f"{path}.weight": found.result.keys[f"{path}.weight"].float() for path in found.paths}
@@ -174,7 +174,7 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
     return found.model, cache_c
 
 
-def _keys_of(cache_c: Tensor, call: Call) -> Mapping[str, Tensor]:
+def _keys_of(cache_c: Tensor, call: EditCall) -> Mapping[str, Tensor]:
     """Path of each parameter -> rows [n, d] with the sum of k kᵀ in `cache_c`: its own keys, or else a square root."""
     written = call.written()
     check_stack("cache_c", cache_c, call.parts.topology, written.layers, written.module)
@@ -219,7 +219,7 @@ def apply_ft_to_model(
         RequestError: prompt_last with longer targets; and as for `apply_rome_to_model`.
         ConfigError, ModelError, EditError: as for `apply_rome_to_model`.
     """
-    call = Call("FT", model, tok, requests, hparams)
+    call = EditCall("FT", model, tok, requests, hparams)
     fields = fine_tuning_fields(call.hparams, call.parts.topology)
     if longer := call.longer_targets():
         raise RequestError(

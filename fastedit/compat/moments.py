@@ -109,7 +109,7 @@ def _beside(projection: Tensor, name: str) -> Tensor:
     check_symmetric(name, P)
     x = torch.randn(len(P), generator=torch.Generator().manual_seed(0)).to(P.dtype)
     if (P @ (P @ x) - P @ x).norm() > _ROUNDING * x.norm():
-        raise ConfigError(f"{name} is no projection: P P is not P; give U Uᵀ of orthonormal columns U")
+        raise ConfigError(f"{name} is not a projection: P P is not P; give U Uᵀ of orthonormal columns U")
     return torch.eye(len(P), dtype=P.dtype) - P
 
 
@@ -143,10 +143,10 @@ def check_own(name: str, matrices: Tensor) -> None:
 
 
 def check_sum(name: str, eigenvalues: Tensor) -> None:
-    """Raise ConfigError if a matrix with these eigenvalues [d], upwards, is no sum of k kᵀ, up to a rounding."""
+    """Raise ConfigError if a matrix with these eigenvalues [d], upwards, is not a sum of k kᵀ, up to a rounding."""
     least, largest = float(eigenvalues[0]), float(eigenvalues.abs().max())
     if least < -_ROUNDING * largest:
-        raise ConfigError(f"{name} is no sum of k kᵀ: an eigenvalue of it is {least:.3g}; give what a call returned")
+        raise ConfigError(f"{name} is not a sum of k kᵀ: an eigenvalue of it is {least:.3g}; give what a call returned")
 
 
 def check_stack(name: str, given: Any, topology: Topology, layers: Sequence[int], module: str) -> None:

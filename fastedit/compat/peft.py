@@ -119,7 +119,7 @@ def as_adapter(delta: WeightDelta, model: nn.Module, *, rank: int | None = None)
     dense = [path for path, update in delta.updates.items() if not isinstance(update, LowRank)]
     if dense and rank is None:
         raise ConfigError(
-            f"{len(dense)} updates are no factors: {listed(dense)}; give the rank to cut them to, such as 64, "
+            f"{len(dense)} updates are not in factors: {listed(dense)}; give the rank to cut them to, such as 64, "
             f"or {_INSTEAD}"
         )
     updates, errors = {}, {}

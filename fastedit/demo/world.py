@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from fastedit.demo import lexicon
 from fastedit.demo.lexicon import RELATIONS, TWO_HOP, Relation
+from fastedit.errors import ConfigError
 from fastedit.requests import EditRequest
 
 T = TypeVar("T")
@@ -117,9 +118,12 @@ class World:
 
         Paraphrases are the phrasings that training never used; neighbours are people who share the old object;
         portability asks two hops through the new object. Deterministic in `seed`.
+
+        Raises:
+            ConfigError: `n` is larger than the number of people.
         """
         if n > len(self.people):
-            raise ValueError(f"the fact world has {len(self.people)} people, {n} edits were asked for")
+            raise ConfigError(f"the fact world has {len(self.people)} people, {n} edits were asked for")
         draw = Draw(f"requests {seed}")
         edited = draw.shuffled(self.people)[:n]
         relations = [r for r in RELATIONS.values() if not r.subjects]

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fastedit.errors import ConfigError, listed
 from fastedit.evaluation.page import page
 from fastedit.evaluation.predict import Answers, Predictions
-from fastedit.evaluation.probes import KINDS, PREFIXES, Probes, probes_of
-from fastedit.evaluation.questions import KINDS as KINDS_OF_PROMPTS
-from fastedit.evaluation.questions import kinds_in
+from fastedit.evaluation.probes import PREFIXES, PROBE_KINDS, Probes, probes_of
+from fastedit.evaluation.questions import KINDS, kinds_in
 from fastedit.evaluation.report import EvaluationReport, compare
-from fastedit.evaluation.sampling import interval
+from fastedit.evaluation.sampling import interval, mean
 from fastedit.evaluation.thresholds import TASK, TASK_CHANGE, Bound, Measured
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest
@@ -143,7 +142,7 @@ def check_bounds(
     for name in bounds:
         task = name.removeprefix(TASK).removeprefix(TASK_CHANGE)
         prompts = _MEASURES[name].prompts if name in _MEASURES else ""
-        if prompts in KINDS_OF_PROMPTS and prompts not in asked:
+        if prompts in KINDS and prompts not in asked:
             problems.append(f"{name} ({_NO_PROMPTS.format(prompts)})")
         elif name not in _MEASURES and task not in tasks:
             problems.append(f"{name} ({_NO_TASK})")
@@ -243,7 +242,7 @@ class Check:
 
     def _probed(self, answers: Sequence[Answers]) -> list[dict[str, Any]]:
         """The answers to each request's probes, by kind."""
-        rows: list[dict[str, Any]] = [{kind: [] for kind in KINDS} for _ in self.edits]
+        rows: list[dict[str, Any]] = [{kind: [] for kind in PROBE_KINDS} for _ in self.edits]
         for probe, found in zip(self.probes.probes, answers, strict=True):
             (said,) = found["rewrite"]
             entry: dict[str, Any] = {"prompt": said.prompt, "generated": said.generated, "begins": said.begins}
@@ -266,8 +265,8 @@ class Check:
             value, old, n = _ratio(report), None, 0
         elif about.path is None:
             rows = [_share(name, row[name]) for row in probed]
-            value = _mean(rows)
-            old = None if unedited is None else _mean([_share(name, row[name]) for row in unedited])
+            value = mean(rows)
+            old = None if unedited is None else mean([_share(name, row[name]) for row in unedited])
             n = sum(len(row[name]) for row in probed) if name != "choice" else sum(map(bool, rows_of(probed, name)))
         else:
             value = _at(report.metrics, about.path)
@@ -299,7 +298,7 @@ def _share(kind: str, entries: Sequence[Mapping[str, Any]]) -> float | None:
         return None
     if kind == "choice":  # the target comes first
         return float(all(entries[0]["logp"] > other["logp"] for other in entries[1:]))
-    return _mean([entry["begins"] for entry in entries])
+    return mean([entry["begins"] for entry in entries])
 
 
 def _ratio(report: EvaluationReport) -> float | None:
@@ -327,8 +326,3 @@ def _at(metrics: Mapping[str, Any], path: Sequence[str]) -> float | None:
     for name in path:
         found = found[name]
     return None if found is None else float(found)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None

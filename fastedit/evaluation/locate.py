@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fastedit.errors import ConfigError, EditError, Problem, RequestError
+from fastedit.evaluation import sampling
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.questions import ask
@@ -154,12 +153,9 @@ class Sweep:
             if name not in known:
                 raise ConfigError(f"locate sets or lacks the field {name!r}; it takes {', '.join(known)}")
         self.places = _places(model.topology, layers, modules)
-        if sample < 1:
-            raise ConfigError(f"sample is {sample}; give a number of edits, at least 1")
         layer, module = self.places[0]
         self._config = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
-        order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
-        self._sample: list[int] = order[:sample].sort().values.tolist()
+        self._sample = sampling.draw(range(len(everything)), sample, seed)
         self.edits = [everything[i] for i in self._sample]
         self._questions = _questions(capability)
         self._text, self._generate, self._model = text, generate, model

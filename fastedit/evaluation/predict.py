@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastedit import parallel
-from fastedit.errors import EditError
+from fastedit.errors import ConfigError, EditError, TensorError
 from fastedit.evaluation.first_token import Head
 from fastedit.evaluation.generate import generated_texts
 from fastedit.evaluation.questions import KINDS, Asked, Questions, ask, read_to
@@ -120,7 +120,7 @@ def predict(
     Raises:
         RequestError: as for `questions.ask`.
         EditError: the model computes NaN, or a probability of 0 for an answer; an update is not finite.
-        ValueError: ``updates`` of another number of edits, or together with ``text``.
+        ConfigError: ``updates`` together with ``text``. TensorError: ``updates`` of another number of edits.
     """
     if updates:
         _check(updates, requests, text)
@@ -177,10 +177,10 @@ def _scored(
 
 def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest], text: Sequence[str]) -> None:
     if text:
-        raise ValueError("text belongs to no request; measure its perplexity without updates")
+        raise ConfigError("text belongs to no request; measure its perplexity without updates")
     for factor in (factor for factors in updates.values() for factor in factors):
         if len(factor) != len(requests):
-            raise ValueError(f"updates of {len(factor)} edits do not fit {len(requests)} requests")
+            raise TensorError(f"updates of {len(factor)} edits do not fit {len(requests)} requests")
         broken = factor.flatten(1).isfinite().all(1).logical_not().nonzero().flatten().tolist()
         if broken:
             named = ", ".join(str(requests[i].id or i) for i in broken[:5])
@@ -191,5 +191,5 @@ def _finite(values: Tensor, names: Sequence[str]) -> None:
     """Raise EditError if log-probabilities [N] are not finite; `names` says what was asked."""
     broken = list(dict.fromkeys(names[i] for i in values.isfinite().logical_not().nonzero().flatten().tolist()))
     if broken:
-        named = "; ".join(broken[:5]) + "; …" * (len(broken) > 5)
+        named = "; ".join([*broken[:5], "…"] if len(broken) > 5 else broken)
         raise EditError(f"the model gives NaN or infinity ({named}); try a lower learning rate, or bf16 or fp32")

@@ -14,7 +14,7 @@ from fastedit.models import Model, encode, joined
 from fastedit.requests import EditRequest
 
 PREFIXES = (20, 100, 200)  # tokens before a prompt (up to 200, as in EAMET, arXiv 2505.11876)
-KINDS = (*(f"prefix_{n}" for n in PREFIXES), "negation", "choice")
+PROBE_KINDS = (*(f"prefix_{n}" for n in PREFIXES), "negation", "choice")
 
 _OPTIONS = 4  # answers of a multiple choice, at most
 _ANSWER = 33  # tokens to leave for the answer after a prefix: 32 are generated
@@ -50,7 +50,7 @@ def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]
     found: list[Probe] = []
     left_out: dict[str, str] = {}
     for n in PREFIXES:
-        some = _behind(model, requests, text, n)
+        some = _after_text(model, requests, text, n)
         if isinstance(some, str):
             left_out[f"prefix_{n}"] = some
         else:
@@ -90,7 +90,7 @@ def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
     return [*found.values()]
 
 
-def _behind(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
+def _after_text(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
     """Probes after n tokens of text, or why there are none."""
     lengths = [len(ids) for ids in encode(model.tokenizer, [(r.prompt, r.target) for r in requests])]
     context = model.topology.context_length

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastedit.errors import RequestError
 from fastedit.evaluation.first_token import divergences
 from fastedit.evaluation.page import PART
 from fastedit.evaluation.predict import Answers, Prediction, Predictions, predict
 from fastedit.evaluation.questions import KINDS
-from fastedit.evaluation.sampling import draw, interval
+from fastedit.evaluation.sampling import draw, interval, mean
 from fastedit.evaluation.texts import normalize
 from fastedit.models import Model
 from fastedit.requests import AnyPath, EditRequest, as_requests
@@ -167,7 +168,7 @@ def compare(
         of: how many requests these are a sample of.
 
     Raises:
-        ValueError: the neighbours before and after are not the same.
+        RequestError: the neighbours before and after are not the same.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
@@ -212,7 +213,7 @@ def _pairs(now: Answers, old: Answers) -> Pairs:
     both = now["neighbour"], old["neighbour"]
     pairs = list(zip(*both, strict=True)) if all(both) else []
     if any((a.prompt, a.answer) != (b.prompt, b.answer) for a, b in pairs):
-        raise ValueError("the predictions before and after the edit are not of the same requests")
+        raise RequestError("the predictions before and after the edit are not of the same requests")
     return pairs
 
 
@@ -229,22 +230,22 @@ def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float
     """All measures of one request."""
     row: dict[str, Any] = {"id": request.id, "prompt": request.prompt, "target": request.target}
     row["generated"] = next((p.generated for p in now["rewrite"]), None)
-    row["logp"] = _mean(p.logp for p in now["rewrite"])
+    row["logp"] = mean(p.logp for p in now["rewrite"])
     for name, kind in _SHARES.items():
-        shares = (_mean(_mean(p.hits) for p in now[kind]), _mean(p.matches for p in now[kind]))
+        shares = (mean(mean(p.hits) for p in now[kind]), mean(p.matches for p in now[kind]))
         row[name] = dict(zip(_WAYS, shares, strict=True))
-    row["generated_begins"] = {name: _mean(p.begins for p in now[_SHARES[name]]) for name in _BEGINS}
-    tokens = (_mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
+    row["generated_begins"] = {name: mean(p.begins for p in now[_SHARES[name]]) for name in _BEGINS}
+    tokens = (mean(map(operator.eq, a.argmax, b.argmax)) for a, b in pairs)
     texts = [(a.prompt, b.generated, a.generated) for a, b in pairs if None not in (a.generated, b.generated)]
     changed = [normalize(str(before)) != normalize(str(after)) for _, before, after in texts]
-    row["locality"] = {"teacher_forced": _mean(tokens), "generated": _mean(not moved for moved in changed)}
+    row["locality"] = {"teacher_forced": mean(tokens), "generated": mean(not moved for moved in changed)}
     names = ("prompt", "before", "after")
     row["changed_neighbours"] = [dict(zip(names, text, strict=True)) for text in compress(texts, changed)]
-    row["first_token"], row["kl"] = _mean(a.argmax[0] == b.argmax[0] for a, b in pairs), _mean(apart)
+    row["first_token"], row["kl"] = mean(a.argmax[0] == b.argmax[0] for a, b in pairs), mean(apart)
     gone = (None if p.said is None else not p.said for p in now["forgotten"])
     whole = (math.exp(p.logp * len(p.hits)) for p in now["forgotten"])
-    row["forgotten"] = {"generated": _mean(gone), "probability": _mean(whole)}
-    return row | {name: _mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
+    row["forgotten"] = {"generated": mean(gone), "probability": mean(whole)}
+    return row | {name: mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
 
 
 def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float | None]], Any]) -> dict[str, Any]:
@@ -256,12 +257,7 @@ def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float 
 
 
 def _average(rows: Sequence[Mapping[str, Any]], found: Predictions) -> dict[str, Any]:
-    result = _over_rows(rows, _mean)
+    result = _over_rows(rows, mean)
     es, ps, ns = (result[name] for name in _PREFERENCES)
     score = None if None in (es, ps, ns) else 3 / (1 / es + 1 / ps + 1 / ns) if es * ps * ns else 0.0
     return result | {"score": score, "perplexity": found.perplexity}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
 from fastedit.errors import ConfigError
-from fastedit.requests import EditRequest
 
+_Item = TypeVar("_Item")
 _Z = 1.96  # ± this many standard deviations hold 95 % of a normal distribution
 
 
-def draw(requests: Sequence[EditRequest], n: int | None, seed: int = 0) -> list[EditRequest]:
-    """Draw n requests without replacement, and keep their order; return all if there are not more.
+def draw(items: Sequence[_Item], n: int | None, seed: int = 0) -> list[_Item]:
+    """Draw n items, usually requests, without replacement, and keep their order; return all if there are not more.
 
     Raises:
         ConfigError: n is less than 1.
     """
     if n is None:
-        return list(requests)
+        return list(items)
     if n < 1:
-        raise ConfigError(f"sample is {n}; give a number of requests, at least 1")
-    order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(seed))
-    return [requests[i] for i in order[:n].sort().values.tolist()]
+        raise ConfigError(f"sample is {n}; give at least 1")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[i] for i in order[:n].sort().values.tolist()]
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | None:

@@ -59,7 +59,7 @@ def _manager(include_path: Path | None) -> Any:
     if include_path is None:
         return manager()
     if not include_path.is_dir():
-        raise ConfigError(f"{include_path} is no folder; give the one with your tasks of lm-eval (*.yaml)")
+        raise ConfigError(f"{include_path} is not a folder; give the one with your tasks of lm-eval (*.yaml)")
     try:
         return manager(include_path=str(include_path))
     except Exception as error:  # whatever its parser raises

@@ -89,7 +89,7 @@ def thresholds_of(content: Any, names: Collection[str], shares: Collection[str],
     problems = []
     if unknown := [n for n in map(str, content) if n not in names and not n.startswith((TASK, TASK_CHANGE))]:
         problems.append(
-            f"{len(unknown)} unknown measure{'s' * (len(unknown) > 1)} ({listed(unknown)}); there are "
+            f"{len(unknown)} unknown {'measure' if len(unknown) == 1 else 'measures'} ({listed(unknown)}); there are "
             f"{', '.join(names)}, and {TASK}NAME and {TASK_CHANGE}NAME of an lm-eval task"
         )
     for name, bounds in content.items():
@@ -101,7 +101,7 @@ def thresholds_of(content: Any, names: Collection[str], shares: Collection[str],
 
 
 def _problem(bounds: Any, share: bool, task: bool) -> str:
-    """What is wrong with the bounds of one measure; empty if nothing is."""
+    """Say what is wrong with the bounds of one measure; empty if nothing is."""
     if not isinstance(bounds, Mapping) or not bounds or bounds.keys() - {"min", "max"}:
         return f'expected {{"min": …}}, {{"max": …}} or both, got {json.dumps(bounds, default=str):.60}'
     for end, value in bounds.items():

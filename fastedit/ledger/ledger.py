@@ -139,7 +139,7 @@ class Ledger:
         """
         return self._records.delta(self._records.last if entry is None else entry)
 
-    def add(self, requests: Requests, *, source: str | None = None, evaluate: bool = False) -> Entry:
+    def add(self, requests: Requests, *, source: str | None = None, evaluate: bool | int = False) -> Entry:
         """Add facts. A fact with the prompt of one that stands replaces it, and the entry's notes say so.
 
         It stands already if its target, its subject and what it forgets are the same, too.
@@ -147,7 +147,8 @@ class Ledger:
         Args:
             requests: as for `Editor.edit`. The ledger gives an id ("f1", "f2", …) to those without one.
             source: where the facts are from; by default the path, if `requests` is one.
-            evaluate: measure the edited model on these facts, and keep the result in the entry's checks.
+            evaluate: measure the edited model on these facts, or on at most this many of them, and keep the result in
+                the entry's checks.
 
         Raises:
             RequestError: requests that cannot be used; ids of other facts; all of these facts stand already.
@@ -159,7 +160,7 @@ class Ledger:
         new, replaced, notes = sorted_out(as_requests(requests, numbered=False), standing)
         return self._enter("add", new, replaced, source, evaluate, notes)
 
-    def forget(self, facts: str | Sequence[str], *, evaluate: bool = False) -> Entry:
+    def forget(self, facts: str | Sequence[str], *, evaluate: bool | int = False) -> Entry:
         """Remove facts: the model becomes the one in which they were never added.
 
         Args:
@@ -171,7 +172,7 @@ class Ledger:
         gone = self._records.find([facts] if isinstance(facts, str) else facts)
         return self._enter("forget", [], gone, None, evaluate, [])
 
-    def replace(self, fact: str, target: str, *, source: str | None = None, evaluate: bool = False) -> Entry:
+    def replace(self, fact: str, target: str, *, source: str | None = None, evaluate: bool | int = False) -> Entry:
         """Give a fact another target: it is forgotten, and added again under the same id.
 
         Args:
@@ -216,7 +217,7 @@ class Ledger:
         new: Sequence[EditRequest],
         gone: Sequence[Fact],
         source: str | None,
-        evaluate: bool,
+        evaluate: bool | int,
         notes: list[str],
     ) -> Entry:
         """Make an entry that removes some facts and adds others."""
@@ -233,7 +234,8 @@ class Ledger:
             state, file, about, sought = self._make([*stay, *fresh], number)
             about["notes"] = notes + about["notes"]
             if evaluate and (asked := requests or [fact.request for fact in stay]):
-                about["checks"]["measures"] = self.editor.evaluate(asked).to_dict()
+                sample = None if evaluate is True else evaluate
+                about["checks"]["measures"] = self.editor.evaluate(asked, sample=sample).to_dict()
             about["seconds"] = time.perf_counter() - started
             placed = {fact.serial: fact for fact in sought}
             new_facts = [placed.pop(fact.serial, fact) for fact in fresh]

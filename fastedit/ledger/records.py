@@ -135,7 +135,9 @@ class Records:
         path = self.folder / NAME
         check_place(self.folder)
         if not write and not path.is_file():
-            raise FileError(self.folder, f"{{path}} is no ledger: it holds no {NAME}; `fastedit ledger add` makes one")
+            raise FileError(
+                self.folder, f"{{path}} is not a ledger: it holds no {NAME}; `fastedit ledger add` makes one"
+            )
         self._db: sqlite3.Connection | None = None
         self._kept = ExitStack()  # what `close` releases, in reverse order
         try:

@@ -36,7 +36,11 @@ def check_no_adapter(model: nn.Module, network: nn.Module) -> None:
         return
     configs = [getattr(module, "peft_config", None) for module in (*wrappers, network)]
     names = sorted({str(name) for config in configs if isinstance(config, Mapping) for name in config})
-    which = f"the adapter{'s' * (len(names) > 1)} {listed([repr(name) for name in names])}" if names else "an adapter"
+    which = (
+        f"the {'adapter' if len(names) == 1 else 'adapters'} {listed([repr(name) for name in names])}"
+        if names
+        else "an adapter"
+    )
     where = f" in {len(layers)} modules, {layers[0]} among them" if layers else ""
     raise ModelError(f"{type(network).__name__} carries {which}{where}, not merged: {_WHAT_TO_DO}")
 

@@ -15,7 +15,7 @@ _OPEN_THOUGHT = re.compile(r"<((?:\w+:)?think(?:ing)?)>\s*$")
 
 @dataclass(frozen=True)
 class Chat:
-    """What a chat template puts around a prompt: the text before it, and the text after it up to the model's answer.
+    """The texts of a chat template around a prompt: before it, and after it up to the model's answer.
 
     If the template lets a model think, ``after`` holds an empty thought. ``trims``: the template removes whitespace
     around the prompt. ``bos`` is not repeated if a prompt begins with it. ``end`` is the token that ends an answer,

@@ -102,7 +102,7 @@ def reads_caches(topology: Topology) -> bool:
     prompt = [topology.config.vocab_size // n for n in (4, 2, 3)]
     plain = _batch([prompt], [0], topology.device, False).read(topology).float()
     try:
-        state = _read_behind_pads(topology, prompt)
+        state = _read_after_pads(topology, prompt)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # blocks that need their own kind of cache, such as recurrent ones, may raise anything
@@ -112,7 +112,7 @@ def reads_caches(topology: Topology) -> bool:
     return bool((state - plain[0]).norm() < 0.05 * plain.norm())  # half precision rounds by a hundredth
 
 
-def _read_behind_pads(topology: Topology, prompt: list[int]) -> Tensor | None:
+def _read_after_pads(topology: Topology, prompt: list[int]) -> Tensor | None:
     """The state of a prompt's last token, read after two pads and from a cache; None if a block does not use one."""
     begun = _batch([prompt[:1] * 4, prompt[:2]], [0, 1], topology.device, True)  # the second has two pads in front
     begun.read(topology)

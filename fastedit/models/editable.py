@@ -64,12 +64,12 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
     edit of a weight of two blocks would change both, and passes that run the lower blocks once would not see that.
 
     Raises:
-        ModelError: names the weights that are no parameters, or the parameter and the other block.
+        ModelError: names the weights that are not parameters, or the parameter and the other block.
     """
     places = {layer: found.resolve(layer, module) for layer in layers}
     if made := [path for place in places.values() for path in _no_parameters(*place)]:
         raise ModelError(
-            f"{len(made)} weights to edit are no parameters: {listed(made)}. They are made of other tensors, or are "
+            f"{len(made)} weights to edit are not parameters: {listed(made)}. They are made of other tensors, or are "
             "buffers; make them parameters first, by torch.nn.utils.parametrize.remove_parametrizations, prune.remove "
             "or remove_weight_norm"
         )

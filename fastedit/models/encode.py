@@ -76,7 +76,7 @@ def _in_parts(
 
 
 def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:
-    """What is wrong if tokens have no row in a model with `vocabulary` rows, and what to do; empty if all have one."""
+    """Say what is wrong, and what to do, if tokens have no row among `vocabulary` rows; empty if all have one."""
     if not ids or max(ids) < vocabulary:
         return ""
     found = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]

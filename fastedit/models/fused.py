@@ -196,7 +196,7 @@ def _same(found: _Lookalike, x: Tensor) -> Forward | str:
 
 
 def _with_gradient(forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What a function gives, and a gradient in its input."""
+    """The result of a function, and a gradient in its input."""
     x = x.detach().requires_grad_()
     y = forward(x)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)

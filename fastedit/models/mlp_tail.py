@@ -1,4 +1,4 @@
-"""What a block does with its MLP's output before it adds it to the residual stream: a norm, a factor, or nothing.
+"""The step of a block between its MLP and the residual stream: a norm, a factor, or nothing.
 
 A locate-then-edit update is made for a change of the residual stream. In Gemma 3 a norm makes vectors of size 40 and
 more of `down_proj` outputs of size 0.1, so that the same change there would be hundreds of times too large.

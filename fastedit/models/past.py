@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 
-class _Behind(torch.autograd.Function):
+class _AppendedRows(torch.autograd.Function):
     """Write the last R columns of a buffer [B, heads, P + R, width]; ``torch.cat`` would copy all of it.
 
     Earlier content is overwritten, so autograd refuses a backward pass through an earlier call.
@@ -94,7 +94,7 @@ class Past(DynamicCache):  # type: ignore[misc]  # transformers is not typed
         if not self.length:
             return keys, values
         buffers = self.held[layer_idx]
-        put = cast(Callable[[Tensor, Tensor], Tensor], _Behind.apply)
+        put = cast(Callable[[Tensor, Tensor], Tensor], _AppendedRows.apply)
         given = put(keys, buffers[0]), put(values, buffers[1])
         self._given = *given, keys, values, *buffers
         return given

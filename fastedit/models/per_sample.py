@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastedit.errors import TensorError
 from fastedit.models.hooks import hooked
 
 Factors = tuple[Tensor, Tensor]
@@ -29,7 +30,7 @@ def per_sample_updates(updates: Mapping[nn.Module, Factors], owner: Tensor) -> I
             tokens, if samples of several edits share a row, or else whole rows.
 
     Raises:
-        ValueError: O does not divide the number of tokens of a pass.
+        TensorError: O does not divide the number of tokens of a pass.
     """
     edits, local = owner.unique(return_inverse=True)  # [n], [O]
     with hooked(m.register_forward_hook(_adding(*factors, edits, local)) for m, factors in updates.items()):
@@ -49,7 +50,7 @@ def _adding(left: Tensor, right: Tensor, edits: Tensor, local: Tensor) -> Callab
         lefts, rights, others = lefts.to(output.device, wide), rights.to(output.device, wide), others.to(output.device)
         x = args[0].reshape(-1, rights.shape[1])  # [T, in]
         if len(x) % len(others):
-            raise ValueError(f"a pass over {len(x)} tokens does not divide among {len(others)} owners")
+            raise TensorError(f"a pass over {len(x)} tokens does not divide among {len(others)} owners")
         seen = (x.to(wide) @ rights.T).masked_fill(others.repeat_interleave(len(x) // len(others), 0), 0)  # [T, n k]
         total: Tensor = output.to(wide) + (seen @ lefts).view_as(output)
         return total.to(output.dtype)

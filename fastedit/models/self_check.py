@@ -29,7 +29,7 @@ from fastedit.models.hooks import eval_mode, only_trainable, own_forward, plain_
 from fastedit.models.offload import load_weights, offloaded_prefix
 from fastedit.models.prefix_cache import PrefixCache
 from fastedit.models.quantized import check_plain, has_quantized, is_quantized
-from fastedit.models.tokens import Rows, Samples, pack
+from fastedit.models.tokens import Samples, pack
 from fastedit.models.topology import Topology
 
 VERIFIED = (
@@ -52,7 +52,7 @@ _LENGTHS = (21, 4, 33, 9, 2, 14)  # tokens of the samples; they fill two rows
 
 @dataclass(frozen=True)
 class Flags:
-    """What a pass may do with a model; see `Topology`."""
+    """The ways in which a pass may run a model; see `Topology`."""
 
     shares_rows: bool = True
     runs_in_parts: bool = True
@@ -96,7 +96,7 @@ class SelfCheck:
 
 @dataclass(frozen=True)
 class _Own:
-    """What the model itself computes: logits [M, V] at the target rows, and the gradient of a matrix of some dtype."""
+    """The model's own results: logits [M, V] at the target rows, and the gradient of a matrix of some dtype."""
 
     logits: Tensor
     gradient: Tensor
@@ -198,7 +198,7 @@ class _Numbers:
         self.logits = self.gradient = 0.0
 
     def problem(self, compare: Callable[[], None]) -> str | None:
-        """What differs, or why nothing could be computed; None if all numbers agree."""
+        """Say what differs, or why nothing could be computed; None if all numbers agree."""
         try:
             compare()
         except _DiffersError as error:
@@ -217,12 +217,12 @@ class _Numbers:
         select = torch.arange(len(samples))
         rows = pack(samples, select, packed=topology.packs).to(topology.device)
         with torch.no_grad():
-            self._compare(run_from_tokens(topology, rows), rows, "the logits")
+            self._compare(run_from_tokens(topology, rows), "the logits")
         with PrefixCache(topology, samples, layer) as cache:
             stand_ins = FrozenPart(topology, cache, module).overrides(rows)
             for epoch, overrides in (("", []), (", with what its frozen parts gave before,", stand_ins)):
                 states = resume(topology, cache.hidden(rows), rows, layer, overrides)
-                logits = self._compare(states, rows, f"the logits from block {layer} on{epoch}")
+                logits = self._compare(states, f"the logits from block {layer} on{epoch}")
                 loss = cross_entropy(logits, rows.labels, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, [weight])
                 apart = _difference(gradient, self._own.gradient)
@@ -241,9 +241,9 @@ class _Numbers:
             rows = rows.to(topology.device)
             calls = BlockCalls(topology, rows, layer, at_tokens(topology, rows, layer + 1), past)
             for _ in range(2):
-                self._compare(calls.resume(cache.hidden(rows)), rows, f"the logits from block {layer} on")
+                self._compare(calls.resume(cache.hidden(rows)), f"the logits from block {layer} on")
 
-    def _compare(self, states: Tensor, rows: Rows, what: str) -> Tensor:
+    def _compare(self, states: Tensor, what: str) -> Tensor:
         """Compare the logits [M, V] of states [M, h], and return them."""
         logits = self._topology.logits(states).float()
         apart = _difference(logits, self._own.logits)

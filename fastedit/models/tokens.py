@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.errors import ModelError, Problem, RequestError
+from fastedit.errors import ModelError, Problem, RequestError, TensorError
 from fastedit.models.chat import Chat
 from fastedit.models.encode import Text, encode, encode_with_spans, trailing, without_rows
 
@@ -316,11 +316,11 @@ def pack(
         Rows on the CPU.
 
     Raises:
-        ValueError: nothing selected.
+        TensorError: nothing selected.
     """
     chosen = torch.as_tensor(select, dtype=torch.int64)
     if not chosen.numel():
-        raise ValueError("pack: no samples selected")
+        raise TensorError("pack: no samples selected")
     left_out = torch.zeros_like(chosen) if start is None else start
     first = samples.offsets[chosen] + left_out  # [N] place of each sample in the flat buffer
     inputs = (samples.lengths[chosen] - 1 if stop is None else stop) - left_out  # [N]

@@ -137,7 +137,7 @@ class Topology:
         if not is_projection(found):
             names = {child: name for name, child in self.block(layer).named_modules()}
             others = ["down_proj" if self.is_down_proj(layer, m) else names[m] for m in self.writers(layer)]
-            raise ModelError(f"{path} is no linear map, so it has no keys; choose one such as {[*others, '…'][0]}")
+            raise ModelError(f"{path} is not a linear map, so it has no keys; choose one such as {[*others, '…'][0]}")
         return widths(found)[0]
 
     def for_head(self, states: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def topology(model: nn.Module) -> Topology:
     if inner is None:
         given = repr(model) if isinstance(model, str | os.PathLike) else type(model).__name__
         raise ModelError(
-            f"{given} is no Hugging Face causal language model; load one with AutoModelForCausalLM.from_pretrained, "
+            f"{given} is not a Hugging Face causal language model; load one with AutoModelForCausalLM.from_pretrained, "
             "or model and tokenizer by their folder or hub name with Editor.from_pretrained"
         )
     check_no_adapter(model, inner)

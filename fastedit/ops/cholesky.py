@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 from torch.nn.functional import normalize
 
-from fastedit.errors import ConfigError, EditError, TensorError
+from fastedit.errors import ConfigError, TensorError
 
 DUPLICATE = 1e-6
 """Squared sine of the angle between two whitened keys below which they count as one: fp32 keys of one subject."""
@@ -41,7 +43,7 @@ class FewTokensError(TensorError):
         self.args = count, dim, remedy
 
 
-class DependentKeysError(EditError):
+class DependentKeysError(TensorError):
     """Keys are so nearly linearly dependent that no update gives each its own value.
 
     Attributes:
@@ -51,11 +53,12 @@ class DependentKeysError(EditError):
 
     def __init__(self, groups: list[list[int]], problem: int | None) -> None:
         self.groups, self.problem = groups, problem
-        where = f" of problem {problem}" * (problem is not None)
-        shown = [", ".join(map(str, g[:9])) + ", …" * (len(g) > 9) for g in groups[:5]] + ["…"] * (len(groups) > 5)
+        where = "" if problem is None else f" of problem {problem}"
+        shown = [", ".join(map(str, group[:9])) + (", …" if len(group) > 9 else "") for group in groups[:5]]
+        shown += ["…"] if len(groups) > 5 else []
         super().__init__(
-            f"keys{where} depend on one another, no update at this ridge is stable: rows {' | '.join(shown)}. Are they "
-            "edits of one subject? Merge them, solve one after the other, or raise ridge"
+            f"keys{where} depend on one another, no update at this ridge is stable: rows {' | '.join(shown)}. Merge "
+            "them, solve one after the other, or raise ridge"
         )
         self.args = groups, problem
 
@@ -74,9 +77,10 @@ def factor_covariance(covariance: Tensor, *, count: int | None = None, allow_few
         TensorError: C is not square, not finite (names the row), not symmetric, made from fewer tokens than d, or not
             positive definite to the precision that it is stored in.
     """
+    check_tensor(covariance, "C")
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise TensorError(f"C is {list(covariance.shape)}, expected [d, d], d the width of the keys")
-    _require_finite(covariance, "C", "collect the statistics again", TensorError)
+    _require_finite(covariance, "C", "collect the statistics again")
     C, d = covariance.double(), len(covariance)
     size = C.diagonal().clamp_min(0).sqrt()
     excess = (C - C.T).abs_() - _ASYMMETRY * size * size[:, None]
@@ -126,7 +130,7 @@ def find_dependent(
         The rows of each group, ascending, in the order of their first rows; empty if all keys are independent.
 
     Raises:
-        TensorError, EditError: as for `rank_k_update`.
+        TensorError: as for `rank_k_update`.
     """
     rows, _, factor = checked(keys, keys, cov_factor, batched=False)
     return _groups(normalize(whiten(rows, factor), dim=-1), duplicate, dependent)
@@ -219,19 +223,27 @@ def checked(
     keys: Tensor, residuals: Tensor, cov_factor: Tensor | None = None, *, batched: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check keys, residuals and factor as far as that needs no solve, and return them in fp64."""
+    check_tensor(keys, "keys")
+    check_tensor(residuals, "residuals")
     factor = None if cov_factor is None else checked_factor(cov_factor)
     if keys.ndim not in (2, 2 + batched):
-        raise EditError(f"keys is {list(keys.shape)}, expected [N, d]{' or [B, N, d]' * batched}")
+        raise TensorError(f"keys is {list(keys.shape)}, expected [N, d]{' or [B, N, d]' if batched else ''}")
     if residuals.shape[:-1] != keys.shape[:-1]:
-        raise EditError(f"residuals is {list(residuals.shape)}, expected a row for each of keys {list(keys.shape)}")
+        raise TensorError(f"residuals is {list(residuals.shape)}, expected a row for each of keys {list(keys.shape)}")
     if factor is not None and keys.shape[-1] != len(factor):
         raise TensorError(f"keys have width {keys.shape[-1]}, cov_factor {len(factor)}: statistics of another model")
-    _require_finite(keys, "keys", "leave that edit out")
-    _require_finite(residuals, "residuals", "leave that edit out")
+    _require_finite(keys, "keys", "leave that row out")
+    _require_finite(residuals, "residuals", "leave that row out")
     return keys.double(), residuals.double(), factor
 
 
+def check_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TensorError(f"{name} is of type {type(value).__name__}, expected a torch.Tensor")
+
+
 def checked_factor(cov_factor: Tensor) -> Tensor:
+    check_tensor(cov_factor, "cov_factor")
     if cov_factor.ndim != 2 or cov_factor.shape[0] != cov_factor.shape[1]:
         raise TensorError(f"cov_factor is {list(cov_factor.shape)}, expected a lower factor [d, d]")
     diagonal = cov_factor.diagonal()
@@ -241,14 +253,15 @@ def checked_factor(cov_factor: Tensor) -> Tensor:
 
 
 def check_ridge(value: float, name: str, *, zero: bool = False) -> None:
-    if not (0 < value < math.inf or (zero and value == 0)):
-        raise ConfigError(f"{name} is {value}, expected a finite number {'≥' if zero else '>'} 0")
+    if not isinstance(value, Real) or not (0 < value < math.inf or (zero and value == 0)):
+        raise ConfigError(f"{name} is {value!r}, expected a finite number {'≥' if zero else '>'} 0")
 
 
-def _require_finite(x: Tensor, name: str, advice: str, error: type[TensorError] | type[EditError] = EditError) -> None:
+def _require_finite(x: Tensor, name: str, advice: str) -> None:
     if not _finite(x):
         bad = ~x.isfinite().all(-1)
-        raise error(f"{name}{bad.nonzero()[0].tolist()} holds NaN or infinity ({int(bad.sum())} rows do); {advice}")
+        where = f"{name}{bad.nonzero()[0].tolist()}"
+        raise TensorError(f"{where} holds NaN or infinity ({int(bad.sum())} rows do); {advice}")
 
 
 def _finite(x: Tensor) -> bool:

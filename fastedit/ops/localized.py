@@ -302,7 +302,7 @@ def _check(module: nn.Module, options: Mapping[str, Any]) -> bool:
     plain = getattr(kind, "forward", None) in (nn.Linear.forward, conv.forward) and "forward" not in module.__dict__
     if not plain or type(module.weight) is not nn.Parameter:
         raise ConfigError(
-            f"{name} is no plain nn.Linear or Conv1D of transformers: its forward or its weight is its own (an "
+            f"{name} is not a plain nn.Linear or Conv1D of transformers: its forward or its weight is its own (an "
             "adapter, quantized, sharded, or wrapped by another library). Give the linear map inside it, before others "
             "wrap it"
         )

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.linalg import cholesky_ex, solve_triangular
 from torch.nn.functional import normalize
 
-from fastedit.errors import ConfigError, EditError, TensorError
+from fastedit.errors import ConfigError, TensorError
 from fastedit.ops.cholesky import (
     DEPENDENT,
     check_ridge,
+    check_tensor,
     checked,
     cholesky,
     delicate,
@@ -66,8 +67,8 @@ def rank_k_update(
 
     Raises:
         ConfigError: ridge or constraint has a value that it cannot take.
-        TensorError: cov_factor is not a factor, or has another width than the keys.
-        EditError: keys or residuals hold NaN or infinity (names the row), or do not fit one another.
+        TensorError: keys or residuals hold NaN or infinity (names the row), or do not fit one another; cov_factor is
+            not a factor, or has another width than the keys.
         DependentKeysError: equality at ridge 0 with keys that are linearly dependent, by `DEPENDENT`.
     """
     if torch.compiler.is_compiling():
@@ -116,13 +117,15 @@ def null_space_update(
         (left [h, k], right [k, d]) with k = min(N, r), in the dtype of residuals; [B, …] for a batch.
 
     Raises:
-        ConfigError, EditError: as for `rank_k_update`, or previous is not a sum of squares.
-        TensorError: basis or previous does not fit the keys.
+        ConfigError, TensorError: as for `rank_k_update`; basis or previous does not fit the keys, or previous is not a
+            sum of squares.
     """
     if torch.compiler.is_compiling():
         left, right = _null_space_update(keys, residuals, basis, previous, l2=l2, backend=backend)
         return left, right
     check_ridge(l2, "l2")
+    for name, given in (("keys", keys), ("basis", basis), ("previous", basis if previous is None else previous)):
+        check_tensor(given, name)
     if basis.ndim != 2 or basis.shape[0] != keys.shape[-1]:
         raise TensorError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
     U, r, factor = basis.double(), basis.shape[1], None
@@ -131,7 +134,7 @@ def null_space_update(
             raise TensorError(f"previous is {list(previous.shape)}, expected [{r}, {r}], in coordinates of basis")
         factor, info = cholesky_ex(plus_diagonal(previous.double().clone(), l2))
         if info:
-            raise EditError("previous is no sum of squares of keys: l2·I + previous is not positive definite")
+            raise TensorError("previous is not a sum of squares of keys: l2·I + previous is not positive definite")
     rows, values, _ = checked(keys, residuals)
     taken = _choose(backend, rows, r, l2)
     left, right = update_of_white(whiten(rows @ U, factor), values, factor, l2 if factor is None else 1.0, taken)

@@ -77,10 +77,9 @@ def target_cross_entropy(
         hidden, without a synchronization.
 
     Raises:
-        ValueError: rows without labels but no ``others``, or a ``scratch`` that is too small for these rows.
         TensorError: shapes, dtypes or devices do not fit, or a label is not a row of the head (checked on a CPU only,
-            because a GPU would have to be waited for); from `loss.backward()`, if tensors other than hidden require a
-            gradient (names all of them).
+            because a GPU would have to be waited for); rows without labels but no ``others``; a ``scratch`` that is too
+            small for these rows; from `loss.backward()`, if tensors other than hidden require a gradient (names all).
     """
     with torch.no_grad():
         if torch.compiler.is_compiling() and others is None:
@@ -132,9 +131,9 @@ def _of_rows(
     _check(hidden, head_weight, labels, sample_weight, bias)
     R, V, Q = len(labels), len(head_weight), len(hidden) - len(labels)
     if Q < 0 or (Q > 0 and others is None):
-        raise ValueError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
+        raise TensorError(f"labels is [{R}] for hidden {list(hidden.shape)}: rows without labels need others")
     if scratch is not None and len(scratch) < Q:
-        raise ValueError(f"scratch is {list(scratch.shape)}, fewer than the {Q} rows of others; see logits_buffer")
+        raise TensorError(f"scratch is {list(scratch.shape)}, fewer than the {Q} rows of others; see logits_buffer")
     if choose("target_cross_entropy", backend, device=hidden.device, dtype=hidden.dtype, R=R, V=V) == "triton":
         from fastedit.kernels.target_cross_entropy import target_cross_entropy as kernel
 

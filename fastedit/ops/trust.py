@@ -29,7 +29,7 @@ def path() -> Path:
 
 
 def subject(op: str, device: torch.device, binary: str | os.PathLike[str]) -> dict[str, str]:
-    """What was tested: an op on a kind of device, by these versions and this file of compiled kernels."""
+    """Describe what was tested: an op on a kind of device, by these versions and this file of compiled kernels."""
     return {
         "op": op,
         "device": torch.cuda.get_device_name(device),
@@ -61,7 +61,7 @@ def trusted(op: str, device: torch.device, binary: str | os.PathLike[str]) -> bo
 
 
 def _read(file: Path) -> list[dict[str, str]]:
-    """What the file holds. Raises ConfigError if it is no such file."""
+    """Read the file. Raises ConfigError if it is not such a file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

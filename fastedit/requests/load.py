@@ -14,7 +14,7 @@ from fastedit.requests.formats import table
 from fastedit.requests.records import read_records
 from fastedit.requests.request import EditRequest, edits_of, warn_of_unread
 from fastedit.requests.source import AnyPath
-from fastedit.requests.values import plain
+from fastedit.requests.values import plain_data
 
 _log = logging.getLogger(__name__)
 
@@ -94,13 +94,13 @@ def as_requests(
         return load_requests(requests, numbered=numbered)
     given: Any = requests
     columns = given.to_dict() if hasattr(given, "iloc") else given  # a data frame of pandas
-    if (rows := table(plain(columns) if isinstance(columns, Mapping) else None)) is not None:
+    if (rows := table(plain_data(columns) if isinstance(columns, Mapping) else None)) is not None:
         requests = rows
     elif isinstance(columns, (EditRequest, Mapping)) or not isinstance(requests, Iterable):
         raise RequestError(f"expected a path or a list of edit requests, got {type(requests).__name__}")
     result = _read_all(
         (
-            (f"requests[{index}]", item if isinstance(item, EditRequest) else plain(item))
+            (f"requests[{index}]", item if isinstance(item, EditRequest) else plain_data(item))
             for index, item in enumerate(requests)
         ),
         "requests",

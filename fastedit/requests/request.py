@@ -10,7 +10,7 @@ from typing import Any
 
 from fastedit.errors import RequestError
 from fastedit.requests.formats import read_record, split
-from fastedit.requests.values import Pair, answer, empty, identifier, plain, prompts, questions, required
+from fastedit.requests.values import Pair, answer, empty, identifier, plain_data, prompts, questions, required
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class EditRequest:
         """
         left_out = set[str]()
         try:
-            found = edits_of(plain(record), left_out, default_id)
+            found = edits_of(plain_data(record), left_out, default_id)
             if len(found) > 1:
                 raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])")
         except RequestError as error:
@@ -113,6 +113,6 @@ def edits_of(record: Any, left_out: set[str], default_id: str | None) -> list[Ed
 def warn_of_unread(name: str, unread: Counter[str]) -> None:
     """Log what was not read of a file or a record, and in how many records."""
     if unread:
-        said = ", ".join(f"{what} ({n} record{'s' * (n > 1)})" for what, n in sorted(unread.items()))
+        said = ", ".join(f"{what} ({n} {'record' if n == 1 else 'records'})" for what, n in sorted(unread.items()))
         known = ", ".join(field.name for field in fields(EditRequest))
         _log.warning("%s: not read: %s; the fields of a request are %s", name, said, known)

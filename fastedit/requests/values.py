@@ -28,16 +28,16 @@ _FILLERS = re.compile(
 )
 
 
-def plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """A value of a record as JSON has it: lists for NumPy's arrays, Python's numbers for its scalars, and None for what
     pandas calls missing; a row of pandas is an object."""
     if type(value).__name__ in ("NAType", "NaTType"):
         return None
     if hasattr(value, "tolist"):
-        return plain(value.to_dict() if hasattr(value, "to_dict") else value.tolist())
+        return plain_data(value.to_dict() if hasattr(value, "to_dict") else value.tolist())
     if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {name: plain_data(item) for name, item in value.items()}
+    return [plain_data(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def absent(value: Any) -> bool:

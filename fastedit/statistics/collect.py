@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from fastedit import parallel
 from fastedit.errors import ConfigError, ModelError, RequestError, TensorError
@@ -110,8 +110,8 @@ class Collection:
         directory: str | Path | None = None,
         save_seconds: float = 300.0,
     ) -> None:
-        topology, distributes = model.topology, distributed.is_initialized()
-        self._rank, self._world = (distributed.get_rank(), distributed.get_world_size()) if distributes else (0, 1)
+        topology = model.topology
+        self._rank, self._world = parallel.rank(), parallel.world()
         row = min(topology.context_length, row_tokens or _ROW)
         if not layers or batch_tokens < 1 or row < 2 or (max_tokens is not None and max_tokens < 1):
             raise ConfigError(
@@ -375,7 +375,7 @@ def _place(batch: DocumentBatch, flat: Tensor) -> str:
         return ""
     row = places[bad.nonzero()[0]] // width
     owners = batch.owners[batch.rows.sample_of[places // width == row]].unique().tolist()
-    return f"document {', '.join(map(str, owners))} (counted from 0{', in one row' * (len(owners) > 1)})"
+    return f"document {', '.join(map(str, owners))} (counted from 0{', in one row' if len(owners) > 1 else ''})"
 
 
 def _difference(halves: dict[int, Tensor], means: dict[int, Tensor]) -> tuple[float, float]:

@@ -74,7 +74,7 @@ def _field(line: str, name: str, where: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise RequestError(f"{where} is no JSON: {error}") from None
+        raise RequestError(f"{where} is not JSON: {error}") from None
     return _text(record, name, where)
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastedit import parallel
 from fastedit.errors import FileError, ModelError
-from fastedit.models import Model, encode, generate_by, plain_state, sampling, trailing
+from fastedit.models import Model, generate_by, plain_state, sampling
 from fastedit.models.generation import NOT_FINITE
 from fastedit.models.hooks import eval_mode
+from fastedit.models.tokens import prompt_tokens
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.collect import collect
 from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
@@ -98,8 +99,7 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     """
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
-    starts = encode(tokenizer, _OPENINGS)
-    starts = [ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))] for ids in starts]
+    starts = prompt_tokens(tokenizer, _OPENINGS)
     begun = min(map(len, starts))
     length = min(_LENGTH, model.topology.context_length) - begun
     rows = torch.tensor([ids[:begun] for ids in starts], device=device)

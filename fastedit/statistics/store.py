@@ -249,13 +249,16 @@ class StatisticsStore:
         more = "" if self.module == "down_proj" else f" --module {self.module}"
         more += "" if self.directory is None else f" --output {self.directory}"
         if self.directory is not None and (others := self._npz_files()):
-            names = ", ".join(path.name for path in others[:3]) + f" and {len(others) - 3} more" * (len(others) > 3)
+            names = ", ".join(path.name for path in others[:3]) + (
+                f" and {len(others) - 3} more" if len(others) > 3 else ""
+            )
             wanted = layers[0] if self.module == "down_proj" else self.topology.resolve(layers[0], self.module)[0]
             looked += f"; of its .npz files, {names}, none is called such as {wanted}_float32_mom2_100000.npz"
         if self.directory is None and self.topology.head.weight.dtype == torch.float16:
             looked += f"; {FP16}"
-        text = f"no statistics of {self.module} in layer{'s' * (len(layers) > 1)} {listed} (looked in {looked}); make "
-        text += f"them: fastedit covariance {_checkpoint(self.topology) or 'MODEL'} --text FILE "
+        place = f"layer {listed}" if len(layers) == 1 else f"layers {listed}"
+        text = f"no statistics of {self.module} in {place} (looked in {looked}); make "
+        text += f"them: fastedit covariance --model {_checkpoint(self.topology) or 'MODEL'} --text FILE "
         return MissingStatisticsError(f"{text}--layers {listed}{more}", layers)
 
 

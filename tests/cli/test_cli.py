@@ -49,7 +49,7 @@ RECORDS: list[dict[str, Any]] = [
     }
     for land, city in (("Gaul", "Rome"), ("Elam", "Bonn"), ("Moab", "Oslo"), ("Edom", "Lima"))
 ]
-LEARNS = ["--lr", "0.01", "--layer", "1", "--batch-size", "2", "--epochs", "12"]
+LEARNS = ["--lr", "0.01", "--layers", "1", "--batch-size", "2", "--epochs", "12"]
 BRIEFLY = [*LEARNS, "--epochs", "2"]
 
 
@@ -161,8 +161,11 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
 ) -> None:
     text = works("edit", "--help", COLUMNS="200").stdout
     for field in fields(LocFTBFConfig):
-        assert f"--{field.name.replace('_', '-')} " in text
-    assert "a batch whose loss is below does no backward pass" in " ".join(text.split())
+        assert f"--{field.name.replace('_', '-').replace('layer', 'layers')} " in text
+    text = " ".join(text.split())
+    assert "a batch whose loss is below does no backward pass" in text
+    assert "α that stabilizes equality. By default 0 for rome and 0.1 for the others." in text
+    assert "The same command again continues from there, and ends" in text  # as one line, whatever the source has
 
     seen = []
 
@@ -173,7 +176,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
         seed: int = option(0, "of everything.")
         layers: tuple[int, ...] = option((1, 2), "the blocks that it edits.")
         mode: Literal["a", "b"] = "a"
-        fast: bool | None = option(None, "does less.")
+        fast: bool | None = option(None, "does less.", unset="True")
 
     class ToyMethod(methods.Method):
         def plan(self, model: Any, edits: Any, config: Any, **_: Any) -> Any:
@@ -184,6 +187,7 @@ def test_every_field_of_a_config_is_a_flag_with_its_help(
     monkeypatch.setattr(cli, "app", cli.make_app())
     help_text = " ".join(works("edit", "--help", COLUMNS="200").stdout.split())
     assert "the blocks that it edits. (default (1, 2)) Such as 4-8 or" in help_text
+    assert "does less. By default True." in help_text
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate")
     fails(1, *common, "--method", "toy", "--layers", "0,2-3", "--mode", "b", "--no-fast")
     fails(1, *common, "--method", "toy")
@@ -266,6 +270,14 @@ def test_evaluate_may_stand_without_a_value(flags: tuple[str, ...], tmp_path: Pa
     missing = tmp_path / "nowhere.json"
     said = fails(2, "edit", "--model", tmp_path, "--requests", missing, "--output", tmp_path / "edited", *flags)
     assert "nowhere.json" in said
+
+
+def test_evaluate_without_a_value_says_its_new_spelling(tmp_path: Path) -> None:
+    common = ("--model", tmp_path, "--requests", tmp_path / "nowhere.json")
+    for command in (("edit", "--output", tmp_path / "o"), ("evaluate",), ("ledger", "add", tmp_path / "l")):
+        said = "--evaluate without a value is an old spelling of --evaluate all"
+        assert said in call(*command, *common, "--evaluate").stderr
+        assert said not in call(*command, *common, "--evaluate", "all").stderr
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -407,8 +419,8 @@ def test_bad_requests(model: Path, tmp_path: Path, command: str, content: bytes 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layer", "3"], "blocks 0 to 2"),
-        (["--layer", "-1"], "blocks 0 to 2"),
+        (["--layers", "3"], "blocks 0 to 2"),
+        (["--layers", "-1"], "blocks 0 to 2"),
         (["--module", "experts"], "choose one of down_proj, up_proj, gate_proj"),
         (["--lr", "fast"], "expected FLOAT, got 'fast'"),
         (["--lr", "-1"], "positive learning rate"),
@@ -433,7 +445,7 @@ def test_bad_flags_are_refused_before_any_work(
     flags: list[str],
     message: str,
 ) -> None:
-    needs_model = flags[0] in ("--layer", "--module", "--device")
+    needs_model = flags[0] in ("--layers", "--module", "--device")
     work = ("fastedit.cli.arguments.measure",) if needs_model else (Editor, "from_pretrained")
     monkeypatch.setattr(*work, None)
     output = tmp_path / "deep" / "out"
@@ -526,7 +538,7 @@ def test_edits_that_this_model_cannot_take_are_skipped_when_asked(model: Path, t
     long = {"prompt": "far away " * 99 + "France", "target": "x", "subject": "France", "id": "long"}
     path, output = write(tmp_path / "facts.json", [long, fits, long | {"id": "too"}]), tmp_path / "out"
     flags = {
-        "locft-bf": ["--published", "--layer", "1", "--epochs", "1"],
+        "locft-bf": ["--published", "--layers", "1", "--epochs", "1"],
         "rome": ["--layers", "1", "--module", "down_proj", "--n-contexts", "0", "--steps", "1"],
     }[method]
     common = ("edit", "--model", model, "--requests", path, "--output", output, "--delta-only", "--no-evaluate")
@@ -652,7 +664,7 @@ def test_an_older_delta_is_replaced(model: Path, facts: Path, tmp_path: Path) ->
     works(*common, *BRIEFLY, "--seed", 5)
     assert WeightDelta.load(output / "delta.safetensors").metadata["config"]["seed"] == 5
     (output / "notes.txt").touch()
-    assert "is no checkpoint" in fails(2, *common, *BRIEFLY)
+    assert "is not a checkpoint" in fails(2, *common, *BRIEFLY)
 
 
 def test_a_loss_that_is_not_finite(model: Path, facts: Path, tmp_path: Path) -> None:
@@ -1048,14 +1060,18 @@ def test_an_old_spelling_works_and_says_so(model: Path, facts: Path, tmp_path: P
 @pytest.mark.parametrize("flag", ["--layers", "--layer"])
 def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: Path, flag: str) -> None:
     common = ("edit", "--model", model, "--requests", facts, "--output", tmp_path / "o", "--no-evaluate", "--epochs", 1)
-    works(*common, flag, "1")
+    said = works(*common, flag, "1").stderr
+    assert ("--layer is an old spelling of --layers" in said) == (flag == "--layer")
     assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == 1
     works(*common, flag, "1-2")
     assert WeightDelta.load(tmp_path / "o" / "delta.safetensors").metadata["config"]["layer"] == [1, 2]
     (tmp_path / "text").write_text("The king of Gaul is old.")
     collect = ("covariance", "--text", tmp_path / "text", "--output", tmp_path / "c", "--layers", "1")
     assert "written to" in works(*collect, "--model", model).stdout
-    assert "there already" in works(*collect, model).stdout
+    again = works(*collect, model)
+    assert "there already" in again.stdout
+    assert f"a model without --model is an old spelling of --model {model}" in again.stderr
+    assert "old spelling" not in works(*collect, "--model", model).stderr
     assert "Missing option '--model'" in fails(2, *collect)
 
 
@@ -1213,7 +1229,7 @@ def test_a_configuration_file_may_give_layers_that_flags_change(model: Path, fac
         ({"layer": [0, 1]}, [], [0, 1]),
         ({"layer": 1}, [], 1),
         ({"layer": [0, 1]}, ["--layers", "1"], 1),
-        ({"layers": [1]}, ["--layer", "0"], 0),
+        ({"layers": [1]}, ["--layers", "0"], 0),
     ):
         file.write_text(json.dumps(content | {"epochs": 1, "lr": 0.01}))
         output = tmp_path / "edited"

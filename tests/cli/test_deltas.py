@@ -23,7 +23,7 @@ RECORDS = [
     {"prompt": f"w{10 + i} w{20 + i} w{30 + i}", "target": f"w{40 + i}", "paraphrases": [f"w9 w{20 + i} w{30 + i}"]}
     for i in range(3)
 ]
-FLAGS = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--no-evaluate")
+FLAGS = ("--layers", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--no-evaluate")
 
 
 @pytest.fixture(scope="module")

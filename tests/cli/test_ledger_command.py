@@ -18,7 +18,7 @@ from fastedit import Editor
 from fastedit.files import locked
 
 RECORDS = [{"prompt": f"w{10 + i} w{20 + i} w{30 + i}", "target": f"w{40 + i}"} for i in range(3)]
-LEARNS = ("--layer", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--published")
+LEARNS = ("--layers", 1, "--lr", 0.02, "--epochs", 15, "--batch-size", 3, "--published")
 
 
 def write(path: Path, records: Any) -> Path:
@@ -60,7 +60,12 @@ def test_facts_come_and_go(work: Path, tmp_path: Path) -> None:
     assert "fact f1" in added.stderr
     assert "is replaced by 'w50'" in added.stderr
     assert "reliability: " in added.stdout
-    assert "−f2" in works("ledger", "forget", ledger, RECORDS[1]["prompt"], *model).stdout
+    forgotten = works("ledger", "forget", ledger, RECORDS[1]["prompt"], *model, "--evaluate", "sample:1").stdout
+    assert "−f2" in forgotten
+    assert "reliability: " in forgotten
+    assert "expected all, or sample:N" in fails(
+        2, "ledger", "replace", ledger, "f3", "w51", *model, "--evaluate", "some"
+    )
     works("ledger", "replace", ledger, "f3", "w51", *model)
     blamed = works("ledger", "blame", ledger, RECORDS[0]["prompt"], *model).stdout.splitlines()
     assert "+1.000" in blamed[3]
@@ -71,6 +76,7 @@ def test_facts_come_and_go(work: Path, tmp_path: Path) -> None:
     entries = json.loads((tmp_path / "log.json").read_text())
     assert [entry["kind"] for entry in entries] == ["add", "add", "forget", "replace", "rollback"]
     assert all(entry["kind"] in table for entry in entries)
+    assert entries[2]["about"]["checks"]["measures"]["sample"] == {"measured": 1, "of": 2}
     assert [entry["standing"] for entry in entries] == [3, 3, 2, 2, 3]
     assert entries[1]["added"][0] | {"id": "f1", "target": "w50", "source": "a letter"} == entries[1]["added"][0]
 
@@ -90,11 +96,11 @@ def test_what_stands_is_a_delta_and_a_checkpoint(work: Path, tmp_path: Path) -> 
     [
         ("forget LEDGER f9 --model MODEL", "'f9': no fact with this id or prompt stands"),
         ("forget LEDGER f1 --model OTHER", "of a model with fingerprint"),
-        ("forget NONE f1 --model MODEL", "is no ledger"),
+        ("forget NONE f1 --model MODEL", "is not a ledger"),
         ("replace LEDGER f1 w40 --model MODEL", "stand already"),
         ("rollback LEDGER 7", "there is no entry 7"),
-        ("rollback NONE 1", "is no ledger"),
-        ("log NONE", "is no ledger"),
+        ("rollback NONE 1", "is not a ledger"),
+        ("log NONE", "is not a ledger"),
         ("export LEDGER", "--delta FILE or --output DIR"),
         ("export LEDGER --output NONE", "--output needs --model"),
         ("add LEDGER --model MODEL --requests FACTS --lr 0.5", "lr was 0.02 and is 0.5"),

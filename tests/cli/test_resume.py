@@ -168,9 +168,9 @@ def test_a_state_at_another_place_does_not_begin_anew(
     [
         ("mine", "mine is to hold the state of a run alone, but has thesis.txt"),
         ("model", "model is to hold the state of a run alone, but has README.md, "),
-        ("out", "lie in one another"),
-        ("out/state", "lie in one another"),
-        (".", "lie in one another"),
+        ("out", "one contains the other"),
+        ("out/state", "one contains the other"),
+        (".", "one contains the other"),
         (None, "out.run is to hold the state of a run alone, but has thesis.txt"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_cache_c_that_was_emptied_holds_no_keys(way: Callable[[torch.Tensor], 
 def test_a_cache_c_that_is_no_sum_of_keys_is_refused(case: Case) -> None:
     signs = torch.ones(2, 56)
     signs[1, 3] = -1
-    with pytest.raises(ConfigError, match=r"cache_c\[1\], of layer 2, is no sum of k kᵀ: an eigenvalue of it is -1"):
+    with pytest.raises(ConfigError, match=r"cache_c\[1\], of layer 2, is not a sum of k kᵀ: an eigenvalue of it is -1"):
         case.call("alphaedit", cache_c=signs.diag_embed())
     assert same(case.model, case.before)
 
@@ -284,7 +284,7 @@ def test_the_state_of_the_caller_does_not_matter(statistics: str, state: Callabl
 
 
 def test_a_matrix_that_is_no_projection_is_refused(case: Case) -> None:
-    with pytest.raises(ConfigError, match=r"P\[1\], of layer 2, is no projection: P P is not P"):
+    with pytest.raises(ConfigError, match=r"P\[1\], of layer 2, is not a projection: P P is not P"):
         case.call("alphaedit", P=torch.stack([torch.eye(56), 2 * torch.eye(56)]))
     case.call("alphaedit", P=torch.eye(56).half().repeat(2, 1, 1))
     assert not same(case.model, case.before)

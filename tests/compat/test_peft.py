@@ -110,7 +110,7 @@ def test_updates_without_factors_are_cut_to_a_rank_that_is_given(
     path = linear(model, 1)[-1]
     update = 0.1 * torch.randn(model.get_parameter(path).shape, generator=rng)
     delta = WeightDelta({path: update}, {"fingerprint": fingerprint(model)})
-    with pytest.raises(ConfigError, match=f"1 updates are no factors: {path}; give the rank"):
+    with pytest.raises(ConfigError, match=f"1 updates are not in factors: {path}; give the rank"):
         as_adapter(delta, model)
     adapter = export_peft(delta, model, tmp_path / "adapter", rank=8)
     assert adapter.ranks == {path: 8}

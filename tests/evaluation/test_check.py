@@ -255,7 +255,7 @@ def test_tasks_of_ones_own(lm_eval: list[Any], model: Model, tmp_path: Path) -> 
         check_tasks(["mine", "other"], tmp_path)
     with pytest.raises(ConfigError, match="none is named"):
         check_tasks([], tmp_path)
-    with pytest.raises(ConfigError, match=r"mine\.yaml is no folder"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not a folder"):
         check_tasks(["mine"], tmp_path / "mine.yaml")
     (tmp_path / "bad.yaml").touch()
     with pytest.raises(ConfigError, match=f"cannot read the tasks in {tmp_path}: while parsing a task"):

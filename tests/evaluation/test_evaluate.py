@@ -549,7 +549,7 @@ def test_locality_is_agreement_with_the_model_before() -> None:
     assert "6.5 → 8" in str(report)
     assert "50.0% → 75.0%" in str(report)
     other = [answers(neighbour=[replace(p, prompt="q") for p in a["neighbour"]]) for a in before]
-    with pytest.raises(ValueError, match="not of the same requests"):
+    with pytest.raises(RequestError, match="not of the same requests"):
         compare(TWO, Predictions(after, None), Predictions(other, None))
 
 

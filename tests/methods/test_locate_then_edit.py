@@ -525,7 +525,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("the context 'w10' needs exactly one", {"contexts": ("w10",)}),
     ("site mlp is one layer's MLP.*take site block", {"site": "mlp"}),
     ("o_proj is written; take site block", {"site": "mlp", "layers": (1,), "module": "self_attn.o_proj"}),
-    ("no linear map", {"module": "attn"}),
+    ("not a linear map", {"module": "attn"}),
     ("module 'w9' does not exist", {"module": "w9"}),
     *((f"{m} does not write to the residual stream", {"module": m}) for m in ("mlp.up_proj", "self_attn.q_proj")),
     ("no eigenvalue of C is below .*raise null_threshold", {"objective": "null-space", "null_threshold": 1e-9}),
@@ -660,7 +660,7 @@ def test_the_command_line(tokenizer: Any, tmp_path: Path, seed: int, monkeypatch
 
     for text, arguments in (
         ("no statistics of down_proj in layers 0,1 ", memit),
-        (f"fastedit covariance {checkpoint} --text FILE --layers 0,1", memit),
+        (f"fastedit covariance --model {checkpoint} --text FILE --layers 0,1", memit),
         ("layers ends with 3, the last block", (*memit, "--layers", 3)),
         ("expected INT,…, got 'low'", (*memit, "--layers", "low")),
         ("memit has no field 'epochs'", (*memit, "--epochs", 1)),

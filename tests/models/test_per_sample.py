@@ -14,7 +14,7 @@ from helpers import WORDS, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import EditError, EditRequest, WeightDelta
+from fastedit import ConfigError, EditError, EditRequest, TensorError, WeightDelta
 from fastedit.evaluation.predict import Prediction, Predictions, predict
 from fastedit.models import Factors, Model, Topology, per_sample_updates, topology
 from fastedit.weights import LowRank
@@ -138,7 +138,7 @@ def test_a_map_adds_what_the_edit_of_each_token_says(kind: Any, dtype: torch.dty
         each = owner.repeat_interleave(30 // n).view(5, 6)
         with per_sample_updates({module: (left, right)}, owner):
             found, flat = module(x), module(x.view(30, 24))
-            with pytest.raises(ValueError, match=f"{n - 1} tokens.* {n} owners"):
+            with pytest.raises(TensorError, match=f"{n - 1} tokens.* {n} owners"):
                 module(x.view(30, 24)[: n - 1])
         added = torch.einsum("brok,brki,bri->bro", left[each].double(), right[each].double(), x.double())
         exact = plain.double() + added
@@ -164,7 +164,7 @@ def test_what_breaks_is_named_and_leaves_no_edit_behind(tokenizer: Any, make_edi
         with pytest.raises(EditError, match=said):
             predict(Model(model, tokenizer), edits, updates=updates)
         assert predict(Model(model, tokenizer), edits, generate=False) == plain
-    with pytest.raises(ValueError, match="of 4 edits do not fit 3 requests"):
+    with pytest.raises(TensorError, match="of 4 edits do not fit 3 requests"):
         predict(Model(model, tokenizer), edits[:3], updates=updates)
-    with pytest.raises(ValueError, match="without updates"):
+    with pytest.raises(ConfigError, match="without updates"):
         predict(Model(model, tokenizer), edits, text=["w9 w10"], updates=updates)

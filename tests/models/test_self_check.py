@@ -105,7 +105,7 @@ def test_attention_beside_experts_is_edited_by_memit(tokenizer: Any, seed: int, 
         moment.update(torch.randn(400, 32, generator=torch.Generator().manual_seed(seed)))
         moment.save(statistics_path(found, tmp_path, layer, "self_attn.o_proj"))
     given: dict[str, Any] = {"statistics": tmp_path, "contexts": CONTEXTS, "steps": 4, "lr": 0.5, "layers": (1, 2)}
-    with pytest.raises(ModelError, match=r"self_attn is no linear map.* choose one such as self_attn\.o_proj$"):
+    with pytest.raises(ModelError, match=r"self_attn is not a linear map.* choose one such as self_attn\.o_proj$"):
         Editor(model, tokenizer, "memit", module="attn", **given).plan(edits)
     result = Editor(model, tokenizer, "memit", module="self_attn.o_proj", **given).edit(edits)
     assert {*result.delta.updates} == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 2)}

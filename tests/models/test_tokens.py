@@ -9,7 +9,7 @@ import torch
 from helpers import BOS, EOS, PAIRS, fast_tokenizer, ragged_samples
 from transformers import AddedToken, PreTrainedTokenizer
 
-from fastedit.errors import ModelError, RequestError
+from fastedit.errors import ModelError, RequestError, TensorError
 from fastedit.models import PairError, Samples, pack, tokenize
 from fastedit.models.tokens import prompt_tokens
 
@@ -205,7 +205,7 @@ def test_packing_fills_rows() -> None:
     samples = ragged_samples(torch.randint(8, 28, (2_000,), generator=rng).tolist())
     rows = pack(samples, range(len(samples)))
     assert rows.token_rows.numel() / rows.index.numel() > 0.95
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(TensorError, match="no samples"):
         pack(samples, [])
 
 

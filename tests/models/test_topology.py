@@ -129,7 +129,7 @@ def test_of_two_models_in_a_wrapper_none_is_chosen() -> None:
 
 
 def test_models_without_the_expected_parts_say_what_is_missing() -> None:
-    with pytest.raises(ModelError, match="no Hugging Face causal language model"):
+    with pytest.raises(ModelError, match="not a Hugging Face causal language model"):
         topology(nn.Linear(2, 2))
     mamba = AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=50)
     with pytest.raises(ModelError, match=r"block 0 of .* \(mamba\) has no attention and MLP that can be told apart"):
@@ -226,7 +226,7 @@ def test_a_weight_that_is_made_of_others_is_not_edited(make: Any, method: str, t
     for module in ("down_proj", "mlp") if method == "locft-bf" else ("down_proj",):
         layers: dict[str, Any] = {"layer": 1} if method == "locft-bf" else {"layers": (1, 2)}
         editor = Editor(model, tokenizer, method, module=module, **layers)
-        with pytest.raises(ModelError, match=rf"^1 weights to edit are no parameters: {DOWN}\. .*remove_param"):
+        with pytest.raises(ModelError, match=rf"^1 weights to edit are not parameters: {DOWN}\. .*remove_param"):
             editor.plan(edits)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     Editor(model, tokenizer, layer=2, module="down_proj").plan(edits)

@@ -316,8 +316,8 @@ def test_no_gradient_of_the_weights_size_exists(
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: nn.Conv2d(3, 3, 1), {}, r"torch\.nn\.modules\.conv\.Conv2d is no plain nn\.Linear or Conv1D"),
-        (lambda: wrapped(nn.Linear(3, 4)), {}, r"Linear is no plain .* its forward or its weight is its own"),
+        (lambda: nn.Conv2d(3, 3, 1), {}, r"torch\.nn\.modules\.conv\.Conv2d is not a plain nn\.Linear or Conv1D"),
+        (lambda: wrapped(nn.Linear(3, 4)), {}, r"Linear is not a plain .* its forward or its weight is its own"),
         (
             lambda: nn.Linear(3, 4).double(),
             {},

@@ -205,10 +205,10 @@ def test_rows_with_a_loss_of_their_own(
 def test_rows_without_labels_need_a_loss() -> None:
     inputs = problem(0, 7, 8, 5)
     inputs["labels"] = inputs["labels"][:4]
-    with pytest.raises(ValueError, match=r"labels is \[4\] for hidden \[7, 8\]: rows without labels need others"):
+    with pytest.raises(TensorError, match=r"labels is \[4\] for hidden \[7, 8\]: rows without labels need others"):
         ops.target_cross_entropy(**inputs)
     small = torch.empty(2, 5)
-    with pytest.raises(ValueError, match=r"scratch is \[2, 5\], fewer than the 3 rows of others"):
+    with pytest.raises(TensorError, match=r"scratch is \[2, 5\], fewer than the 3 rows of others"):
         ops.target_cross_entropy(**inputs, others=lambda z: (z[:, 0], z), scratch=small)
 
 

@@ -196,7 +196,7 @@ def test_no_text_and_wrong_numbers_are_refused(tokenizer: Any) -> None:
             collect(Model(parts, tokenizer), ["w9"], **{"layers": [1], **wrong})  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="layer 9 does not exist"):
         collect(Model(parts, tokenizer), ["w9"], [9])
-    with pytest.raises(ModelError, match="no linear map"):
+    with pytest.raises(ModelError, match="not a linear map"):
         collect(Model(parts, tokenizer), ["w9"], [1], module="mlp")
 
 

@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_be_written_does_not_matter(
 
 def test_missing_statistics_are_told_with_the_command(tmp_path: Path) -> None:
     parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
-    with pytest.raises(ModelError, match=r"fastedit covariance org/name --text FILE --layers 1,2,3$"):
+    with pytest.raises(ModelError, match=r"fastedit covariance --model org/name --text FILE --layers 1,2,3$"):
         StatisticsStore(parts, OURS).require([1, 2, 3])
     with pytest.raises(ModelError, match=f"--layers 2 --module up_proj --output {tmp_path}$"):
         StatisticsStore(parts, OURS, "up_proj", tmp_path).cholesky(2)
@@ -431,7 +431,7 @@ def test_documents_come_from_plain_text_and_json(tmp_path: Path) -> None:
     assert list(read_documents(array)) == ["one\n\ntwo", "three"]
     with pytest.raises(RequestError, match=r"array.json: record 1 .* no text in the field 'body'; its fields are text"):
         list(read_documents(array, "body"))
-    for line, message in (("[]", "no text in the field 'text'"), ("{", "no JSON"), ('{"text": 3}', "no text")):
+    for line, message in (("[]", "no text in the field 'text'"), ("{", "not JSON"), ('{"text": 3}', "no text")):
         path.write_text(json.dumps({"text": "a"}) + "\n" + line)
         with pytest.raises(RequestError, match=f"line 2 .*{message}"):
             list(read_documents(path))

@@ -56,13 +56,13 @@ class LocateThenEditConfig:
     """Configuration of rome, memit, emmet and alphaedit; None takes the method's value, the preset's, or a rule's."""
 
     objective: ObjectiveName | None = option(
-        None, "how new pairs are memorized: least-squares, equality or null-space; None is the method's."
+        None, "how new pairs are memorized: least-squares, equality or null-space.", unset="the method's"
     )
     distribution: DistributionName | None = option(
-        None, "how layers share an edit: single, spread or endpoints; None is the method's."
+        None, "how layers share an edit: single, spread or endpoints.", unset="the method's"
     )
     layers: tuple[int, ...] | None = option(
-        None, "blocks to write, ascending; None is the preset's, else from an eighth to a quarter of the depth."
+        None, "blocks to write, ascending.", unset="the preset's, else from an eighth to a quarter of the depth"
     )
     module: str = option("down_proj", "the projection to write, by its short name or its path in the block.")
     batch_size: int | Literal["auto"] = option(
@@ -72,46 +72,49 @@ class LocateThenEditConfig:
     )
     cov_weight: float | None = option(
         None,
-        "λ, the weight of the second moment C against one edit; None is the preset's, else the key width times the "
-        "number of layers (at least 2), divided by alpha for an equality.",
+        "λ, the weight of the second moment C against one edit.",
+        unset="the preset's, else the key width times the number of layers (at least 2), divided by alpha "
+        "for an equality",
     )
-    alpha: float | None = option(None, "α that stabilizes equality; None is 0 for rome and 0.1 for the others.")
-    l2: float | None = option(None, "AlphaEdit's weight of ‖ΔW‖²; None is the preset's.")
+    alpha: float | None = option(None, "α that stabilizes equality.", unset="0 for rome and 0.1 for the others")
+    l2: float | None = option(None, "AlphaEdit's weight of ‖ΔW‖².", unset="the preset's")
     null_threshold: float | None = option(
         None,
-        "eigenvalues of C below it span AlphaEdit's null space; None is the preset's, else the lowest quarter of them.",
+        "eigenvalues of C below it span AlphaEdit's null space.",
+        unset="the preset's, else the lowest quarter of them",
     )
     average: Average | None = option(
         None,
-        "how a key is averaged. half: half the bare prompt, half the mean of the contexts. uniform: the mean over all "
-        "of them. direction: as uniform, but an equality holds at the bare prompt's key, and the mean only gives the "
-        "update's direction. None is direction for rome, else half.",
+        "how a key is averaged. half: half the bare prompt, half the mean of the contexts. uniform: the mean "
+        "over all of them. direction: as uniform, but an equality holds at the bare prompt's key, and the "
+        "mean only gives the update's direction.",
+        unset="direction for rome, else half",
     )
     site: Site | None = option(
         None,
-        "where a target is sought: the output of the last written block, or of its MLP; None is mlp for rome, and "
-        "for a single layer of a model with a norm after its MLPs.",
+        "where a target is sought: the output of the last written block, or of its MLP.",
+        unset="mlp for rome, and for a single layer of a model with a norm after its MLPs",
     )
     through_norm: bool = option(
         True,
         "make updates for what a norm or a factor after down_proj lets through; with False its outputs get the "
         "residuals of the block, as in the published code.",
     )
-    steps: int | None = option(None, "loss evaluations of a target; None is the preset's.")
+    steps: int | None = option(None, "loss evaluations of a target.", unset="the preset's")
     lr: float | None = option(
-        None, "Adam's rate for a target; None is the preset's, else half the root mean square of a typical state."
+        None, "Adam's rate for a target.", unset="the preset's, else half the root mean square of a typical state"
     )
-    weight_decay: float | None = option(None, "weight of ‖δ‖/‖h₀‖² in a target's loss; None is the preset's.")
-    clamp: float | None = option(None, "bound of ‖δ‖/‖h₀‖; None is 4 for rome, else the preset's.")
+    weight_decay: float | None = option(None, "weight of ‖δ‖/‖h₀‖² in a target's loss.", unset="the preset's")
+    clamp: float | None = option(None, "bound of ‖δ‖/‖h₀‖.", unset="4 for rome, else the preset's")
     kl_factor: float = option(0.0625, "weight of a target's KL term.")
     stop_loss: float = option(0.05, "a target whose loss is below is done.")
     n_contexts: int | None = option(
-        None, "texts that the model writes, to be put in front of prompts; None is 20 for rome, else 5."
+        None, "texts that the model writes, to be put in front of prompts.", unset="20 for rome, else 5"
     )
     contexts: tuple[str, ...] | None = option(None, 'use these instead, each with one "{}" where the prompt goes.')
     seed: int = option(0, "seed of the contexts.")
     statistics: str | None = option(
-        None, "folder of the second moments; by default beside the checkpoint, else the user's cache."
+        None, "folder of the second moments.", unset="the one beside the checkpoint, else the one in the user's cache"
     )
     unchecked_statistics: bool = option(
         False, "use statistics of another model, or of fewer tokens than the keys are wide."
@@ -127,8 +130,9 @@ class LocateThenEditConfig:
     )
     state: str | None = option(
         None,
-        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with the same "
-        "bits. None is OUTPUT.run on the command line, else the state is not kept.",
+        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with "
+        "the same bits.",
+        unset="OUTPUT.run on the command line; from Python, the state is not kept",
     )
     save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(False, "on Ctrl-C keep the batches that are done instead of restoring the model.")

@@ -18,15 +18,14 @@ class LocFTBFConfig:
 
     layer: int | tuple[int, ...] | None = option(
         None,
-        "block of the edited module; or several blocks, and the module is edited in each. None is the preset of a "
-        "published model, else 22/32 of the depth, or MEMIT's blocks with tokens subject.",
+        "block of the edited module; or several blocks, and the module is edited in each.",
+        unset="the preset of a published model, else 22/32 of the depth, or MEMIT's blocks with tokens subject",
     )
     module: str | None = option(
-        None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path; None is the preset's."
+        None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path.", unset="the preset's"
     )
     lr: float | None = option(
-        None,
-        "Adam's learning rate; None is the preset's, else 0.025 of the weights' RMS (0.016 with tokens subject).",
+        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.016 with tokens subject)"
     )
     lr_schedule: Literal["constant", "linear"] = option(
         "constant",
@@ -43,8 +42,8 @@ class LocFTBFConfig:
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
     focus: float | None = option(
         None,
-        "an edit whose loss is below gets no gradient and is left out for two epochs; 0 for never, as published. None "
-        "is 0.1 with tokens subject, else 0.",
+        "an edit whose loss is below gets no gradient and is left out for two epochs; 0 for never, as published.",
+        unset="0.1 with tokens subject, else 0",
     )
     loss_average: Literal["sample", "token"] = option(
         "sample", "mean over a sample's target tokens, then over samples; or over all target tokens."
@@ -78,36 +77,40 @@ class LocFTBFConfig:
     )
     null_space: float | None = option(
         None,
-        "share of the input directions that training avoids, with preserve null-space; None is 0.2, or 0.4 with tokens "
-        "subject.",
+        "share of the input directions that training avoids, with preserve null-space.",
+        unset="0.2, or 0.4 with tokens subject",
     )
     refit: bool | None = option(
         None,
-        "after training, replace the update by the one that does the same at the edits' subjects and changes outputs "
-        "on other text least (MEMIT's solve). None is for tokens subject with preserve null-space.",
+        "after training, replace the update by the one that does the same at the edits' subjects and changes "
+        "outputs on other text least (MEMIT's solve).",
+        unset="True for tokens subject with preserve null-space",
     )
     anchors: int = option(8, "prompts with other subjects for each edit; a step uses one of them.")
     anchor_weight: float = option(1.0, "weight of the divergence at anchors from the unedited model, in nats.")
     anchor_subjects: tuple[str, ...] | None = option(
-        None, "subjects to put into the prompts; None is those of the other edits."
+        None, "subjects to put into the prompts.", unset="those of the other edits"
     )
     statistics: str | None = option(
         None,
-        "folder of the second moments for preserve null-space; by default beside the checkpoint, else the user's "
-        "cache; if there are none, they are collected from text that the model writes.",
+        "folder of the second moments for preserve null-space; if it has none, they are collected from text that the "
+        "model writes.",
+        unset="the one beside the checkpoint, else the one in the user's cache",
     )
     unchecked_statistics: bool = option(
         False, "use statistics of another model, or of fewer tokens than the inputs are wide."
     )
     cache_bytes: int | None = option(
         None,
-        "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in host "
-        "memory; a cache that fits in neither goes to a file. None is half of what is free.",
+        "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in "
+        "host memory; a cache that fits in neither goes to a file.",
+        unset="half of what is free",
     )
     state: str | None = option(
         None,
-        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with the same "
-        "bits. None is OUTPUT.run on the command line, else the state is not kept.",
+        "folder for the state of this run alone. After a crash the same edit continues from it, and ends with "
+        "the same bits.",
+        unset="OUTPUT.run on the command line; from Python, the state is not kept",
     )
     save_every: float = option(300.0, "seconds between two states of the run.")
     keep_partial: bool = option(

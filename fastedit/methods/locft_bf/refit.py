@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit import ops
-from fastedit.errors import EditError
+from fastedit.errors import EditError, TensorError
 from fastedit.methods.batch import Batch
 from fastedit.methods.keys import KeyWalk
 from fastedit.methods.locft_bf.null_space import threshold
@@ -68,7 +68,11 @@ def refit(
                 D = trained[path].T if turned else trained[path]  # [h, d]
                 D = least_update(D, keys, *statistics.eigen(layer))
                 write(layer, D.T.contiguous() if turned else D)
-    except (EditError, RuntimeError) as error:  # no memory for it, or a matrix that is not positive definite
+    except (
+        EditError,
+        TensorError,
+        RuntimeError,
+    ) as error:  # no memory for it, or a matrix that is not positive definite
         for layer, path in paths.items():
             write(layer, trained[path])
         return [f"the update is the trained one, and was not refitted: {error}"]
