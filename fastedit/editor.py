@@ -309,16 +309,21 @@ class Editor:
             now: the model's fingerprint.
         """
         standing = self._standing()
-        keys: dict[str, list[Tensor]] = {}
-        for _, edit in standing:
+        unedited = standing[0][0].metadata["fingerprint"] if standing else now
+        keys: dict[str, list[Tensor]] = {}  # path -> keys of the edits there
+        newest: dict[str, WeightDelta] = {}  # path -> the last edit there
+        for delta, edit in standing:
+            newest |= dict.fromkeys(delta.updates, delta)
             for path, more in edit.keys.items():
                 keys.setdefault(path, []).append(more)
-        newest = {path: delta for delta, _ in standing for path in delta.updates if keys}
-        lost = [path for delta in {*newest.values()} for path in delta.overwritten() if newest[path] is delta]
-        unedited = standing[0][0].metadata["fingerprint"] if standing else now
-        preserved = {path: torch.cat(some) for path, some in keys.items() if path not in lost}
-        said = f"something else changed {listed(sorted(lost))} after the earlier edits; these are not preserved there"
-        return History(unedited, preserved, self._memo, now=now), [said] if lost else []
+        changed = set[str]()  # by something else, after the last edit there
+        for delta in {*newest.values()} if keys else ():
+            changed |= {path for path in delta.overwritten() if newest[path] is delta}
+        preserved = {path: torch.cat(keys[path]) for path in keys.keys() - changed}
+        text = (
+            f"something else changed {listed(sorted(changed))} after the earlier edits; these are not preserved there"
+        )
+        return History(unedited, preserved, self._memo, now=now), [text] if changed else []
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""

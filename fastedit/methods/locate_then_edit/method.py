@@ -280,7 +280,7 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
             wanted = (z - walk.outputs(last, site)) * share
             return wanted if tail is None else tail.change(walk.outputs(layer, config.module), wanted)
 
-        for layer, share in recipe.places:
+        for layer, share in recipe.shares:
             walk.advance(layer)
             now = partial(residuals, layer, share, MLPTail.of(topology, layer) if tailed else None)
             at = walk.keys(config.module, bare=True) if at_bare else None
