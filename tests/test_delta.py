@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import MakeEdits, assert_holds, files_of_at_most, state, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fastedit import Editor, EditRequest, EditResult, ModelError, WeightDelta, tensorfile
+from fastedit import Editor, EditResult, ModelError, WeightDelta, tensorfile
 from fastedit import delta as delta_module
 from fastedit.models import fingerprint
 from fastedit.tensorfile import checksum
 from fastedit.weights import LowRank
 
-MakeEdits = Callable[..., list[EditRequest]]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -36,19 +34,6 @@ def edit(tokenizer: Any, make_edits: MakeEdits) -> Callable[..., EditResult]:
         return Editor(model, tokenizer, **settings).edit(make_edits(8, salt))
 
     return make
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_holds(model: nn.Module, wanted: dict[str, Tensor]) -> None:
-    """The model's weights are bitwise these."""
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name].contiguous().view(torch.uint8), value.view(torch.uint8)), name
 
 
 @DTYPES
@@ -466,18 +451,6 @@ def write_half(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str,
     content = Path(path).read_bytes()
     Path(path).write_bytes(content[: len(content) // 2])
     raise OSError(28, "No space left on device")
-
-
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """The system refuses to make a file longer than this, as it refuses on a full disk."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("how", ["half written", "file too large"])

@@ -7,14 +7,13 @@ import gc
 import importlib
 import json
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import moments, random_edits, tiny_model
+from helpers import MakeEdits, assert_holds, files_of_at_most, moments, random_edits, state, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
@@ -33,22 +32,8 @@ from fastedit import (
 )
 from fastedit import editor as editor_module
 
-MakeEdits = Callable[..., list[EditRequest]]
 CONFIG: dict[str, Any] = {"layer": 2, "module": "mlp", "lr": 1e-2, "batch_size": 4, "epochs": 60}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_holds(model: nn.Module, wanted: dict[str, Tensor]) -> None:
-    """The model's weights are bitwise these."""
-    found = model.state_dict()
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
 def argmax_of_answers(model: nn.Module, tokenizer: Any, edits: list[EditRequest]) -> list[list[list[int]]]:
@@ -342,18 +327,6 @@ def test_a_reverted_edit_is_not_saved(stack: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="reverted"):
         result.save_model(tmp_path / "model")
     assert not list(tmp_path.iterdir())
-
-
-@contextmanager
-def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """The system refuses to make a file longer than this, as it refuses on a full disk."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_model_is_saved_whole_or_not_at_all(tokenizer: Any, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from calling import fails, works
-from failing import CtrlC, small_files
+from calling import CtrlC, fails, works
+from helpers import files_of_at_most
 
 from fastedit.cli.bars import Bars
 
@@ -52,12 +52,12 @@ def test_covariance_of_another_text_is_refused_before_the_work(collecting: tuple
 
 def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_path: Path) -> None:
     wide = (*collecting, "--output", tmp_path / "out")
-    with small_files():
+    with files_of_at_most(4096):
         said = fails(1, *wide)
     assert "the statistics could not be saved" in said
     assert "nothing was saved yet" in said
     works(*wide, "--tokens", 1)
-    with small_files():
+    with files_of_at_most(4096):
         assert said.partition("; ")[0] in (again := fails(1, *wide))
     assert "goes on where the statistics were last saved" in again
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calling import call, fails
+from calling import CtrlC, call, fails
 from capitals import LEARNS, weights, write
-from failing import CtrlC
 
 import fastedit.demo
 from fastedit.cli.bars import Bars

@@ -13,7 +13,7 @@ import pytest
 import torch
 from calling import call, fails, works
 from capitals import BRIEFLY, RECORDS, weights, write
-from failing import small_files
+from helpers import files_of_at_most
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
 
 from fastedit import EditError, Editor, WeightDelta
@@ -43,7 +43,7 @@ def test_a_disk_that_fills_up(
             (output / name).touch()
     before = sorted(tmp_path.rglob("*"))
     common = ("edit", "--model", model, "--requests", facts, "--output", output, *BRIEFLY, "--no-evaluate")
-    with small_files():
+    with files_of_at_most(4096):
         said = fails(code, *common, *flags)
     assert "could not be saved" in said
     assert code == 2 or said.endswith("; nothing was written")

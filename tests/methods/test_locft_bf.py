@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from families import DENSE, SHARED
-from helpers import FAMILIES, in_fp64, tiny_model
+from helpers import FAMILIES, MakeEdits, in_fp64, state, tiny_model
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -31,7 +31,6 @@ from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.presets import locft_bf_preset
 from fastedit.models import Model, Samples, pack, tokenize, topology
 
-MakeEdits = Callable[..., list[EditRequest]]
 Pairs = Sequence[tuple[str, str]]
 DOWN_PROJ = "model.layers.2.mlp.down_proj"  # of llama
 PLAIN: dict[str, Any] = {"lr": 3e-3, "batch_size": 4, "epochs": 4, "skip_loss": 0.0, "stop_loss": 0.0}
@@ -137,10 +136,6 @@ def run(
     settings = {"layer": 2, "module": "down_proj", "shuffle": False} | PLAIN | config
     options = {"progress": progress} if progress else {}
     return plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**settings), **options).run()
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def bits(value: Tensor) -> Tensor:
