@@ -27,6 +27,7 @@ from fastedit import EditRequest
 from fastedit.models import Samples, fingerprint, topology
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
+from fastedit.weights import LowRank
 
 MakeEdits = Callable[..., list[EditRequest]]
 VOCAB = 97
@@ -296,6 +297,12 @@ def moments(
             torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
         )
         found.save(statistics_path(parts, folder, layer))
+
+
+def factors(shape: torch.Size, seed: int, k: int = 3) -> LowRank:
+    """Random factors of rank k for a weight of this shape."""
+    rng = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(shape[0], k, generator=rng), torch.randn(k, shape[1], generator=rng) / 8)
 
 
 class NoWait(TorchDispatchMode):
