@@ -26,11 +26,6 @@ from fastedit.models import Model, topology
 SOUGHT: dict[str, Any] = {"steps": 3, "lr": 0.3, "stop_loss": 0.0}
 
 
-@pytest.fixture
-def case(tokenizer: Any, tmp_path: Path, seed: int) -> Case:
-    return Case(tokenizer, tmp_path / "statistics", seed)
-
-
 def nothing_runs(model: Any) -> list[int]:
     """Passes through a block that no look at the model's structure reaches, from now on."""
     calls: list[int] = []
