@@ -229,7 +229,7 @@ def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, spare: bool, t
     128 × 128 on eight warps: D takes 64 registers per thread, and with an eighth of w, m and v it fits into 128. So two
     programs share a Hopper multiprocessor, and one loads while the other multiplies. This needs `whole`: M, N, row
     strides and all addresses are multiples of 16, and columns are contiguous; otherwise it would spill. A second eighth
-    fits when two of D are done; with bf16 moments or an original, which are not `spare`, when five are.
+    fits when three of D are done; with bf16 moments or an original, which are not `spare`, when five are.
     NVIDIA has no tensor cores for fp32: half the tile on four warps, 8 × 8 products per thread; three programs fit.
     """
     if target is None:
@@ -241,7 +241,7 @@ def config_for(dtype: torch.dtype, allow_tf32: bool, whole: bool, spare: bool, t
     hopper = cuda and target.arch // 10 == 9
     block_t = 64 if cuda and target.arch >= 90 else 32
     tight = hopper and whole
-    return Config(128, 128, block_t, 16, (2 if spare else 5) if tight else 0, 8, stages, 128 if tight else None)
+    return Config(128, 128, block_t, 16, (3 if spare else 5) if tight else 0, 8, stages, 128 if tight else None)
 
 
 def localized_adam_(

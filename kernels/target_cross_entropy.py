@@ -50,10 +50,12 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     def meta(self, column: str) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return {f"BLOCK_{column}" if k == "BLOCK_N" else k: v for k, v in self._asdict().items()}
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return {f"BLOCK_{column}" if name == "BLOCK_N" else name: value for name, value in given.items()}
 
 
 @triton.jit
@@ -294,7 +296,8 @@ def _processors(device: torch.device) -> int:
 def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | None) -> tuple[Config, Config]:
     """Tiles of the two products on a target, None for the interpreter.
 
-    With up to 64 rows, only reading the head counts. With more, tiles of 128 × 128 wait for Hopper's shared memory: a
+    With up to 64 rows, only reading the head counts; ptxas of Triton 3.6 would spill on Ampere to fit a third program
+    in, if it were not told how many registers there are for two. With more, tiles of 128 × 128 wait for Hopper's shared memory: a
     step of 64 fills and reads 80 KiB in the time for 64 KiB, a step of 128 × 256 fills and reads 128 KiB in the time
     for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's slope;
     the second always is. Parts of a chunk make up for its fewer tiles.
@@ -304,7 +307,8 @@ def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | Non
     if dtype == torch.float32:
         return (Config(64, 64, 32, 8 if generation == 10 else 4, min(stages, 3)),) * 2  # four would spill on Blackwell
     if R <= 64:
-        return (Config(64, 128, 64, 4, stages),) * 2
+        narrow = Config(64, 128, 64, 4, stages)
+        return narrow, narrow._replace(maxnreg=224 if generation == 8 else None)
     square = Config(128, 128, 64, 8, stages)
     wide = square._replace(BLOCK_N=256) if generation == 9 else square
     return square if capped else wide, wide
