@@ -585,7 +585,7 @@ def test_an_output_that_holds_an_input_is_refused_before_any_work(
     flags = [word for pair in (sources | {given: within}).items() for word in pair]
     said = fails(2, "edit", "--output", spoiled, *flags)
     assert f"{spoiled} would be replaced, and " in said
-    assert f"{given[2:]} {within} lies in it" in said
+    assert f"{given[2:]} {within} is inside it" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -994,7 +994,7 @@ def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_
     works(*wide, "--tokens", 1)
     with small_files():
         assert said.partition("; ")[0] in (again := fails(1, *wide))
-    assert "goes on where the statistics were last saved" in again
+    assert "continues where the statistics were last saved" in again
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -1010,7 +1010,7 @@ def test_covariance_says_after_ctrl_c_whether_anything_was_saved(
         "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     said = fails(1, *wide)
-    assert ("goes on where the statistics were last saved" in said) == saved
+    assert ("continues where the statistics were last saved" in said) == saved
     assert ("nothing was saved yet" in said) != saved
 
 
