@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def covariance(
     model: Annotated[str | None, typer.Argument(hidden=True)] = None,
     model_option: Annotated[
-        str | None, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
+        str | None,
+        typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model; required."),
     ] = None,
     text: Annotated[
         Path,
