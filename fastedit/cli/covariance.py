@@ -51,7 +51,7 @@ def covariance(
         Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
     ] = None,
     until_converged: Annotated[
-        bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
+        bool, typer.Option("--until-converged", help="Stop when doubling the text no longer changes them.")
     ] = False,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a pass, in whole rows of the context (2,048 at most), one at least.")
