@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -24,7 +24,7 @@ from fastedit.evaluation.sampling import draw
 from fastedit.files import locked
 from fastedit.loading import load_model, slow_dtype_note
 from fastedit.methods import METHODS, method_of
-from fastedit.methods.base import History, Memo, Plan
+from fastedit.methods.base import History, Memo, Plan, SolverPlan
 from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.progress import LEARNED, Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
@@ -235,8 +235,20 @@ class Editor:
             put_back(dict(network.named_parameters()), found.originals)
             raise
         self._edits.append(_Edit(delta, found.keys))
-        about = found.losses, plan.about + found.notes, seconds, found.probability, found.interrupted
-        return EditResult(delta, edits, conflicts, *about, found.learned, stages, found.cached, self.parts)
+        return EditResult(
+            delta=delta,
+            requests=edits,
+            conflicts=conflicts,
+            losses=found.losses,
+            notes=plan.about + found.notes,
+            seconds=seconds,
+            probability=found.probability,
+            interrupted=found.interrupted,
+            learned=found.learned,
+            stages=stages,
+            cached=found.cached,
+            _model=self.parts,
+        )
 
     @plain_state
     @parallel.together()
@@ -256,13 +268,13 @@ class Editor:
             raise ConfigError(f"{self.method} cannot solve edits one by one; methods that can: {able}")
         plan = self.plan(requests)
         edits, now = plan.requests, plan.fingerprint
-        made: Any = plan.made
+        made = cast(SolverPlan, plan.made)
         started = time.perf_counter()
         found = made.run_each()
         found.notes[:0] = plan.about
         seconds = plan.seconds + time.perf_counter() - started
-        metadata = {"method": self.method, "config": found.config, "fingerprint": now, "versions": versions()}
-        metadata["chat_template"] = self.parts.chat is not None
+        metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": now}
+        metadata |= {"versions": versions(), "chat_template": self.parts.chat is not None}
         return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
 
     @plain_state
@@ -297,16 +309,21 @@ class Editor:
             now: the model's fingerprint.
         """
         standing = self._standing()
-        keys: dict[str, list[Tensor]] = {}
-        for _, edit in standing:
+        unedited = standing[0][0].metadata["fingerprint"] if standing else now
+        keys: dict[str, list[Tensor]] = {}  # path -> keys of the edits there
+        newest: dict[str, WeightDelta] = {}  # path -> the last edit there
+        for delta, edit in standing:
+            newest |= dict.fromkeys(delta.updates, delta)
             for path, more in edit.keys.items():
                 keys.setdefault(path, []).append(more)
-        newest = {path: delta for delta, _ in standing for path in delta.updates if keys}
-        lost = [path for delta in {*newest.values()} for path in delta.overwritten() if newest[path] is delta]
-        unedited = standing[0][0].metadata["fingerprint"] if standing else now
-        preserved = {path: torch.cat(some) for path, some in keys.items() if path not in lost}
-        said = f"something else changed {listed(sorted(lost))} after the earlier edits; these are not preserved there"
-        return History(unedited, preserved, self._memo, now=now), [said] if lost else []
+        changed = set[str]()  # by something else, after the last edit there
+        for delta in {*newest.values()} if keys else ():
+            changed |= {path for path in delta.overwritten() if newest[path] is delta}
+        preserved = {path: torch.cat(keys[path]) for path in keys.keys() - changed}
+        text = (
+            f"something else changed {listed(sorted(changed))} after the earlier edits; these are not preserved there"
+        )
+        return History(unedited, preserved, self._memo, now=now), [text] if changed else []
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""

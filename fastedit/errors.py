@@ -7,6 +7,7 @@ any of them in one line on stderr.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +21,14 @@ class FastEditError(Exception):
     Attributes:
         text: what is wrong, what was expected, what to do.
         places: where it happened, the outermost place first, such as "layer 3"; `str()` puts them before the text.
+        additions: what else to say, such as where finished work is; `str()` puts them after the text.
     """
 
     def __init__(self, text: str = "") -> None:
         super().__init__(text)
         self.text = text
         self.places: tuple[str, ...] = ()
+        self.additions: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the fields in copies and pickles, which are made with `args`, the arguments of the class."""
@@ -36,8 +39,31 @@ class FastEditError(Exception):
         self.places = (str(place), *self.places)
         return self
 
+    def add(self: _Error, addition: str) -> _Error:
+        """Add something to say after the text."""
+        self.additions = (*self.additions, addition)
+        return self
+
     def __str__(self) -> str:
-        return ": ".join((*self.places, self.text))
+        return "; ".join((": ".join((*self.places, self.text)), *self.additions))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one of several things.
+
+    Attributes:
+        name: of the thing, such as "edit 7" or "FILE, line 3".
+        cause: what is wrong with it, and what to do.
+        context: where in the thing, if that has to be said, such as "after the context 'w9 {}'".
+    """
+
+    name: str
+    cause: str
+    context: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}{', ' * bool(self.context)}{self.context}: {self.cause}"
 
 
 class RequestError(FastEditError):
@@ -57,18 +83,16 @@ class RequestError(FastEditError):
         self.edits, self.sentences, self.advice = tuple(edits), tuple(sentences), advice
 
     @classmethod
-    def of(cls, problems: Sequence[tuple[str, str]], what: str = "edits", advice: str = "") -> RequestError:
-        """One error about several edits, or other things: (name, sentence) pairs, of which the first ten are quoted.
+    def of(cls, problems: Sequence[Problem], what: str, advice: str = "") -> RequestError:
+        """One error about several things, such as "records"; what is wrong with several of them is said once."""
+        return cls(_several(problems, what, told(problems)), sentences=list(map(str, problems)), advice=advice)
 
-        Each edit has its own sentence. For other things, what is wrong with several is said once.
-        """
-        sentences = [sentence for _, sentence in problems]
-        text = sentences[0]
-        if len(sentences) > 1:
-            said = listed(sentences, " | ") if what == "edits" else told(problems)
-            text = f"{len(sentences)} {what} cannot be used: {said}"
-        edits = [name for name, _ in problems] if what == "edits" else ()
-        return cls(text, edits=edits, sentences=sentences, advice=advice)
+    @classmethod
+    def of_edits(cls, problems: Sequence[Problem]) -> RequestError:
+        """One error about several edits; each of the first ten has its own sentence."""
+        sentences = list(map(str, problems))
+        text = _several(problems, "edits", listed(sentences, " | "))
+        return cls(text, edits=[problem.name for problem in problems], sentences=sentences)
 
     @property
     def sentence(self) -> str:
@@ -124,20 +148,22 @@ class EditError(FastEditError):
         self.edits = tuple(edits)
 
 
-def told(problems: Sequence[tuple[str, str]]) -> str:
-    """The first ten sentences of (name, "name: what is wrong") pairs; what is wrong with several is said once.
+def _several(problems: Sequence[Problem], what: str, said: str) -> str:
+    return str(problems[0]) if len(problems) == 1 else f"{len(problems)} {what} cannot be used: {said}"
+
+
+def told(problems: Sequence[Problem]) -> str:
+    """The first ten problems; what is wrong with several things is said once.
 
     A beginning that their names share, such as FILE in "FILE, line 3", is said once, too.
     """
-    found: dict[str, list[str]] = {}
-    for name, sentence in problems:
-        cause = sentence.removeprefix(f"{name}: ")
-        found.setdefault(cause, []).append(name if cause != sentence else "")
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        names.setdefault(problem.cause, []).append(problem.name)
     said = []
-    for cause, (first, *others) in found.items():
+    for cause, (first, *others) in names.items():
         common = first.rpartition(", ")[0]
-        names = [first, *(name.removeprefix(f"{common}, ") for name in others)]
-        said.append(f"{listed(names)}: {cause}" if first else cause)
+        said.append(f"{listed([first, *(name.removeprefix(f'{common}, ') for name in others)])}: {cause}")
     return listed(said, " | ")
 
 

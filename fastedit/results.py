@@ -23,7 +23,7 @@ from fastedit.saving import save_model
 from fastedit.weights import oriented
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EditResult:
     """The outcome of an edit.
 

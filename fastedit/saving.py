@@ -66,7 +66,7 @@ def check_saves(model: Model, directory: Path) -> None:
     state = model.network.state_dict()
     with trying_directory(directory) as temporary:
         _separate(state, _write_all_but_weights(model, temporary))
-    check_room(directory, sum({_place(name, tensor): tensor.nbytes for name, tensor in state.items()}.values()))
+    check_room(directory, sum({_memory(name, tensor): tensor.nbytes for name, tensor in state.items()}.values()))
 
 
 def check_room(directory: Path, needed: int) -> None:
@@ -228,12 +228,12 @@ def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]
     separate = {}
     for name, tensor in state.items():
         group = layout.group(name)
-        shared = tensor.numel() > 0 and held.setdefault(_place(name, tensor), group) != group
+        shared = tensor.numel() > 0 and held.setdefault(_memory(name, tensor), group) != group
         separate[name] = tensor.clone() if shared else tensor
     return separate
 
 
-def _place(name: str, tensor: Tensor) -> tuple[Any, ...]:
+def _memory(name: str, tensor: Tensor) -> tuple[Any, ...]:
     """Where a weight is in memory; offloaded ones are nowhere, and have only their names."""
     return (name,) if tensor.is_meta else (tensor.device, tensor.data_ptr())
 

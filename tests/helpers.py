@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from html.parser import HTMLParser
@@ -27,7 +27,9 @@ from fastedit import EditRequest
 from fastedit.models import Samples, fingerprint, topology
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
+from fastedit.weights import LowRank
 
+MakeEdits = Callable[..., list[EditRequest]]
 VOCAB = 97
 SPECIAL = ["<s>", "</s>", "<unk>", ".", "The", "Therefore", "Because", "I", "You"]
 WORDS = [f"w{i}" for i in range(len(SPECIAL), VOCAB)]
@@ -143,6 +145,32 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def same(model: nn.Module, wanted: dict[str, Tensor]) -> bool:
     """Bit for bit."""
     return all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers, copied."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_holds(model: nn.Module, wanted: dict[str, Tensor]) -> None:
+    """The model's weights are bitwise these."""
+    found = model.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name].contiguous().view(torch.uint8), value.view(torch.uint8)), name
+
+
+@contextmanager
+def files_of_at_most(n_bytes: int) -> Iterator[None]:
+    """The system refuses to make a file longer than this, as it refuses on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 BOS, EOS = "<s>", "</s>"
@@ -269,6 +297,12 @@ def moments(
             torch.randn(tokens, d, generator=rng) * sizes @ torch.linalg.qr(torch.randn(d, d, generator=rng)).Q
         )
         found.save(statistics_path(parts, folder, layer))
+
+
+def factors(shape: torch.Size, seed: int, k: int = 3) -> LowRank:
+    """Random factors of rank k for a weight of this shape."""
+    rng = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(shape[0], k, generator=rng), torch.randn(k, shape[1], generator=rng) / 8)
 
 
 class NoWait(TorchDispatchMode):

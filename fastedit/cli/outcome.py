@@ -57,7 +57,7 @@ def keeping(
     except KeyboardInterrupt:
         raise EditError(f"interrupted; {outcome.where()}") from None
     except FastEditError as error:
-        error.text += f"; {outcome.where()}"
+        error.add(outcome.where())
         raise
     except Exception as error:
         log.info("the edit was made, what followed failed", exc_info=True)

@@ -83,7 +83,7 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt):
             raise EditError(f"interrupted; {how}") from None
         if isinstance(error, FastEditError):
-            error.text += f"; {how}"
+            error.add(how)
         raise
 
 

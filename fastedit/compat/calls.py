@@ -19,6 +19,7 @@ from fastedit.compat.requests import upstream_edits
 from fastedit.compat.stored_targets import check_names, stored_targets
 from fastedit.errors import ConfigError
 from fastedit.methods.base import History, MethodResult
+from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
 from fastedit.methods.naming import edit_name
 from fastedit.models import Model, encode
 from fastedit.statistics.store import MissingStatisticsError
@@ -100,14 +101,13 @@ class EditCall:
     def run(self, name: str, fields: Mapping[str, Any], history: History, template: Any = None) -> MethodResult:
         """Plan and run one of our methods; raises its errors."""
         method = methods.method_of(name, fields)
-        made: Any = method.plan(self.parts, self.edits, method.config(**fields), history=history)
-        if template is not None:
+        made = method.plan(self.parts, self.edits, method.config(**fields), history=history)
+        if template is not None and isinstance(made, LocateThenEditPlan):
             clamp = self.hparams.get("clamp_norm_factor")
             made = replace(made, find=stored_targets(template, clamp, made.find))
         for note in made.notes:
             _log.info("%s: %s", self.hparams.method, note)
-        found: MethodResult = made.run()
-        return found
+        return made.run()
 
 
 def locate_then_edit(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastedit.errors import RequestError
+from fastedit.errors import Problem, RequestError
 from fastedit.models import joined
 from fastedit.requests.values import blank
 
@@ -45,8 +45,7 @@ def upstream_edits(requests: Sequence[Mapping[str, Any]]) -> list[UpstreamEdit]:
         try:
             edits.append(_edit(request))
         except RequestError as error:
-            name = f"requests[{place}]"
-            problems.append((name, f"{name}: {error}"))
+            problems.append(Problem(f"requests[{place}]", str(error)))
     if problems:
         raise RequestError.of(problems, "requests")
     return edits

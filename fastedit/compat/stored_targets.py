@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastedit.compat.requests import UpstreamEdit
-from fastedit.errors import ConfigError, FileError, RequestError
+from fastedit.errors import ConfigError, FileError, Problem, RequestError
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import Find
 from fastedit.methods.locate_then_edit.recipes import Recipe
@@ -33,7 +33,7 @@ def check_names(template: str | Path, clamp: Any, edits: Sequence[UpstreamEdit])
     for place, edit in enumerate(edits):
         name = edit_name(edit, place)
         if edit.id is None:
-            problems.append((name, f"{name} has no case_id, and cache_template needs one"))
+            problems.append(Problem(name, "it has no case_id, and cache_template needs one"))
             continue
         try:
             file = str(template).format(0, clamp, edit.id)
@@ -42,10 +42,10 @@ def check_names(template: str | Path, clamp: Any, edits: Sequence[UpstreamEdit])
             raise ConfigError(f"{given}; give three {{}}: for the layer, the clamp and the case_id") from None
         owner = owners.setdefault(file, place)
         if (edit.prompt, edit.target) != (edits[owner].prompt, edits[owner].target):
-            text = f"requests[{place}], {name}, has the file of requests[{owner}] by cache_template"
-            problems.append((name, f"{text}; give it a case_id of its own"))
+            cause = f"requests[{place}] has the file of requests[{owner}] by cache_template"
+            problems.append(Problem(name, f"{cause}; give it a case_id of its own"))
     if problems:
-        raise RequestError.of(problems)
+        raise RequestError.of_edits(problems)
 
 
 def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from fastedit.errors import ConfigError, EditError, RequestError
+from fastedit.errors import ConfigError, EditError, Problem, RequestError
 from fastedit.evaluation import sampling
 from fastedit.evaluation.cells import RATIOS, SHARES, LocateCell
 from fastedit.evaluation.predict import Predictions, predict
@@ -239,7 +239,7 @@ def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> Loc
     """Edit at one place and measure; the parameters are restored bit for bit in any case."""
     (layer,), module = place.config.layers, place.config.module
     assert module is not None
-    parameters = dict(place.data.model.topology.resolve(layer, module)[1].named_parameters())
+    parameters = dict(place.data.batch.model.topology.resolve(layer, module)[1].named_parameters())
     with Snapshot(parameters, always=True):
         try:
             started = time.perf_counter()
@@ -267,13 +267,13 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
 
 def _questions(capability: Sequence[tuple[str, str]]) -> list[EditRequest]:
     questions: list[EditRequest] = []
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     for i, (prompt, answer) in enumerate(capability):
         name = f"capability {i}"
         try:
             questions.append(EditRequest(prompt, answer, id=name))
         except RequestError as error:
-            problems.append((name, str(error.at(name))))
+            problems.append(Problem(name, str(error)))
     if problems:
         raise RequestError.of(problems, "capability pairs")
     return questions

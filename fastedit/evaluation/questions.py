@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastedit.errors import RequestError, listed
+from fastedit.errors import Problem, RequestError, listed
 from fastedit.evaluation.generate import Stop
 from fastedit.evaluation.texts import inner_ends
 from fastedit.models import SENTENCE_ENDS, Model, PairError, Samples, encode, special_tokens, without_rows
@@ -93,8 +93,8 @@ def ask(
         samples = model.tokenize(pairs, append_eos=False)
     except PairError as error:
         names = list(owners.values())
-        problems = {names[p.pair]: f"{names[p.pair]}: {p.sentence()}" for p in reversed(error.problems)}
-        raise RequestError.of(list(reversed(problems.items())), "prompts") from None
+        problems = {names[p.pair]: Problem(names[p.pair], p.sentence()) for p in reversed(error.problems)}
+        raise RequestError.of(list(reversed(problems.values())), "prompts") from None
     documents = _windows(model, [text] if isinstance(text, str) else text, context)
     return Questions(asked, owners, _stops(asked, owners, samples, by_edit), samples, documents, len(requests))
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from fastedit.ledger.records import Fact
 from fastedit.methods.batch import Batch
 from fastedit.methods.keys import KeyWalk
-from fastedit.methods.subjects import subject_ends
+from fastedit.methods.subjects import subject_spans
 from fastedit.models import Model, plain_state
 from fastedit.requests import EditRequest
 
@@ -51,7 +51,7 @@ def likenesses(
     known = dict.fromkeys(fact.request.subject for fact in facts if fact.request.subject)
     asked = [subject] if subject else [None, *(name for name in known if name in prompt)]
     requests = [EditRequest(prompt, "?", at, id="the prompt") for at in asked]
-    requests += [f.request if subject_ends(f.request) else replace(f.request, subject=None) for f in facts]
+    requests += [f.request if subject_spans(f.request) else replace(f.request, subject=None) for f in facts]
     whole = [request if request.subject else replace(request, subject=request.prompt) for request in requests]
     with KeyWalk(Batch(model, whole), layer) as walk:
         keys: Tensor = normalize(walk.keys(config["module"]).double(), dim=1)

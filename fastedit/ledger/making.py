@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastedit.editor import Editor
-from fastedit.errors import EditError, FileError, ModelError, RequestError, listed
+from fastedit.errors import EditError, FileError, ModelError, Problem, RequestError, listed
 from fastedit.ledger.records import Fact, Records
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.method import LocateThenEditPlan
@@ -17,7 +17,6 @@ from fastedit.methods.locate_then_edit.recipes import Recipe
 from fastedit.methods.locate_then_edit.targets import Targets
 from fastedit.requests import EditRequest
 from fastedit.results import EditResult
-from fastedit.statistics.store import StatisticsStore
 from fastedit.tensorfile import load_tensors, save_tensors
 
 _TAG, _WHAT = "fastedit-ledger-targets-1", "the targets"
@@ -54,7 +53,7 @@ def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mappi
         ModelError: the statistics are not those of the earlier facts.
     """
     plan, lr = editor.plan([fact.request for fact in facts]), header["lr"]
-    statistics = _statistics(plan.made)
+    statistics = plan.made.digests()
     changed = [layer for layer, digest in statistics.items() if header["statistics"].get(layer, digest) != digest]
     if changed:
         raise ModelError(
@@ -83,14 +82,6 @@ def write(editor: Editor, facts: Sequence[Fact], records: Records, header: Mappi
         raise EditError(f"interrupted ({result.interrupted}); the ledger takes whole changes only, nothing was written")
     result.notes += notes
     return Written(result, sought, statistics, lr)
-
-
-def _statistics(made: Any) -> dict[str, str]:
-    """Digests of the second moments that a plan reads from files."""
-    if not isinstance(made.statistics, StatisticsStore):
-        return {}
-    layers = made.recipe.layers if isinstance(made, LocateThenEditPlan) else made.config.layers
-    return made.statistics.digests(layers)
 
 
 def _targets(
@@ -197,11 +188,9 @@ def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> N
         if request.id is None:
             continue
         if owner.setdefault(request.id, request.prompt) != request.prompt:
-            problems.append((request.id, f"id {request.id} names the fact {owner[request.id]!r:.80} already"))
+            problems.append(Problem(f"id {request.id}", f"it names the fact {owner[request.id]!r:.80} already"))
     if problems:
-        error = RequestError.of(problems, "ids")
-        error.text += "; give other ids, or forget the old facts first"
-        raise error
+        raise RequestError.of(problems, "ids").add("give other ids, or forget the old facts first")
 
 
 def told(facts: Sequence[Fact]) -> str:

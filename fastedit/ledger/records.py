@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.delta import WeightDelta
-from fastedit.errors import FileError, RequestError
+from fastedit.errors import FileError, Problem, RequestError
 from fastedit.files import check_writable, locked
 from fastedit.requests import EditRequest
 
@@ -248,17 +248,17 @@ class Records:
         """
         if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
             raise RequestError(f"facts are {names!r:.80}; give ids or prompts, at least one")
-        standing, problems = self.standing(), list[tuple[str, str]]()
+        standing, problems = self.standing(), list[Problem]()
         of_prompt = {fact.request.prompt: fact for fact in standing}
         known = of_prompt | {fact.id: fact for fact in standing}
         for name in names:
             if name in of_prompt and of_prompt[name] is not known[name]:
-                text = f"{name!r} is the id of one fact and the prompt of another, {of_prompt[name].id}"
-                problems.append((name, f"{text}; give the first one's prompt, or the other's id"))
+                cause = f"it is the id of one fact and the prompt of another, {of_prompt[name].id}"
+                problems.append(Problem(repr(name), f"{cause}; give the first one's prompt, or the other's id"))
             elif name not in known:
                 near = [known[other].id for other in get_close_matches(name, known, n=3, cutoff=0.4)]
                 hint = f"did you mean {' or '.join(dict.fromkeys(near))}?" if near else "`log` lists them"
-                problems.append((name, f"no fact with the id or the prompt {name!r} stands; {hint}"))
+                problems.append(Problem(repr(name), f"no fact with this id or prompt stands; {hint}"))
         if problems:
             raise RequestError.of(problems, "facts")
         return list({known[name].serial: known[name] for name in names}.values())

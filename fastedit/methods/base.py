@@ -71,7 +71,7 @@ class History:
     now: str | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MethodResult:
     """The outcome of a method; the model already holds the edit.
 
@@ -134,5 +134,15 @@ class Plan(Protocol):
     def notes(self) -> list[str]:
         """Automatic choices, and whatever else the user should know before the work starts."""
 
+    def digests(self) -> dict[str, str]:
+        """Digest of the file of second moments of each layer that has one and needs it, by the layer's number."""
+
     def run(self) -> MethodResult:
         """Edit the model in place. Raises EditError; on every exception the model is as it was before."""
+
+
+class SolverPlan(Plan, Protocol):
+    """A plan of a method that can also solve each edit by itself (`Method.solves_each`)."""
+
+    def run_each(self) -> EachResult:
+        """Solve each edit by itself, without changing the model. Raises EditError."""

@@ -1,4 +1,4 @@
-"""Edits with facts about them that are computed once: where their subjects end, and their token samples."""
+"""Edits with facts about them that are computed once: where their subjects are, and their token samples."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastedit.errors import ConfigError, RequestError, listed
+from fastedit.errors import ConfigError, Problem, RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.methods.contexts import BARE
 from fastedit.methods.naming import edit_name, named_error
-from fastedit.methods.subjects import find_subjects, repeated_note
+from fastedit.methods.subjects import no_subject, subject_spans
 from fastedit.models import Budget, Model, PairError, Samples, prompt_samples
 from fastedit.progress import Progress, no_progress
 
@@ -27,9 +27,11 @@ class Batch:
         contexts: templates with one "{}" each, where the prompt goes; they are used beside the bare prompt.
         budget: memory for prefix caches.
 
+    Attributes:
+        spans: all places of each edit's subject in its prompt, in characters, ascending; the last one counts.
+
     Raises:
         ConfigError: a context does not hold "{}" exactly once.
-        RequestError: edits without a subject, or with one that is not in the prompt; names all of them.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Batch:
         self.model, self.edits, self.templates = model, list(edits), checked_templates(contexts)
         self.budget, self.progress = budget or Budget(), progress
         self._names = [edit_name(edit, place) for place, edit in enumerate(edits)]
-        self.subject_ends, self._repeated = find_subjects(edits)
+        self.spans = [subject_spans(edit) for edit in edits]
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -52,7 +54,26 @@ class Batch:
     @property
     def notes(self) -> list[str]:
         """Notes on these edits for the user."""
-        return repeated_note(self.name_list(self._repeated))
+        repeated = [place for place, spans in enumerate(self.spans) if len(spans) > 1]
+        said = "the subject occurs more than once in the prompt, and the last occurrence is used"
+        return [f"{said}: {self.names(repeated)}"] if repeated else []
+
+    @property
+    def without_subject(self) -> list[int]:
+        """The places of the edits without a subject, or with one that is not in the prompt."""
+        return [place for place, spans in enumerate(self.spans) if not spans]
+
+    def require_subjects(self) -> None:
+        """Raise RequestError if there are edits without a subject, or with one that is not in the prompt; names all."""
+        problems = [Problem(self._names[place], no_subject(self.edits[place])) for place in self.without_subject]
+        if problems:
+            raise RequestError.of_edits(problems)
+
+    def reporting(self, progress: Progress) -> Batch:
+        """The same batch with another progress callback."""
+        batch = copy(self)
+        batch.progress = progress
+        return batch
 
     def name_list(self, places: Sequence[int]) -> list[str]:
         """Names of the edits at these places."""
@@ -69,19 +90,18 @@ class Batch:
         [T·N], template by template: all edits in the first one, then all in the second, …
 
         Raises:
-            RequestError: subjects that end after the model's context; names all of them.
+            RequestError: edits without a subject, or with one that ends after the model's context; names all of them.
         """
         texts, ends = self._in_templates()
         ids, last = self.model.last_tokens(texts, ends)
         n, context = len(self), self.model.topology.context_length
-        problems: dict[int, tuple[str, str]] = {}
+        problems: dict[int, Problem] = {}
         for sample, place in enumerate(last):
             if place >= context:
-                name = self._names[sample % n]
-                text = f"{name}: its subject ends at token {place + 1}, beyond the model's context of {context}"
-                problems.setdefault(sample % n, (name, f"{text}; shorten the prompt"))
+                cause = f"its subject ends at token {place + 1}, beyond the model's context of {context}"
+                problems.setdefault(sample % n, Problem(self._names[sample % n], f"{cause}; shorten the prompt"))
         if problems:
-            raise RequestError.of(list(problems.values()))
+            raise RequestError.of_edits(list(problems.values()))
         return prompt_samples(ids, last)
 
     @cached_property
@@ -91,7 +111,8 @@ class Batch:
         Samples [(T + 1)·N], template by template, the rows of the KL term last; token indices [(T + 1)·N].
 
         Raises:
-            RequestError: edits that cannot be tokenized or do not fit the model's context; names all of them.
+            RequestError: edits that cannot be tokenized, have no subject, or do not fit the model's context; names all
+                of them.
         """
         texts, ends = self._in_templates()
         n, model = len(self), self.model
@@ -139,8 +160,7 @@ class Batch:
     def _part(self, places: Sequence[int], templates: list[int]) -> Batch:
         part = self.within(())
         part.edits, part._names = [self.edits[i] for i in places], [self._names[i] for i in places]
-        part.subject_ends = [self.subject_ends[i] for i in places]
-        part._repeated = [new for new, old in enumerate(places) if old in self._repeated]
+        part.spans = [self.spans[i] for i in places]
         part.templates = tuple(self.templates[t] for t in templates)
         index = torch.tensor(list(places), dtype=torch.int64)
         rows = (torch.tensor([*templates, len(self.templates)])[:, None] * len(self) + index).view(-1)
@@ -153,11 +173,12 @@ class Batch:
 
     def _in_templates(self) -> tuple[list[str], list[int]]:
         """All prompts in the first template, then all in the second, …, and the end of the subject in each text."""
+        self.require_subjects()
         texts, ends = [], []
         for template in self.templates:
             before, after = template.split(BARE)
             texts += [before + edit.prompt + after for edit in self.edits]
-            ends += [len(before) + end for end in self.subject_ends]
+            ends += [len(before) + spans[-1][1] for spans in self.spans]
         return texts, ends
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 
-from fastedit.errors import RequestError, listed
+from fastedit.errors import Problem, RequestError, listed
 from fastedit.methods.base import Edit
 from fastedit.models import Model, PairError
 
@@ -40,11 +40,10 @@ def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int],
     Args:
         source: returns the place of a pair's edit, and the context in front of its prompt ("" for none).
     """
-    problems: dict[int, tuple[str, str]] = {}
+    problems: dict[int, Problem] = {}
     for problem in error.problems:
         place, context = source(problem.pair)
-        name = where = edit_name(edits[place], place)
-        if context:
-            where += f", after the context {context[:60]!r}"
-        problems.setdefault(place, (name, f"{where}: {problem.sentence(in_context=bool(context))}"))
-    return RequestError.of([problems[place] for place in sorted(problems)])
+        said = f"after the context {context[:60]!r}" if context else ""
+        cause = problem.sentence(in_context=bool(context))
+        problems.setdefault(place, Problem(edit_name(edits[place], place), cause, said))
+    return RequestError.of_edits([problems[place] for place in sorted(problems)])

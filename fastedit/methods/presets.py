@@ -63,9 +63,9 @@ class LocateThenEditPreset:
     null_threshold: float | None = 2e-2
     l2: float = 10.0
 
-    def cov_weight(self, objective: str) -> float:
+    def cov_weight(self, equality: bool) -> float:
         """λ, the weight of C; that of equality is larger, as published."""
-        return self.equality_cov_weight if objective == "equality" else self.least_squares_cov_weight
+        return self.equality_cov_weight if equality else self.least_squares_cov_weight
 
 
 _LOCATE_THEN_EDIT: dict[tuple[str, int, int, int], LocateThenEditPreset] = {

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 
-from fastedit.errors import RequestError, listed
 from fastedit.methods.base import Edit
-from fastedit.methods.naming import edit_name
 from fastedit.models import PARTICLES, Span, in_word
 
 _PARTICLES = re.compile(PARTICLES)
@@ -20,45 +17,12 @@ _ALIKE = {
 _PLAIN = {ord(c): plain for plain, alike in _ALIKE.items() for c in alike}
 
 
-def repeated_note(names: Sequence[str]) -> list[str]:
-    """The note on edits whose subject is in the prompt more than once; no note without names."""
-    note = f"the subject stands in the prompt more than once, the last place counts: {listed(names)}"
-    return [note] if names else []
-
-
-def find_subjects(edits: Sequence[Edit]) -> tuple[list[int], list[int]]:
-    """The end of each edit's subject in its prompt, in characters, and the places of edits that repeat their subject.
-
-    The last occurrence counts; whole words take precedence over parts of words.
-
-    Raises:
-        RequestError: edits without a subject, or with one that is not in the prompt; names all of them.
-    """
-    ends: list[int] = []
-    repeated: list[int] = []
-    problems: list[tuple[str, str]] = []
-    for place, edit in enumerate(edits):
-        name = edit_name(edit, place)
-        if not edit.subject:
-            text = f"{name} has no subject, and this method reads a fact at the last token of its subject; give the "
-            problems.append((name, text + "words of the prompt that the fact is about"))
-            continue
-        found = subject_ends(edit)
-        if not found:
-            text = f"{name}: the subject {edit.subject!r} does not stand in the prompt {edit.prompt!r:.80}; give it "
-            problems.append((name, text + "as it is written there"))
-            continue
-        ends.append(found[-1])
-        if len(found) > 1:
-            repeated.append(place)
-    if problems:
-        raise RequestError.of(problems)
-    return ends, repeated
-
-
-def subject_ends(edit: Edit) -> list[int]:
-    """The ends of all occurrences of an edit's subject in its prompt; see `subject_spans`."""
-    return [end for _, end in subject_spans(edit)]
+def no_subject(edit: Edit) -> str:
+    """Why an edit's subject was not found, and what to do."""
+    if not edit.subject:
+        reason = "it has no subject, and this method reads a fact at the last token of its subject"
+        return f"{reason}; give the words of the prompt that the fact is about"
+    return f"the subject {edit.subject!r} is not in the prompt {edit.prompt!r:.80}; give it as it is written there"
 
 
 def subject_spans(edit: Edit) -> list[Span]:

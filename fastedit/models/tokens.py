@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.errors import ModelError, RequestError, TensorError
+from fastedit.errors import ModelError, Problem, RequestError, TensorError
 from fastedit.models.chat import Chat
 from fastedit.models.encode import Text, encode, encode_with_spans, trailing, without_rows
 
@@ -85,8 +85,7 @@ class PairError(RequestError):
     """Pairs that cannot be tokenized; ``problems`` lists all of them."""
 
     def __init__(self, problems: Sequence[PairProblem]) -> None:
-        sentences = [(str(p.pair), f"pair {p.pair}: {p.sentence()}") for p in problems]
-        found = RequestError.of(sentences, "pairs")
+        found = RequestError.of([Problem(f"pair {p.pair}", p.sentence()) for p in problems], "pairs")
         super().__init__(found.text, sentences=found.sentences)
         self.problems = tuple(problems)
         self.args = (problems,)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastedit.errors import RequestError, told
+from fastedit.errors import Problem, RequestError, told
 from fastedit.requests.formats import table
 from fastedit.requests.records import read_records
 from fastedit.requests.request import EditRequest, edits_of, warn_of_unread
@@ -50,7 +50,7 @@ def _read_all(
 ) -> list[EditRequest]:
     """The requests from pairs of a place and a record, request or error; raises one error for all unusable records."""
     requests: list[EditRequest] = []
-    problems: list[tuple[str, str]] = []
+    problems: list[Problem] = []
     unread = Counter[str]()
     advice: dict[str, None] = {}
     index = -1
@@ -63,9 +63,9 @@ def _read_all(
             if isinstance(record, RequestError):
                 raise record
             left_out = set[str]()
-            requests += edits_of(record, left_out, where=where, default_id=position)
+            requests += edits_of(record, left_out, position)
         except RequestError as error:
-            problems.append((where, error.sentence))
+            problems.append(Problem(where, error.sentence))
             advice[error.advice] = None
         else:
             unread.update(left_out)
@@ -73,8 +73,8 @@ def _read_all(
         raise RequestError.of(problems, "records", ". ".join(filter(None, advice)))
     if problems:
         _log.warning("%s: %d of %d records are left out: %s", name, len(problems), index + 1, told(problems))
-        for _, sentence in problems:
-            _log.info("left out: %s", sentence)
+        for problem in problems:
+            _log.info("left out: %s", problem)
     warn_of_unread(name, unread)
     return requests
 

@@ -94,14 +94,13 @@ def _table(source: Source, separator: str) -> Records:
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) != len(columns):
-                    found = f"{where}: {len(cells)} cells for {len(columns)} columns"
+                    found = f"{len(cells)} cells for {len(columns)} columns"
                     yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes, and write "
                                               "empty cells too")  # fmt: skip
                 else:
-                    yield where, _row(where, columns, cells)
+                    yield where, _row(columns, cells)
         except csv.Error as error:
-            where = f"{source.path}, line {skipped + rows.line_num}"
-            yield where, RequestError(f"{where}: {error}; is a quote missing?")
+            yield f"{source.path}, line {skipped + rows.line_num}", RequestError(f"{error}; is a quote missing?")
 
 
 def _columns(source: Source, cells: list[str]) -> list[str]:
@@ -119,14 +118,14 @@ def _columns(source: Source, cells: list[str]) -> list[str]:
     return names
 
 
-def _row(where: str, columns: list[str], cells: list[str]) -> Any:
+def _row(columns: list[str], cells: list[str]) -> Any:
     """A record of the cells that hold something, or an error."""
     record = {}
     for name, cell in zip(columns, cells, strict=True):
         if name and cell.strip():
             found = _cell(cell)
             if isinstance(found, str) and _LISTED.fullmatch(found):
-                problem = f"{where}: column '{name}': {cell!r:.60} is neither a list nor a text"
+                problem = f"column '{name}': {cell!r:.60} is neither a list nor a text"
                 return RequestError(f'{problem}; write a list as ["one", "two"]')
             record[name] = found
     return record
@@ -186,7 +185,7 @@ def _array(source: Source) -> Records:
                 held, at = held[at:] + piece, 0
                 continue
             where = f"{source.path}, record {count} (counted from 0)"
-            yield where, _once(item, where, held, at, end)
+            yield where, _once(item, held, at, end)
             count, at = count + 1, after.end()
             if after[1] == "]":
                 if not held[at:].strip() and not text.read().strip():
@@ -204,7 +203,7 @@ def _array(source: Source) -> Records:
         yield f"{source.path}, record {index} (counted from 0)", record
 
 
-def _once(record: Any, where: str, text: str, start: int, end: int) -> Any:
+def _once(record: Any, text: str, start: int, end: int) -> Any:
     """The record in text[start:end], or an error if one of its objects has a field twice; json keeps only one of them.
 
     A hook of the decoder takes up to half of the decoding time, so it is used only if the text may have more fields.
@@ -220,7 +219,7 @@ def _once(record: Any, where: str, text: str, start: int, end: int) -> Any:
     with suppress(*_BROKEN):
         json.loads(text[start:end], object_pairs_hook=look)
     if twice:
-        return RequestError(f"{where}: {listed(list(twice))} given more than once in an object; keep one")
+        return RequestError(f"{listed(list(twice))} given more than once in an object; keep one")
     return record
 
 
@@ -242,13 +241,13 @@ def _lines(source: Source) -> Records:
                 continue
             where = f"{source.path}, line {number}"
             try:
-                record = _once(json.loads(line.rstrip("\n")), where, line, 0, len(line))
+                record = _once(json.loads(line.rstrip("\n")), line, 0, len(line))
             except _BROKEN as error:
                 if not begun and (alone := _alone(source)) is not None:
                     yield from _unwrapped(str(source.path), f"{source.path}, record 0 (counted from 0)", alone)
                     return
                 record = RequestError(
-                    f"{where}: not a whole JSON object: {error}",
+                    f"not a whole JSON object: {error}",
                     advice="Is it truncated? Several objects over more than a line each have to stand in an array",
                 )
             begun = True
@@ -260,7 +259,7 @@ def _unwrapped(place: str, where: str, record: Any) -> Records:
     try:
         rows = table(record)
     except RequestError as error:
-        yield where, error.at(where)
+        yield where, error
         return
     if rows is not None:
         yield from ((f"{place}, row {index} (counted from 0)", row) for index, row in enumerate(rows))
@@ -276,5 +275,5 @@ def _alone(source: Source) -> Any:
     """The object, if the file is a single one over several lines; else None."""
     with suppress(*_BROKEN), source.text() as text:
         held = text.read()
-        return _once(json.loads(held), str(source.path), held, 0, len(held))
+        return _once(json.loads(held), held, 0, len(held))
     return None

@@ -84,29 +84,29 @@ class EditRequest:
             RequestError: unknown format; prompt or target missing or empty; a field of a wrong type; several edits.
         """
         left_out = set[str]()
-        found = edits_of(plain_data(record), left_out, where=where, default_id=default_id)
-        if len(found) > 1:
-            raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])").at(where)
+        try:
+            found = edits_of(plain_data(record), left_out, default_id)
+            if len(found) > 1:
+                raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])")
+        except RequestError as error:
+            error.at(where)
+            raise
         warn_of_unread(where, Counter(left_out))
         return found[0]
 
 
-def edits_of(record: Any, left_out: set[str], *, where: str, default_id: str | None) -> list[EditRequest]:
+def edits_of(record: Any, left_out: set[str], default_id: str | None) -> list[EditRequest]:
     """All edits of a record; adds what is not read to `left_out`. Raises RequestError, as `EditRequest.from_dict`."""
     found = []
-    try:
-        for part, of_part in split(record):
-            try:
-                given = read_record(of_part, left_out)
-                id_ = given["id"] if given["id"] is not None else default_id
-                found.append(EditRequest(**given | {"id": f"{id_}.{part}" if part and id_ is not None else id_}))
-            except RequestError as error:
-                if part:
-                    error.at(f"edit {part}")
-                raise
-    except RequestError as error:
-        error.at(where)
-        raise
+    for part, of_part in split(record):
+        try:
+            given = read_record(of_part, left_out)
+            id_ = given["id"] if given["id"] is not None else default_id
+            found.append(EditRequest(**given | {"id": f"{id_}.{part}" if part and id_ is not None else id_}))
+        except RequestError as error:
+            if part:
+                error.at(f"edit {part}")
+            raise
     return found
 
 

@@ -1,4 +1,4 @@
-"""Calls of the command line."""
+"""Calls of the command line, and Ctrl-C in them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def fails(code: int, *args: Any, **env: str) -> str:
     last = result.stderr.splitlines()[-1]
     assert last.startswith("fastedit: ")
     return last
+
+
+class CtrlC:
+    """Ctrl-C when a stage has done so much."""
+
+    def __init__(self, stage: str, done: int) -> None:
+        self.at = stage, done
+
+    def of(self, bars: Any, title: str, n_edits: int | None = None) -> Any:
+        def report(stage: str, done: int, total: int, loss: float | None = None) -> None:
+            if (stage, done) == self.at:
+                raise KeyboardInterrupt
+
+        return report

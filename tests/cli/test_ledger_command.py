@@ -94,7 +94,7 @@ def test_what_stands_is_a_delta_and_a_checkpoint(work: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("forget LEDGER f9 --model MODEL", "no fact with the id or the prompt 'f9' stands"),
+        ("forget LEDGER f9 --model MODEL", "'f9': no fact with this id or prompt stands"),
         ("forget LEDGER f1 --model OTHER", "of a model with fingerprint"),
         ("forget NONE f1 --model MODEL", "is not a ledger"),
         ("replace LEDGER f1 w40 --model MODEL", "stand already"),

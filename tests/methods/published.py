@@ -46,6 +46,8 @@ METHODS = {
     "emmet": Settings("equality", (1,)),
     "alphaedit": Settings("null-space", (0, 2)),
 }
+TOLERANCE = 3e-5  # keys and residuals in fp32, of the tiny models
+SOUGHT: dict[str, Any] = {"steps": 4, "lr": 0.3, "stop_loss": 0.0}
 
 
 def target_of(edit: EditRequest, width: int = 32) -> Tensor:
@@ -135,3 +137,18 @@ class Case:
     def published(self, edits: Sequence[EditRequest], about: Settings, *more: Any) -> dict[int, Tensor]:
         """On a fresh model."""
         return published(tiny_model(self.family, **self.options), self.tokenizer, edits, self.folder, about, *more)
+
+
+def assert_written(model: nn.Module, wanted: dict[int, Tensor], before: dict[str, Tensor], tolerance: float) -> None:
+    """These layers hold these weights, up to an error relative to the change; no other weight has changed."""
+    names = {f"{topology(model).resolve(layer, 'down_proj')[0]}.weight": layer for layer in wanted}
+    after = values(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == names.keys()
+    for name, layer in names.items():
+        error = (after[name].double() - wanted[layer]).norm() / (wanted[layer] - before[name].double()).norm()
+        assert error < tolerance, (name, float(error))
+
+
+def assert_close(found: Tensor, wanted: Tensor, before: Tensor, tolerance: float) -> None:
+    """Relative to the change."""
+    assert float((found - wanted).norm() / (wanted - before).norm()) < tolerance

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import MakeEdits, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import EditRequest, ops
+from fastedit import ops
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import adam
@@ -19,7 +19,6 @@ from fastedit.methods.locft_bf.method import plan
 from fastedit.models import Model
 
 pytest.importorskip("triton")
-MakeEdits = Callable[..., list[EditRequest]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from fastedit import ConfigError, EditError, EditRequest, ModelError, RequestError
 from fastedit.methods.batch import Batch
 from fastedit.methods.keys import KeyWalk
-from fastedit.methods.naming import edit_name
-from fastedit.methods.subjects import find_subjects, repeated_note
 from fastedit.models import Model, last_tokens, topology
 
 
@@ -135,9 +133,9 @@ def test_wrong_input_is_named(tokenizer: Any) -> None:
 
 def ends(*edits: EditRequest) -> tuple[list[str], list[str]]:
     """The part of each prompt that ends with the subject, and the notes."""
-    found, repeated = find_subjects(edits)
-    notes = repeated_note([edit_name(edits[place], place) for place in repeated])
-    return [edit.prompt[:end] for edit, end in zip(edits, found, strict=True)], notes
+    batch: Any = Batch(None, edits)  # type: ignore[arg-type]  # no model has to look for subjects
+    batch.require_subjects()
+    return [edit.prompt[: spans[-1][1]] for edit, spans in zip(edits, batch.spans, strict=True)], batch.notes
 
 
 def test_the_last_place_of_a_subject_counts() -> None:
@@ -149,7 +147,9 @@ def test_the_last_place_of_a_subject_counts() -> None:
     assert found == ["the home of Ann", "Ann, said Ann", "Ann", "東京は東京"]
     korean = EditRequest("서울 사람이 사는 서울은 서울특별시의", "x", "서울")  # a particle is no part of a word
     assert ends(korean)[0] == ["서울 사람이 사는 서울"]
-    assert notes == ["the subject stands in the prompt more than once, the last place counts: edit twice, edit 3"]
+    assert notes == [
+        "the subject occurs more than once in the prompt, and the last occurrence is used: edit twice, edit 3"
+    ]
     assert ends(once) == (["the home of Ann"], [])
     many = [EditRequest("Ann and Ann", "x", "Ann")] * 14
     assert ends(*many)[1][0].endswith("edit 8, edit 9 and 4 more")
@@ -182,19 +182,17 @@ def test_subjects_are_found_as_a_reader_finds_them(prompt: str, subject: str, ex
     edit = EditRequest(prompt, "x", subject)
     if expected is None:
         with pytest.raises(RequestError):
-            find_subjects([edit])
+            ends(edit)
     else:
         assert ends(edit)[0] == [prompt[: prompt.index(expected) + len(expected)]]
 
 
 def test_an_absent_subject_names_the_edit() -> None:
-    with pytest.raises(RequestError, match="edit 0 has no subject"):
-        find_subjects([EditRequest("the home of Ann is", "x")])
+    with pytest.raises(RequestError, match="edit 0: it has no subject"):
+        ends(EditRequest("the home of Ann is", "x"))
     wrong = EditRequest("the home of Ann is", "x", "ann", id="7")
-    with pytest.raises(
-        RequestError, match="edit 7: the subject 'ann' does not stand in the prompt 'the home of Ann is'"
-    ):
-        find_subjects([EditRequest("a b", "x", "a"), wrong])
+    with pytest.raises(RequestError, match="edit 7: the subject 'ann' is not in the prompt 'the home of Ann is'"):
+        ends(EditRequest("a b", "x", "a"), wrong)
 
 
 class Slow:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastedit import ConfigError, ModelError, ops
-from fastedit.methods.locate_then_edit.distributions import shares
+from fastedit.methods.locate_then_edit.distributions import shares_of
 from fastedit.methods.locate_then_edit.objectives import Equality, LeastSquares, NullSpace, Objective, null_space
 
 D, H = 20, 6
@@ -149,12 +149,12 @@ def test_without_a_null_space_the_threshold_is_named(seed: int) -> None:
 
 
 def test_shares() -> None:
-    assert shares("single", [3]) == [(3, 1.0)]
-    assert shares("spread", [4, 5, 8]) == [(4, 1 / 3), (5, 1 / 2), (8, 1.0)]
-    assert shares("endpoints", [4, 5, 8]) == [(4, 1 / 2), (8, 1.0)]
-    assert shares("endpoints", [4]) == shares("spread", [4]) == [(4, 1.0)]
+    assert shares_of("single", [3]) == [(3, 1.0)]
+    assert shares_of("spread", [4, 5, 8]) == [(4, 1 / 3), (5, 1 / 2), (8, 1.0)]
+    assert shares_of("endpoints", [4, 5, 8]) == [(4, 1 / 2), (8, 1.0)]
+    assert shares_of("endpoints", [4]) == shares_of("spread", [4]) == [(4, 1.0)]
     for layers in ([], [5, 4], [4, 4]):
         with pytest.raises(ConfigError, match=r"layers is \(.*from the lowest to the highest"):
-            shares("spread", layers)
+            shares_of("spread", layers)
     with pytest.raises(ConfigError, match=r"layers is \(4, 5\), but a single layer is written"):
-        shares("single", [4, 5])
+        shares_of("single", [4, 5])

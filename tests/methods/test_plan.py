@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,19 +17,13 @@ from published import Case
 from typer.testing import CliRunner
 
 from fastedit import ConfigError, Editor, EditRequest, FileError, ModelError, RequestError, cli
-from fastedit.methods import METHODS
-from fastedit.methods import batch as batch_module
+from fastedit.methods import METHODS, subjects
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import RECIPES, LocateThenEditConfig
 from fastedit.methods.locate_then_edit.recipes import resolve
 from fastedit.models import Model, topology
 
 SOUGHT: dict[str, Any] = {"steps": 3, "lr": 0.3, "stop_loss": 0.0}
-
-
-@pytest.fixture
-def case(tokenizer: Any, tmp_path: Path, seed: int) -> Case:
-    return Case(tokenizer, tmp_path / "statistics", seed)
 
 
 def nothing_runs(model: Any) -> list[int]:
@@ -43,7 +38,7 @@ LONG = "w9 " * 70
 OFFENDING: dict[str, tuple[str, Callable[[EditRequest], EditRequest], str]] = {
     "too long": ("locft-bf", lambda e: replace(e, prompt=LONG + e.prompt), "more than the model's context of 64"),
     "no subject": ("memit", lambda e: replace(e, subject=None), "has no subject"),
-    "absent subject": ("memit", lambda e: replace(e, subject="nobody"), "does not stand in the prompt"),
+    "absent subject": ("memit", lambda e: replace(e, subject="nobody"), "is not in the prompt"),
     "too long in a context": ("memit", lambda e: replace(e, target="w9 " * 62), "more than the model's context"),
     "late subject": ("memit", lambda e: replace(e, prompt=LONG + e.subject), "take 7"),
 }
@@ -81,14 +76,41 @@ def test_all_offending_records_of_a_file_are_named(tmp_path: Path) -> None:
     assert said.rstrip().endswith(" (--verbose lists them all)")
 
 
-def test_subjects_are_sought_and_texts_are_tokenized_once(
-    case: Case, seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def sought(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by the edits whose subjects are looked for, wherever that is."""
+    found: list[Any] = []
+    seek = subjects.subject_spans
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("fastedit.") and getattr(module, "subject_spans", None) is seek:
+            monkeypatch.setattr(module, "subject_spans", lambda edit: found.append(edit.id) or seek(edit))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("locft-bf", {}),  # chooses to preserve the rest, if all edits have subjects
+        ("locft-bf", {"layer": (0, 1), "module": "down_proj", "preserve": "both", "tokens": "subject", "augment": 2}),
+        ("memit", {"batch_size": 2, "contexts": ("w20 {}",)}),
+        ("rome", {"batch_size": 2}),
+        ("emmet", {}),
+        ("alphaedit", {}),
+    ],
+)
+def test_each_subject_is_looked_for_once(
+    method: str, given: dict[str, Any], case: Case, sought: list[Any], seed: int
 ) -> None:
-    """For a whole run in batches, in a model without preset, which looks at all edits first."""
     edits = random_edits(6, seed)
-    sought, tokenized = [], []
-    seek = batch_module.find_subjects
-    monkeypatch.setattr(batch_module, "find_subjects", lambda given: sought.append(len(given)) or seek(given))
+    solver = {} if method == "locft-bf" else SOUGHT | {"n_contexts": 0}
+    editor = Editor(case.model, case.tokenizer, method, statistics=str(case.folder), **solver, **given)
+    editor.edit(edits)
+    assert sorted(sought) == sorted(edit.id for edit in edits)
+
+
+def test_texts_are_tokenized_once(case: Case, seed: int) -> None:
+    """For a whole run in batches, in a model without preset, which looks at all edits first."""
+    edits, tokenized = random_edits(6, seed), []
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -102,13 +124,12 @@ def test_subjects_are_sought_and_texts_are_tokenized_once(
     given = SETTINGS["memit"].config | {"statistics": case.folder} | SOUGHT | {"lr": None, "batch_size": 2}
     editor = Editor(case.model, Counting(), "memit", **given)
     plan = editor.plan(edits)
-    assert sought == [6]
     before = len(tokenized)
     # prompts alone, prompts with targets (and again for the places of the subjects), "{subject} is a",
     # and both again to note what the tokenizer does not know
     assert before == 5
     editor.run(plan)
-    assert (sought, len(tokenized)) == ([6], before)
+    assert len(tokenized) == before
 
 
 def test_parts_of_a_batch_are_those_that_would_be_made_of_their_edits(case: Case, seed: int) -> None:
@@ -124,7 +145,7 @@ def test_parts_of_a_batch_are_those_that_would_be_made_of_their_edits(case: Case
     for places, part in parts.items():
         wanted = Batch(model, [edits[i] for i in places], CONTEXTS)
         assert part.edits == wanted.edits
-        assert part.subject_ends == wanted.subject_ends
+        assert part.spans == wanted.spans
         assert part.notes == wanted.notes
         assert torch.equal(part.rewriting[1], wanted.rewriting[1])
         for found, fresh in ((part.prompts, wanted.prompts), (part.rewriting[0], wanted.rewriting[0])):
@@ -185,7 +206,7 @@ def test_what_is_given_goes_before_the_method_and_the_method_before_the_preset(
 
 def test_no_code_asks_for_a_method_s_name() -> None:
     """Methods are data: their names stand where they are listed, and nowhere else."""
-    source = Path(batch_module.__file__).parents[1]
+    source = Path(subjects.__file__).parents[1]
     named = {
         path.relative_to(source).as_posix()
         for path in source.rglob("*.py")

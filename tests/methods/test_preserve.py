@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastedit.methods.locft_bf import adam, anchors, null_space, trainer
 from fastedit.methods.locft_bf.anchors import Reference, anchor_prompts
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.methods.subjects import subject_spans
 from fastedit.models import Model, topology
 from fastedit.statistics.store import statistics_path
 
@@ -107,7 +109,7 @@ def test_equals_a_plain_loop(family: str, preserve: str, tokenizer: Any, tmp_pat
     model, edits = tiny_model(family, seed=seed), random_edits(9, seed)
     moments(model, tmp_path, seed)
     parts = topology(model)
-    texts = [text for _, text, _ in anchor_prompts(edits, 1, seed=0)] if preserve != "null-space" else []
+    texts = [text for _, text, _ in anchors_of(edits, 1, seed=0)] if preserve != "null-space" else []
     P = torch.eye(parts.input_width(LAYER, "down_proj"))
     if preserve != "anchors":
         C = StreamingCovariance.load(statistics_path(parts, tmp_path, LAYER)).finalize()
@@ -212,17 +214,21 @@ def test_a_batch_is_skipped_only_if_its_anchors_are_near(
     assert bool(update.any()) == (near < 0)
 
 
+def anchors_of(edits: Sequence[EditRequest], *args: Any, **options: Any) -> list[tuple[int, str, int]]:
+    return anchor_prompts(edits, [subject_spans(edit) for edit in edits], *args, **options)
+
+
 def test_anchors_are_other_subjects_in_the_same_words() -> None:
     edits = [EditRequest(f"The capital of {s} is", "Rome", s) for s in ("Peru", "Chad", "Cuba")]
     edits += [EditRequest("Ann works for", "Opel", "Ann"), EditRequest("Nobody knows", "it")]
-    found = anchor_prompts(edits, 8, seed=3)
+    found = anchors_of(edits, 8, seed=3)
     assert {text for place, text, _ in found if place == 0} == {"The capital of Ann is"}  # the others are asked about
     assert {text for place, text, _ in found if place == 3} == {f"{s} works for" for s in ("Peru", "Chad", "Cuba")}
     assert not [text for place, text, _ in found if place == 4]  # without a subject
-    given = anchor_prompts(edits, 2, seed=3, subjects=["Oslo", "Bern", "Peru", "Bonn"])
+    given = anchors_of(edits, 2, seed=3, subjects=["Oslo", "Bern", "Peru", "Bonn"])
     assert len([text for place, text, _ in given if place == 0]) == 2
     assert "The capital of Peru is" not in [text for _, text, _ in given]
-    assert found == anchor_prompts(edits, 8, seed=3) != anchor_prompts(edits, 8, seed=4)
+    assert found == anchors_of(edits, 8, seed=3) != anchors_of(edits, 8, seed=4)
 
 
 def test_edits_without_anchors_are_named(tokenizer: Any, tmp_path: Path, seed: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import WORDS, tiny_model
+from helpers import WORDS, MakeEdits, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +19,6 @@ from fastedit.models import Factors, Model, Topology, per_sample_updates, topolo
 from fastedit.weights import LowRank
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "gpt_neox", "opt_post_norm"])
-MakeEdits = Callable[..., list[EditRequest]]
 
 
 def entangled(edits: list[EditRequest]) -> list[EditRequest]:

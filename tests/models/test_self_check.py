@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 from families import DENSE, ROUTED, SHARED
-from helpers import CONTEXTS, moments, random_edits, randomize, same, tiny_model, values
+from helpers import CONTEXTS, MakeEdits, moments, random_edits, randomize, same, tiny_model, values
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from fastedit import Editor, EditRequest, ModelError
+from fastedit import Editor, ModelError
 from fastedit.models import Model, fingerprint, self_check, topology
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
 
-MakeEdits = Callable[..., list[EditRequest]]
 LEAKING = ("qwen3_5_text", "lfm2", "falcon_h1", "qwen3_next")  # recurrent blocks; the first ones have attention first
 ALONE = (*LEAKING, "falcon", "bloom", "mpt", "xglm")
 ROUTERS = ("qwen2_moe", "deepseek_v3", "llama4_text", "glm4_moe")  # rounding tells whether tokens in front are felt

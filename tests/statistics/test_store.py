@@ -1,15 +1,12 @@
-"""Where statistics are looked for, what is refused with what advice, and the command that makes them."""
+"""Where statistics are looked for, what is made of them, and what is refused with what advice."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
-import runpy
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +15,15 @@ import torch
 from helpers import made, rows, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stored import FACTOR, OURS, D, keep, loads, parts
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from fastedit import ModelError, StreamingCovariance, cli
-from fastedit.demo import World, checkpoint_path
-from fastedit.demo.statistics import documents
-from fastedit.errors import RequestError
-from fastedit.models import Topology, fingerprint, topology
-from fastedit.statistics.documents import read_documents
-from fastedit.statistics.store import StatisticsStore, statistics_path, user_directory
+from fastedit import ModelError
+from fastedit.models import fingerprint, topology
+from fastedit.statistics.store import StatisticsStore, statistics_path
 from fastedit.tensorfile import checksum
 
-D = 56
-parts = topology(tiny_model("llama"))
-FP32 = 1e-7
-OURS = fingerprint(parts.model)
-FACTOR = "1.down_proj.factor.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty user's cache, and no checkpoint on disk."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path / "cache" / "fastedit" / OURS
-    parts.model.config._name_or_path = ""  # type: ignore[union-attr]
-
-
-def keep(folder: Path, x: Tensor, layer: int = 1, of: str = OURS, **how: Any) -> StreamingCovariance:
-    found = made(x, fingerprint=of, layer=layer, module="down_proj")
-    found.save(statistics_path(parts, folder, layer), **how)
-    return found
-
-
-def loads(folder: Path | None = None, rounding: float = 1e-12) -> Tensor:
-    L = StatisticsStore(parts, OURS, directory=folder).cholesky(1)
-    C = StatisticsStore(parts, OURS, directory=folder).covariance(1)
-    assert torch.equal(L, L.tril())
-    assert float((L @ L.T - C).norm() / C.norm()) < rounding
-    return C
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_a_given_folder_then_the_checkpoint_s_then_the_user_s(seed: int, tmp_path: Path, cache: Path) -> None:
@@ -225,90 +192,6 @@ def test_what_is_not_positive_definite_is_named(seed: int, tmp_path: Path) -> No
         StatisticsStore(parts, OURS, directory=tmp_path).cholesky(1)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stats/{model}/wikipedia_stats/1_float32_mom2_100000.npz",
-        "stats/{model}/wikipedia_stats/model.layers.1.mlp.down_proj_float32_mom2_t512_100000.npz",
-        "stats/wikipedia_stats/model.layers.1.mlp.down_proj_float32_mom2.npz",
-        "stats/1_float64_mom2_20.npz",
-    ],
-)
-@pytest.mark.parametrize("model", ["org_name", "name"])
-def test_published_trees_are_read(name: str, model: str, seed: int, tmp_path: Path) -> None:
-    parts.model.config._name_or_path = "org/name"  # type: ignore[union-attr]
-    path = tmp_path / name.format(model=model)
-    path.parent.mkdir(parents=True)
-    wanted = made(rows(seed, 300, D))
-    wanted.save_npz(path)
-    for other in (
-        "11_float32_mom2_100000.npz",
-        "model.layers.1.mlp.up_proj_float32_mom2_100000.npz",
-        "1_float32_mean_9.npz",
-    ):
-        made(rows(seed, 300, 32)).save_npz(path.with_name(other))
-    C = loads(tmp_path / "stats", FP32)
-    torch.testing.assert_close(C, wanted.finalize(), rtol=0, atol=1e-6 * float(C.max()))
-    made(rows(seed + 1, 300, D)).save_npz(path)
-    assert not torch.allclose(loads(tmp_path / "stats", FP32), C)  # the factor beside it belongs to the old one
-    made(rows(seed, 300, D)).save_npz(path.with_name("1_float32_mom2_50.npz"))
-    with pytest.raises(ModelError, match="several statistics of layer 1"):
-        loads(tmp_path / "stats", FP32)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fw",
-        "fw/",
-        "fw//",
-        "./fw",
-        "./fw/",
-        "fw/.",
-        "models/fw/",
-        "{here}/fw/",
-        "fw\\",
-        "models\\fw",
-        "C:\\models\\fw\\",
-    ],
-)
-def test_published_trees_are_found_however_the_folder_is_spelled(
-    name: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A slash at the end is what a shell completes; a backslash is Windows's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "fw").mkdir()
-    parts.model.config._name_or_path = name.format(here=tmp_path)  # type: ignore[union-attr]
-    path = tmp_path / "stats" / "fw" / "wikipedia_stats" / "1_float32_mom2_100000.npz"
-    path.parent.mkdir(parents=True)
-    made(rows(seed, 300, D)).save_npz(path)
-    StatisticsStore(parts, OURS, directory=tmp_path / "stats").require([1])
-
-
-def test_a_published_tree_is_found_from_inside_the_model_s_folder(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "fw" / "deep").mkdir(parents=True)
-    path = tmp_path / "stats" / "fw" / "wikipedia_stats" / "1_float32_mom2_100000.npz"
-    path.parent.mkdir(parents=True)
-    made(rows(seed, 300, D)).save_npz(path)
-    for inside, name in ((tmp_path / "fw", "."), (tmp_path / "fw" / "deep", "..")):
-        monkeypatch.chdir(inside)
-        parts.model.config._name_or_path = name  # type: ignore[union-attr]
-        StatisticsStore(parts, OURS, directory=tmp_path / "stats").require([1])
-
-
-def test_published_files_under_unknown_names_are_told_of(seed: int, tmp_path: Path) -> None:
-    """With the name that would count."""
-    for name in ("1_mom2.npz", "layer1.npz", "2_float32_mom2_100000.npz", "z.npz"):
-        made(rows(seed, 300, D)).save_npz(tmp_path / name)
-    listed = r"1_mom2\.npz, 2_float32_mom2_100000\.npz, layer1\.npz and 1 more, none is called such as"
-    with pytest.raises(ModelError, match=rf"{listed} 1_float32_mom2_100000\.npz\); make them"):
-        loads(tmp_path)
-    with pytest.raises(ModelError, match=r"such as model\.layers\.1\.mlp\.up_proj_float32_mom2_100000\.npz\)"):
-        StatisticsStore(parts, OURS, "up_proj", tmp_path).cholesky(1)
-
-
 def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: Path) -> None:
     """Of the very model that the statistics were made of."""
     half = topology(tiny_model("llama", dtype=torch.float16))
@@ -319,160 +202,3 @@ def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: P
         StatisticsStore(half, mark, directory=tmp_path).cholesky(1)
     with pytest.raises(ModelError, match=r"no statistics .*; in fp16 a model has another fingerprint"):
         StatisticsStore(half, mark).cholesky(1)
-
-
-def test_published_files_of_another_width_are_refused(seed: int, tmp_path: Path) -> None:
-    made(rows(seed, 300, D + 1)).save_npz(tmp_path / "1_float32_mom2_100000.npz")
-    with pytest.raises(ModelError, match="of width 57, the projection reads 56"):
-        loads(tmp_path)
-
-
-# The command
-
-
-def call(*args: Any) -> Result:
-    with torch.random.fork_rng():
-        return CliRunner().invoke(cli.app, ["covariance", *map(str, args)])
-
-
-def fails(*args: Any) -> str:
-    result = call(*args)
-    assert (result.exit_code, result.stdout) == (2, "")
-    return result.stderr.splitlines()[-1]
-
-
-@pytest.fixture(scope="session")
-def world() -> Topology:
-    from transformers import AutoModelForCausalLM
-
-    return topology(AutoModelForCausalLM.from_pretrained(checkpoint_path(), dtype=torch.float32))
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    (tmp_path / "world.txt").write_text("\n\n".join(World().prose(60)))
-    return tmp_path / "world.txt"
-
-
-SMALL = ("--dtype", "float32", "--batch-tokens", 512)
-
-
-def test_the_command_makes_what_editing_looks_for_and_goes_on(
-    text: Path, world: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = (checkpoint_path(), "--text", text, "--layers", "1-2,5", *SMALL)
-    first = call(*arguments, "--tokens", 1000)
-    assert first.exit_code == 0, first.stderr
-    mark = fingerprint(world.model)
-    where = user_directory(mark)
-    assert "down_proj of layers 1,2,5: " in first.stdout
-    assert first.stdout.rstrip().endswith(f"written to {where}")
-    assert sorted(os.listdir(where)) == [f"{layer}.down_proj.safetensors" for layer in (1, 2, 5)]
-    StatisticsStore(world, mark, directory=where).cholesky(5)
-    before = read(where)
-    assert "there already" in call(*arguments, "--tokens", 1000).stdout
-    assert read(where) == before
-    whole = call(*arguments)
-    assert whole.exit_code == 0, whole.stderr
-    found = StreamingCovariance.load(where / "5.down_proj.safetensors")
-    assert found.count > 1500
-    elsewhere = call(*arguments, "--output", tmp_path / "alone")
-    assert elsewhere.exit_code == 0
-    alone = StreamingCovariance.load(tmp_path / "alone" / "5.down_proj.safetensors")
-    assert torch.equal(found.finalize(), alone.finalize())
-
-
-def read(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if "factor" not in path.name}
-
-
-def test_the_command_tells_of_convergence_and_of_too_little_text(text: Path, tmp_path: Path) -> None:
-    arguments = (checkpoint_path(), "--text", text, "--layers", 1, *SMALL, "--output", tmp_path / "out")
-    few = call(*arguments, "--tokens", 100)
-    assert "fewer than the width 704" in few.stderr
-    ended = call(*arguments, "--until-converged")
-    assert "changed C by" in ended.stderr
-    assert "not converged" in ended.stderr
-
-
-def test_bad_input_is_told_before_the_model_is_loaded(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n\n")
-    (tmp_path / "file").write_text("x")
-    good = ("no model", "--text", text, "--layers", "1")
-    assert "--layers 3-1" in fails("no model", "--text", text, "--layers", "3-1")
-    assert "is empty" in fails("no model", "--text", tmp_path / "empty.txt", "--layers", "1")
-    assert "No such file" in fails("no model", "--text", tmp_path / "none.txt", "--layers", "1")
-    assert "cannot be written" in fails(*good, "--output", tmp_path / "file")
-    assert "--tokens" in fails(*good, "--tokens", 0)
-    assert "layer 99 does not exist" in fails(checkpoint_path(), "--text", text, "--layers", "99")
-
-
-def test_ctrl_c_says_how_to_go_on(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    result = call(checkpoint_path(), "--text", text, "--layers", 1, *SMALL)
-    assert result.exit_code == 1
-    assert "continues where" in result.stderr
-
-
-def test_documents_come_from_plain_text_and_json(tmp_path: Path) -> None:
-    path = tmp_path / "text.txt"
-    path.write_text("\n one\ntwo\n\n \n\nthree", "utf-8")
-    assert list(read_documents(path)) == ["one\ntwo", "three"]
-    path = tmp_path / "text.jsonl"
-    path.write_text('{"text": "ä\\nb", "body": "x"}\n\n{"text": "", "body": "y"}\n', "utf-8")
-    assert list(read_documents(path)) == ["ä\nb", ""]
-    assert list(read_documents(path, "body")) == ["x", "y"]
-    shutil.copy(path, tmp_path / "lines.json")
-    assert list(read_documents(tmp_path / "lines.json")) == ["ä\nb", ""]
-    array = tmp_path / "array.json"
-    array.write_text('[\n "one\\n\\ntwo",\n {"text": "three", "body": 3}]')
-    assert list(read_documents(array)) == ["one\n\ntwo", "three"]
-    with pytest.raises(RequestError, match=r"array.json: record 1 .* no text in the field 'body'; its fields are text"):
-        list(read_documents(array, "body"))
-    for line, message in (("[]", "no text in the field 'text'"), ("{", "not JSON"), ('{"text": 3}', "no text")):
-        path.write_text(json.dumps({"text": "a"}) + "\n" + line)
-        with pytest.raises(RequestError, match=f"line 2 .*{message}"):
-            list(read_documents(path))
-    path.write_text('{"text": "a"}\n', encoding="utf-8-sig")
-    assert list(read_documents(path)) == ["a"]
-    path.write_bytes(b'{"text": "a"}\n\xff')
-    with pytest.raises(RequestError, match="UTF-8"):
-        list(read_documents(path))
-
-
-def test_the_fact_world_ships_with_its_own(world: Topology) -> None:
-    mark = fingerprint(world.model)
-    shipped = sorted(path for path in (checkpoint_path() / "statistics").glob("*_proj.safetensors"))
-    assert shipped
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for path in shipped:
-            layer = int(path.name.partition(".")[0])
-            found = StreamingCovariance.load(path)
-            assert (found.metadata["fingerprint"], found.dim) == (mark, world.input_width(layer, "down_proj"))
-            assert found.count >= 10 * found.dim
-            StatisticsStore(world, mark).covariance(layer)
-            before = sorted(checkpoint_path().rglob("*"))
-            StatisticsStore(world, mark).cholesky(layer)
-            assert sorted(checkpoint_path().rglob("*")) == before
-
-
-def test_the_fact_world_s_text_is_tokenized_as_in_training() -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
-    both = zip(World().documents(3, curriculum=False), documents(3), strict=True)
-    for spans, text in itertools.islice(both, 200):
-        pieces = [tokenizer.encode(span.text, add_special_tokens=False) for span in spans]
-        assert tokenizer.encode(text) == [tokenizer.bos_token_id, *(t for piece in pieces for t in piece)]
-
-
-def test_the_fact_world_s_statistics_are_made_by_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["--tokens", "800", "--layers", "1", "--output", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["fastedit.demo.statistics", *arguments])
-    runpy.run_module("fastedit.demo.statistics", run_name="__main__")
-    found = StreamingCovariance.load(tmp_path / "1.down_proj.safetensors")
-    assert found.count >= 800
-    assert found.stored == torch.float32

@@ -8,7 +8,7 @@ from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import DistributionName
 
 
-def shares(distribution: DistributionName, layers: Sequence[int]) -> list[tuple[int, float]]:
+def shares_of(distribution: DistributionName, layers: Sequence[int]) -> list[tuple[int, float]]:
     """The layers to write, ascending, each with the share that it takes of the residual that is left by then.
 
     single: one layer takes it all (ROME, EMMET). spread: layer i of L takes 1/(L − i) (MEMIT, arXiv 2210.07229,

@@ -67,6 +67,7 @@ def plan(
     statistics = StatisticsStore(model.topology, history.fingerprint, *where, given=history.second_moments)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
+    given.require_subjects()
     statistics.require(recipe.layers)
     if config.targets is not None and parallel.first():
         check_writable(Path(config.targets))
@@ -77,8 +78,8 @@ def plan(
         batch = given
     batch.make_samples()
     load_weights(model.topology.blocks[recipe.layers[0] :])
-    saved = SavedRun.of(model, edits, config, history, partial(statistics.digests, recipe.layers))
-    return LocateThenEditPlan(batch, recipe, statistics, history, saved)
+    made = LocateThenEditPlan(batch, recipe, statistics, history)
+    return replace(made, saved=SavedRun.of(model, edits, config, history, made.digests))
 
 
 def _find(batch: Batch, recipe: Recipe) -> Targets:
@@ -116,6 +117,10 @@ class LocateThenEditPlan:
     def notes(self) -> list[str]:
         return [*dict.fromkeys([*self.recipe.notes, *self.batch.notes])]
 
+    def digests(self) -> dict[str, str]:
+        """Digest of the file of second moments of each layer that has one."""
+        return self.statistics.digests(self.recipe.layers)
+
     @plain_state
     def run(self) -> MethodResult:
         """Edit the model in place.
@@ -125,7 +130,7 @@ class LocateThenEditPlan:
                 finite; names the edits. The model is restored, as on every exception.
         """
         recipe, batch, config = self.recipe, self.batch, self.recipe.config
-        layers = written_layers(self.statistics, recipe.layers, config, self.history)
+        layers = written_layers(self.statistics, recipe, self.history)
         find = partial(_find_or_load, store=self._target_store(layers), find=self.find)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
         saved = self.saved
@@ -168,14 +173,14 @@ class LocateThenEditPlan:
         notes += [f"interrupted; {interrupted}"] if interrupted else []
         notes += [f"dropped, because the loss is not finite: {batch.names(dropped)}"] if dropped else []
         return MethodResult(
-            updates,
-            writer.originals.values,
-            asdict(recipe.config),
-            probability,
-            losses,
-            notes,
-            keys,
-            tuple(dropped),
+            updates=updates,
+            originals=writer.originals.values,
+            config=asdict(recipe.config),
+            probability=probability,
+            losses=losses,
+            notes=notes,
+            keys=keys,
+            dropped=tuple(dropped),
             interrupted=interrupted,
             kept_edits=writer.edits if interrupted else None,
             learned=learned,
@@ -190,7 +195,7 @@ class LocateThenEditPlan:
             ModelError, EditError: as for `run`.
         """
         batch, recipe = self.batch, self.recipe
-        layers = written_layers(self.statistics, recipe.layers, recipe.config, replace(self.history, keys={}))
+        layers = written_layers(self.statistics, recipe, replace(self.history, keys={}))
         if recipe.config.lr is None and parallel.world() > 1:
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         targets = _find_or_load(batch, recipe, self._target_store(layers), self.find)
@@ -264,22 +269,22 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
     """Call `write` with the keys and residuals of every layer, ascending; its updates count at the layers above."""
     config, last = recipe.config, recipe.z_layer
     site = config.module if config.site == "mlp" else "block"
-    at_bare = config.average == "direction" and config.objective == "equality"
+    at_bare = config.average == "direction" and recipe.objective.meets
     topology = batch.model.topology
     down = topology.is_down_proj(last, topology.resolve(last, config.module)[1])
     tail = MLPTail.of(topology, last) if config.through_norm and site == "block" and down else None
     tailed = tail is not None and not tail.adds  # in one block as in all
     with KeyWalk(batch, recipe.layers[0], half=config.average in (None, "half")) as walk:
-        for layer, share in recipe.places:
+
+        def residuals(layer: int, share: float, tail: MLPTail | None) -> Tensor:
+            wanted = (z - walk.outputs(last, site)) * share
+            return wanted if tail is None else tail.change(walk.outputs(layer, config.module), wanted)
+
+        for layer, share in recipe.shares:
             walk.advance(layer)
-            tail = MLPTail.of(topology, layer) if tailed else None
-
-            def residuals(share: float = share, tail: MLPTail | None = tail, layer: int = layer) -> Tensor:
-                wanted = (z - walk.outputs(last, site)) * share
-                return wanted if tail is None else tail.change(walk.outputs(layer, config.module), wanted)
-
+            now = partial(residuals, layer, share, MLPTail.of(topology, layer) if tailed else None)
             at = walk.keys(config.module, bare=True) if at_bare else None
-            factors = write(layer, walk.keys(config.module), residuals, at)
+            factors = write(layer, walk.keys(config.module), now, at)
             if factors is not None:
                 walk.updates[topology.resolve(layer, config.module)[1]] = factors
 
@@ -287,7 +292,6 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
 def _lr_of_all(batch: Batch, recipe: Recipe) -> float:
     """The learning rate for targets, from the states of all edits with the current weights."""
     site = "down_proj" if recipe.config.site == "mlp" else "block"
-    bare = batch.bare()
-    bare.progress = no_progress  # the keys of the edits are reported later, as a stage
+    bare = batch.bare().reporting(no_progress)  # the keys of the edits are reported later, as a stage
     with KeyWalk(bare, recipe.z_layer) as walk:
         return relative_lr(walk.outputs(recipe.z_layer, site, finite=False))

@@ -111,11 +111,13 @@ class ObjectiveType:
         factorization: factorizes the second moment of a layer; the result serves all edits of an Editor.
         memo: returns the factorization's name, and what it depends on beside the statistics.
         make: makes the objective, with nothing written yet.
+        meets: whether updates meet each new pair, up to α, and are not only drawn to it.
     """
 
     factorization: Callable[[StatisticsStore, int, LocateThenEditConfig], Tensor]
     memo: Callable[[LocateThenEditConfig], tuple[Any, ...]]
     make: Callable[[Tensor, LocateThenEditConfig], Objective]
+    meets: bool = False
 
 
 def _given(value: float | None) -> float:
@@ -133,6 +135,7 @@ OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
         lambda statistics, layer, _: statistics.cholesky(layer),
         lambda _: ("Cholesky",),
         lambda factor, config: Equality(factor, _given(config.cov_weight), _given(config.alpha)),
+        meets=True,
     ),
     "null-space": ObjectiveType(
         lambda statistics, layer, config: null_space(*statistics.eigen(layer), config.null_threshold),

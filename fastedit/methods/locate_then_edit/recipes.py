@@ -8,7 +8,8 @@ from typing import Any
 
 from fastedit.errors import ConfigError
 from fastedit.methods.locate_then_edit.config import LocateThenEditConfig, TargetConfig
-from fastedit.methods.locate_then_edit.distributions import shares
+from fastedit.methods.locate_then_edit.distributions import shares_of
+from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, ObjectiveType
 from fastedit.methods.presets import locate_then_edit_preset
 from fastedit.models import MLPTail, Topology, check_own, check_plain
 
@@ -19,22 +20,27 @@ class Recipe:
 
     Attributes:
         config: every field has a value; without a preset, `lr` gets one after the states of the edits are known.
-        places: the layers to write, ascending, and the share of the remaining residual that each takes.
+        shares: the layers to write, ascending, and the share of the remaining residual that each takes.
         notes: what was chosen, and why.
     """
 
     config: LocateThenEditConfig
-    places: list[tuple[int, float]]
+    shares: list[tuple[int, float]]
     notes: list[str]
 
     @property
     def layers(self) -> list[int]:
-        return [layer for layer, _ in self.places]
+        return [layer for layer, _ in self.shares]
 
     @property
     def z_layer(self) -> int:
         """The block whose output, or whose MLP's output, is the site of the targets."""
-        return self.places[-1][0]
+        return self.shares[-1][0]
+
+    @property
+    def objective(self) -> ObjectiveType:
+        assert self.config.objective is not None
+        return OBJECTIVES[self.config.objective]
 
     @property
     def target(self) -> TargetConfig:
@@ -77,7 +83,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     layers = choose("layers", (preset.single,) if single else preset.layers)
     if given.layers is None:
         notes.append(f"layers {', '.join(map(str, layers))} ({where})")
-    places = shares(distribution, layers)
+    shares = shares_of(distribution, layers)
     by_rule = "mlp" if transformed and len(layers) == 1 else "block"
     site = choose("site", by_rule)
     if bounded and site == "block":
@@ -88,12 +94,13 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         )
     elif transformed and site == "mlp" and choose("site", None) is None:
         notes.append(f"site mlp (a {'norm' if bounded else 'factor'} follows down_proj in this model)")
-    width = _checked_width(topology, [layer for layer, _ in places], given.module, site)
+    width = _checked_width(topology, [layer for layer, _ in shares], given.module, site)
     cov_weight, alpha = given.cov_weight, choose("alpha", 0.1)
     if cov_weight is None:
-        times = max(2, len(places))
-        over = alpha if objective == "equality" and alpha else 1.0  # equality with α is least squares with λα
-        cov_weight = preset.cov_weight(objective) if published else times * width / over
+        times = max(2, len(shares))
+        meets = OBJECTIVES[objective].meets
+        over = alpha if meets and alpha else 1.0  # equality with α is least squares with λα
+        cov_weight = preset.cov_weight(meets) if published else times * width / over
         rule = f": {times} times the key width{', divided by alpha' if over != 1 else ''}"
         notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else rule})")
     filled = replace(
@@ -112,7 +119,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
             for name in ("l2", "null_threshold", "steps", "lr", "weight_decay", "clamp")
         },
     )
-    return Recipe(filled, places, notes)
+    return Recipe(filled, shares, notes)
 
 
 def _checked_width(topology: Topology, layers: list[int], module: str, site: str) -> int:

@@ -67,7 +67,7 @@ class _LaidOut:
 
     rows: Rows
     hidden: Tensor  # [B, R, h]
-    places: Tensor  # [B] flat place of the subject's last token
+    positions: Tensor  # [B] flat position of the subject's last token
     weight: Tensor  # [M] for each target token 1 / (C · target tokens of its row), for each KL row the KL factor
     calls: BlockCalls
     scratch: Tensor | None  # for the logits of a step
@@ -134,8 +134,8 @@ class TargetLoop:
         states = []
         for edits in torch.arange(self.n).split(64):
             rows = pack(self.samples, edits, packed=False)
-            places = torch.arange(len(edits)) * rows.index.shape[1] + self.last[edits]
-            rows = replace(rows, target_rows=places).to(self.device)
+            positions = torch.arange(len(edits)) * rows.index.shape[1] + self.last[edits]
+            rows = replace(rows, target_rows=positions).to(self.device)
             hidden = self.cache.hidden(rows)
             if self.site is None:
                 states.append(hidden.view(-1, hidden.shape[-1]).index_select(0, rows.target_rows).float())
@@ -164,7 +164,7 @@ class TargetLoop:
         select = self._select(edits)
         rows, past = self.held.remaining(select)
         # the subject's last token is the first one that is not held (see `HeldTokens`)
-        places = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)
+        positions = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)
         of_rewriting = rows.sample_of[: -len(edits)]
         weight = 1 / (of_rewriting.bincount() * float(self.n_rewriting))[of_rewriting]
         weight = torch.cat([weight, weight.new_full((len(edits),), self.config.kl_factor)])
@@ -176,7 +176,7 @@ class TargetLoop:
         scratch = None  # not for a GPU: its allocator reuses memory, and the kernel needs none
         if self.device.type == "cpu":
             scratch = ops.logits_buffer(self.topology.head.weight, len(weight), len(edits))  # type: ignore[arg-type]
-        return _LaidOut(rows, hidden, places.to(self.device), weight.to(self.device), calls, scratch)
+        return _LaidOut(rows, hidden, positions.to(self.device), weight.to(self.device), calls, scratch)
 
     def _states(self, laid_out: _LaidOut, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states [M, h] at the target rows, and the leaf tensor [B, h] that carries δ at the subjects."""
@@ -184,15 +184,15 @@ class TargetLoop:
         flat = hidden.view(-1, hidden.shape[-1])
         shift = delta.repeat(self.n_rewriting + 1, 1)
         if self.site is None:
-            leaf = (flat.index_select(0, laid_out.places).float() + shift).to(flat.dtype).requires_grad_()
-            moved = flat.index_copy(0, laid_out.places, leaf).view_as(hidden)
+            leaf = (flat.index_select(0, laid_out.positions).float() + shift).to(flat.dtype).requires_grad_()
+            moved = flat.index_copy(0, laid_out.positions, leaf).view_as(hidden)
             return laid_out.calls.resume(moved), leaf
         leaf = shift.requires_grad_()
 
         def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             rows = output.reshape(-1, output.shape[-1])
-            at = (rows.index_select(0, laid_out.places).float() + leaf).to(rows.dtype)
-            return rows.index_copy(0, laid_out.places, at).view_as(output)
+            at = (rows.index_select(0, laid_out.positions).float() + leaf).to(rows.dtype)
+            return rows.index_copy(0, laid_out.positions, at).view_as(output)
 
         with hooked([self.site.register_forward_hook(add)]):
             return laid_out.calls.resume(hidden), leaf

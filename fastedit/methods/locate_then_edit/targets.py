@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.config import TargetConfig
 from fastedit.methods.locate_then_edit.target_loop import TargetLoop
 from fastedit.models import PrefixCache, forwards, fuse
+
+_TENSORS = ("z", "h0", "loss", "probability", "steps")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,6 @@ class Targets:
         tensors: dict[str, Any] = {name: getattr(self, name)[index] for name in _TENSORS}
         dropped = tuple(new for new, old in enumerate(places) if old in self.dropped)
         return replace(self, **tensors, dropped=dropped)
-
-
-_TENSORS = [f.name for f in fields(Targets) if f.type == "Tensor"]
 
 
 def find_targets(

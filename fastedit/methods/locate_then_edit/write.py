@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastedit.errors import EditError
 from fastedit.methods.base import History
 from fastedit.methods.batch import Batch
-from fastedit.methods.locate_then_edit.config import LocateThenEditConfig
-from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, Objective, moved
+from fastedit.methods.locate_then_edit.objectives import Objective, moved
+from fastedit.methods.locate_then_edit.recipes import Recipe
 from fastedit.models import Factors
 from fastedit.ops import DependentKeysError
 from fastedit.statistics.store import StatisticsStore
@@ -41,17 +41,14 @@ class WrittenLayer:
         return weight
 
 
-def written_layers(
-    statistics: StatisticsStore, layers: Sequence[int], config: LocateThenEditConfig, history: History
-) -> dict[int, WrittenLayer]:
+def written_layers(statistics: StatisticsStore, recipe: Recipe, history: History) -> dict[int, WrittenLayer]:
     """The layers to write, ascending; their objectives preserve the keys of the edits that are in place.
 
     Raises:
         ModelError: a layer without usable statistics.
     """
-    assert config.objective is not None
-    kind, found = OBJECTIVES[config.objective], {}
-    for layer in layers:
+    config, kind, found = recipe.config, recipe.objective, {}
+    for layer in recipe.layers:
         path, module = statistics.topology.resolve(layer, config.module)
         given = statistics.in_memory(layer)
         # _version changes with a tensor's values, a digest with the file

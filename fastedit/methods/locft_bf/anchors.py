@@ -9,27 +9,31 @@ import torch
 from torch import Tensor
 
 from fastedit.methods.base import Edit
-from fastedit.methods.subjects import subject_spans
+from fastedit.models import Span
 
 _LIKELIEST = 256  # likeliest tokens that are kept of each prediction; all others count as one
 
 
 def anchor_prompts(
-    edits: Sequence[Edit], count: int, *, seed: int, subjects: Sequence[str] | None = None
+    edits: Sequence[Edit],
+    spans: Sequence[Sequence[Span]],
+    count: int,
+    *,
+    seed: int,
+    subjects: Sequence[str] | None = None,
 ) -> list[tuple[int, str, int]]:
     """Put other subjects into the edits' prompts: (place of the edit, prompt, where its subject ends).
 
-    Each edit has at most `count` of them.
-
-    Edits without a subject, or with one that is not in the prompt, have none.
+    Each edit has at most `count` of them; edits whose subject is not in the prompt have none.
 
     Args:
+        spans: places of each edit's subject in its prompt; the last one is replaced.
         seed: seed for the choice of subjects.
         subjects: subjects to choose from; None is those of the other edits. A subject is not put into a prompt if that
             makes the prompt of an edit.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts = [_parts(edit) for edit in edits]
+    parts = [_parts(edit.prompt, *some[-1:]) for edit, some in zip(edits, spans, strict=True)]
     asked: dict[tuple[str, str], set[str]] = {}
     for before, subject, after in parts:
         asked.setdefault((before, after), set()).add(subject)
@@ -46,13 +50,12 @@ def anchor_prompts(
     return prompts
 
 
-def _parts(edit: Edit) -> tuple[str, str, str]:
+def _parts(prompt: str, subject: Span | None = None) -> tuple[str, str, str]:
     """The text before the subject, the subject, and the text after it; all empty without a subject."""
-    spans = subject_spans(edit)
-    if not spans:
+    if subject is None:
         return "", "", ""
-    start, end = spans[-1]
-    return edit.prompt[:start], edit.prompt[start:end], edit.prompt[end:]
+    start, end = subject
+    return prompt[:start], prompt[start:end], prompt[end:]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastedit.errors import ModelError
-from fastedit.methods.base import Edit, History
+from fastedit.methods.base import History
+from fastedit.methods.batch import Batch
 from fastedit.methods.locft_bf.config import LocFTBFConfig
-from fastedit.methods.naming import edit_names
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
-from fastedit.methods.subjects import subject_ends
 from fastedit.models import Model, Topology, check_own, check_plain, fingerprint, load_weights
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
@@ -29,9 +27,7 @@ _SHARE = {"all": 0.2, "subject": 0.4}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
 
 
-def resolve(
-    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History
-) -> tuple[LocFTBFConfig, list[str]]:
+def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocFTBFConfig, list[str]]:
     """Make every automatic choice; returns the configuration, and notes on what was chosen and why.
 
     Args:
@@ -40,10 +36,10 @@ def resolve(
     Raises:
         ModelError: no such module, or one that cannot be trained; no statistics in the given folder.
     """
-    topology = model.topology
+    topology = batch.model.topology
     preset, known = locft_bf_preset(topology)
     where = "published preset" if known else "no preset for this model"
-    config, notes = _spared(model, config, edits, history)
+    config, notes = _preserved(batch, config, history)
     layer, module, lr, batch_size, share = config.layer, config.module, config.lr, config.batch_size, config.null_space
     subject = config.tokens == "subject"
     if layer is None and subject:
@@ -71,9 +67,9 @@ def resolve(
             lr, why = _rate(places, subject, where)
         notes.append(f"lr {lr:.3g} ({why})")
     if batch_size == "auto":
-        copies = len(edits) * (1 + config.augment)
+        copies = len(batch) * (1 + config.augment)
         batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
-        notes.append(f"batch_size {batch_size} (auto for {len(edits)} edits)")
+        notes.append(f"batch_size {batch_size} (auto for {len(batch)} edits)")
     if share is None:
         share = _SHARE[config.tokens]
     focus = config.focus
@@ -81,7 +77,7 @@ def resolve(
         focus = _FOCUS[config.tokens]
     refit = config.refit
     if refit is None:
-        refit = subject and config.keeps_null_space and not subjectless(edits)
+        refit = subject and config.keeps_null_space and not batch.without_subject
     for note in notes:
         log.info("locft-bf: %s", note)
     return replace(
@@ -97,11 +93,6 @@ def batch_size_for(n_edits: int) -> int:
 def subject_batch_size_for(n_edits: int) -> int:
     """10 from 100 to 1,000 edits, 100 from 10,000 on; with fewer edits, at least 10 steps per epoch."""
     return max(1, min(100, max(min(10, n_edits // 10), n_edits // 100)))
-
-
-def subjectless(edits: Sequence[Edit]) -> list[int]:
-    """Places of the edits without a subject in their prompt."""
-    return [place for place, edit in enumerate(edits) if not subject_ends(edit)]
 
 
 def find_statistics(
@@ -132,21 +123,19 @@ def find_statistics(
     return store, []
 
 
-def _spared(
-    model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History
-) -> tuple[LocFTBFConfig, list[str]]:
+def _preserved(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocFTBFConfig, list[str]]:
     """Choose `tokens` and `preserve`.
 
     If the model has no published preset, and the configuration leaves open where and what to train, training preserves
     everything else: at the subjects' last tokens, in the null space of other text. Without subjects it is the papers'
     recipe.
     """
-    tokens, preserve, notes, topology = config.tokens, config.preserve, [], model.topology
+    tokens, preserve, notes, topology = config.tokens, config.preserve, [], batch.model.topology
     free = (config.layer, config.module, tokens, preserve) == (None, None, "auto", "auto")
     if tokens == "auto":
         tokens = "all"
         if free and not (config.published or locft_bf_preset(topology)[1]) and reads_facts(topology):
-            lacking = _lacking(model, config, edits, history)
+            lacking = _lacking(batch, config, history)
             if lacking:
                 notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
             else:
@@ -160,14 +149,15 @@ def _spared(
     return replace(config, tokens=tokens, preserve=preserve), notes
 
 
-def _lacking(model: Model, config: LocFTBFConfig, edits: Sequence[Edit], history: History) -> str | None:
+def _lacking(batch: Batch, config: LocFTBFConfig, history: History) -> str | None:
     """What is missing for training that preserves everything else; None if nothing is.
 
     Raises:
         ModelError: no statistics in the given folder.
     """
-    if bare := subjectless(edits):
-        return f"no subject in the prompt of {edit_names(edits, bare)}"
+    if bare := batch.without_subject:
+        return f"no subject in the prompt of {batch.names(bare)}"
+    model = batch.model
     layers = locate_then_edit_preset(model.topology)[0].layers
     try:
         find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), history)

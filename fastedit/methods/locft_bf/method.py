@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -20,15 +19,24 @@ from fastedit.errors import ConfigError, EditError
 from fastedit.methods.base import Edit, History, MethodResult
 from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import context_templates
-from fastedit.methods.locft_bf.choices import find_statistics, resolve, subjectless
+from fastedit.methods.locft_bf.choices import find_statistics, resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.refit import refit
 from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import check_rows, edit_name, edit_names
+from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun
-from fastedit.methods.subjects import repeated_note, subject_ends
-from fastedit.models import Model, PrefixCache, Topology, fingerprint, forwards, fuse, only_trainable, plain_state
+from fastedit.models import (
+    Budget,
+    Model,
+    PrefixCache,
+    Topology,
+    fingerprint,
+    forwards,
+    fuse,
+    only_trainable,
+    plain_state,
+)
 from fastedit.progress import Progress, no_progress
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
@@ -53,7 +61,11 @@ class LocFTBFPlan:
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress callback."""
-        return replace(self, data=replace(self.data, progress=progress))
+        return replace(self, data=self.data.reporting(progress))
+
+    def digests(self) -> dict[str, str]:
+        """Digest of the file of second moments of each layer that has one; empty if training reads none."""
+        return self.statistics.digests(self.config.layers) if isinstance(self.statistics, StatisticsStore) else {}
 
     def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
         """Plan the same edits for another module of the model, with its own learning rate.
@@ -62,13 +74,12 @@ class LocFTBFPlan:
             ConfigError, ModelError: the module does not exist, or has no weights to train or no statistics.
         """
         given = replace(self.given, layer=layer, module=module)
-        topology, old = self.data.model.topology, self.statistics
+        batch, old = self.data.batch, self.statistics
         history = History(old.fingerprint if old else "")
-        resolved, notes = resolve(self.data.model, given, self.data.edits, history)
-        _check_maps(topology, resolved)
-        statistics, found = find_statistics(self.data.model, resolved, history)
-        notes += found
-        return LocFTBFPlan(resolved, notes, replace(self.data, progress=progress), given, statistics)
+        resolved, notes = resolve(batch, given, history)
+        _check_maps(batch.model.topology, resolved)
+        statistics, found = find_statistics(batch.model, resolved, history)
+        return LocFTBFPlan(resolved, notes + found, self.data.reporting(progress), given, statistics)
 
     @plain_state
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
@@ -86,10 +97,11 @@ class LocFTBFPlan:
         """
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
-        topology, lowest = data.model.topology, config.layers[0]
+        batch, topology, lowest = data.batch, data.batch.model.topology, config.layers[0]
         found = self.statistics
-        statistics = found.statistics(config.layers, data.progress) if isinstance(found, OwnText) else found
-        batch = _in_contexts(data, config) if config.refit else None
+        statistics = found.statistics(config.layers, batch.progress) if isinstance(found, OwnText) else found
+        # the contexts are those of the unedited model
+        rewritten = batch.within(context_templates(batch.model, _CONTEXTS, seed=config.seed)) if config.refit else None
         modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
         fused = fuse(topology, (p for module in modules.values() for p in module.parameters()))
         with forwards(fused):
@@ -116,8 +128,8 @@ class LocFTBFPlan:
                         "the edited weights are not finite after the last step; the model is restored. Try a learning "
                         f"rate below {config.lr:.3g}"
                     )
-                if batch is not None and statistics is not None:
-                    notes += refit(batch, modules, config.module, statistics, trainer.originals.values, updates)
+                if rewritten is not None and statistics is not None:
+                    notes += refit(rewritten, modules, config.module, statistics, trainer.originals.values, updates)
                     trainer.look()
                 elif own is not None and interrupted is None and trainer.looks_cheap:
                     trainer.look()
@@ -126,17 +138,16 @@ class LocFTBFPlan:
                 own.close()
         if self.saved is not None and interrupted is None:
             self.saved.finish()
-        originals = trainer.originals.values
-        probability = (-trainer.loss_of[: len(data.edits)]).exp().cpu()
-        about = probability, trainer.losses, notes
         return MethodResult(
-            updates,
-            originals,
-            asdict(config),
-            *about,
+            updates=updates,
+            originals=trainer.originals.values,
+            config=asdict(config),
+            probability=(-trainer.loss_of[: len(batch)]).exp().cpu(),
+            losses=trainer.losses,
+            notes=notes,
             interrupted=interrupted,
             learned=trainer.learned,
-            cached=data.budget.tally.most,
+            cached=batch.budget.tally.most,
         )
 
 
@@ -158,40 +169,34 @@ def plan(
     """
     check_rows(model, edits)
     history = history or History(now := fingerprint(model.network), now=now)
-    resolved, notes = resolve(model, config, edits, history)
+    budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
+    batch = Batch(model, edits, budget=budget, progress=progress)
+    resolved, notes = resolve(batch, config, history)
     _check_maps(model.topology, resolved)
-    if resolved.refit and (bare := subjectless(edits)):
+    if resolved.refit and (bare := batch.without_subject):
         raise ConfigError(
-            f"refit is about the edits' subjects, and there is none in the prompt of {edit_names(edits, bare)}; give "
+            f"refit is about the edits' subjects, and there is none in the prompt of {batch.names(bare)}; give "
             "their subjects, or leave out refit"
         )
     statistics, found = find_statistics(model, resolved, history)
     notes += found
-    data = TrainingSet.of(model, edits, resolved, progress)
-    digests = partial(statistics.digests, resolved.layers) if isinstance(statistics, StatisticsStore) else dict
-    saved = SavedRun.of(model, edits, resolved, history, digests)
-    return LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, saved)
-
-
-def _in_contexts(data: TrainingSet, config: LocFTBFConfig) -> Batch:
-    """The edits as `refit` takes them, in contexts that the unedited model writes."""
-    contexts = context_templates(data.model, _CONTEXTS, seed=config.seed)
-    return Batch(data.model, data.edits, contexts, budget=data.budget, progress=data.progress)
+    data = TrainingSet.of(batch, resolved)
+    made = LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
+    return replace(made, saved=SavedRun.of(model, edits, resolved, history, made.digests))
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
     """Notes on these edits for the user."""
-    edits, notes = data.edits, []
+    batch, notes = data.batch, []
     bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
     if bare:
-        notes.append(f"without anchors, for want of a subject or of others: {edit_names(edits, bare)}")
+        notes.append(f"without anchors, for want of a subject or of others: {batch.names(bare)}")
     if data.trained is None:
         return notes
-    repeated = [place for place, edit in enumerate(edits) if len(subject_ends(edit)) > 1]
-    everywhere = (data.trained[: len(edits)] < 0).nonzero().flatten().tolist()
+    everywhere = (data.trained[: len(batch)] < 0).nonzero().flatten().tolist()
     if everywhere:
-        notes.append(f"trained at all tokens, for want of a subject in the prompt: {edit_names(edits, everywhere)}")
-    return notes + repeated_note([edit_name(edits[place], place) for place in repeated])
+        notes.append(f"trained at all tokens, for want of a subject in the prompt: {batch.names(everywhere)}")
+    return notes + batch.notes
 
 
 def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastedit import ops
 from fastedit.errors import EditError
 from fastedit.methods.locft_bf.training_set import TrainingSet
-from fastedit.methods.naming import edit_name, edit_names
 from fastedit.models import pack, run_from_tokens
 
 
@@ -23,10 +22,10 @@ def not_finite(data: TrainingSet, when: str, batch: Tensor, lr: float | None) ->
     guilty = sorted({data.owner[i] for i in _broken(data)})
     if guilty:
         return EditError(
-            f"the loss is not finite for {edit_names(data.edits, guilty)}, with the original weights and each "
+            f"the loss is not finite for {data.batch.names(guilty)}, with the original weights and each "
             "edit by itself; the model is restored. Leave these edits out, or mend the model: it may have a token "
             "embedding or another weight that is not finite, or numbers too large for its dtype",
-            edits=[edit_name(data.edits[i], i) for i in guilty],
+            edits=data.batch.name_list(guilty),
         )
     return EditError(
         f"the loss is not finite, first in {when}: {data.names(batch.tolist())}; "
@@ -42,7 +41,7 @@ def _broken(data: TrainingSet) -> list[int]:
     Runs from the tokens, with one sample per row: in a shared row, and so in the prefix cache, a value that is not
     finite spreads to every sample, since 0 times such a value is not 0.
     """
-    topology, samples, broken = data.model.topology, data.samples, []
+    topology, samples, broken = data.batch.model.topology, data.samples, []
     head: Any = topology.head
     for select in torch.arange(len(samples)).split(max(1, 4096 // int(samples.lengths.max()))):
         rows = pack(samples, select, packed=False).to(topology.device)

@@ -65,7 +65,7 @@ class Trainer:
     ) -> None:
         self.statistics, self.saved = statistics, saved
         self.data, self.modules, self.config = data, modules, config
-        self.topology, self.samples = data.model.topology, data.samples
+        self.topology, self.samples = data.batch.model.topology, data.samples
         topology, samples = self.topology, self.samples
         paths = {id(p): path for path, p in topology.model.named_parameters()}
         # a bias would change the output for all inputs, whatever their direction or token
@@ -147,14 +147,14 @@ class Trainer:
         return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
 
     def _run(self) -> None:
-        everything, progress = torch.arange(self.data.anchors.first), self.data.progress
+        everything, progress = torch.arange(self.data.anchors.first), self.data.batch.progress
         if self.config.schedule == "breadth-first":
             for loss in self._epochs(everything, saved=self.saved):
                 self.losses.append(loss)
                 self.learned.append(self._n_learned())
                 self._keep(f"of epoch {len(self.losses)}")
                 progress("train", len(self.losses), self.config.epochs, loss)
-                progress(LEARNED, self.learned[-1], len(self.data.edits))
+                progress(LEARNED, self.learned[-1], len(self.data.batch))
             return
         tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
         order = tensors["order"] if tensors else self._order(everything)
@@ -167,7 +167,7 @@ class Trainer:
             self.losses, self.learned = [total / done], [self._n_learned()]
             self._keep(f"after {place}")
             progress("train", done, len(order), loss)
-            progress(LEARNED, self.learned[-1], len(self.data.edits))
+            progress(LEARNED, self.learned[-1], len(self.data.batch))
             self._save({"order": order}, {"batches": i, "done": done, "total": total})
 
     def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -206,7 +206,7 @@ class Trainer:
 
     def _n_learned(self) -> int:
         """How many edits were learned when their loss was last computed."""
-        return int((self.loss_of[: len(self.data.edits)] <= -math.log(LIKELY)).sum())
+        return int((self.loss_of[: len(self.data.batch)] <= -math.log(LIKELY)).sum())
 
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
@@ -251,7 +251,9 @@ class Trainer:
                 self._step(batches[i], optimizer, found[i])
                 if not place and time.monotonic() - told > _NEWS:
                     told, share = time.monotonic(), sum(map(len, batches[: i + 1])) / len(order)
-                    self.data.progress("epoch", round((epoch - 1 + share) * len(select)), config.epochs * len(select))
+                    self.data.batch.progress(
+                        "epoch", round((epoch - 1 + share) * len(select)), config.epochs * len(select)
+                    )
                 if saved is not None:
                     tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
                     self._save(tensors, {"epoch": epoch, "done": i + 1})
@@ -361,12 +363,12 @@ class Trainer:
     @torch.no_grad()
     def look(self) -> None:
         """Compute the loss of every edit with the weights that the model has now; it was that before its last step."""
-        edits, none = torch.arange(len(self.data.edits)), torch.arange(0, device=self.loss_of.device)
+        edits, none = torch.arange(len(self.data.batch)), torch.arange(0, device=self.loss_of.device)
         for some in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
             self._pass(edits[some], torch.ones(len(some)), none)
         if self.learned:
             self.learned[-1] = self._n_learned()
-            self.data.progress(LEARNED, self.learned[-1], len(self.data.edits))
+            self.data.batch.progress(LEARNED, self.learned[-1], len(self.data.batch))
 
     @torch.no_grad()
     def updates(self) -> dict[str, Tensor]:

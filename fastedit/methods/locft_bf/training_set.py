@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastedit.errors import ConfigError
-from fastedit.methods.base import Edit
+from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import sample_contexts
 from fastedit.methods.locft_bf.anchors import Anchors, anchor_prompts
 from fastedit.methods.locft_bf.config import LocFTBFConfig
-from fastedit.methods.naming import edit_names, named_error
-from fastedit.methods.subjects import subject_ends
+from fastedit.methods.naming import named_error
 from fastedit.models import (
-    Budget,
-    Model,
     PairError,
     PrefixCache,
     Rows,
@@ -32,7 +29,7 @@ from fastedit.progress import Progress, counter
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Edits with their samples.
+    """A batch of edits with the samples to train on.
 
     Attributes:
         samples: one per (prompt, target) pair, with EOS if it is trained: every edit, then the augmented copies of
@@ -41,27 +38,24 @@ class TrainingSet:
         anchors: where the anchors are among the samples.
         trained: [S], the index in each sample of the one token where it trains, -1 for all tokens; None is all tokens
             of all samples.
-        budget: memory for what is cached.
     """
 
-    model: Model
-    edits: Sequence[Edit]
+    batch: Batch
     samples: Samples
     owner: Sequence[int]
     anchors: Anchors
     trained: Tensor | None
-    budget: Budget
-    progress: Progress
 
     @classmethod
-    def of(cls, model: Model, edits: Sequence[Edit], config: LocFTBFConfig, progress: Progress) -> TrainingSet:
+    def of(cls, batch: Batch, config: LocFTBFConfig) -> TrainingSet:
         """Tokenize all edits.
 
         Raises:
             RequestError: edits that are empty or do not fit the model's context; names all of them.
         """
+        model, edits = batch.model, batch.edits
         pairs = [(edit.prompt, edit.target) for edit in edits]
-        copies = _augmented(model, edits, config) if config.augment else []
+        copies = _augmented(batch, config) if config.augment else []
         pairs += copies
         owner = [*range(len(edits)), *(i for i in range(len(edits)) for _ in range(config.augment))]
         try:
@@ -73,10 +67,10 @@ class TrainingSet:
 
             raise named_error(error, edits, source) from None
         anchors = Anchors(len(samples), [[] for _ in edits])
-        trained = _subject_tokens(model, edits, pairs, owner) if config.tokens == "subject" else None
+        trained = _subject_tokens(batch, pairs, owner) if config.tokens == "subject" else None
         if config.keeps_anchors:
             subjects = config.anchor_subjects
-            found = anchor_prompts(edits, config.anchors, seed=config.seed, subjects=subjects)
+            found = anchor_prompts(edits, batch.spans, config.anchors, seed=config.seed, subjects=subjects)
             if not found:
                 raise ConfigError(
                     f"preserve {config.preserve} needs the edits' prompts with other subjects, and there are none: "
@@ -94,14 +88,18 @@ class TrainingSet:
             for number, (place, *_) in enumerate(found):
                 anchors.of[place].append(number)
                 owner.append(place)
-        budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
-        return cls(model, edits, samples, owner, anchors, trained, budget, progress)
+        return cls(batch, samples, owner, anchors, trained)
+
+    def reporting(self, progress: Progress) -> TrainingSet:
+        """The same set with another progress callback."""
+        return replace(self, batch=self.batch.reporting(progress))
 
     @plain_state
     def prefix_cache(self, layer: int) -> PrefixCache:
         """Run the blocks below `layer` for all samples now, and return their cached output."""
-        report = counter(self.progress, "prefix", len(self.samples))
-        return PrefixCache(self.model.topology, self.samples, layer, budget=self.budget, progress=report)
+        batch = self.batch
+        report = counter(batch.progress, "prefix", len(self.samples))
+        return PrefixCache(batch.model.topology, self.samples, layer, budget=batch.budget, progress=report)
 
     def trained_rows(self, rows: Rows) -> Tensor | None:
         """Flat places `b * R + r` of the tokens where training takes place, on the rows' device; None is all."""
@@ -114,28 +112,28 @@ class TrainingSet:
 
     def names(self, samples: Sequence[int]) -> str:
         """Names of the edits that some samples belong to."""
-        return edit_names(self.edits, [self.owner[i] for i in samples])
+        return self.batch.names([self.owner[i] for i in samples])
 
 
-def _subject_tokens(
-    model: Model, edits: Sequence[Edit], pairs: Sequence[tuple[str, str]], owner: Sequence[int]
-) -> Tensor:
+def _subject_tokens(batch: Batch, pairs: Sequence[tuple[str, str]], owner: Sequence[int]) -> Tensor:
     """Index [S] of the subject's last token in each pair's sample; -1 without a subject."""
-    found = [subject_ends(edit)[-1:] for edit in edits]
-    places = [sample for sample, place in enumerate(owner) if found[place]]
-    texts = [pairs[sample] for sample in places]
-    ends = [len(pairs[i][0]) - len(edits[owner[i]].prompt) + found[owner[i]][0] for i in places]
+    chosen = [sample for sample, place in enumerate(owner) if batch.spans[place]]
+    ends = []
+    for sample in chosen:
+        place, text = owner[sample], pairs[sample][0]  # which ends with the edit's prompt
+        ends.append(len(text) - len(batch.edits[place].prompt) + batch.spans[place][-1][1])
     trained = torch.full((len(pairs),), -1)
-    trained[places] = torch.tensor(model.last_tokens(texts, ends)[1], dtype=torch.int64)
+    _, last = batch.model.last_tokens([pairs[sample] for sample in chosen], ends)
+    trained[chosen] = torch.tensor(last, dtype=torch.int64)
     return trained
 
 
-def _augmented(model: Model, edits: Sequence[Edit], config: LocFTBFConfig) -> list[tuple[str, str]]:
+def _augmented(batch: Batch, config: LocFTBFConfig) -> list[tuple[str, str]]:
     """`config.augment` copies of each edit after random contexts, as (prompt, target) pairs."""
-    contexts = sample_contexts(model, max(20, config.augment), seed=config.seed)
+    contexts = sample_contexts(batch.model, max(20, config.augment), seed=config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     pairs = []
-    for edit in edits:
+    for edit in batch.edits:
         drawn = torch.randperm(len(contexts), generator=generator)[: config.augment].tolist()
         pairs += [(joined(contexts[c], edit.prompt), edit.target) for c in drawn]
     return pairs
