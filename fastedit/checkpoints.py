@@ -293,9 +293,9 @@ class Difference:
 
 
 def rank_of(update: Tensor) -> int | None:
-    """Estimate from a sketch how many directions hold 99 % of the squared norm of a matrix's update; None above 256.
+    """Estimate from a sketch how many directions hold 99 % of the squared norm of an update [m, n]; None above 256.
 
-    Rounding to bf16 adds directions. A vector has rank 1.
+    Rounding to bf16 adds directions. A vector [m] has rank 1.
     """
     if update.ndim < 2:
         return 1

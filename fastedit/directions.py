@@ -214,7 +214,7 @@ def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
             f"{parts.name} has a norm or a factor after its MLPs, so that no direction of theirs is its own"
         )
     if experts := [layer for layer in chosen if holds_experts(parts.block(layer))]:
-        raise ModelError(f"blocks {experts} of {parts.name} have experts, which would go on writing; leave them out")
+        raise ModelError(f"blocks {experts} of {parts.name} have experts, which would still write it; leave them out")
     return chosen
 
 

@@ -229,7 +229,9 @@ def _refuse_inputs(path: Path, inputs: Mapping[str, Path]) -> None:
         if os.path.isfile(path) and _lies_in(path, source):
             raise FileError(path, f"{{path}} is a part of {name} {source}; give another file")
         if any(_lies_in(each, path) for each in (source, *entries)):  # an entry may be a link
-            raise FileError(path, f"{{path}} would be replaced, and {name} {source} lies in it; write to another place")
+            raise FileError(
+                path, f"{{path}} would be replaced, and {name} {source} is inside it; write to another place"
+            )
 
 
 def _lies_in(path: Path, folder: Path) -> bool:

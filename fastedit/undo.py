@@ -30,7 +30,7 @@ _CHUNK = 2**22  # weights that are subtracted at once
 
 @torch.no_grad()
 def subtracted(weight: Tensor, update: Update) -> Tensor:
-    """The weight without the update, rounded once to its dtype."""
+    """The weight [m, …] without its update, of the same shape, rounded once to the dtype of the weight."""
     found = torch.empty_like(weight, memory_format=torch.contiguous_format)
     step = max(1, _CHUNK // max(1, weight[0].numel()))
     for i in range(0, len(weight), step):
@@ -59,7 +59,7 @@ class Undo:
 
     @torch.no_grad()
     def keep(self, path: str, before: Tensor, after: Tensor, update: Update) -> None:
-        """Keep what subtracting the update of one parameter would not restore."""
+        """Keep what subtracting the update of one parameter [m, …] would not restore; all three have its shape."""
         wanted = before.detach().contiguous()
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wanted.itemsize]
         found = subtracted(after.detach().to(wanted.dtype), update)
@@ -79,7 +79,7 @@ class Undo:
 
     @torch.no_grad()
     def restored(self, path: str, weight: Tensor, update: Update) -> Tensor | None:
-        """The weights of one parameter before the edit; None if `weight` is not as the edit left it."""
+        """The weights [m, …] of one parameter before the edit; None if `weight` is not as the edit left it."""
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
             return was if checksums({path: weight})[path] == self.edited.get(path) else None

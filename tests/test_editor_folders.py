@@ -52,7 +52,7 @@ def test_a_folder_that_holds_the_model_s_own_is_not_replaced(tokenizer: Any, tmp
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-5"):
         Editor(tiny_model("llama"), tokenizer).save_model(folder)
     editor = Editor.from_pretrained(tmp_path / "run" / "checkpoint-5", device="cpu")
-    with pytest.raises(ModelError, match=r"run would be replaced, and the model .*checkpoint-5 lies in it"):
+    with pytest.raises(ModelError, match=r"run would be replaced, and the model .*checkpoint-5 is inside it"):
         editor.save_model(tmp_path / "run")
     assert (tmp_path / "run" / "checkpoint-5" / "model.safetensors").is_file()
 

@@ -161,7 +161,7 @@ def test_an_output_may_stand_beside_an_input_but_not_around_it(tmp_path: Path) -
             check_directory(output, inputs)
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "model.safetensors").symlink_to(tmp_path / "run-2" / "model.safetensors")
-    with pytest.raises(ModelError, match="lies in it"):
+    with pytest.raises(ModelError, match="is inside it"):
         check_directory(tmp_path / "run-2", {"the model": tmp_path / "linked"})
 
 

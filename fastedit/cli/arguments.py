@@ -162,6 +162,11 @@ class Command(TyperCommand):
         parsed: list[str] = super().parse_args(ctx, given)
         return parsed
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the usage line, without hidden arguments, which click would list."""
+        shown = [parameter for parameter in self.get_params(ctx) if not getattr(parameter, "hidden", False)]
+        return [self.options_metavar or "", *(piece for each in shown for piece in each.get_usage_pieces(ctx))]
+
 
 def sample_size(evaluate: str) -> int | None:
     """The N of `--evaluate sample:N`, None for all. Raises ConfigError."""

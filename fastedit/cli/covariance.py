@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def covariance(
     model: Annotated[str | None, typer.Argument(hidden=True)] = None,
     model_option: Annotated[
-        str | None, typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model.")
+        str | None,
+        typer.Option("--model", help="Folder or hub name of a Hugging Face causal language model; required."),
     ] = None,
     text: Annotated[
         Path,
@@ -50,7 +51,7 @@ def covariance(
         Path | None, typer.Option(help="Folder of the statistics; by default where editing looks, in the user's cache.")
     ] = None,
     until_converged: Annotated[
-        bool, typer.Option("--until-converged", help="Stop when twice the text no longer changes them.")
+        bool, typer.Option("--until-converged", help="Stop when doubling the text no longer changes them.")
     ] = False,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a pass, in whole rows of the context (2,048 at most), one at least.")
@@ -128,8 +129,8 @@ def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], 
     def saved() -> str:
         names = [statistics_path(topology, "", layer, module).name for layer in layers]
         if any((place / name).exists() for place in (folder, *folder.glob("part-*")) for name in names):
-            return "the same command goes on where the statistics were last saved"
-        return "nothing was saved yet: the same command starts anew, and goes on where it was saved from 5 minutes on"
+            return "the same command continues where the statistics were last saved"
+        return "nothing was saved yet: the same command starts again; after 5 minutes, it continues where it was saved"
 
     try:
         yield

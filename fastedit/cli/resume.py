@@ -79,7 +79,7 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
         if not any(folder.glob("*.safetensors")):
             _forget(folder)
             raise
-        how = f"to go on: fastedit edit --resume {output if folder == run_folder(output) else folder}"
+        how = f"to continue: fastedit edit --resume {output if folder == run_folder(output) else folder}"
         if isinstance(error, KeyboardInterrupt):
             raise EditError(f"interrupted; {how}") from None
         if isinstance(error, FastEditError):
@@ -110,16 +110,18 @@ def _remembered(rest: list[str]) -> list[str]:
         if state != path.parent.resolve():
             raise FileError(
                 path,
-                f"--resume {rest[0]}: {path.parent} was moved or copied from {state}, where its edit would begin anew; "
-                f"move it back, or run the whole command again with --state {path.parent}, it goes on",
+                f"--resume {rest[0]}: {path.parent} was moved or copied from {state}, where its edit would start "
+                f"again; move it back, or run the whole command again with --state {path.parent}, which continues it",
             )
         os.chdir(command["folder"])
     except FileNotFoundError as error:
         if error.filename == str(path):
             why = f"there is no {path}; the edit is done, or it never began"
         else:
-            why = f"the folder {error.filename} where it began is gone; run the whole command again, it goes on"
+            why = f"the folder {error.filename} where it began is gone; run the whole command again, which continues it"
         raise FileError(path, f"--resume {rest[0]}: {why}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(path, f"{{path}} cannot be used ({error}); run the whole command again, it goes on") from error
+        raise FileError(
+            path, f"{{path}} cannot be used ({error}); run the whole command again, which continues it"
+        ) from error
     return arguments

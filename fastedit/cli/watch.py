@@ -76,7 +76,7 @@ class _Job:
             self.says += f", without progress for {clock(still)}" if still > self.silent else ""
 
     def _how_to_go_on(self, found: dict[str, Any]) -> str:
-        return f"fastedit edit --resume {self.folder} {'goes on' if found['saved'] else 'begins anew'}"
+        return f"fastedit edit --resume {self.folder} {'continues it' if found['saved'] else 'starts it again'}"
 
     def _judge_gone(self, path: Path) -> None:
         """Judge an edit without a status: that is removed with the state, after success or if there is no state."""

@@ -141,7 +141,7 @@ class TuneReport:
         from rich import box
         from rich.table import Table
 
-        ended = "nothing is left to try" if self.finished else "the budget is used up; more of it goes on from here"
+        ended = "nothing is left to try" if self.finished else "the budget is used up; a larger one continues from here"
         caption = f"{len(self.trials)} trials, {ended}. Stars are on the front of written against kept."
         table = Table("trial", box=box.SIMPLE_HEAD, padding=0, caption=caption, caption_justify="left")
         titles = "score", "written", "general-\nization", "first\ntoken", "perplexity\nratio", "seconds"

@@ -38,7 +38,7 @@ class FewTokensError(TensorError):
         self.count, self.dim = count, dim
         super().__init__(
             f"C comes from {count} tokens, fewer than its width {dim}: it is singular, and directions without a token "
-            f"would count as free to overwrite. Collect some {10 * dim} tokens, or go on with {remedy}"
+            f"would count as free to overwrite. Collect some {10 * dim} tokens, or continue with {remedy}"
         )
         self.args = count, dim, remedy
 
@@ -152,17 +152,18 @@ def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor
 
 
 def delicate(rows: Tensor, ridge: float) -> bool:
-    """Whether the condition number of rows·rowsᵀ + ridge·I may lose more than six of the sixteen digits."""
+    """Whether the condition of rows·rowsᵀ + ridge·I, rows [..., n, m], may cost more than six of the sixteen digits."""
     return bool((rows.square().sum((-2, -1)) > 1e6 * ridge).any())
 
 
 def inverse(root: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix [..., n, n]."""
     found: Tensor = solve_triangular(root, plus_diagonal(torch.zeros_like(root), 1.0), upper=False)
     return found
 
 
 def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor:
-    """Kᵀ L⁻ᵀ for Kᵀ [N, d], or with `back` rows L⁻¹; one solve for all problems of a batch."""
+    """Kᵀ L⁻ᵀ for Kᵀ [..., N, d] and L [d, d], or with `back` rows L⁻¹; one solve for all problems of a batch."""
     if factor is None:
         return rows
     # solve from the left: LAPACK takes two to three times as long from the right
@@ -174,7 +175,7 @@ def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor
 
 
 def cholesky(system: Tensor, rows: Tensor) -> Tensor:
-    """The root of a system made of rows [N, d]. Raises DependentKeysError, which names the rows that fail."""
+    """The lower root of a system [..., N, N] made of rows [..., N, d]; DependentKeysError names the rows that fail."""
     root, sound = _root(system)
     failed = sound < system.shape[-1]
     if failed.any():
@@ -210,7 +211,7 @@ def _groups(unit: Tensor, duplicate: float, dependent: float) -> list[list[int]]
 
 
 def _root(system: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor, and the number [...] of leading dimensions before the first whose pivot is only rounding."""
+    """The Cholesky factor [..., n, n]; how many dimensions [...] precede the first whose pivot is only rounding."""
     root, info = cholesky_ex(system)
     n = system.shape[-1]
     pivots, diagonal = (x.diagonal(dim1=-2, dim2=-1) for x in (root, system))
@@ -222,7 +223,11 @@ def _root(system: Tensor, rounding: float = 0.0) -> tuple[Tensor, Tensor]:
 def checked(
     keys: Tensor, residuals: Tensor, cov_factor: Tensor | None = None, *, batched: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check keys, residuals and factor as far as that needs no solve, and return them in fp64."""
+    """Check keys [..., N, d], residuals [..., N, h] and factor [d, d] without a solve, and return them in fp64.
+
+    Raises:
+        TensorError: one of them is not a tensor, has another shape, or holds values that it cannot have.
+    """
     check_tensor(keys, "keys")
     check_tensor(residuals, "residuals")
     factor = None if cov_factor is None else checked_factor(cov_factor)
@@ -238,11 +243,13 @@ def checked(
 
 
 def check_tensor(value: Any, name: str) -> None:
+    """Raise TensorError if a value is not a tensor."""
     if not isinstance(value, Tensor):
         raise TensorError(f"{name} is of type {type(value).__name__}, expected a torch.Tensor")
 
 
 def checked_factor(cov_factor: Tensor) -> Tensor:
+    """Check a lower factor [d, d], and return it in fp64. Raises TensorError."""
     check_tensor(cov_factor, "cov_factor")
     if cov_factor.ndim != 2 or cov_factor.shape[0] != cov_factor.shape[1]:
         raise TensorError(f"cov_factor is {list(cov_factor.shape)}, expected a lower factor [d, d]")
@@ -253,6 +260,7 @@ def checked_factor(cov_factor: Tensor) -> Tensor:
 
 
 def check_ridge(value: float, name: str, *, zero: bool = False) -> None:
+    """Raise ConfigError if a ridge is not a positive number; with `zero`, 0 is allowed."""
     if not isinstance(value, Real) or not (0 < value < math.inf or (zero and value == 0)):
         raise ConfigError(f"{name} is {value!r}, expected a finite number {'≥' if zero else '>'} 0")
 
@@ -270,6 +278,6 @@ def _finite(x: Tensor) -> bool:
 
 
 def plus_diagonal(matrix: Tensor, value: float) -> Tensor:
-    """Add to the diagonal, in place."""
+    """Add to the diagonal of a matrix [..., n, n], in place."""
     matrix.diagonal(dim1=-2, dim2=-1).add_(value)
     return matrix

@@ -362,8 +362,8 @@ def _check_finished(moments: dict[int, StreamingCovariance], max_tokens: int | N
     count = min(moment.count for moment in moments.values())
     if count < (max_tokens or 0):
         raise ModelError(
-            f"{directory} holds sums that several processes made, of {count} tokens; no run can go on with those, give "
-            "another folder"
+            f"{directory} holds sums that several processes made, of {count} tokens; no run can continue from them; "
+            "give another folder"
         )
 
 

@@ -193,7 +193,9 @@ class StatisticsStore:
                 wrong.append(FileError(path, text))
             elif made_for not in (None, self.fingerprint) and not self.unchecked:
                 text = f"{{path}} was made for a model with fingerprint {made_for}, this one has {self.fingerprint}; "
-                text += f"load the unedited model it was made for ({FP16}), collect statistics of this one, or go on "
+                text += (
+                    f"load the unedited model it was made for ({FP16}), collect statistics of this one, or continue "
+                )
                 wrong.append(FileError(path, text + "with unchecked_statistics"))
             elif (count := int(about.get("count", width))) < width and not self.unchecked:
                 wrong.append(FewTokensError(count, width, "unchecked_statistics").at(path))

@@ -59,7 +59,7 @@ def test_a_disk_that_fills_up_under_covariance(collecting: tuple[Any, ...], tmp_
     works(*wide, "--tokens", 1)
     with files_of_at_most(4096):
         assert said.partition("; ")[0] in (again := fails(1, *wide))
-    assert "goes on where the statistics were last saved" in again
+    assert "continues where the statistics were last saved" in again
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -75,5 +75,5 @@ def test_covariance_says_after_ctrl_c_whether_anything_was_saved(
         "fastedit.statistics.collect._Run._observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     said = fails(1, *wide)
-    assert ("goes on where the statistics were last saved" in said) == saved
+    assert ("continues where the statistics were last saved" in said) == saved
     assert ("nothing was saved yet" in said) != saved

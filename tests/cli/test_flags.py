@@ -110,4 +110,5 @@ def test_blocks_are_layers_in_every_command(model: Path, facts: Path, tmp_path: 
     assert "there already" in again.stdout
     assert f"a model without --model is an old spelling of --model {model}" in again.stderr
     assert "old spelling" not in works(*collect, "--model", model).stderr
+    assert "[model]" not in works("covariance", "--help").stdout
     assert "Missing option '--model'" in fails(2, *collect)

@@ -32,7 +32,7 @@ def test_an_output_that_holds_an_input_is_refused_before_any_work(
     flags = [word for pair in (sources | {given: within}).items() for word in pair]
     said = fails(2, "edit", "--output", spoiled, *flags)
     assert f"{spoiled} would be replaced, and " in said
-    assert f"{given[2:]} {within} lies in it" in said
+    assert f"{given[2:]} {within} is inside it" in said
     assert sorted(tmp_path.rglob("*")) == before
 
 

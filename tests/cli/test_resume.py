@@ -87,7 +87,7 @@ def test_ctrl_c_says_how_to_go_on(
         patch.setattr(Trainer, "_step", stopping)
         stopped = call(*command, "--output", "out", *elsewhere)
     assert stopped.exit_code == 1
-    assert stopped.stderr.strip().endswith(f"interrupted; to go on: fastedit edit --resume {named}")
+    assert stopped.stderr.strip().endswith(f"interrupted; to continue: fastedit edit --resume {named}")
     other = call(*command, "--output", "out", *elsewhere, "--lr", "1e-5")
     assert other.exit_code == 2
     assert "holds the state of another run" in other.stderr
@@ -126,7 +126,7 @@ def test_what_cannot_be_resumed_is_refused(command: list[str], tmp_path: Path, m
     Path("out.run/command.json").write_text("{")
     result = call("edit", "--resume", "out")
     assert result.exit_code == 2
-    assert "run the whole command again, it goes on" in result.stderr
+    assert "run the whole command again, which continues it" in result.stderr
     Path("out.run/command.json").write_text(json.dumps({"arguments": command, "folder": str(tmp_path / "gone")}))
     assert f"the folder {tmp_path / 'gone'} where it began is gone" in call("edit", "--resume", "out").stderr
 
@@ -157,7 +157,7 @@ def test_a_state_at_another_place_does_not_begin_anew(
     name = "out" if how == "moved with its folder" else "other"
     result = call("edit", "--resume", name)
     assert result.exit_code == 2
-    assert f"{name}.run was moved or copied from {folder}/out.run, where its edit would begin anew" in result.stderr
+    assert f"{name}.run was moved or copied from {folder}/out.run, where its edit would start again" in result.stderr
     assert not [*tmp_path.rglob("delta.safetensors")]
     assert call(*command, "--output", "result", "--state", f"{name}.run").exit_code == 0
     assert not Path(f"{name}.run").exists()

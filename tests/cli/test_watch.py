@@ -97,7 +97,9 @@ def test_an_edit_that_failed_says_why_and_how_to_go_on(edit: list[str], monkeypa
         assert call(*edit, "--output", "out").exit_code == 1
     result = call("watch", "out", "--once")
     assert result.exit_code == 1
-    assert result.stdout.startswith("failed: interrupted; fastedit edit --resume out goes on; stage training, 2 of 3")
+    assert result.stdout.startswith(
+        "failed: interrupted; fastedit edit --resume out continues it; stage training, 2 of 3"
+    )
     works("edit", "--resume", "out")
     assert not Path("out.run").exists()
 
@@ -120,11 +122,11 @@ def status_of(folder: Path, **figures: Any) -> Path:
         ({}, 3, "running for 1:40; memory host 2 GiB"),
         ({"stage": "targets", "done": 1, "total": 9, "speed": "2 e/s", "left": ""}, 3, "targets, 1 of 9; speed 2 e"),
         ({"moved": time.time() - 50}, 3, "without progress for "),
-        ({"updated": time.time() - 40}, 1, "was it killed? fastedit edit --resume {} begins anew"),
-        ({"updated": time.time() - 40, "saved": 9.0}, 1, "was it killed? fastedit edit --resume {} goes on"),
+        ({"updated": time.time() - 40}, 1, "was it killed? fastedit edit --resume {} starts it again"),
+        ({"updated": time.time() - 40, "saved": 9.0}, 1, "was it killed? fastedit edit --resume {} continues it"),
         ({"updated": time.time() + 999}, 3, "running for "),  # that machine's clock is ahead
         ({"state": "ended"}, 0, "ended; written to {}"),
-        ({"state": "failed", "error": "[no] disk"}, 1, "failed: [no] disk; fastedit edit --resume {} begins anew"),
+        ({"state": "failed", "error": "[no] disk"}, 1, "failed: [no] disk; fastedit edit --resume {} starts it again"),
     ],
 )  # fmt: skip
 def test_what_a_status_means(figures: dict[str, Any], code: int, said: str, tmp_path: Path) -> None:

@@ -57,6 +57,9 @@ def test_null_space_bad_input() -> None:
         ({"previous": torch.nan * torch.eye(9)}, TensorError, "previous is not a sum of squares"),
         ({"keys": torch.nan * torch.ones(3, D)}, TensorError, "keys[0] holds NaN"),
         ({"residuals": torch.ones(2, H)}, TensorError, "residuals is [2, 5]"),
+        ({"keys": np.ones((3, D))}, TensorError, "keys is of type ndarray, expected a torch.Tensor"),
+        ({"basis": np.eye(D)}, TensorError, "basis is of type ndarray"),
+        ({"previous": np.eye(9)}, TensorError, "previous is of type ndarray"),
     ]
     for change, kind, message in bad:
         with pytest.raises(kind, match=re.escape(message)):

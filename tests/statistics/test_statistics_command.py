@@ -94,4 +94,4 @@ def test_ctrl_c_says_how_to_go_on(text: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     result = call(checkpoint_path(), "--text", text, "--layers", 1, *SMALL)
     assert result.exit_code == 1
-    assert "goes on where" in result.stderr
+    assert "continues where" in result.stderr

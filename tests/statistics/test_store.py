@@ -198,7 +198,7 @@ def test_in_fp16_it_is_said_that_a_fingerprint_is_another(seed: int, tmp_path: P
     mark = fingerprint(half.model)
     assert mark != OURS
     keep(tmp_path, rows(seed, 200, D))
-    with pytest.raises(ModelError, match=r"made for \(in fp16 a model has another .* or go on with unchecked_stat"):
+    with pytest.raises(ModelError, match=r"made for \(in fp16 a model has another .* or continue with unchecked_stat"):
         StatisticsStore(half, mark, directory=tmp_path).cholesky(1)
     with pytest.raises(ModelError, match=r"no statistics .*; in fp16 a model has another fingerprint"):
         StatisticsStore(half, mark).cholesky(1)

@@ -68,11 +68,8 @@ def refit(
                 D = trained[path].T if turned else trained[path]  # [h, d]
                 D = least_update(D, keys, *statistics.eigen(layer))
                 write(layer, D.T.contiguous() if turned else D)
-    except (
-        EditError,
-        TensorError,
-        RuntimeError,
-    ) as error:  # no memory for it, or a matrix that is not positive definite
+    # no memory for it, or a matrix that is not positive definite
+    except (EditError, TensorError, RuntimeError) as error:
         for layer, path in paths.items():
             write(layer, trained[path])
         return [f"the update is the trained one, and was not refitted: {error}"]
