@@ -297,10 +297,10 @@ def config_for(dtype: torch.dtype, R: int, capped: bool, target: GPUTarget | Non
     """Tiles of the two products on a target, None for the interpreter.
 
     With up to 64 rows, only reading the head counts; ptxas of Triton 3.6 would spill on Ampere to fit a third program
-    in, if it were not told how many registers there are for two. With more, tiles of 128 × 128 wait for Hopper's shared memory: a
-    step of 64 fills and reads 80 KiB in the time for 64 KiB, a step of 128 × 256 fills and reads 128 KiB in the time
-    for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's slope;
-    the second always is. Parts of a chunk make up for its fewer tiles.
+    in, if it were not told how many registers there are for two. With more, tiles of 128 × 128 wait for Hopper's shared
+    memory: a step of 64 fills and reads 80 KiB in the time for 64 KiB, a step of 128 × 256 fills and reads 128 KiB in
+    the time for 128 KiB. The first tile is that wide if z fits into the registers, which it does not with a soft-cap's
+    slope; the second always is. Parts of a chunk make up for its fewer tiles.
     """
     stages = 4 if target is None or target.backend == "cuda" else 2  # AMD's shared memory is 64 KiB
     generation = target.arch // 10 if target is not None and target.backend == "cuda" else 0

@@ -138,7 +138,7 @@ def target_cross_entropy(target: str) -> Iterator[Case]:
                 given = {name: of for name, of in types.items() if name not in left_out}
                 name = f"{kind}, R={R}{', ' * bool(extra)}{extra}"
                 yield Case(name, "target_cross_entropy", "_exponentials", given, constants, **launch)
-            launch = {"num_warps": second.num_warps, "num_stages": second.num_stages, "maxnreg": second.maxnreg, **dense}
+            launch = {option: getattr(second, option) for option in ("num_warps", "num_stages", "maxnreg")} | dense
             tile = {"BLOCK_R": second.BLOCK_R, "BLOCK_H": second.BLOCK_N, "BLOCK_K": second.BLOCK_K}
             constants = fixed | tile | {"BLOCK_V": first.BLOCK_N}
             yield Case(f"{kind}, R={R}", "target_cross_entropy", "_accumulate", types, constants, **launch)
