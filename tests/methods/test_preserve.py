@@ -102,10 +102,13 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(
-    ("family", "preserve"),
-    [(f, p) for f in ("llama", "gpt2") for p in ("null-space", "anchors", "both") if (f, p) != ("gpt2", "anchors")],
+    ("family", "preserve", "names"),
+    [(f, p, ()) for f in ("llama", "gpt2") for p in ("null-space", "anchors", "both") if (f, p) != ("gpt2", "anchors")]
+    + [("llama", "null-space", ("w20", "w30 w31")), ("gpt2", "both", ("w20", "w30 w31"))],
 )
-def test_equals_a_plain_loop(family: str, preserve: str, tokenizer: Any, tmp_path: Path, seed: int) -> None:
+def test_equals_a_plain_loop(
+    family: str, preserve: str, names: tuple[str, ...], tokenizer: Any, tmp_path: Path, seed: int
+) -> None:
     model, edits = tiny_model(family, seed=seed), random_edits(9, seed)
     moments(model, tmp_path, seed)
     parts = topology(model)
@@ -116,10 +119,14 @@ def test_equals_a_plain_loop(family: str, preserve: str, tokenizer: Any, tmp_pat
         if texts:
             keys = last_inputs(model, parts.resolve(LAYER, "down_proj")[1], tokenizer, texts).double()
             C = C + keys.T @ keys / len(keys)
+        if names:
+            keys = last_inputs(model, parts.resolve(LAYER, "down_proj")[1], tokenizer, list(names)).double()
+            C = C + 3 * keys.T @ keys / len(keys)
         P = shrunk(C).float()
     wanted, losses = plain(model, tokenizer, edits, P, texts)
     before = values(model)
-    result = run(model, tokenizer, edits, preserve=preserve, anchors=1, statistics=str(tmp_path))
+    given: dict[str, Any] = {"names": names, "name_weight": 3.0} if names else {}
+    result = run(model, tokenizer, edits, preserve=preserve, anchors=1, statistics=str(tmp_path), **given)
     ((path, update),) = result.updates.items()  # gpt2's bias stays
     assert isinstance(update, Tensor)
     assert (update - wanted).norm() <= 2e-3 * wanted.norm()  # Adam takes rounding of small gradients for signs

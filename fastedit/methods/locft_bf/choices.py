@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 _SUBJECT_RATE = 0.64  # of the rate for all tokens
 _SHARE = {"all": 0.2, "subject": 0.4}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
+_NAME_WEIGHT = {"all": 0.0, "subject": 10.0}
 
 
 def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocFTBFConfig, list[str]]:
@@ -75,14 +76,16 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
     focus = config.focus
     if focus is None:
         focus = _FOCUS[config.tokens]
+    name_weight = config.name_weight
+    if name_weight is None:
+        name_weight = _NAME_WEIGHT[config.tokens] if config.keeps_null_space else 0.0
     refit = config.refit
     if refit is None:
         refit = subject and config.keeps_null_space and not batch.without_subject
     for note in notes:
         log.info("locft-bf: %s", note)
-    return replace(
-        config, layer=layer, module=module, lr=lr, batch_size=batch_size, null_space=share, focus=focus, refit=refit
-    ), notes
+    chosen: dict[str, Any] = {"layer": layer, "module": module, "lr": lr, "batch_size": batch_size, "null_space": share}
+    return replace(config, **chosen, focus=focus, name_weight=name_weight, refit=refit), notes
 
 
 def batch_size_for(n_edits: int) -> int:

@@ -91,6 +91,14 @@ class LocFTBFConfig:
     anchor_subjects: tuple[str, ...] | None = option(
         None, "subjects to put into the prompts.", unset="those of the other edits"
     )
+    names: tuple[str, ...] | None = option(
+        None,
+        "names that no edit is about; with preserve null-space, inputs at their last tokens count with those of text.",
+        unset="573 names of people, places and things that come with the package",
+    )
+    name_weight: float | None = option(
+        None, "weight of the names' inputs against those of text; 0 for none.", unset="10 with tokens subject, else 0"
+    )
     statistics: str | None = option(
         None,
         "folder of the second moments for preserve null-space; if it has none, they are collected from text that the "
@@ -141,12 +149,18 @@ class LocFTBFConfig:
             raise ConfigError("published is the papers' recipe; leave out tokens and preserve, or leave out published")
         if self.refit and (self.published or self.tokens == "all" or self.preserve in ("none", "anchors")):
             raise ConfigError("refit needs tokens subject and preserve null-space, or both; leave out refit")
+        if (self.names or self.name_weight) and (self.published or self.preserve in ("none", "anchors")):
+            raise ConfigError("names count with preserve null-space, or both; leave out names and name_weight")
         if self.null_space is not None and not 0 < self.null_space < 1:
             raise ConfigError(f"null_space is {self.null_space}; give a share of the directions between 0 and 1")
         if self.anchors < 1:
             raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")
         if self.anchor_subjects is not None and not all(map(str.strip, self.anchor_subjects)):
             raise ConfigError("anchor_subjects holds an empty text; give subjects such as names")
+        if self.names is not None and not (self.names and all(map(str.strip, self.names))):
+            raise ConfigError("names is empty or holds an empty text; give names, or name_weight 0 for none")
+        if self.name_weight is not None and not 0 <= self.name_weight < math.inf:
+            raise ConfigError(f"name_weight is {self.name_weight}; give 0 or more, or leave it out")
         if not 0 < self.anchor_weight < math.inf:
             raise ConfigError(f"anchor_weight is {self.anchor_weight}; give a positive number")
 

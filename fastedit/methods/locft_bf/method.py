@@ -38,6 +38,7 @@ from fastedit.models import (
     plain_state,
 )
 from fastedit.progress import Progress, no_progress
+from fastedit.statistics.names import known_names, with_names
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
 
@@ -48,8 +49,8 @@ _CONTEXTS = 4  # that an edit's keys are averaged over for `refit`
 class LocFTBFPlan:
     """A LocFT-BF run that is ready; `config` is `given` with every choice made that it leaves open.
 
-    `statistics` are of the inputs that training avoids, None without a null space; `saved` keeps the state of the run
-    on disk, None if it is not kept.
+    `statistics` are of the inputs that training avoids, None without a null space, and `names` those whose inputs count
+    with them; `saved` keeps the state of the run on disk, None if it is not kept.
     """
 
     config: LocFTBFConfig
@@ -57,6 +58,7 @@ class LocFTBFPlan:
     data: TrainingSet
     given: LocFTBFConfig
     statistics: StatisticsStore | OwnText | None
+    names: tuple[str, ...]
     saved: SavedRun | None = None
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
@@ -79,7 +81,7 @@ class LocFTBFPlan:
         resolved, notes = resolve(batch, given, history)
         _check_maps(batch.model.topology, resolved)
         statistics, found = find_statistics(batch.model, resolved, history)
-        return LocFTBFPlan(resolved, notes + found, self.data.reporting(progress), given, statistics)
+        return LocFTBFPlan(resolved, notes + found, self.data.reporting(progress), given, statistics, self.names)
 
     @plain_state
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
@@ -100,6 +102,8 @@ class LocFTBFPlan:
         batch, topology, lowest = data.batch, data.batch.model.topology, config.layers[0]
         found = self.statistics
         statistics = found.statistics(config.layers, batch.progress) if isinstance(found, OwnText) else found
+        if statistics is not None:
+            statistics = with_names(statistics, batch.model, config.layers, self.names, config.name_weight or 0.0)
         # the contexts are those of the unedited model
         rewritten = batch.within(context_templates(batch.model, _CONTEXTS, seed=config.seed)) if config.refit else None
         modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
@@ -181,7 +185,9 @@ def plan(
     statistics, found = find_statistics(model, resolved, history)
     notes += found
     data = TrainingSet.of(batch, resolved)
-    made = LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics)
+    subjects = (edit.subject for edit in edits if edit.subject)
+    names = known_names(model, resolved.names, subjects) if resolved.name_weight else ()
+    made = LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, names)
     return replace(made, saved=SavedRun.of(model, edits, resolved, history, made.digests))
 
 

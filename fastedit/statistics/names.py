@@ -1,0 +1,118 @@
+"""Names of people, places and things: where a subject ends, an edit of another one must change nothing.
+
+A second moment of text says little about such inputs, because few tokens of a text end a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastedit.errors import ConfigError
+from fastedit.models import (
+    Model,
+    PrefixCache,
+    Samples,
+    encode,
+    in_passes,
+    observe,
+    pack,
+    pass_tokens,
+    prompt_samples,
+    without_rows,
+)
+from fastedit.statistics.store import StatisticsStore
+
+
+@cache
+def common_names() -> tuple[str, ...]:
+    """The names that come with the package: 573 of people (first and last names put together), places and things."""
+    return tuple(Path(__file__).with_name("names.txt").read_text(encoding="utf-8").splitlines())
+
+
+@dataclass(frozen=True)
+class StatisticsWithNames(StatisticsStore):
+    """Second moments of text, to which those at the last tokens of names are added.
+
+    Attributes:
+        moments: number of a layer -> what is added to its C, [d, d] fp64.
+        names: a digest of the names and their weight, by which kept eigenvectors are told apart.
+    """
+
+    moments: Mapping[int, Tensor] = field(default_factory=dict)
+    names: str = ""
+
+    def covariance(self, layer: int) -> Tensor:
+        """C [d, d] fp64 of text and names on the module's device; raises what it raises without names."""
+        return super().covariance(layer) + self.moments[layer]
+
+    def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
+        place, about = super()._place(layer, f"{kind}.names")
+        return place, about | {"names": self.names}
+
+
+def known_names(model: Model, names: Sequence[str] | None, but: Iterable[str] = ()) -> tuple[str, ...]:
+    """The names that the model has tokens for.
+
+    Args:
+        names: any names; None is `common_names`, of which unknown ones are left out.
+        but: names to leave out; the case of letters does not count.
+
+    Raises:
+        ConfigError: a given name has tokens that the model has no embedding for.
+    """
+    chosen, left_out = common_names() if names is None else tuple(names), {name.casefold() for name in but}
+    tokens = encode(model.tokenizer, chosen)
+    if names is not None and (missing := without_rows(model.tokenizer, sorted(set().union(*tokens)), model.vocabulary)):
+        raise ConfigError(f"names: {missing}")
+    special = {*getattr(model.tokenizer, "all_special_ids", ())}
+    unknown = getattr(model.tokenizer, "unk_token_id", None)
+    return tuple(
+        name
+        for name, ids in zip(chosen, tokens, strict=True)
+        if unknown not in ids and not special.issuperset(ids) and max(ids) < model.vocabulary
+        if name.casefold() not in left_out
+    )
+
+
+def with_names(
+    store: StatisticsStore, model: Model, layers: Sequence[int], names: Sequence[str], weight: float
+) -> StatisticsStore:
+    """Add the second moments at the last tokens of names to those of text.
+
+    Args:
+        store: second moments of the inputs of one projection.
+        model: runs the blocks below, as it is.
+        layers: the layers that will be asked for.
+        names: names from `known_names`; without any, the store is returned.
+        weight: of the mean of k kᵀ over the names, against that over the tokens of text.
+    """
+    if not names or not weight:
+        return store
+    samples = prompt_samples(*model.last_tokens(names, [len(name) for name in names]))
+    moments = {layer: weight * _moment(model, samples, layer, store.module) for layer in layers}
+    digest = sha256(repr((weight, names)).encode()).hexdigest()
+    text = {field.name: getattr(store, field.name) for field in fields(store)}
+    return StatisticsWithNames(**text, moments=moments, names=digest)
+
+
+@torch.no_grad()
+def _moment(model: Model, samples: Samples, layer: int, module: str) -> Tensor:
+    """The mean of k kᵀ [d, d] fp64 over the samples' target rows; inputs that are not finite are left out."""
+    topology = model.topology
+    _, projection = topology.resolve(layer, module)
+    found = []
+    with PrefixCache(topology, samples, layer, packed=False) as cache:
+        for some in in_passes(samples.lengths, pass_tokens(topology.device)):
+            rows = pack(samples, torch.tensor(some), packed=False).to(topology.device)
+            found.append(observe(topology, cache.hidden(rows), rows, layer, projection))
+    keys = torch.cat(found).double()
+    keys = keys[keys.isfinite().all(1)]
+    return keys.T @ keys / max(1, len(keys))

@@ -1,0 +1,128 @@
+"""Second moments of text and names: what names add, which of them are taken, and what is kept."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import rows, tiny_model
+from stored import OURS, D, keep, parts
+from torch import Tensor
+
+from fastedit import ConfigError, Editor, EditRequest
+from fastedit.models import Model
+from fastedit.statistics.names import common_names, known_names, with_names
+from fastedit.statistics.store import StatisticsStore
+
+NAMES = ["w20", "w21 w22", "w30 w31 w32"]
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def last_inputs(tokenizer: Any, texts: list[str], layer: int) -> Tensor:
+    """Inputs [N, d] of `down_proj` at each text's last token, by plain passes."""
+    seen: list[Tensor] = []
+    handle = parts.resolve(layer, "down_proj")[1].register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1]))
+    for text in texts:
+        parts.model(input_ids=torch.tensor([tokenizer(text).input_ids]))
+    handle.remove()
+    return torch.stack(seen).detach().double()
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_mean_over_the_names_is_added(layer: int, tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    for number in (0, 2):
+        keep(tmp_path, rows(seed + number, 200, D), layer=number)
+    store = StatisticsStore(parts, OURS, directory=tmp_path)
+    found = with_names(store, Model(parts, tokenizer), [0, 2], NAMES, 3.0).covariance(layer)
+    keys = last_inputs(tokenizer, NAMES, layer)
+    wanted = store.covariance(layer) + 3 * keys.T @ keys / len(keys)
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_eigenvectors_are_kept_for_their_names_and_weight_alone(
+    tokenizer: Any, tmp_path: Path, cache: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(tmp_path, rows(seed, 200, D))
+    model, store = Model(parts, tokenizer), StatisticsStore(parts, OURS, directory=tmp_path)
+    ways: list[tuple[list[str], float]] = [(NAMES, 3.0), (NAMES, 4.0), (NAMES[:2], 3.0), ([], 3.0), (NAMES, 0.0)]
+    made = []
+    for names, weight in ways:
+        found = with_names(store, model, [1], names, weight)
+        values, vectors = found.eigen(1)
+        torch.testing.assert_close((vectors * values) @ vectors.T, found.covariance(1))
+        made.append(values)
+    assert len({tuple(values.tolist()) for values in made}) == 4  # the last two are of text alone
+    assert sorted(path.name for path in cache.glob("*eigen*")) == [
+        "1.down_proj.eigen.names.safetensors",
+        "1.down_proj.eigen.safetensors",
+    ]
+    with_names(store, model, [1], NAMES, 3.0).eigen(1)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    values, _ = with_names(store, model, [1], NAMES, 3.0).eigen(1)  # from the file
+    assert torch.equal(values, made[0])
+
+
+def test_names_that_the_model_has_no_tokens_for_are_left_out(tokenizer: Any) -> None:
+    model = Model(parts, tokenizer)
+    assert known_names(model, None) == ()  # none of them is made of this tokenizer's words
+    assert known_names(model, ["w20", "Rome", "w21 w22"], but=["W20"]) == ("w21 w22",)
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<Lumbria>"])  # without a row in the model
+    assert known_names(Model(parts, more), ["w20"]) == ("w20",)
+    with pytest.raises(ConfigError, match=r"^names: .* none for '<Lumbria>'"):
+        known_names(Model(parts, more), ["w20", "<Lumbria>"])
+
+
+def test_the_packages_names_are_different_and_not_blank() -> None:
+    names = common_names()
+    assert len({name.casefold() for name in names}) == len(names) == 573
+    assert all(name == name.strip() != "" for name in names)
+
+
+def test_an_edit_changes_less_at_names(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    """Where nothing but the names differs: the outputs at them."""
+    model = tiny_model("llama")
+    changes = []
+    for weight in (0.0, 1000.0):
+        for layer in (0, 1):
+            keep(tmp_path, rows(seed, 400, D), layer=layer)
+        editor = Editor(
+            model,
+            tokenizer,
+            layer=(0, 1),
+            module="down_proj",
+            tokens="subject",
+            statistics=str(tmp_path),
+            unchecked_statistics=True,
+            names=tuple(NAMES),
+            name_weight=weight,
+            epochs=8,
+        )
+        result = editor.edit([EditRequest("w9 w40 w50", "w51", "w40"), EditRequest("w9 w41 w50", "w52", "w41")])
+        update = dict(result.delta.updates)["model.layers.0.mlp.down_proj.weight"]
+        result.revert()
+        keys = last_inputs(tokenizer, NAMES, 0).float()
+        dense = update if isinstance(update, Tensor) else update.dense()
+        changes.append(float((keys @ dense.T).norm() / dense.norm()))
+    assert changes[1] < 0.5 * changes[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"names": ()}, "names is empty"),
+        ({"names": ("a", " ")}, "holds an empty text"),
+        ({"name_weight": -1.0}, "name_weight is -1.0; give 0 or more"),
+        ({"names": ("a",), "published": True}, "names count with preserve null-space"),
+        ({"name_weight": 2.0, "preserve": "anchors"}, "names count with preserve null-space"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], said: str) -> None:
+    from fastedit.methods import LocFTBFConfig
+
+    with pytest.raises(ConfigError, match=said):
+        LocFTBFConfig(**config)
