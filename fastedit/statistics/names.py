@@ -97,22 +97,25 @@ def with_names(
     if not names or not weight:
         return store
     samples = prompt_samples(*model.last_tokens(names, [len(name) for name in names]))
-    moments = {layer: weight * _moment(model, samples, layer, store.module) for layer in layers}
+    moments = {layer: weight * C for layer, C in _moments(model, samples, layers, store.module).items()}
     digest = sha256(repr((weight, names)).encode()).hexdigest()
     text = {field.name: getattr(store, field.name) for field in fields(store)}
     return StatisticsWithNames(**text, moments=moments, names=digest)
 
 
 @torch.no_grad()
-def _moment(model: Model, samples: Samples, layer: int, module: str) -> Tensor:
-    """The mean of k kᵀ [d, d] fp64 over the samples' target rows; inputs that are not finite are left out."""
-    topology = model.topology
-    _, projection = topology.resolve(layer, module)
-    found = []
-    with PrefixCache(topology, samples, layer, packed=False) as cache:
-        for some in in_passes(samples.lengths, pass_tokens(topology.device)):
-            rows = pack(samples, torch.tensor(some), packed=False).to(topology.device)
-            found.append(observe(topology, cache.hidden(rows), rows, layer, projection))
-    keys = torch.cat(found).double()
-    keys = keys[keys.isfinite().all(1)]
-    return keys.T @ keys / max(1, len(keys))
+def _moments(model: Model, samples: Samples, layers: Sequence[int], module: str) -> dict[int, Tensor]:
+    """The mean of k kᵀ [d, d] fp64 over the samples' target rows, by layer; inputs that are not finite are left out."""
+    topology, moments = model.topology, dict[int, Tensor]()
+    with PrefixCache(topology, samples, min(layers), packed=False) as cache:
+        for layer in sorted(layers):
+            cache.advance(layer)
+            _, projection = topology.resolve(layer, module)
+            found = []
+            for some in in_passes(samples.lengths, pass_tokens(topology.device)):
+                rows = pack(samples, torch.tensor(some), packed=False).to(topology.device)
+                found.append(observe(topology, cache.hidden(rows), rows, layer, projection))
+            keys = torch.cat(found).double()
+            keys = keys[keys.isfinite().all(1)]
+            moments[layer] = keys.T @ keys / max(1, len(keys))
+    return moments
