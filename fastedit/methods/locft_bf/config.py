@@ -78,7 +78,7 @@ class LocFTBFConfig:
     null_space: float | None = option(
         None,
         "share of the input directions that training avoids, with preserve null-space.",
-        unset="0.2, or 0.4 with tokens subject",
+        unset="0.2, or 0.5 with tokens subject",
     )
     refit: bool | None = option(
         None,
