@@ -30,7 +30,7 @@ from fastedit.weights import put_back
 if TYPE_CHECKING:
     from rich.table import Table
 
-_SPARED = ("paraphrase", "neighbour")
+_OTHERS = ("paraphrase", "neighbour")
 # configurations to begin with, beside the method's own choices
 _STARTS: dict[str, list[dict[str, Any]]] = {"locft-bf": [{"published": True}, {"preserve": "both"}]}
 # fields that depend on the number of edits or the machine; left out of settings unless they were given or tried
@@ -290,13 +290,13 @@ class Search:
                 seconds, resolved = time.perf_counter() - started, result.config
                 if result.interrupted:  # a partial edit (keep_partial) is not a trial
                     raise KeyboardInterrupt
-                (written, spared), before = self._measure(progress), unedited[1]
+                (written, others), before = self._measure(progress), unedited[1]
             finally:
                 put_back(dict(model.network.named_parameters()), result.originals)
         except FastEditError as error:
             return Trial(config, resolved, 0.0, 0.0, 0.0, None, time.perf_counter() - started, str(error))
-        metrics = compare(self.edits, spared, before).metrics
-        ratio = spared.perplexity / before.perplexity if spared.perplexity and before.perplexity else None
+        metrics = compare(self.edits, others, before).metrics
+        ratio = others.perplexity / before.perplexity if others.perplexity and before.perplexity else None
         shares = metrics["generalization"]["teacher_forced"], metrics["first_token"]
         reliability = compare(self.edits, written).metrics["reliability"]["generated"]
         return Trial(config, resolved, reliability, *shares, ratio, seconds)
@@ -304,8 +304,8 @@ class Search:
     def _measure(self, progress: Progress) -> tuple[Predictions, Predictions]:
         """Measure the edits by generation, and what should be preserved by teacher forcing."""
         written = predict(self._model, self.edits, kinds=("rewrite",), progress=progress)
-        spared = predict(self._model, self.edits, kinds=_SPARED, generate=False, text=self._text, progress=progress)
-        return written, replace(spared, head=None)  # KL is not needed
+        others = predict(self._model, self.edits, kinds=_OTHERS, generate=False, text=self._text, progress=progress)
+        return written, replace(others, head=None)  # KL is not needed
 
     def _read(self) -> list[Trial]:
         """The trials of the journal. Raises FileError."""

@@ -1,4 +1,4 @@
-"""The rest of the text, which LocFT-BF spares: by statistics that are given, or by those of the model's own text."""
+"""The other text that LocFT-BF preserves: by statistics that are given, or by those of the model's own text."""
 
 from __future__ import annotations
 
@@ -51,15 +51,17 @@ def test_the_default_spares_the_rest_where_it_can(
     config, notes = made.config, "; ".join(made.notes)
     assert (config.tokens, config.preserve) == (tokens, preserve)
     everywhere = {"layer": (2,), "lr": 0.025, "batch_size": 1, "null_space": 0.2}
-    expected = {"layer": (0, 1), "lr": 0.016, "batch_size": 3, "null_space": 0.4} if tokens == "subject" else everywhere
+    subject = {"layer": (0, 1), "lr": 0.024, "batch_size": 3, "null_space": 0.5}
+    expected: dict[str, Any] = subject if tokens == "subject" else everywhere
     expected |= given
     assert config.layers == (expected["layer"] if isinstance(expected["layer"], tuple) else (1,))
+    assert config.name_weight == (10.0 if tokens == "subject" and config.keeps_null_space else 0.0)
     assert (config.batch_size, config.null_space) == (expected["batch_size"], expected["null_space"])
     weights = [topology(model).resolve(layer, "down_proj")[1].weight for layer in config.layers]
     assert config.lr == pytest.approx(
         expected["lr"] * float(torch.stack(weights).detach().square().mean().sqrt()), rel=1e-4
     )
-    assert ("spared" in notes) == (tokens == "subject" and not given)
+    assert ("are preserved" in notes) == (tokens == "subject" and not given)
     assert ("fastedit covariance" in notes) == (lacks == "statistics")
     assert ("edit nameless" in notes) == (lacks == "subjects")
 

@@ -140,12 +140,12 @@ def _preserved(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[L
         if free and not (config.published or locft_bf_preset(topology)[1]) and reads_facts(topology):
             lacking = _lacking(batch, config, history)
             if lacking:
-                notes.append(f"the papers' recipe, which does not spare other facts and other text: {lacking}")
+                notes.append(f"the papers' recipe, which does not preserve other facts and other text: {lacking}")
             else:
                 tokens = "subject"
                 notes.append(
                     "tokens subject, preserve null-space (no preset for this model: other facts and other text are "
-                    "spared; published takes the papers' recipe)"
+                    "preserved; published takes the papers' recipe)"
                 )
     if preserve == "auto":
         preserve = "null-space" if tokens == "subject" else "none"
