@@ -154,13 +154,13 @@ class Sweep:
                 raise ConfigError(f"locate sets or lacks the field {name!r}; it takes {', '.join(known)}")
         self.places = _places(model.topology, layers, modules)
         layer, module = self.places[0]
-        self._config = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
+        given = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
         self._sample = sampling.draw(range(len(everything)), sample, seed)
         self.edits = [everything[i] for i in self._sample]
         self._questions = _questions(capability)
         self._text, self._generate, self._model = text, generate, model
         ask(model, [*self.edits, *self._questions], kinds=_KINDS, text=text)
-        first = plan(model, self.edits, self._config)
+        first = plan(model, self.edits, given)
         self._plans = [first.placed(*place, no_progress) for place in self.places]
 
     @plain_state
@@ -170,7 +170,7 @@ class Sweep:
         Raises:
             EditError: a loss or a number of the edited model is not finite; names the layer and the module.
         """
-        epochs, places = self._config.epochs, self.places
+        epochs, places = self._plans[0].config.epochs or 0, self.places
         measure = _Measure(self._model, self.edits, self._questions, self._text, self._generate, progress)
         cells: list[LocateCell] = []
         total = len(places) * epochs

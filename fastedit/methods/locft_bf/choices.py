@@ -22,9 +22,10 @@ from fastedit.statistics.store import StatisticsStore
 log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_SUBJECT_RATE = 0.96  # of the rate for all tokens
+_SUBJECT_RATE = 0.8  # of the rate for all tokens
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
+_EPOCHS = {"all": 25, "subject": 40}  # with subjects, learned edits sit out, so that more epochs cost little
 _NAME_WEIGHT = {"all": 0.0, "subject": 10.0}
 
 
@@ -84,8 +85,9 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
         refit = subject and config.keeps_null_space and not batch.without_subject
     for note in notes:
         log.info("locft-bf: %s", note)
+    epochs = _EPOCHS[config.tokens] if config.epochs is None else config.epochs
     chosen: dict[str, Any] = {"layer": layer, "module": module, "lr": lr, "batch_size": batch_size, "null_space": share}
-    return replace(config, **chosen, focus=focus, name_weight=name_weight, refit=refit), notes
+    return replace(config, **chosen, epochs=epochs, focus=focus, name_weight=name_weight, refit=refit), notes
 
 
 def batch_size_for(n_edits: int) -> int:
@@ -194,5 +196,5 @@ def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[floa
         broken = (path for path, w in weights.items() if not w.isfinite().all())
         raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
     if subject:
-        return _SUBJECT_RATE * lr, "tokens subject: 0.024 of the weights' RMS"
+        return _SUBJECT_RATE * lr, "tokens subject: 0.02 of the weights' RMS"
     return lr, f"{where}: 0.025 of the weights' RMS"

@@ -25,7 +25,7 @@ class LocFTBFConfig:
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path.", unset="the preset's"
     )
     lr: float | None = option(
-        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.024 with tokens subject)"
+        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.02 with tokens subject)"
     )
     lr_schedule: Literal["constant", "linear"] = option(
         "constant",
@@ -37,7 +37,9 @@ class LocFTBFConfig:
         'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; 10 from 100 '
         "to 1,000 edits and 100 from 10,000 on with tokens subject.",
     )
-    epochs: int = option(25, "at most this many passes over the edits.")
+    epochs: int | None = option(
+        None, "at most this many passes over the edits.", unset="25, as published, or 40 with tokens subject"
+    )
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
     focus: float | None = option(
@@ -134,7 +136,7 @@ class LocFTBFConfig:
                 raise ConfigError("layer is (); give at least one block")
             blocks = tuple(sorted(set(self.layer)))
             object.__setattr__(self, "layer", blocks if len(blocks) > 1 else blocks[0])
-        if self.epochs < 1:
+        if self.epochs is not None and self.epochs < 1:
             raise ConfigError(f"epochs is {self.epochs}; give at least 1")
         if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise ConfigError(f"lr is {self.lr}; give a positive learning rate, or leave it out")

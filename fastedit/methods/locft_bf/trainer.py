@@ -65,6 +65,8 @@ class Trainer:
     ) -> None:
         self.statistics, self.saved = statistics, saved
         self.data, self.modules, self.config = data, modules, config
+        assert config.epochs is not None  # chosen by now
+        self.epochs = config.epochs
         self.topology, self.samples = data.batch.model.topology, data.samples
         topology, samples = self.topology, self.samples
         paths = {id(p): path for path, p in topology.model.named_parameters()}
@@ -108,7 +110,7 @@ class Trainer:
         self.cache = cache
         # with a single epoch nothing would be read again
         lowest = self.modules[cache.layer]
-        self.frozen = FrozenPart(self.topology, cache, lowest) if self.config.epochs > 1 else None
+        self.frozen = FrozenPart(self.topology, cache, lowest) if self.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
         with ExitStack() as avoiding:
             if self.statistics is not None:
@@ -153,7 +155,7 @@ class Trainer:
                 self.losses.append(loss)
                 self.learned.append(self._n_learned())
                 self._keep(f"of epoch {len(self.losses)}")
-                progress("train", len(self.losses), self.config.epochs, loss)
+                progress("train", len(self.losses), self.epochs, loss)
                 progress(LEARNED, self.learned[-1], len(self.data.batch))
             return
         tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
@@ -236,7 +238,7 @@ class Trainer:
             optimizer.load(tensors)
             wakes, begun, losses, done = tensors["wakes"], tensors["order"], tensors["epoch's losses"], about["done"]
             first = about["epoch"]
-        for epoch in range(first, config.epochs + 1):
+        for epoch in range(first, self.epochs + 1):
             awake = select[wakes[select] <= epoch]
             order = self._order(awake if len(awake) else select) if begun is None else begun
             batches = order.split(int(config.batch_size))
@@ -247,12 +249,12 @@ class Trainer:
                 if i + 1 < len(batches):
                     self.cache.ahead(batches[i + 1])
                 if config.lr_schedule == "linear":
-                    optimizer.lr = (config.lr or 0.0) * (1 - (epoch - 1 + i / len(batches)) / config.epochs)
+                    optimizer.lr = (config.lr or 0.0) * (1 - (epoch - 1 + i / len(batches)) / self.epochs)
                 self._step(batches[i], optimizer, found[i])
                 if not place and time.monotonic() - told > _NEWS:
                     told, share = time.monotonic(), sum(map(len, batches[: i + 1])) / len(order)
                     self.data.batch.progress(
-                        "epoch", round((epoch - 1 + share) * len(select)), config.epochs * len(select)
+                        "epoch", round((epoch - 1 + share) * len(select)), self.epochs * len(select)
                     )
                 if saved is not None:
                     tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
@@ -357,7 +359,7 @@ class Trainer:
     @property
     def looks_cheap(self) -> bool:
         """Whether `look`, a forward pass of all edits by every process, is little beside the training."""
-        epochs = len(self.losses) if self.config.schedule == "breadth-first" else self.config.epochs
+        epochs = len(self.losses) if self.config.schedule == "breadth-first" else self.epochs
         return epochs >= _LONG * parallel.world()
 
     @torch.no_grad()
