@@ -51,7 +51,7 @@ def test_the_default_spares_the_rest_where_it_can(
     config, notes = made.config, "; ".join(made.notes)
     assert (config.tokens, config.preserve) == (tokens, preserve)
     everywhere = {"layer": (2,), "lr": 0.025, "batch_size": 1, "null_space": 0.2}
-    subject = {"layer": (0, 1), "lr": 0.02, "batch_size": 3, "null_space": 0.5}
+    subject = {"layer": (0, 1), "lr": 0.016, "batch_size": 3, "null_space": 0.5}
     expected: dict[str, Any] = subject if tokens == "subject" else everywhere
     expected |= given
     assert config.layers == (expected["layer"] if isinstance(expected["layer"], tuple) else (1,))

@@ -22,7 +22,7 @@ from fastedit.statistics.store import StatisticsStore
 log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_SUBJECT_RATE = 0.8  # of the rate for all tokens
+_SUBJECT_RATE = 0.64  # of the rate for all tokens
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
 _EPOCHS = {"all": 25, "subject": 40}  # with subjects, learned edits sit out, so that more epochs cost little
@@ -196,5 +196,5 @@ def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[floa
         broken = (path for path, w in weights.items() if not w.isfinite().all())
         raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
     if subject:
-        return _SUBJECT_RATE * lr, "tokens subject: 0.02 of the weights' RMS"
+        return _SUBJECT_RATE * lr, "tokens subject: 0.016 of the weights' RMS"
     return lr, f"{where}: 0.025 of the weights' RMS"

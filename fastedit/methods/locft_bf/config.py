@@ -25,7 +25,7 @@ class LocFTBFConfig:
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path.", unset="the preset's"
     )
     lr: float | None = option(
-        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.02 with tokens subject)"
+        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.016 with tokens subject)"
     )
     lr_schedule: Literal["constant", "linear"] = option(
         "constant",
