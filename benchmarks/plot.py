@@ -173,15 +173,18 @@ def real_models(rows: Sequence[Row]) -> plt.Figure | None:
     figure, axes = plt.subplots(
         1, len(found), figsize=(1 + 4 * len(found), 4), squeeze=False, sharey=True, constrained_layout=True
     )
+    names = dict.fromkeys(variant for variants in found.values() for variant in variants)
+    points = {name: axes[0][0].plot([], [], "o", color=f"C{i}", label=name)[0] for i, name in enumerate(names)}
     for axis, (shape, variants) in zip(axes[0], found.items(), strict=True):
         for variant, values in variants.items():
             if {"begins", "first token"} <= values.keys():
-                axis.plot(100 * values["begins"], 100 * values["first token"], "o", label=variant)
+                color = points[variant].get_color()
+                axis.plot(100 * values["begins"], 100 * values["first token"], "o", color=color)
         axis.set(xlim=(-2, 102), ylim=(-2, 102))
         axis.set_title(shape, fontsize="small")
         axis.set_xlabel("edits whose text begins with the answer, %")
     axes[0][0].set_ylabel("neighbours whose first token is kept, %")
-    axes[0][0].legend(fontsize="x-small")
+    axes[0][0].legend(fontsize="x-small", loc="lower left")
     return figure
 
 
