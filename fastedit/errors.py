@@ -6,6 +6,7 @@ any of them in one line on stderr.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +118,19 @@ class FileError(ModelError):
         text: what is wrong; "{path}" in it becomes the path. Without it, the path is put in front.
     """
 
-    def __init__(self, path: str | Path, text: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], text: str) -> None:
         super().__init__(text.replace("{path}", str(path)))
         self.path = Path(path)
         self.args = path, text  # a copy is made with these
         if "{path}" not in text:
-            self.at(path)
+            self.at(Path(path))
+
+
+class InputFileError(FileError, RequestError):
+    """A file of edit requests or of text cannot be read.
+
+    It is a `RequestError` because version 0.1 raised that one.
+    """
 
 
 class TensorError(ModelError):

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fastedit.errors import EditError, FastEditError, FileError, ModelError, Problem, RequestError, TensorError, listed
+from fastedit.errors import (
+    EditError,
+    FastEditError,
+    FileError,
+    InputFileError,
+    ModelError,
+    Problem,
+    RequestError,
+    TensorError,
+    listed,
+)
 from fastedit.models import PairError
 from fastedit.models.tokens import PairProblem
 from fastedit.ops import DependentKeysError
@@ -22,6 +32,7 @@ ERRORS = [
     TensorError("wrong").at("row 3").at("layer 2"),
     FileError("a/b", "cannot be read").at("layer 2"),
     FileError("a/b", "{path} is a folder"),
+    InputFileError("a/b", "cannot be read"),
     FewTokensError(3, 9, "allow_few").at("a/b"),
     DependentKeysError([[1, 2]], None),
     PairError([PairProblem(4, "it is long", "the text", "prompt")]),
@@ -44,6 +55,10 @@ def test_places_stand_in_front_the_outermost_first() -> None:
     assert str(FileError("a/b", "{path} is a folder; give {x}")) == "a/b is a folder; give {x}"
     assert FileError("a/b", "x").path == Path("a/b")
     assert issubclass(FileError, ModelError)
+    missing = InputFileError("a/b", "cannot be read")
+    assert str(missing) == "a/b: cannot be read"
+    assert isinstance(missing, FileError)
+    assert isinstance(missing, RequestError)
 
 
 def test_additions_follow_the_text() -> None:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fastedit.errors import RequestError, listed
+from fastedit.errors import InputFileError, RequestError, listed
 from fastedit.requests.formats import table, wrapped
 from fastedit.requests.source import AnyPath, Source
 
@@ -158,11 +158,11 @@ def _parquet(source: Source) -> Records:
             known = {name: value for name, value in named if name and value is not None}
             yield f"{path}, record {index} (counted from 0)", known
     except ModuleNotFoundError:
-        raise RequestError(f"{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
+        raise InputFileError(path, "{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None
     except RequestError:
         raise
     except Exception as error:  # pyarrow raises its own types
-        raise RequestError(f"{path}: the Parquet file is damaged or truncated: {error}") from error
+        raise InputFileError(path, f"the Parquet file is damaged or truncated: {error}") from error
 
 
 def _array(source: Source) -> Records:

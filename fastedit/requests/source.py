@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, BinaryIO, TextIO, cast
 
-from fastedit.errors import RequestError
+from fastedit.errors import InputFileError
 
 AnyPath = str | os.PathLike[str]
 
@@ -56,7 +56,7 @@ class Source:
         plain: whether it is an ordinary file that is not compressed.
 
     Raises:
-        RequestError: it cannot be read, is a zip file, or needs a package that is not installed; while it is read,
+        InputFileError: it cannot be read, is a zip file, or needs a package that is not installed; while it is read,
             also that it is damaged.
     """
 
@@ -68,11 +68,13 @@ class Source:
                 ordinary = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
                 head = file.read(8 if ordinary else -1)
         except OSError as error:
-            raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+            raise InputFileError(path, f"cannot be read: {error.strerror}") from error
         if not ordinary:
             self._content = head
         if head.startswith(b"PK\x03\x04"):
-            raise RequestError(f"{path} is compressed (zip), and may hold several files; unpack it first, with unzip")
+            raise InputFileError(
+                path, "{path} is compressed (zip), and may hold several files; unpack it first, with unzip"
+            )
         self._kind: str | None = None
         self._unpack: Callable[[BinaryIO], Any] | None = None
         for start, kind, unpack in _COMPRESSED:
@@ -86,18 +88,17 @@ class Source:
             packed = open(self.path, "rb") if self._content is None else io.BytesIO(self._content)  # noqa: SIM115
             inner = packed if self._unpack is None else self._unpack(packed)
         except ModuleNotFoundError as error:
-            raise RequestError(
-                f"{self.path} is compressed ({self._kind}): pip install {error.name}, or unpack it first"
-            ) from None
+            text = f"{{path}} is compressed ({self._kind}): pip install {error.name}, or unpack it first"
+            raise InputFileError(self.path, text) from None
         except OSError as error:
-            raise RequestError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise InputFileError(self.path, f"cannot be read: {error.strerror}") from error
         return cast(BinaryIO, io.BufferedReader(_Told(inner, packed, self._fault), 1 << 16))
 
     def text(self, newline: str = "\n") -> TextIO:
         """The content as text; callers turn a UnicodeDecodeError of reading it into `not_utf8`."""
         return io.TextIOWrapper(self.bytes(), encoding="utf-8-sig", newline=newline)
 
-    def not_utf8(self) -> RequestError:
+    def not_utf8(self) -> InputFileError:
         """The error that names the first byte that is not UTF-8."""
         with self.bytes() as file:
             content = file.read()
@@ -105,19 +106,19 @@ class Source:
             content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line, place = error.object.count(b"\n", 0, error.start) + 1, error.start
-            return RequestError(f"{self.path}, line {line}: byte {place} is not UTF-8; save as UTF-8")
-        return RequestError(f"{self.path} changed while it was read; try again")
+            return InputFileError(self.path, f"{{path}}, line {line}: byte {place} is not UTF-8; save as UTF-8")
+        return InputFileError(self.path, "{path} changed while it was read; try again")
 
-    def _fault(self, error: Exception) -> RequestError:
+    def _fault(self, error: Exception) -> InputFileError:
         if self._kind is None:
-            return RequestError(f"{self.path}: cannot be read: {error}")
-        return RequestError(f"{self.path}: the {self._kind} file is damaged or truncated: {error}")
+            return InputFileError(self.path, f"cannot be read: {error}")
+        return InputFileError(self.path, f"the {self._kind} file is damaged or truncated: {error}")
 
 
 class _Told(io.RawIOBase):
-    """A stream that raises RequestErrors; each package that decompresses raises its own types."""
+    """A stream that raises InputFileErrors; each package that decompresses raises its own types."""
 
-    def __init__(self, inner: Any, packed: BinaryIO, fault: Callable[[Exception], RequestError]) -> None:
+    def __init__(self, inner: Any, packed: BinaryIO, fault: Callable[[Exception], InputFileError]) -> None:
         self._inner, self._packed, self._fault = inner, packed, fault
 
     def readable(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastedit.errors import RequestError, listed
+from fastedit.errors import InputFileError, RequestError, listed
 from fastedit.models import Model, Rows, Samples, encode, pack, without_rows
 from fastedit.models.tokens import first_fit_decreasing
 
@@ -32,8 +32,8 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
             names end as `JSON` says.
 
     Raises:
-        RequestError: the file cannot be read or is not UTF-8; a line is not JSON; a record has no such text. Names the
-            line or the record.
+        InputFileError: the file cannot be read, or is not UTF-8. RequestError: a line is not JSON, or a record has no
+            such text; names the line or the record.
     """
     if path.suffix == ".json" and (records := _array(path)) is not None:
         for number, record in enumerate(records):
@@ -54,9 +54,9 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
                     yield "".join(paragraph).strip()
                     paragraph = []
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputFileError(path, f"cannot be read: {error.strerror}") from error
     except UnicodeEncodeError:
-        raise RequestError(f"{path}: line {number} is not UTF-8; save as UTF-8") from None
+        raise InputFileError(path, f"line {number} is not UTF-8; save as UTF-8") from None
     if paragraph:
         yield "".join(paragraph).strip()
 
