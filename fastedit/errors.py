@@ -123,7 +123,7 @@ class FileError(ModelError):
         self.path = Path(path)
         self.args = path, text  # a copy is made with these
         if "{path}" not in text:
-            self.at(Path(path))
+            self.at(os.fspath(path))
 
 
 class InputFileError(FileError, RequestError):
