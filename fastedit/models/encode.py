@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastedit.errors import listed
 from fastedit.models.scripts import joined
@@ -75,14 +75,25 @@ def _in_parts(
     return found, [*head_spans[:n_head], *moved, *spans[len(ids) - ends :]]
 
 
-def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> str:
-    """Say what is wrong, and what to do, if tokens have no row among `vocabulary` rows; empty if all have one."""
+class MissingRows(NamedTuple):
+    """Why tokens cannot be used, and what to do."""
+
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.remedy}"
+
+
+def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> MissingRows | None:
+    """Tell of the tokens that have no row in a model with `vocabulary` rows; None if all have one."""
     if not ids or max(ids) < vocabulary:
-        return ""
+        return None
     found = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]
-    return (
-        f"the model's embedding has {vocabulary} rows and none for {listed(found)}; call "
-        "model.resize_token_embeddings(len(tokenizer)) and train the new rows, or take the tokenizer that the model has"
+    return MissingRows(
+        f"the model's embedding has {vocabulary} rows and none for {listed(found)}",
+        "call model.resize_token_embeddings(len(tokenizer)) and train the new rows, or take the tokenizer that the "
+        "model has",
     )
 
 

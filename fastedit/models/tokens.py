@@ -134,8 +134,7 @@ def tokenize(
             end = len(ids) - trailing(ids, eos)
             n_read = end - 1 + append_eos
             if vocabulary is not None and (missing := without_rows(tokenizer, ids[:end], vocabulary)):
-                reason, _, remedy = missing.partition("; ")
-                problems.append(PairProblem(i, reason, remedy=remedy))
+                problems.append(PairProblem(i, missing.reason, remedy=missing.remedy))
                 continue
             problem = _problem(i, *pairs[i], start, end, n_read, max_length)
             shown = [token for token in ids[start:end] if token not in special]
