@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastedit.errors import ConfigError
+from fastedit.errors import ConfigError, listed
 from fastedit.models import (
     Model,
     PrefixCache,
@@ -28,7 +27,9 @@ from fastedit.models import (
     prompt_samples,
     without_rows,
 )
+from fastedit.ops import factor_covariance
 from fastedit.statistics.store import StatisticsStore
+from fastedit.tensorfile import checksum
 
 
 @cache
@@ -42,44 +43,48 @@ class StatisticsWithNames(StatisticsStore):
     """Second moments of text, to which those at the last tokens of names are added.
 
     Attributes:
-        moments: number of a layer -> what is added to its C, [d, d] fp64.
-        names: a digest of the names and their weight, by which kept eigenvectors are told apart.
+        moments: number of a layer -> what is added to its C, [d, d] fp64. Kept eigenvectors are of these bits alone.
     """
 
     moments: Mapping[int, Tensor] = field(default_factory=dict)
-    names: str = ""
 
     def covariance(self, layer: int) -> Tensor:
         """C [d, d] fp64 of text and names on the module's device; raises what it raises without names."""
         return super().covariance(layer) + self.moments[layer]
 
+    def cholesky(self, layer: int) -> Tensor:
+        """The lower Cholesky factor [d, d] fp64 of C; it is not kept. Raises what `covariance` raises."""
+        return factor_covariance(self.covariance(layer), allow_few=True)  # of the text there are enough tokens
+
     def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
         place, about = super()._place(layer, f"{kind}.names")
-        return place, about | {"names": self.names}
+        return place, about | {"names": str(checksum(self.moments[layer]))}
 
 
 def known_names(model: Model, names: Sequence[str] | None, but: Iterable[str] = ()) -> tuple[str, ...]:
     """The names that the model has tokens for.
 
     Args:
-        names: any names; None is `common_names`, of which unknown ones are left out.
+        names: any names; None is `common_names`, of which those that the tokenizer does not know are left out.
         but: names to leave out; the case of letters does not count.
 
     Raises:
-        ConfigError: a given name has tokens that the model has no embedding for.
+        ConfigError: given names that the tokenizer does not know, or that have tokens without an embedding.
     """
     chosen, left_out = common_names() if names is None else tuple(names), {name.casefold() for name in but}
     tokens = encode(model.tokenizer, chosen)
     if names is not None and (missing := without_rows(model.tokenizer, sorted(set().union(*tokens)), model.vocabulary)):
         raise ConfigError(f"names: {missing}")
     special = {*getattr(model.tokenizer, "all_special_ids", ())}
-    unknown = getattr(model.tokenizer, "unk_token_id", None)
-    return tuple(
+    unk = getattr(model.tokenizer, "unk_token_id", None)
+    known = {
         name
         for name, ids in zip(chosen, tokens, strict=True)
-        if unknown not in ids and not special.issuperset(ids) and max(ids) < model.vocabulary
-        if name.casefold() not in left_out
-    )
+        if unk not in ids and not special.issuperset(ids) and max(ids) < model.vocabulary
+    }
+    if names is not None and (unknown := [name for name in names if name not in known]):
+        raise ConfigError(f"names: the tokenizer does not know {listed(unknown)}; leave them out")
+    return tuple(name for name in chosen if name in known and name.casefold() not in left_out)
 
 
 def with_names(
@@ -98,9 +103,7 @@ def with_names(
         return store
     samples = prompt_samples(*model.last_tokens(names, [len(name) for name in names]))
     moments = {layer: weight * C for layer, C in _moments(model, samples, layers, store.module).items()}
-    digest = sha256(repr((weight, names)).encode()).hexdigest()
-    text = {field.name: getattr(store, field.name) for field in fields(store)}
-    return StatisticsWithNames(**text, moments=moments, names=digest)
+    return StatisticsWithNames(**{field.name: getattr(store, field.name) for field in fields(store)}, moments=moments)
 
 
 @torch.no_grad()

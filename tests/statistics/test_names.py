@@ -37,10 +37,12 @@ def test_the_mean_over_the_names_is_added(layer: int, tokenizer: Any, tmp_path: 
     for number in (0, 2):
         keep(tmp_path, rows(seed + number, 200, D), layer=number)
     store = StatisticsStore(parts, OURS, directory=tmp_path)
-    found = with_names(store, Model(parts, tokenizer), [0, 2], NAMES, 3.0).covariance(layer)
+    found = with_names(store, Model(parts, tokenizer), [0, 2], NAMES, 3.0)
     keys = last_inputs(tokenizer, NAMES, layer)
     wanted = store.covariance(layer) + 3 * keys.T @ keys / len(keys)
-    assert (found - wanted).norm() < 1e-6 * wanted.norm()
+    assert (found.covariance(layer) - wanted).norm() < 1e-6 * wanted.norm()
+    L = found.cholesky(layer)
+    assert (L @ L.T - wanted).norm() < 1e-6 * wanted.norm()
 
 
 def test_eigenvectors_are_kept_for_their_names_and_weight_alone(
@@ -66,10 +68,30 @@ def test_eigenvectors_are_kept_for_their_names_and_weight_alone(
     assert torch.equal(values, made[0])
 
 
+def test_eigenvectors_of_an_edited_model_are_not_kept_for_the_unedited_one(
+    tokenizer: Any, tmp_path: Path, seed: int
+) -> None:
+    """What an edit does must not depend on what earlier edits left in the cache."""
+    keep(tmp_path, rows(seed, 200, D))
+    store, found = StatisticsStore(parts, OURS, directory=tmp_path), []
+    weight = parts.resolve(0, "down_proj")[1].get_parameter("weight")
+    before = weight.detach().clone()
+    for factor in (1.0, 1.5, 1.0):
+        weight.detach().copy_(before * factor)
+        statistics = with_names(store, Model(parts, tokenizer), [1], NAMES, 3.0)
+        values, vectors = statistics.eigen(1)
+        torch.testing.assert_close((vectors * values) @ vectors.T, statistics.covariance(1))
+        found.append(values)
+    assert not torch.allclose(found[0], found[1], rtol=1e-6)
+    assert torch.equal(found[0], found[2])
+
+
 def test_names_that_the_model_has_no_tokens_for_are_left_out(tokenizer: Any) -> None:
     model = Model(parts, tokenizer)
     assert known_names(model, None) == ()  # none of them is made of this tokenizer's words
-    assert known_names(model, ["w20", "Rome", "w21 w22"], but=["W20"]) == ("w21 w22",)
+    assert known_names(model, ["w20", "w21 w22"], but=["W20"]) == ("w21 w22",)
+    with pytest.raises(ConfigError, match="names: the tokenizer does not know Rome, Bonn; leave them out"):
+        known_names(model, ["w20", "Rome", "Bonn"])
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["<Lumbria>"])  # without a row in the model
     assert known_names(Model(parts, more), ["w20"]) == ("w20",)
