@@ -11,7 +11,8 @@ from helpers import last_of_subject, moments, random_edits, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
+from fastedit import ConfigError, EditError, Editor, EditRequest, StreamingCovariance
+from fastedit.errors import TensorError
 from fastedit.methods.contexts import context_templates
 from fastedit.methods.locft_bf import refit
 from fastedit.methods.locft_bf.null_space import threshold
@@ -118,8 +119,11 @@ def test_an_edit_is_refitted_layer_by_layer(family: str, tokenizer: Any, tmp_pat
         assert float(nll) == pytest.approx(wanted_loss, rel=1e-2)  # what is reported is of the refitted weights
 
 
+@pytest.mark.parametrize(
+    "error", [torch.linalg.LinAlgError, TensorError, EditError], ids=lambda error: str(error.__name__)
+)
 def test_a_failure_keeps_what_was_trained(
-    tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    error: type[Exception], tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, edits = tiny_model("llama", seed=seed), random_edits(4, seed)
     moments(model, tmp_path, seed)
@@ -130,7 +134,7 @@ def test_a_failure_keeps_what_was_trained(
     def fails(*args: Tensor) -> Tensor:
         calls.append(args)
         if len(calls) == 2:  # after the first layer is written
-            raise torch.linalg.LinAlgError("not positive definite")
+            raise error("not positive definite")
         return least(*args)
 
     monkeypatch.setattr(refit, "least_update", fails)

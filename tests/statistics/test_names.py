@@ -13,6 +13,8 @@ from stored import OURS, D, keep, parts
 from torch import Tensor
 
 from fastedit import ConfigError, Editor, EditRequest
+from fastedit.methods import LocFTBFConfig
+from fastedit.methods.locft_bf.method import plan
 from fastedit.models import Model
 from fastedit.statistics.names import common_names, known_names, with_names
 from fastedit.statistics.store import StatisticsStore
@@ -95,8 +97,20 @@ def test_names_that_the_model_has_no_tokens_for_are_left_out(tokenizer: Any) -> 
     more = copy.deepcopy(tokenizer)
     more.add_tokens(["<Lumbria>"])  # without a row in the model
     assert known_names(Model(parts, more), ["w20"]) == ("w20",)
-    with pytest.raises(ConfigError, match=r"^names: .* none for '<Lumbria>'"):
+    with pytest.raises(
+        ConfigError, match=r"^names: .* none for '<Lumbria>' \(\d+\); call model\.resize_token_embeddings"
+    ):
         known_names(Model(parts, more), ["w20", "<Lumbria>"])
+
+
+def test_subjects_of_the_edits_do_not_count_as_names(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    for layer in (0, 1):
+        keep(tmp_path, rows(seed, 400, D), layer=layer)
+    config = LocFTBFConfig(
+        layer=(0, 1), module="down_proj", tokens="subject", statistics=str(tmp_path), names=tuple(NAMES)
+    )
+    made = plan(Model(parts, tokenizer), [EditRequest("w9 w21 w22 w50", "w51", "w21 w22")], config)
+    assert made.names == ("w20", "w30 w31 w32")
 
 
 def test_the_packages_names_are_different_and_not_blank() -> None:
@@ -144,7 +158,5 @@ def test_an_edit_changes_less_at_names(tokenizer: Any, tmp_path: Path, seed: int
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], said: str) -> None:
-    from fastedit.methods import LocFTBFConfig
-
     with pytest.raises(ConfigError, match=said):
         LocFTBFConfig(**config)
