@@ -43,8 +43,8 @@ class HeldTokens:
 
     def __init__(self, topology: Topology, cache: PrefixCache, samples: Samples, counts: Tensor) -> None:
         self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
-        self._tokens = torch.empty(0, dtype=torch.int64)  # [K] in the flat buffers, and
-        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of them
+        self._hold(torch.empty(0, dtype=torch.int64))
+        self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of these tokens
         self.supported = topology.replays_blocks
         """False if blocks cannot be replayed, or once a block's attention did not use the cache: ``remaining`` then
         gives all tokens."""
@@ -69,7 +69,29 @@ class HeldTokens:
             old = [self._recorded[block]] if block in self._recorded else []
             keys, values = (torch.cat(parts) for parts in zip(*old, *new, strict=True))
             self._recorded[block] = keys, values
-        self._tokens = torch.cat([self._tokens, *(tokens for tokens, _ in seen)])
+        self._hold(torch.cat([self._tokens, *(tokens for tokens, _ in seen)]))
+
+    def _hold(self, tokens: Tensor) -> None:
+        """Note the places [K] in the flat buffers of the recorded tokens."""
+        self._tokens = tokens
+        self._ordered, self._order = tokens.sort()
+
+    def keep(self, select: Tensor) -> None:
+        """Drop what is recorded of other samples."""
+        _, _, tokens = self._places(select)
+        known = self._known(tokens)
+        for block, (keys, values) in self._recorded.items():
+            self._recorded[block] = keys.index_select(0, known), values.index_select(0, known)
+        self._hold(tokens)
+
+    def _places(self, select: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The held tokens of these samples: place in `select`, place in the sample, place in the flat buffers; [K]."""
+        owner, within = ragged(self._counts[select])
+        return owner, within, self._samples.offsets[select][owner] + within
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """Where tokens [K] are among those recorded."""
+        return self._order[torch.searchsorted(self._ordered, tokens)].to(self._topology.device)
 
     def _seen(self, select: Tensor) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         """The held tokens [K] of these samples, and the keys and values of each block."""
@@ -81,29 +103,24 @@ class HeldTokens:
         return rows.host_index.view(-1)[rows.token_rows], recorder.seen
 
     def remaining(self, select: Tensor) -> tuple[Rows, Past | None]:
-        """The rows of these samples' tokens that are not held, on the CPU, and the keys and values before them.
-
-        Recorded tokens of other samples are dropped.
-        """
+        """The rows of these samples' tokens that are not held, on the CPU, and the keys and values before them."""
         if not self.supported:
             return pack(self._samples, select, packed=False), None
         counts = self._counts[select]
         rows = pack(self._samples, select, packed=False, start=counts)
-        owner, within = ragged(counts)
-        tokens = self._samples.offsets[select][owner] + within
-        ordered, order = self._tokens.sort()
-        known = order[torch.searchsorted(ordered, tokens)]
-        self._tokens = tokens
+        owner, within, tokens = self._places(select)
         n, width = len(counts), int(counts.max())
         total = width + rows.index.shape[1]
         places = owner * total + width - counts[owner] + within  # directly before the rows; pads come first
         ours = (self._samples.lengths[select] - 1 - counts)[:, None]
         masks = torch.arange(-width, 0) >= -counts[:, None], torch.arange(rows.index.shape[1]) < ours
-        known, places, mask = (x.to(self._topology.device) for x in (known, places, torch.cat(masks, 1)))
-        held = {}
-        for block, recorded in self._recorded.items():
-            key, value = self._recorded[block] = recorded[0].index_select(0, known), recorded[1].index_select(0, known)
-            held[block] = _laid_out(key, places, n, total), _laid_out(value, places, n, total)
+        known, mask = self._known(tokens), torch.cat(masks, 1).to(self._topology.device)
+        places = places.to(self._topology.device)
+
+        def lay_out(recorded: Tensor) -> Tensor:
+            return _laid_out(recorded.index_select(0, known), places, n, total)
+
+        held = {block: (lay_out(keys), lay_out(values)) for block, (keys, values) in self._recorded.items()}
         return rows, Past(held, mask, width)
 
 

@@ -162,6 +162,7 @@ class TargetLoop:
 
     def _lay_out(self, edits: Tensor) -> _LaidOut:
         select = self._select(edits)
+        self.held.keep(select)
         rows, past = self.held.remaining(select)
         # the subject's last token is the first one that is not held (see `HeldTokens`)
         positions = torch.arange(len(select)) * rows.index.shape[1] + (self.last[select] if past is None else 0)

@@ -54,19 +54,20 @@ def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dic
 
 @contextmanager
 def recorded(
-    maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[], Tensor | None] = lambda: None
+    maps: Mapping[str, nn.Linear | Conv1D], at: Callable[[Tensor], Tensor | None] = lambda _: None
 ) -> Iterator[GradientParts]:
     """Collect the parts of the weight gradients of these maps; inside the block the gradients are not formed.
 
     Args:
-        at: returns the rows of the flattened input that count in the current pass; None is all.
+        at: returns the rows of a flattened input [T, in] that count in the current pass; None is all.
     """
     parts: GradientParts = {path: [] for path in maps}
 
     def recorder(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if torch.is_grad_enabled():
-                inputs, rows = args[0].detach().flatten(0, -2), at()
+                inputs = args[0].detach().flatten(0, -2)
+                rows = at(inputs)
                 taken = inputs if rows is None else inputs[rows]
 
                 def note(grad: Tensor) -> None:

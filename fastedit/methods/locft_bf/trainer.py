@@ -23,14 +23,17 @@ from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import (
+    BlockCalls,
     FrozenPart,
+    HeldTokens,
+    Past,
     PrefixCache,
     Rows,
+    at_tokens,
     in_passes,
     observe,
     pack,
     pass_tokens,
-    resume,
     row_multiple,
 )
 from fastedit.progress import LEARNED
@@ -76,6 +79,8 @@ class Trainer:
             for module in modules.values()
             for p in ([module.get_parameter("weight")] if config.linear_only else module.parameters())
         }
+        weights = {layer: module.get_parameter("weight") for layer, module in modules.items() if config.linear_only}
+        self.paths = {layer: paths[id(weight)] for layer, weight in weights.items()}
         self.originals = Snapshot(parameters)
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
@@ -92,7 +97,8 @@ class Trainer:
             self.maps = smaller_in_parts(self.maps, int(tokens))
         elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
-        self.trained_rows: Tensor | None = None  # of the current pass
+        self.trained_rows: Mapping[int, Tensor] | None = None  # of the current pass
+        self.held: HeldTokens | None = None
         # mean over the target tokens of each sample, when it was last computed
         self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
         self.gradients: GradientParts = {}
@@ -112,6 +118,7 @@ class Trainer:
         lowest = self.modules[cache.layer]
         self.frozen = FrozenPart(self.topology, cache, lowest) if self.epochs > 1 else None
         keys = self._look_at_anchors() if len(self.data.anchors) else {}
+        subjects = self._subjects if self.config.refit else lambda _: None
         with ExitStack() as avoiding:
             if self.statistics is not None:
                 share = self.config.null_space
@@ -123,9 +130,15 @@ class Trainer:
                     else:
                         values, vectors = self.statistics.eigen(layer)
                     self.null_spaces[layer] = NullSpace.of(values, vectors, share)
-                    avoiding.enter_context(self.null_spaces[layer].around(module))
-            with recorded(self.maps, lambda: self.trained_rows) as self.gradients:
+                    original = self.originals.values[self.paths[layer]]
+                    avoiding.enter_context(self.null_spaces[layer].around(module, original, subjects))
+            if self.config.refit and self.epochs > 1:
+                assert self.data.trained is not None
+                self.held = HeldTokens(self.topology, cache, self.samples, self.data.trained)
+                self.held.record(torch.arange(len(self.samples)))
+            with recorded(self.maps, self._subjects) as self.gradients:
                 self._run()
+        self.held = None  # from now on the model runs as it is
 
     @torch.no_grad()
     def _look_at_anchors(self) -> dict[int, Tensor]:
@@ -143,10 +156,16 @@ class Trainer:
         self.reference = Reference.joined(references)
         return {layer: torch.cat(found) for layer, found in keys.items()}
 
-    def _hidden(self, rows: Rows) -> Tensor:
+    def _subjects(self, x: Tensor) -> Tensor | None:
+        """The rows of an input [T, d] where training takes place; None is all."""
+        return None if self.trained_rows is None else self.trained_rows[len(x)]
+
+    def _hidden(self, rows: Rows, past: Past | None = None) -> Tensor:
         """Hidden states [M, h] at the target rows."""
-        overrides = self.frozen.overrides(rows) if self.frozen else []
-        return resume(self.topology, self.cache.hidden(rows), rows, self.cache.layer, overrides)
+        topology, layer = self.topology, self.cache.layer
+        overrides = [] if past is None else at_tokens(topology, rows, layer)
+        overrides += self.frozen.overrides(rows) if self.frozen else []
+        return BlockCalls(topology, rows, layer, overrides, past).resume(self.cache.hidden(rows))
 
     def _run(self) -> None:
         everything, progress = torch.arange(self.data.anchors.first), self.data.batch.progress
@@ -329,11 +348,15 @@ class Trainer:
         Edits whose loss is below `focus` get no gradient.
         """
         topology, head = self.topology, cast(Any, self.topology.head)
-        rows = pack(self.samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
+        past = None
+        if self.held is not None and self.held.supported:
+            rows, past = self.held.remaining(select)
+        else:
+            rows = pack(self.samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
         weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
         rows = rows.to(topology.device, non_blocking=True)
         self.trained_rows = self.data.trained_rows(rows)
-        hidden = self._hidden(rows)  # [M, h], anchors last
+        hidden = self._hidden(rows, past)  # [M, h], anchors last
         n = len(rows.labels) - len(anchors)
         part, grad = ops.target_cross_entropy(
             hidden.detach(),
@@ -376,9 +399,8 @@ class Trainer:
     def updates(self) -> dict[str, Tensor]:
         """The fp32 additive updates; afterwards the model holds exactly original + update."""
         updates = {path: self.masters[path] - before.float() for path, before in self.originals.values.items()}
-        paths = {id(p): path for path, p in self.parameters.items()}
         for layer, null_space in self.null_spaces.items():
-            module, path = self.modules[layer], paths[id(self.modules[layer].get_parameter("weight"))]
+            module, path = self.modules[layer], self.paths[layer]
             D = updates[path].T if isinstance(module, Conv1D) else updates[path]  # [h, d]
             D = null_space.of_rows(D)
             updates[path] = D.T.contiguous() if isinstance(module, Conv1D) else D

@@ -101,14 +101,19 @@ class TrainingSet:
         report = counter(batch.progress, "prefix", len(self.samples))
         return PrefixCache(batch.model.topology, self.samples, layer, budget=batch.budget, progress=report)
 
-    def trained_rows(self, rows: Rows) -> Tensor | None:
-        """Flat places `b * R + r` of the tokens where training takes place, on the rows' device; None is all."""
+    def trained_rows(self, rows: Rows) -> dict[int, Tensor] | None:
+        """The rows of an input where training takes place, by the number of its rows, on their device; None is all.
+
+        A module's input has either all places `b * R + r` or those of tokens alone.
+        """
         if self.trained is None:
             return None
         place = rows.host_index.view(-1)[rows.token_rows]
         sample = torch.searchsorted(self.samples.offsets, place, right=True) - 1
         wanted, within = self.trained[sample], place - self.samples.offsets[sample]
-        return rows.token_rows[(wanted < 0) | (wanted == within)].to(rows.index.device, non_blocking=True)
+        tokens = ((wanted < 0) | (wanted == within)).nonzero()[:, 0]
+        found = {len(rows.token_rows): tokens, rows.index.numel(): rows.token_rows[tokens]}
+        return {n: x.to(rows.index.device, non_blocking=True) for n, x in found.items()}
 
     def names(self, samples: Sequence[int]) -> str:
         """Names of the edits that some samples belong to."""
