@@ -211,7 +211,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 # options, what fails in the second process alone, the edits
 FAILURES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "training": (LOCFT, "fastedit.methods.locft_bf.trainer.Trainer._pass", ""),
+    "training": (LOCFT, "fastedit.methods.locft_bf.passes.Passes.run", ""),
     "what comes after it": (LOCFT, "fastedit.editor.WeightDelta", ""),
     "targets": (RUNS["memit"], "fastedit.methods.locate_then_edit.method.find_targets", ""),
     "writing": (RUNS["memit"], "fastedit.methods.locate_then_edit.write.Writer._write", ""),

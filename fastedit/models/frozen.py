@@ -31,6 +31,9 @@ class FrozenPart:
     Args:
         cache: gives the block, the samples, and the remaining budget.
         trained: the one module whose weights change.
+
+    Attributes:
+        budget: what remains of it.
     """
 
     def __init__(self, topology: Topology, cache: PrefixCache, trained: nn.Module) -> None:
@@ -43,7 +46,7 @@ class FrozenPart:
         known = known and any(trained is m for p in parts.values() for m in p.modules())
         self._attn = attn if known else None
         self._mlp = mlp if known and trained is parts["down_proj"] else None
-        self._trained, self._samples, self._budget = trained, cache.samples, cache.budget
+        self._trained, self._samples, self.budget = trained, cache.samples, cache.budget
         self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
         self._returned = 0  # length of the tuple that the attention returns, 0 if it returns none
         self._run(topology, cache)
@@ -107,9 +110,9 @@ class FrozenPart:
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
         if module not in self._states:
             size = (self._samples.input_ids.numel(), states.shape[-1])
-            found = TokenStates.allocate(size, states.dtype, states.device, self._budget, near=True)
+            found = TokenStates.allocate(size, states.dtype, states.device, self.budget, near=True)
             if found is None:
                 return False
-            self._states[module], self._budget = found, found.left(self._budget)
+            self._states[module], self.budget = found, found.left(self.budget)
         self._states[module].write(rows, states)
         return True

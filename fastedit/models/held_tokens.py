@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from fastedit.models.forward import at_tokens, in_passes, pass_tokens, resume
 from fastedit.models.past import Past
 from fastedit.models.prefix_cache import PrefixCache
+from fastedit.models.token_states import Budget
 from fastedit.models.tokens import Rows, Samples, pack, ragged
 from fastedit.models.topology import Topology
 
@@ -55,15 +56,23 @@ class HeldTokens:
         return sum(recorded.nbytes for pair in self._recorded.values() for recorded in pair)
 
     @torch.no_grad()
-    def record(self, select: Tensor) -> None:
-        """Run the held tokens of these samples and record their keys and values."""
+    def record(self, select: Tensor, budget: Budget | None = None) -> None:
+        """Run the held tokens of these samples and record their keys and values.
+
+        If these do not fit into a budget, nothing is held: ``supported`` becomes false.
+        """
         if not self.supported:
             return
         select = select[self._counts[select] > 0]
-        passes = in_passes(self._counts[select], pass_tokens(self._topology.device))
-        seen = [self._seen(select[some.start : some.stop]) for some in passes]
-        if not self.supported:
-            return
+        seen, left = [], int(self._counts[select].sum())
+        for some in in_passes(self._counts[select], pass_tokens(self._topology.device)):
+            seen.append(self._seen(select[some.start : some.stop]))
+            if budget is not None and some.start == 0:
+                tokens, recorded = seen[0]
+                size = sum(x.nbytes for pair in recorded.values() for x in pair) * left // len(tokens)
+                self.supported = self.supported and size <= budget.allows(self._topology.device)
+            if not self.supported:
+                return
         for block in seen[0][1] if seen else ():
             new = [recorded[block] for _, recorded in seen]
             old = [self._recorded[block]] if block in self._recorded else []
@@ -78,6 +87,8 @@ class HeldTokens:
 
     def keep(self, select: Tensor) -> None:
         """Drop what is recorded of other samples."""
+        if not self.supported:
+            return
         _, _, tokens = self._places(select)
         known = self._known(tokens)
         for block, (keys, values) in self._recorded.items():

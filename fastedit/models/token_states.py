@@ -37,11 +37,14 @@ class Tally:
 
     def count(self, states: TokenStates) -> TokenStates:
         """Count some states until they are freed."""
-        tier, taken = states.tier, states.nbytes
+        self.add(states, states.tier, states.nbytes)
+        return states
+
+    def add(self, owner: object, tier: str, taken: int) -> None:
+        """Count bytes until their owner is freed."""
         self._now[tier] += taken
         self.most[tier] = max(self.most.get(tier, 0), self._now[tier])
-        finalize(states, self._now.subtract, {tier: taken})
-        return states
+        finalize(owner, self._now.subtract, {tier: taken})
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Budget:
     host_bytes: int | None = None
     directory: Path | None = None
     tally: Tally = field(default_factory=Tally, compare=False, repr=False)
+
+    def allows(self, device: torch.device) -> int:
+        """How many bytes may be taken in the memory of ``device``."""
+        given = self.device_bytes if device.type == "cuda" else self.host_bytes
+        return free_bytes(device) // 2 if given is None else given
 
 
 class TokenStates:
@@ -82,13 +90,11 @@ class TokenStates:
         """
         needed, gpu = size[0] * size[1] * dtype.itemsize, device.type == "cuda"
         if gpu:
-            allowed = _free_device_bytes(device) // 2 if budget.device_bytes is None else budget.device_bytes
-            if needed <= allowed:
+            if needed <= budget.allows(device):
                 return budget.tally.count(cls("device", torch.zeros(size, dtype=dtype, device=device), device))
             if near:
                 return None
-        allowed = _free_host_bytes() // 2 if budget.host_bytes is None else budget.host_bytes
-        if needed <= allowed:
+        if needed <= budget.allows(torch.device("cpu")):
             return budget.tally.count(cls("pinned" if gpu else "host", torch.zeros(size, dtype=dtype), device))
         if near:
             return None

@@ -14,7 +14,7 @@ from helpers import FAMILIES, MakeEdits, in_fp64, state, tiny_model
 from locft_loop import DOWN_PROJ, PLAIN, Pairs, Published, changed, padded_nll, pairs_of, published, run
 
 from fastedit.methods.base import LIKELY
-from fastedit.methods.locft_bf import trainer
+from fastedit.methods.locft_bf import passes, trainer
 from fastedit.models import Samples, pack, tokenize, topology
 
 
@@ -73,21 +73,21 @@ def test_steps_of_several_passes_equal_the_published_loop(
     loss_average: str, most: int, tokenizer: Any, make_edits: MakeEdits, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No pass has more tokens than it may, except where one sample has."""
-    passes: list[list[int]] = []
+    ran: list[list[int]] = []
 
     def spy(samples: Samples, select: torch.Tensor, **kwargs: Any) -> Any:
-        passes.append(samples.lengths[select].tolist())
+        ran.append(samples.lengths[select].tolist())
         return pack(samples, select, **kwargs)
 
     monkeypatch.setattr(trainer, "pass_tokens", lambda _: most)
-    monkeypatch.setattr(trainer, "pack", spy)
+    monkeypatch.setattr(passes, "pack", spy)
     model, edits = tiny_model("llama", seed=seed), make_edits(13)
     settings = PLAIN | {"loss_average": loss_average, "epochs": 2}
     wanted = published(model, tokenizer, pairs_of(edits), DOWN_PROJ, **settings)
     wanted.check(run(model, tokenizer, edits, **settings))
-    assert sum(map(len, passes)) == 13 * 2
-    assert len(passes) > 4 * 2
-    assert all(sum(lengths) <= most or len(lengths) == 1 for lengths in passes)
+    assert sum(map(len, ran)) == 13 * 2
+    assert len(ran) > 4 * 2
+    assert all(sum(lengths) <= most or len(lengths) == 1 for lengths in ran)
 
 
 @pytest.mark.usefixtures("double")

@@ -11,7 +11,7 @@ from helpers import FAMILIES, MakeEdits, in_fp64, state, tiny_model
 from locft_loop import DOWN_PROJ, changed, run
 from torch import Tensor
 
-from fastedit.methods.locft_bf import trainer
+from fastedit.methods.locft_bf import passes, trainer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,14 +81,14 @@ def test_bf16_model_learns_as_the_fp32_one(tokenizer: Any, make_edits: MakeEdits
 
 def test_order_comes_from_the_seed(tokenizer: Any, make_edits: MakeEdits, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every epoch takes every edit once, in an order of its own; one seed, one order, one result."""
-    edits, pack = make_edits(13), trainer.pack
+    edits, pack = make_edits(13), passes.pack
     seen: list[list[int]] = []
 
     def spy(samples: Any, select: Tensor, **kwargs: Any) -> Any:
         seen.append(select.tolist())
         return pack(samples, select, **kwargs)
 
-    monkeypatch.setattr(trainer, "pack", spy)
+    monkeypatch.setattr(passes, "pack", spy)
 
     def order(**config: Any) -> tuple[list[list[int]], Tensor]:
         seen.clear()

@@ -39,10 +39,12 @@ def plain(
     focus: float = 0.0,
     epochs: int = SETTINGS["epochs"],
     falls: bool = False,
+    since: bool = False,
 ) -> tuple[list[Tensor], list[float]]:
     """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
 
-    D acts at all tokens, and gets its gradient from the token at `places` of the edit (all tokens where it is -1). An
+    D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens, or
+    `since` that token at it and those after it. An
     edit whose loss is below `focus` gives none, and sits out the next two epochs; an epoch without any has all. A rate
     that `falls` comes to 0 at the end of the last epoch.
     """
@@ -59,7 +61,8 @@ def plain(
             change = args[0] @ (D[layer] @ P[layer]).T
             fixed = args[0] @ (D[layer].detach() @ P[layer]).T
             taught = torch.arange(output.shape[1])[:, None] == here if here >= 0 else torch.tensor(True)
-            return output + torch.where(taught, change, fixed)
+            acts = torch.arange(output.shape[1])[:, None] >= (here if since else 0)
+            return output + torch.where(taught, change, fixed) * acts
 
         return hook
 
@@ -126,7 +129,7 @@ def test_equals_a_plain_loop(
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     monkeypatch.setitem(SETTINGS, "batch_size", size)
     epochs = 9 if focus else SETTINGS["epochs"]
-    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls)
+    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls, preserve == "null-space")
     before = values(model)
     options = {"preserve": preserve, "statistics": tmp_path, "focus": focus, "epochs": epochs}
     options["lr_schedule"] = "linear" if falls else "constant"

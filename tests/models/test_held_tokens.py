@@ -67,8 +67,12 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
         entered: list[int] = []
         parts.backbone.register_forward_pre_hook(lambda *_: entered.append(1))
         before = [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()]
-        # some of both groups in another order, some of these, and one with a single token to run
-        for select in ([7, 2, 6, 1], [6, 1], [6]):
+        everything = sum(len(x) for pair in held._recorded.values() for x in pair)
+        # some of both groups in another order, others while all are recorded, some of these, one with a single token
+        for select, keep in (([7, 2, 6, 1], False), ([1, 3], False), ([7, 2, 6, 1], True), ([6, 1], True), ([6], True)):
+            if keep:
+                held.keep(torch.tensor(select))
+            assert keep or everything == sum(len(x) for pair in held._recorded.values() for x in pair)
             rows, past = held.remaining(torch.tensor(select))
             assert len(rows.token_rows) == int((SAMPLES.lengths - 1 - HELD)[select].sum())
             whole = pack(SAMPLES, select, packed=False)
@@ -92,7 +96,7 @@ def test_held_tokens_change_nothing_and_do_not_run(family: str, monkeypatch: pyt
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
         kept = held._recorded[LAST]
         assert held.nbytes == sum(x.nbytes for x in kept) * 2
-        assert len(kept[0]) == int(HELD[select].sum())  # those that have left are forgotten
+        assert len(kept[0]) == int(HELD[6])  # the others are forgotten
     assert [(m.training, m.__dict__.get("forward"), len(m._forward_pre_hooks)) for m in model.modules()] == before
 
 

@@ -146,7 +146,7 @@ class LocFTBFPlan:
             updates=updates,
             originals=trainer.originals.values,
             config=asdict(config),
-            probability=(-trainer.loss_of[: len(batch)]).exp().cpu(),
+            probability=(-trainer.passes.loss_of[: len(batch)]).exp().cpu(),
             losses=trainer.losses,
             notes=notes,
             interrupted=interrupted,

@@ -8,16 +8,16 @@ the step is as without P, but on other inputs, and never forms a [d, d] matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.models import forwards, hooked
+from fastedit.models import hooked
 
 _SMALLEST = 0.02  # smallest s that is kept: for less, a column of U is not worth its cost
 
@@ -67,46 +67,19 @@ class NullSpace:
         return (x @ self.basis.to(x.dtype)) * self.shares.to(x.dtype)
 
     @contextmanager
-    def around(
-        self, module: nn.Module, original: Tensor, at: Callable[[Tensor], Tensor | None] = lambda _: None
-    ) -> Iterator[None]:
-        """Inside the block, a linear map of weight M computes W x + (M − W) P x (+ bias).
-
-        Args:
-            original: W, in the module's own orientation.
-            at: returns, for an input [T, d], the rows where it does so; at others it then computes W x (+ bias). None
-                is all rows.
-        """
-        weight = original if isinstance(module, Conv1D) else original.T  # [d, h]
+    def around(self, module: nn.Module) -> Iterator[None]:
+        """Inside the block, a linear map of weight M computes W x + (M − W) P x (+ bias); W is its weight on entry."""
+        weight: Any = module.weight
+        weight = weight.detach() if isinstance(module, Conv1D) else weight.detach().T  # [d, h]
         frozen = self.basis.T.to(weight.dtype) @ weight  # [r, h]
-        withheld: list[tuple[Tensor | None, Tensor]] = []
-        trained = module.forward
+        withheld: list[Tensor] = []
 
         def leave_out(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-            x = args[0].reshape(-1, args[0].shape[-1])
-            rows = at(x)
-            taken = x if rows is None else x[rows]
-            left_out = self._withheld(taken)
-            withheld.append((rows, left_out))
-            taken = taken - left_out @ self.basis.T.to(x.dtype)
-            return ((taken if rows is None else x.index_copy(0, rows, taken)).view_as(args[0]),)
-
-        def forward(x: Tensor) -> Tensor:
-            flat, bias = x.reshape(-1, x.shape[-1]), cast(Tensor | None, module.bias)
-            rows = at(flat)
-            if rows is None:
-                return cast(Tensor, trained(x))
-            y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-            return y.index_copy(0, rows, trained(flat[rows])).view(*x.shape[:-1], -1)
+            withheld.append(self._withheld(args[0]))
+            return (args[0] - withheld[-1] @ self.basis.T.to(args[0].dtype),)
 
         def add(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            rows, left_out = withheld.pop()
-            added = left_out @ frozen
-            y = output.reshape(-1, output.shape[-1])
-            return (y + added if rows is None else y.index_add(0, rows, added)).view_as(output)
+            return torch.add(output, withheld.pop() @ frozen)
 
-        with (
-            forwards([(module, forward)]),
-            hooked([module.register_forward_pre_hook(leave_out), module.register_forward_hook(add)]),
-        ):
+        with hooked([module.register_forward_pre_hook(leave_out), module.register_forward_hook(add)]):
             yield

@@ -5,37 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ops, parallel
+from fastedit import parallel
 from fastedit.methods.base import LIKELY
-from fastedit.methods.locft_bf.adam import Adam, GradientParts, linear_maps, recorded, smaller_in_parts, with_kernel
-from fastedit.methods.locft_bf.anchors import Reference
+from fastedit.methods.locft_bf.adam import Adam, linear_maps, smaller_in_parts, with_kernel
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.locft_bf.not_finite import not_finite
-from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.methods.locft_bf.passes import Passes
 from fastedit.methods.locft_bf.training_set import TrainingSet
 from fastedit.methods.saved_run import SavedRun, State
-from fastedit.models import (
-    BlockCalls,
-    FrozenPart,
-    HeldTokens,
-    Past,
-    PrefixCache,
-    Rows,
-    at_tokens,
-    in_passes,
-    observe,
-    pack,
-    pass_tokens,
-    row_multiple,
-)
+from fastedit.models import PrefixCache, in_passes, pass_tokens
 from fastedit.progress import LEARNED
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
@@ -79,8 +63,6 @@ class Trainer:
             for module in modules.values()
             for p in ([module.get_parameter("weight")] if config.linear_only else module.parameters())
         }
-        weights = {layer: module.get_parameter("weight") for layer, module in modules.items() if config.linear_only}
-        self.paths = {layer: paths[id(weight)] for layer, weight in weights.items()}
         self.originals = Snapshot(parameters)
         self.masters = {
             path: p.detach() if p.dtype == torch.float32 else p.detach().float() for path, p in parameters.items()
@@ -97,75 +79,16 @@ class Trainer:
             self.maps = smaller_in_parts(self.maps, int(tokens))
         elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
-        self.trained_rows: Mapping[int, Tensor] | None = None  # of the current pass
-        self.held: HeldTokens | None = None
-        # mean over the target tokens of each sample, when it was last computed
-        self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
-        self.gradients: GradientParts = {}
-        self.scratch: Tensor | None = None  # reused by all steps: new pages cost a CPU time
-        if topology.device.type == "cpu":
-            head: Any = topology.head
-            targets = int((samples.lengths - samples.target_start).sum())
-            n_anchors = int(config.batch_size) if len(data.anchors) else 0
-            self.scratch = ops.logits_buffer(head.weight, targets, n_anchors)
+        self.passes = Passes(data, modules, config)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.null_spaces: dict[int, NullSpace] = {}
-        self.reference: Reference | None = None
 
     def run(self, cache: PrefixCache) -> None:
-        self.cache = cache
-        # with a single epoch nothing would be read again
-        lowest = self.modules[cache.layer]
-        self.frozen = FrozenPart(self.topology, cache, lowest) if self.epochs > 1 else None
-        keys = self._look_at_anchors() if len(self.data.anchors) else {}
-        subjects = self._subjects if self.config.refit else lambda _: None
-        with ExitStack() as avoiding:
-            if self.statistics is not None:
-                share = self.config.null_space
-                assert share is not None  # chosen by now
-                for layer, module in self.modules.items():
-                    if layer in keys:  # also avoid the directions of the inputs at anchors
-                        K = keys[layer].double()
-                        values, vectors = torch.linalg.eigh(self.statistics.covariance(layer) + K.T @ K / len(K))
-                    else:
-                        values, vectors = self.statistics.eigen(layer)
-                    self.null_spaces[layer] = NullSpace.of(values, vectors, share)
-                    original = self.originals.values[self.paths[layer]]
-                    avoiding.enter_context(self.null_spaces[layer].around(module, original, subjects))
-            if self.config.refit and self.epochs > 1:
-                assert self.data.trained is not None
-                self.held = HeldTokens(self.topology, cache, self.samples, self.data.trained)
-                self.held.record(torch.arange(len(self.samples)))
-            with recorded(self.maps, self._subjects) as self.gradients:
-                self._run()
-        self.held = None  # from now on the model runs as it is
-
-    @torch.no_grad()
-    def _look_at_anchors(self) -> dict[int, Tensor]:
-        """Keep the predictions at all anchors; returns the modules' inputs there [A, d] if there are statistics."""
-        topology, first = self.topology, self.data.anchors.first
-        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if self.statistics is not None}
-        references = []
-        for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
-            select = first + torch.tensor(some)
-            rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
-            references.append(Reference.of(topology.logits(self._hidden(rows)).float()))
-            for layer, found in keys.items():
-                state = self.cache.hidden(rows)
-                found.append(observe(topology, state, rows, self.cache.layer, self.modules[layer]))
-        self.reference = Reference.joined(references)
-        return {layer: torch.cat(found) for layer, found in keys.items()}
-
-    def _subjects(self, x: Tensor) -> Tensor | None:
-        """The rows of an input [T, d] where training takes place; None is all."""
-        return None if self.trained_rows is None else self.trained_rows[len(x)]
-
-    def _hidden(self, rows: Rows, past: Past | None = None) -> Tensor:
-        """Hidden states [M, h] at the target rows."""
-        topology, layer = self.topology, self.cache.layer
-        overrides = [] if past is None else at_tokens(topology, rows, layer)
-        overrides += self.frozen.overrides(rows) if self.frozen else []
-        return BlockCalls(topology, rows, layer, overrides, past).resume(self.cache.hidden(rows))
+        state = self.saved.newest() if self.saved is not None else None
+        # a run that continues holds tokens if it did so before, for the same bits
+        held = None if state is None else bool(state[1].get("held"))
+        self.passes.cache = cache
+        with self.passes.prepared(self.maps, self.statistics, epochs=self.epochs, held=held):
+            self._run()
 
     def _run(self) -> None:
         everything, progress = torch.arange(self.data.anchors.first), self.data.batch.progress
@@ -196,8 +119,9 @@ class Trainer:
         if self.saved is None or not self.saved.due:
             return
         state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
-        state |= {"generator": self.generator.get_state(), "loss of each": self.loss_of, **tensors}
-        self.saved.replace(state, {"losses": self.losses, "learned": self.learned, **about})
+        state |= {"generator": self.generator.get_state(), "loss of each": self.passes.loss_of, **tensors}
+        about = {"losses": self.losses, "learned": self.learned, "held": self.passes.holds, **about}
+        self.saved.replace(state, about)
 
     @torch.no_grad()
     def _resumed(self) -> State | None:
@@ -210,7 +134,7 @@ class Trainer:
             master.copy_(tensors[_MASTER + path])
             self.parameters[path].copy_(master)
         self.generator.set_state(tensors["generator"])
-        self.loss_of.copy_(tensors["loss of each"])
+        self.passes.loss_of.copy_(tensors["loss of each"])
         self.losses, self.learned = about["losses"], about["learned"]
         return tensors, about
 
@@ -227,7 +151,7 @@ class Trainer:
 
     def _n_learned(self) -> int:
         """How many edits were learned when their loss was last computed."""
-        return int((self.loss_of[: len(self.data.batch)] <= -math.log(LIKELY)).sum())
+        return int((self.passes.loss_of[: len(self.data.batch)] <= -math.log(LIKELY)).sum())
 
     def _order(self, select: Tensor) -> Tensor:
         return select[torch.randperm(len(select), generator=self.generator)] if self.config.shuffle else select
@@ -243,7 +167,7 @@ class Trainer:
             self.parameters,
             self.masters,
             self.maps,
-            self.gradients,
+            self.passes.gradients,
             lr=config.lr or 0.0,
             weight_decay=config.weight_decay,
             scale=self.scale,
@@ -266,7 +190,7 @@ class Trainer:
             told = time.monotonic()
             for i in range(done, len(batches)):
                 if i + 1 < len(batches):
-                    self.cache.ahead(batches[i + 1])
+                    self.passes.cache.ahead(batches[i + 1])
                 if config.lr_schedule == "linear":
                     optimizer.lr = (config.lr or 0.0) * (1 - (epoch - 1 + i / len(batches)) / self.epochs)
                 self._step(batches[i], optimizer, found[i])
@@ -288,7 +212,7 @@ class Trainer:
             sizes = torch.tensor([len(batch) for batch in batches])
             mean = float((found * sizes).sum() / sizes.sum())
             if focus:
-                each = self.loss_of.cpu()
+                each = self.passes.loss_of.cpu()
                 looked = torch.cat(list(batches))
                 wakes[looked[each[looked] < focus]] = epoch + 1 + _REST
                 mean = float(each[select].mean())
@@ -312,7 +236,7 @@ class Trainer:
         loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
         for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
             here = anchors[max(0, some.start - n) : max(0, some.stop - n)]
-            part = self._pass(chosen[some], weights[some], here.to(topology.device, non_blocking=True))
+            part = self.passes.run(chosen[some], weights[some], here.to(topology.device, non_blocking=True))
             loss += part[: len(part) - len(here)].sum()
             apart += part[len(part) - len(here) :].sum()
             optimizer.gather()
@@ -321,7 +245,7 @@ class Trainer:
         loss_out.copy_(loss.div_(self.scale))
         skip = loss < config.skip_loss
         if config.focus:
-            skip |= (self.loss_of[whole.to(loss.device, non_blocking=True)] < config.focus).all()
+            skip |= (self.passes.loss_of[whole.to(loss.device, non_blocking=True)] < config.focus).all()
         skip &= apart < self.scale * config.anchor_weight * _NEAR
         if loss.is_cuda:  # skip the step on the device, so that the host does not wait for the loss
             optimizer.step(skip.float())
@@ -335,49 +259,12 @@ class Trainer:
 
         All processes add in the same order, so that they decide alike.
         """
-        mine = self.loss_of[batch[parallel.rank() :: parallel.world()].to(loss.device)]
+        mine = self.passes.loss_of[batch[parallel.rank() :: parallel.world()].to(loss.device)]
         parts = parallel.gathered((float(loss), float(apart), mine.cpu()))
         loss.fill_(sum(part for part, _, _ in parts))
         apart.fill_(sum(part for _, part, _ in parts))
         for number, (_, _, each) in enumerate(parts):
-            self.loss_of[batch[number :: parallel.world()].to(loss.device)] = each.to(loss.device)
-
-    def _pass(self, select: Tensor, weights: Tensor, anchors: Tensor) -> Tensor:
-        """Compute the gradients of some samples, anchors last; returns the weighted loss of each target row [M].
-
-        Edits whose loss is below `focus` get no gradient.
-        """
-        topology, head = self.topology, cast(Any, self.topology.head)
-        past = None
-        if self.held is not None and self.held.supported:
-            rows, past = self.held.remaining(select)
-        else:
-            rows = pack(self.samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
-        weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
-        rows = rows.to(topology.device, non_blocking=True)
-        self.trained_rows = self.data.trained_rows(rows)
-        hidden = self._hidden(rows, past)  # [M, h], anchors last
-        n = len(rows.labels) - len(anchors)
-        part, grad = ops.target_cross_entropy(
-            hidden.detach(),
-            head.weight,
-            rows.labels[:n],
-            weight,
-            bias=getattr(head, "bias", None),
-            softcap=topology.logit_softcap,
-            others=partial(self.reference.divergence, anchors) if self.reference is not None else None,
-            per_row=True,
-            scratch=self.scratch,
-        )
-        place = rows.sample_of[:n]
-        count = part.new_zeros(len(select)).index_add_(0, place, torch.ones_like(part[:n]))
-        each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
-        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)].float()
-        if self.config.focus:
-            grad[:n] *= (each >= self.config.focus)[place][:, None]
-        if hidden.requires_grad:
-            hidden.backward(grad)
-        return part
+            self.passes.loss_of[batch[number :: parallel.world()].to(loss.device)] = each.to(loss.device)
 
     @property
     def looks_cheap(self) -> bool:
@@ -388,9 +275,9 @@ class Trainer:
     @torch.no_grad()
     def look(self) -> None:
         """Compute the loss of every edit with the weights that the model has now; it was that before its last step."""
-        edits, none = torch.arange(len(self.data.batch)), torch.arange(0, device=self.loss_of.device)
+        edits, none = torch.arange(len(self.data.batch)), torch.arange(0, device=self.passes.loss_of.device)
         for some in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
-            self._pass(edits[some], torch.ones(len(some)), none)
+            self.passes.run(edits[some], torch.ones(len(some)), none)
         if self.learned:
             self.learned[-1] = self._n_learned()
             self.data.batch.progress(LEARNED, self.learned[-1], len(self.data.batch))
@@ -399,8 +286,9 @@ class Trainer:
     def updates(self) -> dict[str, Tensor]:
         """The fp32 additive updates; afterwards the model holds exactly original + update."""
         updates = {path: self.masters[path] - before.float() for path, before in self.originals.values.items()}
-        for layer, null_space in self.null_spaces.items():
-            module, path = self.modules[layer], self.paths[layer]
+        paths = {id(p): path for path, p in self.parameters.items()}
+        for layer, null_space in self.passes.null_spaces.items():
+            module, path = self.modules[layer], paths[id(self.modules[layer].get_parameter("weight"))]
             D = updates[path].T if isinstance(module, Conv1D) else updates[path]  # [h, d]
             D = null_space.of_rows(D)
             updates[path] = D.T.contiguous() if isinstance(module, Conv1D) else D

@@ -1,0 +1,197 @@
+"""Passes of LocFT-BF: the loss of some samples and its gradient, from what no step changes and runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastedit import ops
+from fastedit.methods.locft_bf.adam import GradientParts, recorded
+from fastedit.methods.locft_bf.anchors import Reference
+from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.methods.locft_bf.training_set import TrainingSet
+from fastedit.models import (
+    FrozenPart,
+    HeldTokens,
+    Past,
+    PrefixCache,
+    Rows,
+    at_tokens,
+    in_passes,
+    observe,
+    pack,
+    pass_tokens,
+    resume,
+    row_multiple,
+)
+from fastedit.statistics.store import StatisticsStore
+
+
+class Passes:
+    """Passes through the blocks from the lowest edited one on.
+
+    Outside `prepared` they run the model as it is; `cache` has to be set by then.
+
+    Attributes:
+        loss_of: [S] fp32, of each sample the mean over its target tokens when it was last computed, NaN before.
+        gradients: the parts of the gradients, filled by `run` inside `prepared`.
+        null_spaces: by block, the directions that the update avoids.
+        holds: whether the tokens before the subjects are held.
+    """
+
+    cache: PrefixCache
+
+    def __init__(self, data: TrainingSet, modules: Mapping[int, nn.Module], config: LocFTBFConfig) -> None:
+        self.data, self.modules, self.config = data, modules, config
+        self.topology, self.samples = data.batch.model.topology, data.samples
+        topology, samples = self.topology, self.samples
+        self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
+        self.gradients: GradientParts = {}
+        self.null_spaces: dict[int, NullSpace] = {}
+        self._frozen: FrozenPart | None = None
+        self._held: HeldTokens | None = None
+        self._reference: Reference | None = None
+        self._trained_rows: Mapping[int, Tensor] | None = None  # of the current pass
+        self._scratch: Tensor | None = None  # reused by all steps: new pages cost a CPU time
+        if topology.device.type == "cpu":
+            head: Any = topology.head
+            targets = int((samples.lengths - samples.target_start).sum())
+            n_anchors = int(config.batch_size) if len(data.anchors) else 0
+            self._scratch = ops.logits_buffer(head.weight, targets, n_anchors)
+
+    @property
+    def holds(self) -> bool:
+        return self._held is not None
+
+    @contextmanager
+    def prepared(
+        self,
+        maps: Mapping[str, nn.Linear | Conv1D],
+        statistics: StatisticsStore | None,
+        *,
+        epochs: int,
+        held: bool | None = None,
+    ) -> Iterator[None]:
+        """Run once what no step changes; inside the block the modules compute W x + (M − W) P x.
+
+        Args:
+            maps: those linear maps whose gradients are recorded in parts.
+            statistics: of the modules' inputs, if the update avoids the directions that these usually take.
+            epochs: with a single one nothing would be read again.
+            held: whether to hold the tokens before the subjects; None is, if they fit into memory.
+        """
+        topology, cache = self.topology, self.cache
+        self._frozen = FrozenPart(topology, cache, self.modules[cache.layer]) if epochs > 1 else None
+        keys = self._look_at_anchors(statistics is not None) if len(self.data.anchors) else {}
+        with ExitStack() as stack:
+            if statistics is not None:
+                share = self.config.null_space
+                assert share is not None  # chosen by now
+                for layer, module in self.modules.items():
+                    if layer in keys:  # also avoid the directions of the inputs at anchors
+                        K = keys[layer].double()
+                        values, vectors = torch.linalg.eigh(statistics.covariance(layer) + K.T @ K / len(K))
+                    else:
+                        values, vectors = statistics.eigen(layer)
+                    self.null_spaces[layer] = NullSpace.of(values, vectors, share)
+                    stack.enter_context(self.null_spaces[layer].around(module))
+                if self._frozen is not None and held is not False:
+                    stack.callback(self._release)  # afterwards the update counts at all tokens
+                    self._held = self._tokens_before_subjects(self._frozen, certain=held is True)
+            self.gradients = stack.enter_context(recorded(maps, self._subjects))
+            yield
+
+    def _release(self) -> None:
+        self._held = None
+
+    @torch.no_grad()
+    def _look_at_anchors(self, keys_too: bool) -> dict[int, Tensor]:
+        """Keep the predictions at all anchors; returns, with `keys_too`, the modules' inputs there [A, d] by block."""
+        topology, first = self.topology, self.data.anchors.first
+        keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if keys_too}
+        references = []
+        for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
+            select = first + torch.tensor(some)
+            rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
+            references.append(Reference.of(topology.logits(self._hidden(rows)).float()))
+            for layer, seen in keys.items():
+                state = self.cache.hidden(rows)
+                seen.append(observe(topology, state, rows, self.cache.layer, self.modules[layer]))
+        self._reference = Reference.joined(references)
+        return {layer: torch.cat(seen) for layer, seen in keys.items()}
+
+    def _tokens_before_subjects(self, frozen: FrozenPart, *, certain: bool) -> HeldTokens | None:
+        """The tokens before those that are trained, if there are some and they fit into memory, or are `certain` to.
+
+        They run once: an update in the null space hardly changes them.
+        """
+        if self.data.trained is None:
+            return None
+        held = HeldTokens(self.topology, self.cache, self.samples, self.data.trained.clamp(min=0))
+        held.record(torch.arange(len(self.samples)), None if certain else frozen.budget)
+        if not held.supported:
+            return None
+        tier = "device" if self.topology.device.type == "cuda" else "host"
+        self.data.batch.budget.tally.add(held, tier, held.nbytes)
+        return held
+
+    def _subjects(self, x: Tensor) -> Tensor | None:
+        """The rows of an input [T, d] where training takes place; None is all."""
+        return None if self._trained_rows is None else self._trained_rows[len(x)]
+
+    def _hidden(self, rows: Rows, past: Past | None = None) -> Tensor:
+        """Hidden states [M, h] at the target rows."""
+        topology, layer = self.topology, self.cache.layer
+        overrides = [] if past is None else at_tokens(topology, rows, layer)
+        overrides += self._frozen.overrides(rows) if self._frozen else []
+        with nullcontext() if past is None else past.attention():
+            return resume(topology, self.cache.hidden(rows), rows, layer, overrides, past)
+
+    def run(self, select: Tensor, weights: Tensor, anchors: Tensor) -> Tensor:
+        """Compute the gradients of some samples, anchors last; returns the weighted loss of each target row [M].
+
+        Edits whose loss is below `focus` get no gradient.
+
+        Args:
+            select: [B], samples.
+            weights: [B], of each one's losses.
+            anchors: [K], which anchors the last K samples are.
+        """
+        topology, head = self.topology, cast(Any, self.topology.head)
+        past: Past | None = None
+        if self._held is not None:
+            rows, past = self._held.remaining(select)
+        else:
+            rows = pack(self.samples, select, packed=topology.packs, multiple=row_multiple(topology.device))
+        weight = weights[rows.sample_of].to(topology.device, non_blocking=True)
+        rows = rows.to(topology.device, non_blocking=True)
+        self._trained_rows = self.data.trained_rows(rows)
+        hidden = self._hidden(rows, past)  # [M, h], anchors last
+        n = len(rows.labels) - len(anchors)
+        part, grad = ops.target_cross_entropy(
+            hidden.detach(),
+            head.weight,
+            rows.labels[:n],
+            weight,
+            bias=getattr(head, "bias", None),
+            softcap=topology.logit_softcap,
+            others=partial(self._reference.divergence, anchors) if self._reference is not None else None,
+            per_row=True,
+            scratch=self._scratch,
+        )
+        place = rows.sample_of[:n]
+        count = part.new_zeros(len(select)).index_add_(0, place, torch.ones_like(part[:n]))
+        each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
+        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)].float()
+        if self.config.focus:
+            grad[:n] *= (each >= self.config.focus)[place][:, None]
+        if hidden.requires_grad:
+            hidden.backward(grad)
+        return part
