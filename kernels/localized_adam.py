@@ -178,10 +178,10 @@ def localized_adam_kernel(
 
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    group, rest = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
+    group, in_group = program // (GROUP * tiles_n), program % (GROUP * tiles_n)
     height = min(tiles_m - group * GROUP, GROUP)
-    row = ((group * GROUP + rest % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    first = rest // height * BLOCK_N
+    row = ((group * GROUP + in_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    first = in_group // height * BLOCK_N
     column = (first + tl.arange(0, BLOCK_N)).to(tl.int64)
 
     time = tl.arange(0, BLOCK_T)
@@ -276,8 +276,8 @@ def localized_adam_(
     if config is None:
         with torch.cuda.device_of(weight):
             target = None if interpreted else triton.runtime.driver.active.get_current_target()
-        given = [x for x in (a, b, weight, exp_avg, exp_avg_sq, copy, original) if x is not None]
-        laid = all(x.stride(1) == 1 and x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in given)
+        tensors = [x for x in (a, b, weight, exp_avg, exp_avg_sq, copy, original) if x is not None]
+        laid = all(x.stride(1) == 1 and x.stride(0) % 16 == x.data_ptr() % 16 == 0 for x in tensors)
         spare = original is None and (exp_avg is None or exp_avg.dtype == torch.float32)
         config = config_for(a.dtype, allow_tf32, laid and M % 16 == N % 16 == 0, spare, target)
     meta = {name: value for name, value in config._asdict().items() if value is not None}

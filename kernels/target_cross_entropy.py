@@ -54,8 +54,8 @@ class Config(NamedTuple):
 
     def meta(self, column: str) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        given = {name: value for name, value in self._asdict().items() if value is not None}
-        return {f"BLOCK_{column}" if name == "BLOCK_N" else name: value for name, value in given.items()}
+        options = {name: value for name, value in self._asdict().items() if value is not None}
+        return {f"BLOCK_{column}" if name == "BLOCK_N" else name: value for name, value in options.items()}
 
 
 @triton.jit
@@ -175,10 +175,10 @@ def _accumulate(
     left, right = _halves(sum, BLOCK_R, BLOCK_H)
     quarters = _halves(left, BLOCK_R, BLOCK_H // 2) + _halves(right, BLOCK_R, BLOCK_H // 2)
     for i in tl.static_range(4):
-        some = tl.program_id(1) * BLOCK_H + i * (BLOCK_H // 4) + tl.arange(0, BLOCK_H // 4)
-        within = (row < R)[:, None] & (some < h)[None, :]
-        old = tl.load(line + some[None, :], mask=within, other=0.0)
-        tl.store(line + some[None, :], old * scale + quarters[i], mask=within)
+        quarter_col = tl.program_id(1) * BLOCK_H + i * (BLOCK_H // 4) + tl.arange(0, BLOCK_H // 4)
+        within = (row < R)[:, None] & (quarter_col < h)[None, :]
+        old = tl.load(line + quarter_col[None, :], mask=within, other=0.0)
+        tl.store(line + quarter_col[None, :], old * scale + quarters[i], mask=within)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -244,9 +244,9 @@ def target_cross_entropy(
             f"hidden is {hidden.dtype}, head_weight {head_weight.dtype}; expected both to be one of {DTYPES}"
         )
     expected = {"head_weight": (V, h), "labels": (R,), "sample_weight": (R,), "bias": (V,)}
-    given = {"head_weight": head_weight, "labels": labels, "sample_weight": sample_weight, "bias": bias}
+    tensors = {"head_weight": head_weight, "labels": labels, "sample_weight": sample_weight, "bias": bias}
     for name, shape in expected.items():
-        if (tensor := given[name]) is not None and tensor.shape != shape:
+        if (tensor := tensors[name]) is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {list(tensor.shape)}, expected {list(shape)} for hidden {[R, h]}")
     losses = torch.empty(R, dtype=torch.float32, device=hidden.device)
     interpreted = triton.knobs.runtime.interpret

@@ -52,23 +52,23 @@ def find_parts(block: nn.Module, hidden_size: int) -> BlockParts:
     modules = [other for other in others if not is_projection(other)]
     if len(modules) == 1:
         parts["mlp"] = modules[0]
-    found = dict(projections(parts.get("mlp", block), skip=parts.get("attn")))
-    if "attn" not in parts or not found:
+    linear_maps = dict(projections(parts.get("mlp", block), skip=parts.get("attn")))
+    if "attn" not in parts or not linear_maps:
         raise UnknownPartsError("has no attention and MLP that can be told apart")
-    named = _named(found, hidden_size)
+    named = _named(linear_maps, hidden_size)
     if named is None:
         raise UnknownPartsError(f"has an MLP that does not end in a projection to {hidden_size}")
-    return BlockParts(parts | named, tuple(found.values()), None)
+    return BlockParts(parts | named, tuple(linear_maps.values()), None)
 
 
 def _with_router(parts: dict[str, nn.Module], others: list[nn.Module], experts: str, hidden_size: int) -> BlockParts:
     """Find the parts of a block with a router, which sends tokens to experts."""
     shared = []
     for module in (m for other in others for m in (other, *other.children())):
-        found = dict(projections(module))
-        named = _named(found, hidden_size) if len(found) > 1 and _experts(module) is None else None
+        linear_maps = dict(projections(module))
+        named = _named(linear_maps, hidden_size) if len(linear_maps) > 1 and _experts(module) is None else None
         if named is not None:
-            shared.append((module, named, tuple(found.values())))
+            shared.append((module, named, tuple(linear_maps.values())))
     if len(shared) != 1:
         return BlockParts(parts, (), experts)
     mlp, named, maps = shared[0]
@@ -114,8 +114,8 @@ def maps_alone(module: nn.Module) -> bool:
 
 @cache
 def _takes_one(module_type: Any) -> bool:
-    given = inspect.signature(module_type.forward).parameters.values()
-    required = [p for p in given if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    parameters = inspect.signature(module_type.forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return len(required) == 2  # self and the input
 
 

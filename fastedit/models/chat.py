@@ -90,5 +90,5 @@ def _end(tokenizer: Any, user: dict[str, str]) -> int | None:
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """The special tokens of a tokenizer -> their ids."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    found = {str(token): int(place) for place, token in added.items() if token.special}
-    return found | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    ids = {str(token): int(token_id) for token_id, token in added.items() if token.special}
+    return ids | dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

@@ -66,8 +66,8 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
     Raises:
         ModelError: names the weights that are not parameters, or the parameter and the other block.
     """
-    places = {layer: found.resolve(layer, module) for layer in layers}
-    if made := [path for place in places.values() for path in _no_parameters(*place)]:
+    resolved = {layer: found.resolve(layer, module) for layer in layers}
+    if made := [path for path_and_module in resolved.values() for path in _no_parameters(*path_and_module)]:
         raise ModelError(
             f"{len(made)} weights to edit are not parameters: {listed(made)}. They are made of other tensors, or are "
             "buffers; make them parameters first, by torch.nn.utils.parametrize.remove_parametrizations, prune.remove "
@@ -77,7 +77,7 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
     for i, block in enumerate(found.blocks):
         for parameter in block.parameters():
             owners.setdefault(id(parameter), []).append(i)
-    for layer, (path, edited) in places.items():
+    for layer, (path, edited) in resolved.items():
         for name, parameter in edited.named_parameters():
             if others := [i for i in owners[id(parameter)] if i != layer]:
                 text = f"{path}.{name} is a weight of block {', '.join(map(str, others))} too, and cannot be edited in"
@@ -86,7 +86,7 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
 
 def _no_parameters(path: str, edited: nn.Module) -> Iterator[str]:
     """The weights and biases of a module's linear maps that are tensors, but no parameters."""
-    for name, part in edited.named_modules():
-        for kind in ("weight", "bias") if is_projection(part) else ():
-            if kind not in part._parameters and isinstance(getattr(part, kind, None), Tensor):
+    for name, submodule in edited.named_modules():
+        for kind in ("weight", "bias") if is_projection(submodule) else ():
+            if kind not in submodule._parameters and isinstance(getattr(submodule, kind, None), Tensor):
                 yield ".".join(filter(None, (path, name, kind)))

@@ -23,8 +23,8 @@ def encode(tokenizer: Any, texts: Sequence[Text], *, templated: bool = False) ->
     ``templated``: the prompts are already in a chat template (`chat.Chat`), so no special tokens are added around
     them, and no space after them.
     """
-    found = _call(tokenizer, _whole(texts, templated), templated=templated)
-    ids: list[list[int]] = found["input_ids"]
+    encoded = _call(tokenizer, _whole(texts, templated), templated=templated)
+    ids: list[list[int]] = encoded["input_ids"]
     return ids
 
 
@@ -71,8 +71,8 @@ def _in_parts(
     after = [t for t, (_, end) in enumerate(tail_spans) if end > 1]
     shift = len(prompt) - 1
     moved = [(tail_spans[t][0] + shift, tail_spans[t][1] + shift) for t in after]
-    found = [*head[:n_head], *(tail[t] for t in after), *ids[len(ids) - ends :]]
-    return found, [*head_spans[:n_head], *moved, *spans[len(ids) - ends :]]
+    pair_ids = [*head[:n_head], *(tail[t] for t in after), *ids[len(ids) - ends :]]
+    return pair_ids, [*head_spans[:n_head], *moved, *spans[len(ids) - ends :]]
 
 
 class MissingRows(NamedTuple):
@@ -89,9 +89,9 @@ def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> Missing
     """Tell of the tokens that have no row in a model with `vocabulary` rows; None if all have one."""
     if not ids or max(ids) < vocabulary:
         return None
-    found = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]
+    missing = [f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in dict.fromkeys(ids) if i >= vocabulary]
     return MissingRows(
-        f"the model's embedding has {vocabulary} rows and none for {listed(found)}",
+        f"the model's embedding has {vocabulary} rows and none for {listed(missing)}",
         "call model.resize_token_embeddings(len(tokenizer)) and train the new rows, or take the tokenizer that the "
         "model has",
     )
@@ -99,7 +99,7 @@ def without_rows(tokenizer: Any, ids: Sequence[int], vocabulary: int) -> Missing
 
 def trailing(ids: Sequence[int], token: int | None) -> int:
     """How many times a token is repeated at the end; some tokenizers end every text with EOS."""
-    return next((n for n, found in enumerate(reversed(ids)) if found != token), len(ids))
+    return next((n for n, token_id in enumerate(reversed(ids)) if token_id != token), len(ids))
 
 
 def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, templated: bool = False) -> Any:
@@ -107,7 +107,7 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
         return {"input_ids": [], "offset_mapping": []}
     with _settings_kept(tokenizer):
         appended = 0 if templated else _appended(tokenizer)
-        found = tokenizer(
+        encoded = tokenizer(
             list(texts),
             add_special_tokens=not templated,
             return_offsets_mapping=spans,
@@ -116,16 +116,16 @@ def _call(tokenizer: Any, texts: Sequence[str], *, spans: bool = False, template
         )
     if appended:
         for name in ("input_ids", "offset_mapping") if spans else ("input_ids",):
-            for tokens in found[name]:
+            for tokens in encoded[name]:
                 del tokens[-appended:]
     if not templated and (bos := getattr(tokenizer, "bos_token", None)):
         for i, text in enumerate(texts):  # a text that begins with BOS does not get another one
             twice = text.startswith(bos) and not text.startswith(bos * 2)
-            if twice and found["input_ids"][i][:2] == [tokenizer.bos_token_id] * 2:
-                del found["input_ids"][i][0]
+            if twice and encoded["input_ids"][i][:2] == [tokenizer.bos_token_id] * 2:
+                del encoded["input_ids"][i][0]
                 if spans:
-                    del found["offset_mapping"][i][0]
-    return found
+                    del encoded["offset_mapping"][i][0]
+    return encoded
 
 
 def _appended(tokenizer: Any) -> int:

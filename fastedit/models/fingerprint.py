@@ -39,8 +39,8 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """The fingerprint of a model with these parameters, given as (path, values)."""
     digest = hashlib.sha256()
     values = []
-    found = ((path, tuple(p.shape), _sample(p)) for path, p in parameters)
-    for path, shape, sample in sorted(found, key=itemgetter(0)):
+    entries = ((path, tuple(p.shape), _sample(p)) for path, p in parameters)
+    for path, shape, sample in sorted(entries, key=itemgetter(0)):
         digest.update(f"{path} {shape};".encode())
         values.append(sample)
     if len({sample.device for sample in values}) > 1:  # some are offloaded

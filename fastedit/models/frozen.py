@@ -110,9 +110,9 @@ class FrozenPart:
     def _keep(self, module: nn.Module, rows: Rows, states: Tensor) -> bool:
         if module not in self._states:
             size = (self._samples.input_ids.numel(), states.shape[-1])
-            found = TokenStates.allocate(size, states.dtype, states.device, self.budget, near=True)
-            if found is None:
+            token_states = TokenStates.allocate(size, states.dtype, states.device, self.budget, near=True)
+            if token_states is None:
                 return False
-            self._states[module], self.budget = found, found.left(self.budget)
+            self._states[module], self.budget = token_states, token_states.left(self.budget)
         self._states[module].write(rows, states)
         return True

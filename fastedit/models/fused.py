@@ -62,13 +62,13 @@ def fuse(topology: Topology, trained: Iterable[nn.Parameter] = (), *, backend: B
     paths = {module: path for path, module in topology.model.named_modules()}
     dtype = next(topology.backbone.parameters()).dtype
     with eval_mode(topology.backbone), torch.enable_grad():
-        for found in (*_norms(topology, trained, backend), *_gated_mlps(topology, backend)):
-            module = found.module
-            forward = _same(found, _random_rows(found.width, next(module.parameters()).device, dtype))
+        for lookalike in (*_norms(topology, trained, backend), *_gated_mlps(topology, backend)):
+            module = lookalike.module
+            forward = _same(lookalike, _random_rows(lookalike.width, next(module.parameters()).device, dtype))
             if isinstance(forward, str):
                 unlike[type(module).__name__, forward].append(paths[module])
             else:
-                overrides.append((module, found.completed(forward)))
+                overrides.append((module, lookalike.completed(forward)))
     for (kind, why), places in unlike.items():
         others = f" and {len(places) - 1} more" if len(places) > 1 else ""
         _warn_once(f"{kind} runs by its own forward, because {why}: {places[0]}{others}")

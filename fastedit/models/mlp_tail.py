@@ -81,8 +81,8 @@ def _nearest(gain: Tensor, target: Tensor, size: Tensor) -> Tensor:
         middle = (low + high) / 2
         large = _rms(gain * target / (gain.square() + middle + tiny)) > size
         low, high = torch.where(large, middle, low), torch.where(large, high, middle)
-    found = gain * target / (gain.square() + high + tiny)
-    return found * size / _rms(found)
+    u = gain * target / (gain.square() + high + tiny)
+    return u * size / _rms(u)
 
 
 def _readers(found: Topology, down: nn.Module) -> list[str]:
@@ -127,8 +127,8 @@ def _measured(found: Topology, norm: nn.Module) -> tuple[Tensor, float] | None:
     weight = next(norm.parameters(), None)
     if weight is None:
         return None
-    place = torch.arange(1, found.hidden_size + 1, device=found.device)  # an offloaded weight is on none
-    one, other = ((2 + torch.cos(place * step)).to(weight.dtype) for step in (1.0, 0.37))
+    channel = torch.arange(1, found.hidden_size + 1, device=found.device)  # an offloaded weight is on none
+    one, other = ((2 + torch.cos(channel * step)).to(weight.dtype) for step in (1.0, 0.37))
     gain, again, small = (norm(x[None, None])[0, 0].float() / x.float() for x in (one, other, one * 1e-3))
     gain, again = gain * _rms(one.float()), again * _rms(other.float())
     if not torch.allclose(gain, again, rtol=0.02, atol=0.02 * float(gain.abs().mean())):

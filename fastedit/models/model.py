@@ -43,12 +43,12 @@ class Model:
                 quantized weights outside the linear maps of the blocks.
             ConfigError: not a tokenizer, or one without a chat template if `chat_template` is set.
         """
-        found = topology(network)
-        check_editable(found)
+        parts = topology(network)
+        check_editable(parts)
         if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
-            given = type(tokenizer).__name__
-            raise ConfigError(f"tokenizer is a {given}; give the model's, as AutoTokenizer.from_pretrained loads it")
-        return cls(checked(found), tokenizer, Chat.of(tokenizer) if chat_template else None, _made_of(network))
+            kind = type(tokenizer).__name__
+            raise ConfigError(f"tokenizer is a {kind}; give the model's, as AutoTokenizer.from_pretrained loads it")
+        return cls(checked(parts), tokenizer, Chat.of(tokenizer) if chat_template else None, _made_of(network))
 
     def holds(self, network: Any, tokenizer: Any) -> bool:
         """Whether these are the parts of a network as it is now: no module, hook or `forward` in it was exchanged."""
@@ -86,6 +86,6 @@ class Model:
 
 def _made_of(network: nn.Module) -> list[Any]:
     return [
-        (part, type(part), own_forward(part), *part._forward_hooks, *part._forward_pre_hooks)
-        for part in network.modules()
+        (module, type(module), own_forward(module), *module._forward_hooks, *module._forward_pre_hooks)
+        for module in network.modules()
     ]

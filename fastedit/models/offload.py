@@ -62,11 +62,11 @@ def stages(blocks: nn.ModuleList, start: int, stop: int) -> list[range]:
 
     Without blocks it is one empty range.
     """
-    found: list[range] = []
+    ranges: list[range] = []
     for offloaded, group in groupby(range(start, stop), lambda i: is_offloaded(blocks[i])):
-        places = [*group]
-        found += [range(i, i + 1) for i in places] if offloaded else [range(places[0], places[-1] + 1)]
-    return found or [range(start, stop)]
+        layers = [*group]
+        ranges += [range(i, i + 1) for i in layers] if offloaded else [range(layers[0], layers[-1] + 1)]
+    return ranges or [range(start, stop)]
 
 
 def streamed(blocks: nn.ModuleList, parts: Sequence[range]) -> Generator[range, None, None]:

@@ -42,16 +42,16 @@ def check_plain(model: nn.Module, paths: Iterable[str]) -> None:
     Raises:
         ModelError: some are; names all of them, and says how to load the model.
     """
-    found: dict[str, nn.Module] = {}
+    maps: dict[str, nn.Module] = {}
     for path in paths:
         for name, module in model.get_submodule(path).named_modules():
             if is_quantized(module):
-                found[".".join(filter(None, (path, name)))] = module
-    if found:
-        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in found.values()))
+                maps[".".join(filter(None, (path, name)))] = module
+    if maps:
+        kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in maps.values()))
         raise ModelError(
-            f"{len(found)} matrices to edit are quantized ({kinds}): {listed([*found])}; choose others, or load the "
-            f"model with these in floating point, by llm_int8_skip_modules={[*found, 'lm_head']} of BitsAndBytesConfig "
+            f"{len(maps)} matrices to edit are quantized ({kinds}): {listed([*maps])}; choose others, or load the "
+            f"model with these in floating point, by llm_int8_skip_modules={[*maps, 'lm_head']} of BitsAndBytesConfig "
             "(modules_to_not_convert of TorchAoConfig and others)"
         )
 

@@ -53,9 +53,9 @@ class RowsFile:
 
     def read(self, rows: Tensor, *, pinned: bool = False) -> Tensor:
         """The rows at some ascending places [N], as a tensor [N, width] in host memory."""
-        found = torch.empty((len(rows), self.size[1]), dtype=self.dtype, pin_memory=pinned)
-        self._move(os.preadv, rows, found)
-        return found
+        values = torch.empty((len(rows), self.size[1]), dtype=self.dtype, pin_memory=pinned)
+        self._move(os.preadv, rows, values)
+        return values
 
     def write(self, rows: Tensor, values: Tensor) -> None:
         """Set the rows at some ascending places [N] to values [N, width] in host memory."""
@@ -69,13 +69,13 @@ class RowsFile:
 
     def _move(self, call: Callable[[int, list[memoryview], int], int], rows: Tensor, values: Tensor) -> None:
         content = values.view(torch.uint8).view(-1).numpy().data
-        for place, first, n in _runs(rows):
-            part, at = content[place * self._row : (place + n) * self._row], first * self._row
-            while part:
-                moved = call(self._file.fileno(), [part], at)
+        for offset, first, n in _runs(rows):
+            remaining, at = content[offset * self._row : (offset + n) * self._row], first * self._row
+            while remaining:
+                moved = call(self._file.fileno(), [remaining], at)
                 if not moved:
                     raise ModelError("the file of the prefix cache is shorter than it was made; is its disk damaged?")
-                part, at = part[moved:], at + moved
+                remaining, at = remaining[moved:], at + moved
 
 
 def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -131,11 +131,11 @@ def checked(found: Topology) -> Topology:
 def _unchanged(found: Topology) -> bool:
     """Whether a model's modules are of torch and transformers, with the `forward` of their class and without hooks."""
     return all(
-        type(part).__module__.partition(".")[0] in ("torch", "transformers")
-        and own_forward(part) is None
-        and not part._forward_hooks
-        and not part._forward_pre_hooks
-        for part in found.model.modules()
+        type(module).__module__.partition(".")[0] in ("torch", "transformers")
+        and own_forward(module) is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in found.model.modules()
     )
 
 
@@ -277,8 +277,8 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
         with eval_mode(found.model):
             output: Any = found.model(input_ids=ids[None, :-1], use_cache=False)
         logits: Tensor = output.logits[0, start - 1 :].float()
-        (part,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
-        gradient += part.float()
+        (sample_gradient,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
+        gradient += sample_gradient.float()
         outputs.append(logits.detach())
     # quantized maps round in their own way, which may depend on other rows: allow for bf16
     dtype = torch.bfloat16 if has_quantized(found.model) else weight.dtype

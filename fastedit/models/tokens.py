@@ -85,8 +85,8 @@ class PairError(RequestError):
     """Pairs that cannot be tokenized; ``problems`` lists all of them."""
 
     def __init__(self, problems: Sequence[PairProblem]) -> None:
-        found = RequestError.of([Problem(f"pair {p.pair}", p.sentence()) for p in problems], "pairs")
-        super().__init__(found.text, sentences=found.sentences)
+        error = RequestError.of([Problem(f"pair {p.pair}", p.sentence()) for p in problems], "pairs")
+        super().__init__(error.text, sentences=error.sentences)
         self.problems = tuple(problems)
         self.args = (problems,)
 
@@ -381,6 +381,6 @@ def first_fit_decreasing(lengths: Tensor, min_row: int) -> tuple[Tensor, Tensor,
         bins.append(current)
         starts.append(filled[current])
         filled[current] += size
-    place = torch.empty((2, len(sizes)), dtype=torch.int64)
-    place[:, order] = torch.tensor([bins, starts])
-    return place[0], place[1], len(filled), max(filled)
+    assignment = torch.empty((2, len(sizes)), dtype=torch.int64)
+    assignment[:, order] = torch.tensor([bins, starts])
+    return assignment[0], assignment[1], len(filled), max(filled)

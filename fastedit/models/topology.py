@@ -133,12 +133,12 @@ class Topology:
         Raises:
             ModelError: no such block or module, or one that is not a projection.
         """
-        path, found = self.resolve(layer, module)
-        if not is_projection(found):
+        path, submodule = self.resolve(layer, module)
+        if not is_projection(submodule):
             names = {child: name for name, child in self.block(layer).named_modules()}
             others = ["down_proj" if self.is_down_proj(layer, m) else names[m] for m in self.writers(layer)]
             raise ModelError(f"{path} is not a linear map, so it has no keys; choose one such as {[*others, '…'][0]}")
-        return widths(found)[0]
+        return widths(submodule)[0]
 
     def for_head(self, states: Tensor) -> Tensor:
         """The head's input [..., h] for hidden states [..., h] after the final norm: scaled by ``logit_scale``."""
@@ -257,10 +257,10 @@ class Topology:
             ModelError: no such block or module; a module without weights, or one that holds experts among which a
                 router chooses. The message says what can be trained instead.
         """
-        path, found = self.resolve(layer, module)
-        if holds_experts(found):
+        path, submodule = self.resolve(layer, module)
+        if holds_experts(submodule):
             raise ModelError(self._why_no_experts(layer, path))
-        if not list(found.parameters()):
+        if not list(submodule.parameters()):
             raise ModelError(f"module {module!r} of block {layer} has no weights to train; choose another")
 
     def _why_no_experts(self, layer: int, path: str) -> str:
@@ -320,19 +320,19 @@ def topology(model: nn.Module) -> Topology:
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None:
         raise ModelError(f"{name} has no head to the vocabulary; load it with AutoModelForCausalLM")
-    found = [
+    candidates = [
         (backbone, path, blocks)
         for path, blocks, backbone in _block_lists(inner)
         if any(child is embedding for child in backbone.children())
         and len(blocks) == config.num_hidden_layers
         and len({type(block) for block in blocks}) == 1
     ]
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise ModelError(
             f"{name}: looked for one list of {config.num_hidden_layers} equal blocks beside the token "
-            f"embedding and found {len(found)}"
+            f"embedding and found {len(candidates)}"
         )
-    backbone, path, blocks = found[0]
+    backbone, path, blocks = candidates[0]
     return Topology(
         model=inner,
         config=config,

@@ -143,12 +143,12 @@ def orthogonal(rows: Tensor, ridge: float, keys: Tensor) -> tuple[Tensor, Tensor
     second one, of the nearly orthonormal result of the first, reduces the error to that of a Householder QR.
     """
     root = cholesky(plus_diagonal(rows @ rows.mT, ridge), keys)
-    part = solve_triangular(root, rows, upper=False)
+    Q = solve_triangular(root, rows, upper=False)
     if delicate(rows, ridge):
         tail = math.sqrt(ridge) * inverse(root)
-        again = cholesky(part @ part.mT + tail @ tail.mT, keys)
-        root, part = root @ again, solve_triangular(again, part, upper=False)
-    return root, part
+        again = cholesky(Q @ Q.mT + tail @ tail.mT, keys)
+        root, Q = root @ again, solve_triangular(again, Q, upper=False)
+    return root, Q
 
 
 def delicate(rows: Tensor, ridge: float) -> bool:
@@ -158,8 +158,8 @@ def delicate(rows: Tensor, ridge: float) -> bool:
 
 def inverse(root: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix [..., n, n]."""
-    found: Tensor = solve_triangular(root, plus_diagonal(torch.zeros_like(root), 1.0), upper=False)
-    return found
+    inverted: Tensor = solve_triangular(root, plus_diagonal(torch.zeros_like(root), 1.0), upper=False)
+    return inverted
 
 
 def whiten(rows: Tensor, factor: Tensor | None, *, back: bool = False) -> Tensor:

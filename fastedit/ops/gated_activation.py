@@ -86,8 +86,8 @@ def _serve_backward(
     if choose("gated_activation", backend, device=gate.device, dtype=gate.dtype) == "triton":
         from fastedit.kernels.gated_activation import gated_activation_backward as kernel
 
-        given = _rows(grad).contiguous(), _rows(gate), _rows(up), activation != "silu"
-        d_gate, d_up = kernel(*given)
+        args = _rows(grad).contiguous(), _rows(gate), _rows(up), activation != "silu"
+        d_gate, d_up = kernel(*args)
         return d_gate.view(gate.shape), d_up.view(up.shape)
     act, slope = _ACTIVATIONS[activation]
     return slope(grad * up, gate).contiguous(), (grad * act(gate)).contiguous()

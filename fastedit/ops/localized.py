@@ -109,12 +109,12 @@ class LocalizedAdam(torch.optim.Optimizer):
         Raises:
             TensorError: it has other tensors than this weight, or tensors of other shapes.
         """
-        mine, given = self.state[self._weight], state_dict["state"].get(0, {})
-        sizes = [{name: list(x.shape) for name, x in tensors.items()} for tensors in (mine, given)]
+        mine, loaded = self.state[self._weight], state_dict["state"].get(0, {})
+        sizes = [{name: list(x.shape) for name, x in tensors.items()} for tensors in (mine, loaded)]
         if sizes[0] != sizes[1]:
             raise TensorError(f"the state holds {sizes[1]}, expected {sizes[0]}: it is of another weight or dtype")
         super().load_state_dict(state_dict)  # this rounds moments to the dtype of the weight
-        self.state[self._weight] = {name: torch.empty_like(x).copy_(given[name]) for name, x in mine.items()}
+        self.state[self._weight] = {name: torch.empty_like(x).copy_(loaded[name]) for name, x in mine.items()}
         self._version = self._weight._version
 
     def note(self, grad: Tensor, input: Tensor) -> None:
@@ -225,10 +225,10 @@ class _Tapped(nn.Module):
                 "another in its place (load_state_dict(assign=True), a parametrization, functional_call); call "
                 "remove() of the optimizer, and localized anew"
             )
-        found: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x, self.weight, self.bias, anchor, key, transposed
         )
-        return found
+        return output
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Make copies and pickles plain modules: rows of a copy do not belong to this weight."""

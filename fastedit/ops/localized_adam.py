@@ -158,8 +158,8 @@ def _fused(
     height = -(-len(weight) // -(-max(1, weight.numel()) // _TILE))  # of nearly equal tiles
     whole = (weight, a.T, exp_avg, exp_avg_sq)
     tiles = [whole] if height >= len(weight) else zip(*(x.split(height) for x in whole), strict=True)
-    for tile, some, first, second in tiles:
-        g = _product(some, b)
+    for tile, a_tile, first, second in tiles:
+        g = _product(a_tile, b)
         if clip is not None:
             g *= clip
         step_of(

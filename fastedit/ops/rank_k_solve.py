@@ -124,8 +124,8 @@ def null_space_update(
         left, right = _null_space_update(keys, residuals, basis, previous, l2=l2, backend=backend)
         return left, right
     check_ridge(l2, "l2")
-    for name, given in (("keys", keys), ("basis", basis), ("previous", basis if previous is None else previous)):
-        check_tensor(given, name)
+    for name, tensor in (("keys", keys), ("basis", basis), ("previous", basis if previous is None else previous)):
+        check_tensor(tensor, name)
     if basis.ndim != 2 or basis.shape[0] != keys.shape[-1]:
         raise TensorError(f"basis is {list(basis.shape)}, expected [{keys.shape[-1]}, r], the width of the keys")
     U, r, factor = basis.double(), basis.shape[1], None
@@ -149,10 +149,10 @@ def update_of_white(
     if taken == "triton" and (solved := _fused(rows, values, ridge)):
         return solved[0].mT, whiten(solved[1], factor, back=True)
     if n <= d:
-        root, part = orthogonal(rows, ridge, rows)
-        return solve_triangular(root, values, upper=False).mT, whiten(part, factor, back=True)
-    root, part = orthogonal(rows.mT, ridge, rows)  # the d×d form R Y (Y Yᵀ + ridge·I)⁻¹ L⁻¹
-    return (part @ values).mT, whiten(inverse(root), factor, back=True)
+        root, Q = orthogonal(rows, ridge, rows)
+        return solve_triangular(root, values, upper=False).mT, whiten(Q, factor, back=True)
+    root, Q = orthogonal(rows.mT, ridge, rows)  # the d×d form R Y (Y Yᵀ + ridge·I)⁻¹ L⁻¹
+    return (Q @ values).mT, whiten(inverse(root), factor, back=True)
 
 
 def _fused(rows: Tensor, values: Tensor, ridge: float) -> tuple[Tensor, Tensor] | None:
@@ -165,12 +165,12 @@ def _fused(rows: Tensor, values: Tensor, ridge: float) -> tuple[Tensor, Tensor] 
 
     d = rows.shape[-1]
     if not delicate(rows, ridge):
-        left, part, failed = rank_k_solve(rows, values, ridge)
-        return None if failed.any() else (left, part)
+        left, right, failed = rank_k_solve(rows, values, ridge)
+        return None if failed.any() else (left, right)
     tail = plus_diagonal(rows.new_zeros(*rows.shape[:-1], rows.shape[-2]), math.sqrt(ridge))
-    left, part, failed = rank_k_solve(torch.cat((rows, tail), -1), values, 0.0)
-    left, part, again = rank_k_solve(part, left, 0.0)
-    return None if (failed + again).any() else (left, part[..., :d])
+    left, right, failed = rank_k_solve(torch.cat((rows, tail), -1), values, 0.0)
+    left, right, again = rank_k_solve(right, left, 0.0)
+    return None if (failed + again).any() else (left, right[..., :d])
 
 
 def _choose(backend: Backend, rows: Tensor, width: int, ridge: float) -> str:

@@ -56,10 +56,10 @@ class SequentialSolver:
             before, rest = self._basis[:n, : d + n], pad(rows, (0, n))
             for _ in range(1 + delicate(self._white, self._ridge)):  # twice if one projection would lose digits
                 rest = rest - (rest @ before.T) @ before
-            root, part = orthogonal(rest, self._ridge, rows)
+            root, Q = orthogonal(rest, self._ridge, rows)
             left = solve_triangular(root, values, upper=False).T
-            right = whiten(part[:, :d], self._factor, back=True)
-            self._append(rows, torch.cat((part, math.sqrt(self._ridge) * inverse(root)), 1))
+            right = whiten(Q[:, :d], self._factor, back=True)
+            self._append(rows, torch.cat((Q, math.sqrt(self._ridge) * inverse(root)), 1))
         return left.to(residuals.dtype), right.to(residuals.dtype)
 
     def _append(self, white: Tensor, basis: Tensor) -> None:

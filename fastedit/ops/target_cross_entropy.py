@@ -89,8 +89,8 @@ def target_cross_entropy(
         else:
             losses, grad = _of_rows(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch, backend)
     if torch.is_grad_enabled() and hidden.requires_grad:
-        given = {"head_weight": head_weight, "sample_weight": sample_weight, "bias": bias}
-        unfrozen = [name for name, x in given.items() if x is not None and x.requires_grad]
+        tensors = {"head_weight": head_weight, "sample_weight": sample_weight, "bias": bias}
+        unfrozen = [name for name, x in tensors.items() if x is not None and x.requires_grad]
         return _Loss.apply(hidden, losses, grad, per_row, unfrozen), grad  # type: ignore[no-untyped-call]
     return losses if per_row else losses.sum(), grad
 
@@ -139,8 +139,10 @@ def _of_rows(
 
         losses, grad = kernel(hidden[:R], head_weight, labels, sample_weight[:R], bias=bias, softcap=softcap)
         if others is not None:
-            found = _in_chunks(hidden[R:], head_weight, labels[:0], sample_weight[R:], bias, softcap, others, scratch)
-            losses, grad = torch.cat([losses, found[0]]), torch.cat([grad, found[1]])
+            of_others = _in_chunks(
+                hidden[R:], head_weight, labels[:0], sample_weight[R:], bias, softcap, others, scratch
+            )
+            losses, grad = torch.cat([losses, of_others[0]]), torch.cat([grad, of_others[1]])
     else:
         try:
             losses, grad = _in_chunks(hidden, head_weight, labels, sample_weight, bias, softcap, others, scratch)
@@ -178,10 +180,10 @@ def _in_chunks(
             z = z.div_(softcap).tanh_()
             slope = 1 - z.square()
             z = z.mul_(softcap)
-        labelled, rest = z.split([len(label), len(weight) - len(label)])
+        labelled, unlabelled = z.split([len(label), len(weight) - len(label)])
         losses[r][: len(label)] = _to_slope(labelled, label)
-        if others is not None and len(rest):
-            losses[r][len(label) :], rest[:] = others(rest)
+        if others is not None and len(unlabelled):
+            losses[r][len(label) :], unlabelled[:] = others(unlabelled)
         losses[r] *= weight
         if slope is not None:
             z *= slope
@@ -191,11 +193,11 @@ def _in_chunks(
 
 def _to_slope(z: Tensor, label: Tensor) -> Tensor:
     """The negative log-likelihood [r] of the labels; overwrites the logits z [r, V] with its gradient."""
-    largest, place = z.max(1, keepdim=True)
+    largest, argmax = z.max(1, keepdim=True)
     at_label = z.gather(1, label[:, None])
     torch.softmax(z, 1, out=z)
     # log Σ exp z = largest − log p(largest), where p is at least 1/V
-    loss = (largest - z.gather(1, place).log() - at_label)[:, 0]
+    loss = (largest - z.gather(1, argmax).log() - at_label)[:, 0]
     # subtract the label before the product: after it, half precision would lose the rest for p close to 1
     z.scatter_add_(1, label[:, None], z.new_full((len(label), 1), -1))
     return loss

@@ -43,12 +43,12 @@ def subject(op: str, device: torch.device, binary: str | os.PathLike[str]) -> di
 
 def trust(op: str, device: torch.device, binary: str | os.PathLike[str]) -> Path:
     """Note that the op passed its tests; returns the file."""
-    file, found = path(), subject(op, device, binary)
+    file, entry = path(), subject(op, device, binary)
     known = _read(file)
-    if found not in known:
+    if entry not in known:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as new:
-            new.write_text(json.dumps([*known, found], indent=1) + "\n", encoding="utf-8")
+            new.write_text(json.dumps([*known, entry], indent=1) + "\n", encoding="utf-8")
     trusted.cache_clear()
     return file
 
@@ -63,11 +63,11 @@ def trusted(op: str, device: torch.device, binary: str | os.PathLike[str]) -> bo
 def _read(file: Path) -> list[dict[str, str]]:
     """Read the file. Raises ConfigError if it is not such a file."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        entries = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); delete it, and run make gpu-test") from error
-    if not isinstance(found, list):
+    if not isinstance(entries, list):
         raise ConfigError(f"{file} holds no list; delete it, and run make gpu-test")
-    return found
+    return entries
