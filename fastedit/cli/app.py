@@ -53,11 +53,11 @@ class _Group(TyperGroup):
         return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = [*args]  # parsing empties the list
+        arguments = [*args]  # parsing empties the list
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if not given or not hasattr(error, "format_message"):  # without arguments the error is the help
+            if not arguments or not hasattr(error, "format_message"):  # without arguments the error is the help
                 raise
             _leave(f"{error.format_message()} (--help lists the commands)", 2)
 
@@ -101,9 +101,9 @@ def _checked(command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command so that it checks FASTEDIT_BACKEND first."""
 
     @wraps(command)
-    def run(**given: Any) -> Any:
+    def run(**parameters: Any) -> Any:
         check_backend()
-        return command(**given)
+        return command(**parameters)
 
     return run
 

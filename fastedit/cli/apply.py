@@ -41,9 +41,9 @@ def apply(
     from fastedit.compose import added, overlaps, read, stacked
     from fastedit.undo import UNDO, Undo, copy_undo_files, undo_files
 
-    given, checkpoint = read(deltas), arguments.load_checkpoint(model)
-    stack, undo, total = Stack(checkpoint), Undo(), added(given)
-    stacked(given, checkpoint.fingerprint(), stack.put)
+    weight_deltas, checkpoint = read(deltas), arguments.load_checkpoint(model)
+    stack, undo, total = Stack(checkpoint), Undo(), added(weight_deltas)
+    stacked(weight_deltas, checkpoint.fingerprint(), stack.put)
 
     def change(path: str) -> Callable[[Tensor], Tensor]:
         def new(weight: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def apply(
         changes = {path: change(path) for path in total}
         checkpoint.write(output, changes, keep_undo, bars.callback("checkpoint"))
     wrote(output)
-    if found := overlaps(given):
-        show(_table(found, deltas))
-    typer.echo(f"{len(total)} parameters edited by {len(given)} deltas; written to {output}")
+    if overlapping := overlaps(weight_deltas):
+        show(_table(overlapping, deltas))
+    typer.echo(f"{len(total)} parameters edited by {len(weight_deltas)} deltas; written to {output}")
 
 
 def inputs_of(model: Path, deltas: Sequence[Path]) -> dict[str, Path]:

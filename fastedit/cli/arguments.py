@@ -131,8 +131,8 @@ def read_requests(path: Path, skip_bad: bool) -> list[EditRequest]:
     from fastedit.requests import find_conflicts, load_requests
 
     edits = load_requests(path, skip_bad=skip_bad)
-    if (found := find_conflicts(edits)).any:
-        typer.echo(str(found), err=True)
+    if (findings := find_conflicts(edits)).any:
+        typer.echo(str(findings), err=True)
     return edits
 
 
@@ -149,17 +149,17 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         taken = {spelling for parameter in self.params for spelling in parameter.opts}
-        given = []
+        translated = []
         for argument, following in zip(args, [*args, "--"][1:], strict=True):
             flag, equals, value = argument.partition("=")
             if flag in ("--layer", "--blocks") and "--layers" in taken:
                 tell_of_old(flag, "--layers")
                 argument = f"--layers{equals}{value}"
-            given.append(argument)
+            translated.append(argument)
             if argument == "--evaluate" and argument in taken and following.startswith("-"):
                 tell_of_old("--evaluate without a value", "--evaluate all")
-                given.append("all")
-        parsed: list[str] = super().parse_args(ctx, given)
+                translated.append("all")
+        parsed: list[str] = super().parse_args(ctx, translated)
         return parsed
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -196,8 +196,8 @@ def documents_of(path: Path | None) -> list[str]:
 
 def inputs_of(model: str, **given: Path | str | None) -> dict[str, Path]:
     """The inputs of a command that are files or folders, by their names in messages."""
-    found = {"the model": Path(model)} if os.path.exists(model) else {}
-    return found | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
+    inputs = {"the model": Path(model)} if os.path.exists(model) else {}
+    return inputs | {f"the input of --{name}": Path(path) for name, path in given.items() if path is not None}
 
 
 def load(model: str, dtype: Dtype, device: str | None, offload: Offload | None = None, **config: Any) -> Editor:

@@ -91,11 +91,11 @@ def check(
     arguments.tell_of_prompts(editor, asked)
     if base:
         check_base(unedited.parts, editor.parts)
-    about = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
+    settings = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
     work_begins()
-    given: dict[str, Any] = {"text": documents, "of": len(edits), "bounds": bounds, "about": about}
+    options: dict[str, Any] = {"text": documents, "of": len(edits), "bounds": bounds, "about": settings}
     report = _measured(
-        editor, unedited, change, asked, partial(run_tasks, tasks=names, include_path=include_path), **given
+        editor, unedited, change, asked, partial(run_tasks, tasks=names, include_path=include_path), **options
     )
     if output:
         report.save(output)
@@ -134,9 +134,9 @@ def _measured(
     asked: dict[str, Any] = {}
 
     def ask() -> Check:
-        found = Check(unedited.parts, edits, text=text, of=of)
-        asked.update(edits=found.requests, text=found.text, bars=bars)
-        return found
+        new_check = Check(unedited.parts, edits, text=text, of=of)
+        asked.update(edits=new_check.requests, text=new_check.text, bars=bars)
+        return new_check
 
     with Bars() as bars:
         if change or unedited is not editor:

@@ -37,11 +37,11 @@ def check_model(
 
     from fastedit.models import self_check, topology
 
-    found = topology(network)
+    parts = topology(network)
     work_begins()
-    check = self_check(found)
+    check = self_check(parts)
     table = Table(show_header=False, box=None)
-    for row in _rows(found, check):
+    for row in _rows(parts, check):
         table.add_row(*row)
     show(table)
     if check.problem is not None:

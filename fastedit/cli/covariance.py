@@ -128,7 +128,7 @@ def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], 
 
     def saved() -> str:
         names = [statistics_path(topology, "", layer, module).name for layer in layers]
-        if any((place / name).exists() for place in (folder, *folder.glob("part-*")) for name in names):
+        if any((directory / name).exists() for directory in (folder, *folder.glob("part-*")) for name in names):
             return "the same command continues where the statistics were last saved"
         return "nothing was saved yet: the same command starts again; after 5 minutes, it continues where it was saved"
 

@@ -55,8 +55,8 @@ def demo(
 
     def accuracy(bars: Bars, when: str) -> float:
         progress = bars.callback(f"facts not edited, {when}")
-        found = predict(editor.parts, asked, kinds=("rewrite",), progress=progress)
-        share: float = compare(asked, found).metrics["reliability"]["generated"]
+        predictions = predict(editor.parts, asked, kinds=("rewrite",), progress=progress)
+        share: float = compare(asked, predictions).metrics["reliability"]["generated"]
         return share
 
     originals = {name: tensor.clone() for name, tensor in editor.model.state_dict().items()}

@@ -45,24 +45,24 @@ def diff(
 
     a, b = arguments.load_checkpoint(one), arguments.load_checkpoint(other)
     work_begins()
-    found: list[Difference] = []
+    differing: list[Difference] = []
     updates: dict[str, Update] = {}
     ranks: list[str] = []
     with Bars() as bars:
         for difference, update in differences(a, b, bars.callback("comparing")):
-            if len(found) < _RANKED:
+            if len(differing) < _RANKED:
                 ranks.append(_rank(difference, update))
             if output:
                 updates[difference.path] = update
-            found.append(difference)
-    if found:
-        _show(found, ranks)
-    typer.echo(f"{len(found)} of {len(a.shapes)} parameters differ")
+            differing.append(difference)
+    if differing:
+        _show(differing, ranks)
+    typer.echo(f"{len(differing)} of {len(a.shapes)} parameters differ")
     if retyped := [path for path in a.shapes if a.dtype(path) != b.dtype(path)]:
         which = f"such as {retyped[0]}: {a.dtype(retyped[0])} in A, {b.dtype(retyped[0])} in B"
         typer.echo(f"{len(retyped)} parameters have another dtype, {which}; a delta leaves the dtype as it is")
     if output:
-        _write(a, b, found, updates, output, undone)
+        _write(a, b, differing, updates, output, undone)
 
 
 def _write(
@@ -80,8 +80,8 @@ def _write(
             f"{len(broken)} parameters differ in weights that are NaN or infinite, which no delta can add: "
             f"{listed(broken)}; no delta was written{stale}"
         )
-    about = {"method": "diff", "fingerprint": a.fingerprint(), "versions": versions()}
-    WeightDelta(updates, about).save(output)
+    metadata = {"method": "diff", "fingerprint": a.fingerprint(), "versions": versions()}
+    WeightDelta(updates, metadata).save(output)
     wrote(output)
     undo = Undo()
     for name in list(updates):

@@ -103,8 +103,8 @@ def edit(
         if measured:
             check_questions(editor, asked, documents)
         stack.enter_context(resumable(output, state))
-        about = {"model": model, "requests": str(requests)}
-        told = {**about, "method": method, "edits": len(edits), "output": str(output.resolve())}
+        sources = {"model": model, "requests": str(requests)}
+        told = {**sources, "method": method, "edits": len(edits), "output": str(output.resolve())}
         if speaks():
             bars.status = stack.enter_context(Status(state, **told))
         work_begins()
@@ -112,7 +112,7 @@ def edit(
             before = arguments.measure(editor, asked, documents, bars, "before") if measured else None
         editor.progress = bars.callback("", len(edits))
         result = editor.run(plan)
-        with keeping(output, result, about, clock) as outcome:
+        with keeping(output, result, sources, clock) as outcome:
             with clock.stage("evaluation"):
                 after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
             report = compare(asked, after, before, of=len(edits)) if after else None

@@ -51,18 +51,18 @@ def export(
     Example: fastedit export edited/delta.safetensors --peft ./adapter --model ./Llama-3-8B
     """
     ways = {"--peft": peft, "--merge": merge, "--dense": dense}
-    if len(given := [way for way, place in ways.items() if place is not None]) != 1:
-        raise ConfigError(f"expected one of --peft, --merge and --dense, got {' and '.join(given) or 'none'}")
+    if len(chosen := [way for way, path in ways.items() if path is not None]) != 1:
+        raise ConfigError(f"expected one of --peft, --merge and --dense, got {' and '.join(chosen) or 'none'}")
     of_peft = {"--rank": rank, "--requests": requests, "--chat": chat}
     if not peft and (alone := [name for name, value in of_peft.items() if value]):
-        raise ConfigError(f"{' and '.join(alone)} belong to --peft; {given[0]} writes the whole delta")
+        raise ConfigError(f"{' and '.join(alone)} belong to --peft; {chosen[0]} writes the whole delta")
     if chat and not requests:
         raise ConfigError("--chat is for the prompts of --requests, and there are none")
     of_model = {"--model": model, "--dtype": dtype is not arguments.Dtype.auto, "--device": device}
     if dense and (unread := [name for name, value in of_model.items() if value]):
         raise ConfigError(f"{' and '.join(unread)} belong to --peft and --merge; --dense reads the delta alone")
     if model is None and not dense:
-        raise ConfigError(f"{given[0]} needs --model, the model that the delta was made for")
+        raise ConfigError(f"{chosen[0]} needs --model, the model that the delta was made for")
     inputs = arguments.inputs_of(model or "", delta=delta, requests=requests)
     over = BY_ADAPTER if peft else BY_CHECKPOINT
     check_file(dense, inputs) if dense else check_directory(peft or merge or Path(), inputs, over)
@@ -112,15 +112,15 @@ def _adapter(change: WeightDelta, editor: Editor, folder: Path, rank: int | None
     )
     if not edits:
         return
-    found: list[Any] = []
+    predictions: list[Any] = []
     with Bars() as bars:
         for delta, when in ((change, "whole"), (adapter.delta, "adapter")):
             delta.apply(editor.model)
             try:
-                found.append(arguments.measure(editor, edits, [], bars, when))
+                predictions.append(arguments.measure(editor, edits, [], bars, when))
             finally:
                 delta.revert()
-    whole, cut = found
+    whole, cut = predictions
     report = compare(edits, cut, whole)
     typer.echo("the whole delta → the adapter; locality is between these two")
     show_last(report, folder)

@@ -41,8 +41,8 @@ def configured(
     names = {p.name for p in own}
 
     @functools.wraps(function)
-    def command(**given: Any) -> None:
-        chosen = {name: value for name, value in given.items() if name in names or value not in (None, [])}
+    def command(**values: Any) -> None:
+        chosen = {name: value for name, value in values.items() if name in names or value not in (None, [])}
         texts = {name: _texts(chosen[name]) for name in chosen.keys() - names if isinstance(chosen[name], list)}
         function(**chosen | texts)
 
@@ -110,7 +110,7 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
         for field in fields(config_type):
             if field.name not in left_out:
                 having.setdefault(_SAME.get(field.name, field.name), []).append((config_type, field))
-    found = {}
+    annotated = {}
     for name, places in having.items():
         kind = union([kind_of(hints_of(config_type)[field.name]) for config_type, field in places])
         names = [", ".join(owners[config_type]) for config_type, _ in places]
@@ -123,8 +123,8 @@ def _annotations(left_out: Sequence[str], methods: Sequence[str]) -> dict[str, A
             "help": text,
             "rich_help_panel": "Configuration of " + (names[0] if len(names) == 1 else "several methods"),
         }
-        found[name] = _annotation(kind, f"--{name.replace('_', '-')}", more)
-    return found
+        annotated[name] = _annotation(kind, f"--{name.replace('_', '-')}", more)
+    return annotated
 
 
 def _annotation(kind: Kind, flag: str, more: dict[str, Any]) -> Any:

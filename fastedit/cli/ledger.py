@@ -157,7 +157,7 @@ def blame(
     """
     with _records(ledger) as records:
         header, facts, entries = records.header, records.standing(), records.entries()
-    found: list[Likeness] = []
+    nearest: list[Likeness] = []
     if header and facts:
         from fastedit.ledger.blame import likenesses
         from fastedit.ledger.ledger import check_model
@@ -166,9 +166,9 @@ def blame(
         dtype = arguments.Dtype(header["dtype"])
         editor = arguments.load(model, dtype, device, chat_template=header["chat_template"])
         check_model(ledger, header, fingerprint(editor.model))
-        found = likenesses(editor.parts, entries[-1].about["config"], facts, prompt, subject)
+        nearest = likenesses(editor.parts, entries[-1].about["config"], facts, prompt, subject)
     table = _table("cosine", "fact", "prompt", "target", "entry", "source", "read at")
-    for like in found[:most]:
+    for like in nearest[:most]:
         request, fact = like.fact.request, like.fact
         last = fact.id, request.prompt, request.target, str(fact.entry), fact.source or "", like.at or "last token"
         table.add_row(f"{like.cosine:+.3f}", *last)
@@ -214,19 +214,22 @@ def export(
     inputs = arguments.inputs_of(model or "") | {"the ledger": ledger}
     check_file(delta, inputs) if delta else check_directory(output or Path(), inputs)
     with _records(ledger) as records:
-        found, dtype = records.delta(records.last if entry is None else entry), (records.header or {}).get("dtype")
-    if found is None:
+        total_delta, dtype = (
+            records.delta(records.last if entry is None else entry),
+            (records.header or {}).get("dtype"),
+        )
+    if total_delta is None:
         raise RequestError("no fact stands there, so there is nothing to export")
     if delta:
         work_begins()
-        found.save(delta)
+        total_delta.save(delta)
         typer.echo(f"the delta was written to {delta}")
         return
     editor = arguments.load(str(model), arguments.Dtype(dtype), device)
-    found.check(editor.model)
+    total_delta.check(editor.model)
     check_checkpoint(editor, output or Path(), "export the delta alone: --delta FILE")
     work_begins()
-    found.apply(editor.model)
+    total_delta.apply(editor.model)
     editor.save_model(output or Path())
     typer.echo(f"the edited model was written to {output}")
 

@@ -143,7 +143,7 @@ class Outcome:
 
     def _did(self) -> dict[str, Any]:
         """The "edit" part of the report."""
-        result, requests, found = self.result, self.result.requests, self.result.conflicts
+        result, requests, findings = self.result, self.result.requests, self.result.conflicts
         did: dict[str, Any] = {**result.delta.metadata, **self._about, "requested": len(requests)}
         did |= {"seconds": result.seconds, "losses": result.losses, "learned": result.learned, "notes": result.notes}
         did["interrupted"] = result.interrupted
@@ -152,9 +152,10 @@ class Outcome:
             for place, why in result.unlearned.items()
         ]
         did["conflicts"], did["duplicates"] = (
-            [[requests[i].id for i in group] for group in groups] for groups in (found.conflicts, found.duplicates)
+            [[requests[i].id for i in group] for group in groups]
+            for groups in (findings.conflicts, findings.duplicates)
         )
-        did["conflicting"] = [_conflict([requests[i] for i in group]) for group in found.conflicts]
+        did["conflicting"] = [_conflict([requests[i] for i in group]) for group in findings.conflicts]
         stages: dict[str, float] = {}
         for name, seconds in {**result.stages, **self._clock.seconds}.items():
             name = _STAGES.get(name, name)
@@ -169,7 +170,7 @@ def _conflict(requests: Sequence[EditRequest]) -> dict[str, Any]:
     ids: dict[str, list[str | None]] = {}
     for request in requests:
         ids.setdefault(request.target, []).append(request.id)
-    return {"prompt": requests[0].prompt, "targets": [{"target": t, "ids": some} for t, some in ids.items()]}
+    return {"prompt": requests[0].prompt, "targets": [{"target": t, "ids": of_target} for t, of_target in ids.items()]}
 
 
 def _earlier(model: Model) -> list[Path]:
@@ -186,7 +187,7 @@ def _free(directory: Path) -> Path:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return directory
     names = (f"{directory.name}.delta{n}" for n in ("", *(f"-{i}" for i in range(2, 10_000))))
-    return next(place for name in names if not (place := directory.with_name(name)).exists())
+    return next(folder for name in names if not (folder := directory.with_name(name)).exists())
 
 
 def _link(source: Path, target: Path) -> None:

@@ -66,9 +66,9 @@ def in_all(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a command so that a failure in one process is a failure in all."""
 
     @wraps(command)
-    def run(**given: Any) -> Any:
+    def run(**parameters: Any) -> Any:
         if not several():
-            return command(**given)
+            return command(**parameters)
         if name not in _COMMANDS:
             raise ConfigError(
                 f"{name} runs in one process, without torchrun; commands that share their work: {', '.join(_COMMANDS)}"
@@ -76,6 +76,6 @@ def in_all(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
         from fastedit import parallel
 
         with parallel.together():
-            return command(**given)
+            return command(**parameters)
 
     return run

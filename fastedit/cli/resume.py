@@ -71,8 +71,8 @@ def _remembering(output: Path, folder: Path) -> Iterator[None]:
     with suppress(OSError):  # then the same command can continue, but not --resume
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _COMMAND) as temporary:
-            about = {"arguments": _Given.arguments, "folder": os.getcwd(), "state": str(folder.resolve())}
-            temporary.write_text(json.dumps(about), encoding="utf-8")
+            command = {"arguments": _Given.arguments, "folder": os.getcwd(), "state": str(folder.resolve())}
+            temporary.write_text(json.dumps(command), encoding="utf-8")
     try:
         yield
     except BaseException as error:

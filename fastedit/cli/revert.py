@@ -44,15 +44,15 @@ def revert(
     from fastedit.compose import read
     from fastedit.undo import copy_undo_files, undo_files
 
-    given, checkpoint = read(deltas), arguments.load_checkpoint(model)
+    weight_deltas, checkpoint = read(deltas), arguments.load_checkpoint(model)
     undos = _undos(model, deltas, undo, approximate)
-    found = Reverted(checkpoint, given, list(undos.values()))
-    wrong = found.problem()
+    reverted = Reverted(checkpoint, weight_deltas, list(undos.values()))
+    wrong = reverted.problem()
     if wrong and not approximate:
         raise ModelError(
             f"{wrong}; --approximate subtracts the deltas all the same, which gives weights up to a rounding"
         )
-    gone = [found.updates, *(delta.updates for delta in given)]
+    gone = [reverted.updates, *(delta.updates for delta in weight_deltas)]
     held = [path for path in undo_files(model) if path in undos and not any(map(undos[path].belongs_to, gone))]
 
     def keep_undo(folder: Path) -> None:
@@ -60,10 +60,10 @@ def revert(
 
     work_begins()
     with Bars() as bars:
-        checkpoint.write(output, found.changes(), keep_undo, bars.callback("checkpoint"))
+        checkpoint.write(output, reverted.changes(), keep_undo, bars.callback("checkpoint"))
     wrote(output)
     said = f"subtracted; not checked to the bit: {wrong}" if wrong else "as before, bit for bit"
-    typer.echo(f"{len(found.updates)} parameters {said}; written to {output}")
+    typer.echo(f"{len(reverted.updates)} parameters {said}; written to {output}")
 
 
 def _undos(model: Path, deltas: Sequence[Path], given: Path | None, approximate: bool) -> dict[Path, Undo]:
@@ -78,12 +78,12 @@ def _undos(model: Path, deltas: Sequence[Path], given: Path | None, approximate:
     from fastedit.undo import UNDO, Undo, undo_files
 
     beside = (path for delta in deltas if (path := delta.with_suffix(Path(UNDO).suffix)).is_file())
-    found = {}
+    undos = {}
     for path in dict.fromkeys([given, *undo_files(model)] if given else [*undo_files(model), *beside]):
         try:
-            found[path] = Undo.load(path)
+            undos[path] = Undo.load(path)
         except FileError as error:
             if path == given and not approximate:
                 raise
             arguments.tell([f"{error}; it is left out"])
-    return found
+    return undos

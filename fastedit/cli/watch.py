@@ -45,8 +45,8 @@ class _Job:
         """Read the status and judge it. Raises FileError if there is neither a status nor a finished edit."""
         path = place_of(self.folder, STATUS)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or not found.keys() >= _ALWAYS or found["state"] not in _CODES:
+            status = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(status, dict) or not status.keys() >= _ALWAYS or status["state"] not in _CODES:
                 raise ValueError("it is not the status of an edit by this version of fastedit")
         except FileNotFoundError:
             self._judge_gone(path)
@@ -54,12 +54,12 @@ class _Job:
         except (OSError, ValueError) as error:  # perhaps only a part of the file, while its folder is synced
             if self.seen is None:
                 raise FileError(path, f"{{path}} cannot be read: {error}; try again") from error
-            found = self.seen
-        if found != self.seen:
+            status = self.seen
+        if status != self.seen:
             # its age when we first saw it; its time is by the clock of the machine that wrote it
-            age = max(0.0, time.time() - found["updated"]) if self.seen is None else 0.0
-            self.seen, self.news = found, time.monotonic() - age
-        self._judge(found)
+            age = max(0.0, time.time() - status["updated"]) if self.seen is None else 0.0
+            self.seen, self.news = status, time.monotonic() - age
+        self._judge(status)
 
     def _judge(self, found: dict[str, Any]) -> None:
         quiet, still = time.monotonic() - self.news, found["updated"] - found["moved"]
@@ -98,19 +98,19 @@ class _Job:
 
     def lines(self) -> dict[str, str]:
         """The status as readable lines: name -> text."""
-        found = self.seen or {}
+        status = self.seen or {}
         shown = {"state": self.says}
-        if "stage" in found:
-            shown["stage"] = f"{found['stage']}, {found['done']} of {found['total']}"
-            shown["speed"] = ", ".join(filter(None, (found["speed"], found["left"])))
-        if found.get("loss") is not None:
-            shown["loss"] = f"{found['loss']:.3g}"
-        if "learned" in found:
-            shown["learned"] = f"{found['learned']} of {found['edits']} edits"
-        if found.get("saved"):
-            shown["state saved"] = f"{clock(found['updated'] - found['saved'])} before the last news"
-        if found:
-            took = ((name, taken) for name, taken in found["memory"].items() if taken is not None)
+        if "stage" in status:
+            shown["stage"] = f"{status['stage']}, {status['done']} of {status['total']}"
+            shown["speed"] = ", ".join(filter(None, (status["speed"], status["left"])))
+        if status.get("loss") is not None:
+            shown["loss"] = f"{status['loss']:.3g}"
+        if "learned" in status:
+            shown["learned"] = f"{status['learned']} of {status['edits']} edits"
+        if status.get("saved"):
+            shown["state saved"] = f"{clock(status['updated'] - status['saved'])} before the last news"
+        if status:
+            took = ((name, taken) for name, taken in status["memory"].items() if taken is not None)
             shown["memory"] = ", ".join(f"{name} {size(taken)}" for name, taken in took)
         return shown
 
@@ -136,8 +136,8 @@ def watch(
     job.look()
     if not once:
         _follow(job)
-    about, *rest = job.lines().items()
-    typer.echo("; ".join([about[1], *(f"{name} {text}" for name, text in rest if text)]))
+    state, *details = job.lines().items()
+    typer.echo("; ".join([state[1], *(f"{name} {text}" for name, text in details if text)]))
     raise typer.Exit(_CODES[job.kind])
 
 
@@ -160,11 +160,11 @@ def _table(job: _Job) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    found = job.seen or {}
+    status = job.seen or {}
     table = Table.grid(padding=(0, 2))
-    if found:
+    if status:
         table.add_row(
-            "edit", Text(f"{found['edits']} by {found['method']}, {found['model']}, process {found['process']}")
+            "edit", Text(f"{status['edits']} by {status['method']}, {status['model']}, process {status['process']}")
         )
     for name, text in job.lines().items():
         table.add_row(name, Text(text))

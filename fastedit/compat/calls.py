@@ -132,10 +132,10 @@ def locate_then_edit(
         RequestError, ModelError, EditError: as for `Editor.edit`. The model is then as it was before.
     """
     hparams, topology = call.hparams, call.parts.topology
-    given = {} if alpha is None else {"alpha": alpha}
+    overrides = {} if alpha is None else {"alpha": alpha}
     if projections is not None:
-        given["null_threshold"] = 0.5  # between 0 and 1, the eigenvalues of I − P
-    fields = locate_then_edit_fields(hparams, call.model, topology, **given)
+        overrides["null_threshold"] = 0.5  # between 0 and 1, the eigenvalues of I − P
+    fields = locate_then_edit_fields(hparams, call.model, topology, **overrides)
     if cache_template is not None:
         if hparams.method == "ROME":
             raise ConfigError("cache_template of ROME names files of updates, which depend on the model; leave it out")

@@ -50,8 +50,8 @@ def _emmet(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **op
     call = EditCall("EMMET", model, tok, requests, hparams)
     taken = _taken(options, "cache_template")
     wanted = taken.pop("return_orig_weights")
-    found = locate_then_edit(call, memit.variables(), **taken)
-    return found.model, found.weights_copy(wanted)
+    edited = locate_then_edit(call, memit.variables(), **taken)
+    return edited.model, edited.weights_copy(wanted)
 
 
 @plain_state
@@ -59,36 +59,36 @@ def _alphaedit(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, 
     call = EditCall("AlphaEdit", model, tok, requests, hparams)
     if options.get("reset_cache"):
         call.known.written.clear()
-    place = Path(str(call.hparams.get("P_loc", "")))
-    load = partial(_projections, place)
-    P = call.known.memo.get("P_loc", (place, stamp(place)), load) if place.is_file() else None
+    file = Path(str(call.hparams.get("P_loc", "")))
+    load = partial(_projections, file)
+    P = call.known.memo.get("P_loc", (file, stamp(file)), load) if file.is_file() else None
     previous = call.known.standing(call.parts.network)
     taken = _taken(options, "cache_template")
     wanted = taken.pop("return_orig_weights")
-    found = locate_then_edit(call, memit.variables(), projections=P, previous=previous, **taken)
+    edited = locate_then_edit(call, memit.variables(), projections=P, previous=previous, **taken)
     keys = {
-        path: torch.cat([previous[path], new]) if path in previous else new for path, new in found.result.keys.items()
+        path: torch.cat([previous[path], new]) if path in previous else new for path, new in edited.result.keys.items()
     }
-    found.known.note(found.parts.network, keys)
-    return found.model, found.weights_copy(wanted)
+    edited.known.note(edited.parts.network, keys)
+    return edited.model, edited.weights_copy(wanted)
 
 
 def _projections(path: Path) -> Tensor:
     """Load P [L, d, d] from a file."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        projections = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything may be in the file
         raise FileError(path, f"P_loc is not a tensor that torch.load reads: {error}") from error
-    if not isinstance(found, Tensor):
-        raise FileError(path, f"P_loc holds a {type(found).__name__}, expected a tensor")
-    return found
+    if not isinstance(projections, Tensor):
+        raise FileError(path, f"P_loc holds a {type(projections).__name__}, expected a tensor")
+    return projections
 
 
 def _ft(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, **options: Any) -> tuple[Any, Any]:
     if EditCall("FT", model, tok, requests, hparams).longer_targets():
         _log.warning("FT runs as EasyEdit's own: objective_optimization is prompt_last, ours trains target_new")
-        found: tuple[Any, Any] = _theirs["FT"](model, tok, requests, hparams, **options)
-        return found
+        result: tuple[Any, Any] = _theirs["FT"](model, tok, requests, hparams, **options)
+        return result
     return memit.apply_ft_to_model(model, tok, requests, hparams, **_taken(options))
 
 
@@ -98,8 +98,8 @@ def _locft_bf(model: Any, tok: Any, requests: Sequence[Request], hparams: Any, *
     fields = call.hparams.get("config", {})
     if not isinstance(fields, Mapping):
         raise ConfigError(f"config of {_NEW}'s hparams is {fields!r}, expected fields of LocFTBFConfig by name")
-    found = fine_tune(call, "locft-bf", fields, copy=options["copy"])
-    return found.model, found.weights_copy(options["return_orig_weights"])
+    edited = fine_tune(call, "locft-bf", fields, copy=options["copy"])
+    return edited.model, edited.weights_copy(options["return_orig_weights"])
 
 
 def _taken(options: Mapping[str, Any], *more: str) -> dict[str, Any]:
@@ -173,13 +173,13 @@ class LocFTBFHyperParams:
         path = Path(hparams_name_or_path)
         path = path if path.suffix in (".yaml", ".yml") else Path(f"{path}.yaml")
         try:
-            found = cls(**yaml.safe_load(path.read_text("utf-8")))
-            found.config = {name: _number(value) for name, value in found.config.items()}
+            hparams = cls(**yaml.safe_load(path.read_text("utf-8")))
+            hparams.config = {name: _number(value) for name, value in hparams.config.items()}
         except (OSError, TypeError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise FileError(path, f"no hyperparameters of {_NEW} can be read: {error}") from error
-        if found.alg_name != _NEW:
-            raise FileError(path, f"{{path}} is of {found.alg_name}, expected alg_name {_NEW}")
-        return found
+        if hparams.alg_name != _NEW:
+            raise FileError(path, f"{{path}} is of {hparams.alg_name}, expected alg_name {_NEW}")
+        return hparams
 
 
 def _number(value: Any) -> Any:
@@ -189,16 +189,16 @@ def _number(value: Any) -> Any:
 
 def _registry() -> MutableMapping[str, Any]:
     try:
-        found = getattr(import_module(_REGISTRY), _DICT)
+        registry = getattr(import_module(_REGISTRY), _DICT)
     except (ImportError, AttributeError) as error:
         text = f"looked for EasyEdit's registry of methods, {_DICT} in {_REGISTRY}, and did not find it: {error}"
         raise ConfigError(
             f"{text}. Is EasyEdit on the path, with all it needs, in a version that has it there?"
         ) from error
-    if not isinstance(found, dict) or not found.keys() & OURS.keys():
-        text = f"{_REGISTRY}.{_DICT} is a {type(found).__name__} without any of {', '.join(OURS)}"
+    if not isinstance(registry, dict) or not registry.keys() & OURS.keys():
+        text = f"{_REGISTRY}.{_DICT} is a {type(registry).__name__} without any of {', '.join(OURS)}"
         raise ConfigError(f"{text}: expected EasyEdit's registry, name of a method -> function")
-    return found
+    return registry
 
 
 def _batches() -> Any:

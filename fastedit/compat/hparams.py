@@ -52,8 +52,8 @@ class Hparams:
         Raises:
             ConfigError: the field must be a number, a whole number, or true or false, and is not.
         """
-        given = self._given
-        value = given.get(name, _ABSENT) if isinstance(given, Mapping) else getattr(given, name, _ABSENT)
+        hparams = self._given
+        value = hparams.get(name, _ABSENT) if isinstance(hparams, Mapping) else getattr(hparams, name, _ABSENT)
         if value is _ABSENT or (value is None and default not in (None, _ABSENT)):
             return default
         if name in _FLAGS and isinstance(value, str):
@@ -63,9 +63,9 @@ class Hparams:
     @property
     def layers(self) -> list[int]:
         """The blocks. Raises ConfigError if the field is not a list of whole numbers."""
-        given = self.get("layers")
-        if isinstance(given, str) or not isinstance(given, Iterable) or not (layers := list(given)):
-            raise ConfigError(f"layers of the hparams of {self.method} is {given!r:.80}, expected a list of blocks")
+        value = self.get("layers")
+        if isinstance(value, str) or not isinstance(value, Iterable) or not (layers := list(value)):
+            raise ConfigError(f"layers of the hparams of {self.method} is {value!r:.80}, expected a list of blocks")
         return [self._number("layers", layer, whole=True) for layer in layers]
 
     def _flag(self, name: str, text: str) -> bool:
@@ -74,12 +74,12 @@ class Hparams:
         return word in _TRUE
 
     def _number(self, name: str, value: Any, whole: bool) -> Any:
-        found: Any = value
+        number: Any = value
         if isinstance(value, str):
             with suppress(ValueError):
-                found = float(value)
-        if isinstance(found, Real) and not isinstance(found, bool) and not (whole and found % 1 != 0):
-            return round(found) if whole else found
+                number = float(value)
+        if isinstance(number, Real) and not isinstance(number, bool) and not (whole and number % 1 != 0):
+            return round(number) if whole else number
         what = "a whole number" if whole else "a number"
         raise ConfigError(f"{name} of the hparams of {self.method} is {value!r:.80}, expected {what}")
 

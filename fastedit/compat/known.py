@@ -34,8 +34,8 @@ class Known:
     def own_contexts(self, model: Model, lengths: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
         """Templates that the model writes at the first call, with seed 0; `lengths` has (tokens, how many) pairs."""
         if lengths not in self.contexts:
-            found = (context_templates(model, n, seed=0, n_tokens=tokens) for tokens, n in lengths)
-            self.contexts[lengths] = tuple(template for some in found for template in some)
+            groups = (context_templates(model, n, seed=0, n_tokens=tokens) for tokens, n in lengths)
+            self.contexts[lengths] = tuple(template for group in groups for template in group)
         return self.contexts[lengths]
 
     def standing(self, network: nn.Module) -> dict[str, Tensor]:

@@ -69,8 +69,8 @@ def apply_rome_to_model(
         RequestError, ModelError, EditError: as for `fastedit.Editor.edit`; the model is as it was before.
     """
     call = EditCall("ROME", model, tok, requests, hparams)
-    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
-    return found.model, found.weights_copy(return_orig_weights)
+    edited = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
+    return edited.model, edited.weights_copy(return_orig_weights)
 
 
 @plain_state
@@ -90,8 +90,8 @@ def apply_memit_to_model(
             are read, others are written.
     """
     call = EditCall("MEMIT", model, tok, requests, hparams)
-    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
-    return found.model, found.weights_copy(return_orig_weights)
+    edited = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template)
+    return edited.model, edited.weights_copy(return_orig_weights)
 
 
 @plain_state
@@ -112,8 +112,8 @@ def apply_emmet_to_model(
     """
     call = EditCall("EMMET", model, tok, requests, hparams)
     alpha = 0.0 if len(call.edits) == 1 else None
-    found = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template, alpha=alpha)
-    return found.model, found.weights_copy(return_orig_weights), _distances(found)
+    edited = locate_then_edit(call, variables(), copy=copy, cache_template=cache_template, alpha=alpha)
+    return edited.model, edited.weights_copy(return_orig_weights), _distances(edited)
 
 
 def _distances(found: Edited) -> dict[str, Any]:
@@ -161,8 +161,8 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
     """
     call = EditCall("AlphaEdit", model, tok, requests, hparams)
     previous = {} if cache_c is None else _keys_of(cache_c, call)
-    found = locate_then_edit(call, variables(), cache_template=cache_template, projections=P, previous=previous)
-    keys = {f"{path}.weight": found.result.keys[f"{path}.weight"].float() for path in found.paths}
+    edited = locate_then_edit(call, variables(), cache_template=cache_template, projections=P, previous=previous)
+    keys = {f"{path}.weight": edited.result.keys[f"{path}.weight"].float() for path in edited.paths}
     if cache_c is None:
         widths = [of_path.shape[1] for of_path in keys.values()]
         cache_c = torch.zeros(len(widths), widths[0], widths[0])
@@ -171,7 +171,7 @@ def apply_AlphaEdit_to_model(  # noqa: N802  # AlphaEdit's name
         if path in previous:
             keys[path] = torch.cat([previous[path].to(new), new])
     setattr(cache_c, _KEYS, (checksum(cache_c), keys))
-    return found.model, cache_c
+    return edited.model, cache_c
 
 
 def _keys_of(cache_c: Tensor, call: EditCall) -> Mapping[str, Tensor]:
@@ -182,7 +182,7 @@ def _keys_of(cache_c: Tensor, call: EditCall) -> Mapping[str, Tensor]:
     total_then, keys = getattr(cache_c, _KEYS, (None, {}))
     if keys and total_then == checksum(cache_c):
         return dict(keys)
-    found = {}
+    roots = {}
     for i, (path, total) in enumerate(zip(written.paths, cache_c, strict=True)):
         name = f"cache_c[{i}], of layer {written.layers[i]},"
         check_symmetric(name, total)
@@ -190,8 +190,8 @@ def _keys_of(cache_c: Tensor, call: EditCall) -> Mapping[str, Tensor]:
             values, vectors = torch.linalg.eigh(total.double())
             check_sum(name, values)
             nonzero = values > values[-1] * len(values) * torch.finfo(total.dtype).eps
-            found[f"{path}.weight"] = values[nonzero].sqrt()[:, None] * vectors[:, nonzero].T
-    return found
+            roots[f"{path}.weight"] = values[nonzero].sqrt()[:, None] * vectors[:, nonzero].T
+    return roots
 
 
 @plain_state
@@ -227,5 +227,5 @@ def apply_ft_to_model(
             f"not done here for targets of several tokens: {listed(longer)}; give target_new",
             edits=longer,
         )
-    found = fine_tune(call, "locft-bf", fields, copy=copy)
-    return found.model, found.weights_copy(return_orig_weights)
+    edited = fine_tune(call, "locft-bf", fields, copy=copy)
+    return edited.model, edited.weights_copy(return_orig_weights)

@@ -50,10 +50,10 @@ class Adapter:
             FileError: the folder is something else, or cannot be written.
         """
         directory = Path(directory)
-        about = {"format": "pt", "fastedit": json.dumps(self.delta.metadata)}
+        metadata = {"format": "pt", "fastedit": json.dumps(self.delta.metadata)}
         try:
             with replacing_directory(directory, BY_ADAPTER) as folder:
-                save_file(self._tensors(), folder / "adapter_model.safetensors", about)
+                save_file(self._tensors(), folder / "adapter_model.safetensors", metadata)
                 text = json.dumps(self._config(), indent=1) + "\n"
                 (folder / "adapter_config.json").write_text(text, encoding="utf-8")
         except OSError as error:

@@ -38,8 +38,8 @@ def check_names(template: str | Path, clamp: Any, edits: Sequence[UpstreamEdit])
         try:
             file = str(template).format(0, clamp, edit.id)
         except (LookupError, ValueError, AttributeError) as error:
-            given = f"cache_template is {str(template)!r:.200}, which cannot be filled ({error})"
-            raise ConfigError(f"{given}; give three {{}}: for the layer, the clamp and the case_id") from None
+            problem = f"cache_template is {str(template)!r:.200}, which cannot be filled ({error})"
+            raise ConfigError(f"{problem}; give three {{}}: for the layer, the clamp and the case_id") from None
         owner = owners.setdefault(file, place)
         if (edit.prompt, edit.target) != (edits[owner].prompt, edits[owner].target):
             cause = f"requests[{place}] has the file of requests[{owner}] by cache_template"

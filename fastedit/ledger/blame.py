@@ -46,8 +46,8 @@ def likenesses(
         config: configuration of the edit that the model holds.
         subject: read the prompt only at this subject.
     """
-    places = config.get("layers") or config["layer"]
-    layer = min(places) if isinstance(places, Sequence) else int(places)
+    layers = config.get("layers") or config["layer"]
+    layer = min(layers) if isinstance(layers, Sequence) else int(layers)
     known = dict.fromkeys(fact.request.subject for fact in facts if fact.request.subject)
     asked = [subject] if subject else [None, *(name for name in known if name in prompt)]
     requests = [EditRequest(prompt, "?", at, id="the prompt") for at in asked]
@@ -56,5 +56,5 @@ def likenesses(
     with KeyWalk(Batch(model, whole), layer) as walk:
         keys: Tensor = normalize(walk.keys(config["module"]).double(), dim=1)
     cosines, nearest = (keys[len(asked) :] @ keys[: len(asked)].T).max(1)
-    found = zip(facts, cosines.tolist(), nearest.tolist(), strict=True)
-    return sorted((Likeness(fact, cosine, asked[at]) for fact, cosine, at in found), key=lambda like: -like.cosine)
+    triples = zip(facts, cosines.tolist(), nearest.tolist(), strict=True)
+    return sorted((Likeness(fact, cosine, asked[at]) for fact, cosine, at in triples), key=lambda like: -like.cosine)

@@ -266,14 +266,14 @@ class Ledger:
             return state, file, about, []
         unlearned: list[dict[str, Any]] = []
         sought: list[Fact] = []
-        for some in rounds[done:]:
-            written = write(self.editor, some, records, self._header, f"{number:08}.targets.safetensors")
+        for group in rounds[done:]:
+            written = write(self.editor, group, records, self._header, f"{number:08}.targets.safetensors")
             result = written.result
             total = result.delta if total is None else self._on_top(total, result.delta)
             self._hold(total)
             self._header |= {"lr": written.lr, "statistics": self._header["statistics"] | written.statistics}
             sought += written.sought
-            unlearned += [{"id": some[place].id, "why": why} for place, why in result.unlearned.items()]
+            unlearned += [{"id": group[place].id, "why": why} for place, why in result.unlearned.items()]
             about["notes"] += result.notes
             about["config"] = result.delta.metadata["config"]
         assert total is not None

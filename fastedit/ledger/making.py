@@ -100,8 +100,8 @@ def _targets(
     parts, order = [], list[int]()
     for name, places in files.items():
         try:
-            tensors, about, _ = load_tensors(records.tensors(name), (_TAG,), _WHAT)
-            stored = Targets.of_state(tensors, about, device)
+            tensors, metadata, _ = load_tensors(records.tensors(name), (_TAG,), _WHAT)
+            stored = Targets.of_state(tensors, metadata, device)
         except (FileError, KeyError, TypeError) as error:
             notes.append(f"the targets of {len(places)} facts are sought again, since their file is damaged: {error}")
             new += places
@@ -125,8 +125,8 @@ def _targets(
 
 
 def _tagged(targets: Targets) -> tuple[dict[str, Tensor], str, dict[str, Any], str]:
-    tensors, about = targets.state()
-    return tensors, _TAG, about, _WHAT
+    tensors, metadata = targets.state()
+    return tensors, _TAG, metadata, _WHAT
 
 
 def sorted_out(
@@ -172,12 +172,12 @@ def _differing(old: EditRequest, new: EditRequest) -> list[tuple[str, str | None
 
 def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
     """Give each request without an id one: "f1", "f2", …, by the serials of their facts."""
-    used, found = {*taken, *(str(request.id) for request in requests)}, []
+    used, with_ids = {*taken, *(str(request.id) for request in requests)}, []
     for number, request in enumerate(requests, serial):
         id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
         used.add(id_)
-        found.append(replace(request, id=id_))
-    return found
+        with_ids.append(replace(request, id=id_))
+    return with_ids
 
 
 def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:

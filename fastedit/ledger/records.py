@@ -107,10 +107,10 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for JSON."""
-        found = asdict(self)
+        fields = asdict(self)
         for name, facts in (("added", self.added), ("gone", self.gone)):
-            found[name] = [asdict(fact.request) | {"id": fact.id, "source": fact.source} for fact in facts]
-        return found
+            fields[name] = [asdict(fact.request) | {"id": fact.id, "source": fact.source} for fact in facts]
+        return fields
 
 
 def check_place(folder: Path) -> None:
@@ -157,14 +157,14 @@ class Records:
             raise
 
     def _lock(self) -> None:
-        place = self.folder.resolve()
-        if place in _OPEN:
+        folder = self.folder.resolve()
+        if folder in _OPEN:
             raise FileError(self.folder, "{path} is open in this process already; use that ledger, or close it first")
         check_writable(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)  # `locked` does not make it on a system without locks
         self._kept.enter_context(locked(self.folder))
-        _OPEN.add(place)
-        self._kept.callback(_OPEN.discard, place)
+        _OPEN.add(folder)
+        self._kept.callback(_OPEN.discard, folder)
 
     def _check_version(self, path: Path, write: bool) -> None:
         ((version,),) = self._all("PRAGMA user_version")
@@ -214,21 +214,21 @@ class Records:
             *values,
         ):
             changes.setdefault(entry, ([], []))[not stands].append(_fact(fact))
-        found = []
+        entries = []
         rows = self._all(f"SELECT * FROM entries {where.format('number')} ORDER BY number", *values)
         for number, kind, time, state, standing, delta, about in rows:
             added, gone = changes.get(number, ([], []))
-            found.append(
+            entries.append(
                 Entry(number, kind, time, tuple(added), tuple(gone), standing, state, delta, json.loads(about))
             )
-        return found
+        return entries
 
     def entry(self, number: int) -> Entry:
         """An entry by its number. Raises RequestError if there is none."""
-        found = self.entries(number)
-        if not found:
+        entries = self.entries(number)
+        if not entries:
             raise RequestError(f"there is no entry {number}; the entries are 1 to {self.last}, 0 is the unedited model")
-        return found[0]
+        return entries[0]
 
     def with_state(self, state: str) -> Entry | None:
         """The newest entry with this state, or None."""
@@ -393,4 +393,4 @@ def _fact(row: Sequence[Any]) -> Fact:
 
 def state_of(rounds: Sequence[Sequence[Fact]]) -> str:
     """A digest of facts and of the groups in which they are written."""
-    return sha256(json.dumps([[fact.serial for fact in some] for some in rounds]).encode()).hexdigest()[:32]
+    return sha256(json.dumps([[fact.serial for fact in group] for group in rounds]).encode()).hexdigest()[:32]

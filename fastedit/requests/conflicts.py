@@ -57,7 +57,7 @@ class RequestReport:
         ids: defaultdict[str, list[str]] = defaultdict(list)
         for position in group:
             ids[self.requests[position].target].append(names[position])
-        targets = [f"{target!r:.80} (id {listed(found)})" for target, found in ids.items()]
+        targets = [f"{target!r:.80} (id {listed(of_target)})" for target, of_target in ids.items()]
         return f"  {self.requests[group[0]].prompt!r:.80}: {listed(targets)}"
 
 

@@ -226,8 +226,8 @@ def table(record: Any) -> list[dict[str, Any]] | None:
             else ()
         )
         if isinstance(column, Mapping) != isinstance(prompts, Mapping) or {*rows} != {*keys}:
-            found = f"{len(rows)} rows" if isinstance(column, (list, tuple, Mapping)) else f"{column!r:.40}"
-            raise RequestError(f"column '{name}' has {found}, and the prompts are a column of {len(keys)} rows")
+            actual = f"{len(rows)} rows" if isinstance(column, (list, tuple, Mapping)) else f"{column!r:.40}"
+            raise RequestError(f"column '{name}' has {actual}, and the prompts are a column of {len(keys)} rows")
     return [{name: column[key] for name, column in record.items()} for key in keys]
 
 

@@ -92,8 +92,8 @@ def as_requests(
     """
     if isinstance(requests, (str, os.PathLike)):
         return load_requests(requests, numbered=numbered)
-    given: Any = requests
-    columns = given.to_dict() if hasattr(given, "iloc") else given  # a data frame of pandas
+    untyped: Any = requests
+    columns = untyped.to_dict() if hasattr(untyped, "iloc") else untyped  # a data frame of pandas
     if (rows := table(plain_data(columns) if isinstance(columns, Mapping) else None)) is not None:
         requests = rows
     elif isinstance(columns, (EditRequest, Mapping)) or not isinstance(requests, Iterable):

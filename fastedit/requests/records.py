@@ -59,20 +59,20 @@ def read_records(path: AnyPath) -> Records:
         return _told(source, _array(source) if start == "[" else _lines(source))
     if _HEAD.match(head) and (re.search(f"[{_SEPARATORS}]", head) or "csv" in "".join(Path(path).suffixes).lower()):
         return _told(source, _table(source, max(_SEPARATORS, key=head.count)))
-    found = f"it starts with {start!r}" if start else "it is empty"
+    actual = f"it starts with {start!r}" if start else "it is empty"
     raise RequestError(
         f"{path}: expected a JSON array of records, JSON Lines, or a table whose first line names its columns (prompt, "
-        f"target, subject, …), but {found}"
+        f"target, subject, …), but {actual}"
     )
 
 
 def _beginning(source: Source) -> str:
     """The beginning of the text, without leading white space."""
     with source.text() as text:
-        found = ""
-        while len(found) < _HEAD_LENGTH and (piece := text.read(_PIECE)):
-            found = (found + piece).lstrip()
-    return found[:_HEAD_LENGTH]
+        beginning = ""
+        while len(beginning) < _HEAD_LENGTH and (piece := text.read(_PIECE)):
+            beginning = (beginning + piece).lstrip()
+    return beginning[:_HEAD_LENGTH]
 
 
 def _told(source: Source, records: Records) -> Records:
@@ -94,8 +94,8 @@ def _table(source: Source, separator: str) -> Records:
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) != len(columns):
-                    found = f"{len(cells)} cells for {len(columns)} columns"
-                    yield where, RequestError(f"{found}; put cells that hold a {separator!r} into quotes, and write "
+                    mismatch = f"{len(cells)} cells for {len(columns)} columns"
+                    yield where, RequestError(f"{mismatch}; put cells that hold a {separator!r} into quotes, and write "
                                               "empty cells too")  # fmt: skip
                 else:
                     yield where, _row(columns, cells)
@@ -123,11 +123,11 @@ def _row(columns: list[str], cells: list[str]) -> Any:
     record = {}
     for name, cell in zip(columns, cells, strict=True):
         if name and cell.strip():
-            found = _cell(cell)
-            if isinstance(found, str) and _LISTED.fullmatch(found):
+            value = _cell(cell)
+            if isinstance(value, str) and _LISTED.fullmatch(value):
                 problem = f"column '{name}': {cell!r:.60} is neither a list nor a text"
                 return RequestError(f'{problem}; write a list as ["one", "two"]')
-            record[name] = found
+            record[name] = value
     return record
 
 
@@ -138,11 +138,11 @@ def _cell(text: str) -> Any:
             return json.loads(text)
         with suppress(*_BROKEN, SyntaxError, MemoryError):
             tree = ast.parse(text.strip(), mode="eval")
-            texts = sum(isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(tree))
-            found = ast.literal_eval(tree)
+            texts = sum(isinstance(node, ast.Constant) and isinstance(node.value, str) for node in ast.walk(tree))
+            value = ast.literal_eval(tree)
             # Python joins texts that no comma parts, as in the arrays of NumPy
-            if isinstance(found, list | dict) and texts == len(_QUOTED.findall(text)):
-                return found
+            if isinstance(value, list | dict) and texts == len(_QUOTED.findall(text)):
+                return value
     return text
 
 
@@ -150,9 +150,9 @@ def _parquet(source: Source) -> Records:
     path = source.path
     try:
         with source.bytes() as file:
-            found = import_module("pyarrow.parquet").ParquetFile(path if source.plain else io.BytesIO(file.read()))
-        columns = _columns(source, found.schema_arrow.names)
-        rows = (row for batch in found.iter_batches() for row in batch.to_pylist())
+            parquet = import_module("pyarrow.parquet").ParquetFile(path if source.plain else io.BytesIO(file.read()))
+        columns = _columns(source, parquet.schema_arrow.names)
+        rows = (row for batch in parquet.iter_batches() for row in batch.to_pylist())
         for index, row in enumerate(rows):
             named = zip(columns, row.values(), strict=True)
             known = {name: value for name, value in named if name and value is not None}
@@ -225,12 +225,12 @@ def _once(record: Any, text: str, start: int, end: int) -> Any:
 
 def _count(value: Any) -> int:
     """The number of fields in an object or a list, including inner objects, but not in lists that begin with a text."""
-    found = len(value) if isinstance(value, dict) else 0
+    count = len(value) if isinstance(value, dict) else 0
     for item in value.values() if isinstance(value, dict) else value:
         kind = type(item)
         if kind is dict or (kind is list and item and type(item[0]) is not str):
-            found += _count(item)
-    return found
+            count += _count(item)
+    return count
 
 
 def _lines(source: Source) -> Records:
@@ -264,11 +264,11 @@ def _unwrapped(place: str, where: str, record: Any) -> Records:
     if rows is not None:
         yield from ((f"{place}, row {index} (counted from 0)", row) for index, row in enumerate(rows))
         return
-    if (found := wrapped(record)) is None:
+    if (inner := wrapped(record)) is None:
         yield where, record
         return
-    for index, item in enumerate(found[1]):
-        yield f"{place}, record {index} of {found[0]!r} (counted from 0)", item
+    for index, item in enumerate(inner[1]):
+        yield f"{place}, record {index} of {inner[0]!r} (counted from 0)", item
 
 
 def _alone(source: Source) -> Any:

@@ -85,29 +85,29 @@ class EditRequest:
         """
         left_out = set[str]()
         try:
-            found = edits_of(plain_data(record), left_out, default_id)
-            if len(found) > 1:
-                raise RequestError(f"the record holds {len(found)} edits; read it with as_requests([record])")
+            edits = edits_of(plain_data(record), left_out, default_id)
+            if len(edits) > 1:
+                raise RequestError(f"the record holds {len(edits)} edits; read it with as_requests([record])")
         except RequestError as error:
             error.at(where)
             raise
         warn_of_unread(where, Counter(left_out))
-        return found[0]
+        return edits[0]
 
 
 def edits_of(record: Any, left_out: set[str], default_id: str | None) -> list[EditRequest]:
     """All edits of a record; adds what is not read to `left_out`. Raises RequestError, as `EditRequest.from_dict`."""
-    found = []
-    for part, of_part in split(record):
+    edits = []
+    for suffix, edit_record in split(record):
         try:
-            given = read_record(of_part, left_out)
-            id_ = given["id"] if given["id"] is not None else default_id
-            found.append(EditRequest(**given | {"id": f"{id_}.{part}" if part and id_ is not None else id_}))
+            arguments = read_record(edit_record, left_out)
+            id_ = arguments["id"] if arguments["id"] is not None else default_id
+            edits.append(EditRequest(**arguments | {"id": f"{id_}.{suffix}" if suffix and id_ is not None else id_}))
         except RequestError as error:
-            if part:
-                error.at(f"edit {part}")
+            if suffix:
+                error.at(f"edit {suffix}")
             raise
-    return found
+    return edits
 
 
 def warn_of_unread(name: str, unread: Counter[str]) -> None:

@@ -121,6 +121,6 @@ def _subject(prompt: str, relation: Any) -> str | None:
     """The subject in a prompt of RippleEdits' wordings, None if it is not of those."""
     words = str(relation).lower().replace("_", " ")
     for pattern in _AROUND:
-        if found := re.fullmatch(pattern.replace("{}", re.escape(_WORDS.get(words, words))), prompt):
-            return str(next(filter(None, found.groups())))
+        if match := re.fullmatch(pattern.replace("{}", re.escape(_WORDS.get(words, words))), prompt):
+            return str(next(filter(None, match.groups())))
     return None

@@ -33,8 +33,8 @@ class _Frames:
                 self._packed, self._frame = self._frame.unused_data, None
         if not self._found and self._frame is not None:
             raise EOFError("it ends inside a frame")
-        found, self._found = self._found[:size], self._found[size:]
-        return found
+        data, self._found = self._found[:size], self._found[size:]
+        return data
 
     def close(self) -> None:
         self._frame = None
@@ -105,8 +105,8 @@ class Source:
         try:
             content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            line, place = error.object.count(b"\n", 0, error.start) + 1, error.start
-            return InputFileError(self.path, f"{{path}}, line {line}: byte {place} is not UTF-8; save as UTF-8")
+            line, offset = error.object.count(b"\n", 0, error.start) + 1, error.start
+            return InputFileError(self.path, f"{{path}}, line {line}: byte {offset} is not UTF-8; save as UTF-8")
         return InputFileError(self.path, "{path} changed while it was read; try again")
 
     def _fault(self, error: Exception) -> InputFileError:
@@ -126,11 +126,11 @@ class _Told(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         try:
-            found = self._inner.read(len(buffer))
+            data = self._inner.read(len(buffer))
         except Exception as error:
             raise self._fault(error) from error
-        buffer[: len(found)] = found
-        return len(found)
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self._inner.close()

@@ -88,10 +88,10 @@ def blank(text: str) -> bool:
 
 def required(value: Any, field: str) -> str:
     """A text that is not empty. Raises RequestError otherwise."""
-    found = "" if absent(value) else text(value, field)
-    if blank(found):
+    content = "" if absent(value) else text(value, field)
+    if blank(content):
         raise RequestError(f"field '{field}' is missing or empty; an edit needs a prompt and a target")
-    return found
+    return content
 
 
 def unwrap(value: Any) -> Any:
@@ -104,14 +104,14 @@ def answer(value: Any, field: str) -> str | None:
     while isinstance(value, (list, tuple)):
         value = value[0] if value else None
     value = unwrap(value)
-    return None if absent(value) or blank(found := text(value, field)) else found.strip()
+    return None if absent(value) or blank(content := text(value, field)) else content.strip()
 
 
 def first_answer(
     record: Mapping[str, Any],
     fields: Sequence[str],
     left_out: set[str],
-    said: Callable[[Any, str], Any] = lambda found, _: found,
+    said: Callable[[Any, str], Any] = lambda response, _: response,
 ) -> str | None:
     """The answer of the first field that has one. Fields with a different answer are added to `left_out`.
 
@@ -119,10 +119,10 @@ def first_answer(
     """
     first: str | None = None
     for name in fields:
-        found = said(answer(get(record, name), name), name)
+        response = said(answer(get(record, name), name), name)
         if first is None:
-            first = found
-        elif found is not None and found != first:
+            first = response
+        elif response is not None and response != first:
             left_out.add(name)
     return first
 
@@ -167,12 +167,12 @@ def fill(text: str, marks: re.Pattern[str], subject: str | None, field: str) -> 
     """A prompt or an answer with the subject in place of each of `marks`."""
     if "{" not in text and "[" not in text:
         return text
-    found = marks.search(text)
-    if not found:
+    match = marks.search(text)
+    if not match:
         return text
     if subject is None:
         raise RequestError(
-            f"field '{field}' has '{found[0]}' for the subject, but the record names no subject; give it"
+            f"field '{field}' has '{match[0]}' for the subject, but the record names no subject; give it"
         )
     return marks.sub(lambda _: subject, text)
 
@@ -196,11 +196,11 @@ def gather(
     for source in sources:
         if isinstance(source, str):
             name = source
-            found = questions(record.get(name), name, left_out)
+            pairs = questions(record.get(name), name, left_out)
         else:
             name, *fields = source
-            found = pair_fields(record, name, fields, left_out)
-        for prompt, response in found:
+            pairs = pair_fields(record, name, fields, left_out)
+        for prompt, response in pairs:
             said = fill(response, marks_of(prompt, subject), subject, f"answer to {name}")
             yield fill_prompt(prompt, subject, name), said
 
