@@ -66,10 +66,10 @@ class Checkpoint:
             saved = names_in_files(network, Path(trial)) or {}
         prefix = f"{network.base_model_prefix}."
         self.keys: dict[str, list[str]] = {}
-        for same in names.values():
-            known = dict.fromkeys(key for name in same for key in (name, saved.get(name, name)))
-            known |= dict.fromkeys(key.removeprefix(prefix) for key in known)
-            self.keys[same[0]] = [key for key in known if key in self._places]
+        for tied in names.values():
+            candidates = dict.fromkeys(key for name in tied for key in (name, saved.get(name, name)))
+            candidates |= dict.fromkeys(key.removeprefix(prefix) for key in candidates)
+            self.keys[tied[0]] = [key for key in candidates if key in self._places]
         self._check()
 
     def read(self, path: str) -> Tensor:
@@ -120,17 +120,17 @@ class Checkpoint:
             raise FileError(directory, f"could not be written: {error}; nothing was changed") from error
 
     def _write_file(self, name: str, folder: Path, changes: Mapping[str, Change]) -> None:
-        own = [key for key, file in self._places.items() if file == name]
-        if not changes.keys() & set(own):
+        keys = [key for key, file in self._places.items() if file == name]
+        if not changes.keys() & set(keys):
             shutil.copyfile(self.folder / name, folder / name)
             return
         with safe_open(self.folder / name, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-            about = file.metadata() or {"format": "pt"}
-        for key in own:
+            metadata = file.metadata() or {"format": "pt"}
+        for key in keys:
             if key in changes:
                 tensors[key] = changes[key](tensors[key].clone()).contiguous()
-        save_file(tensors, folder / name, about)
+        save_file(tensors, folder / name, metadata)
 
     def _tensor(self, key: str) -> Tensor:
         with safe_open(self.folder / self._places[key], "pt") as file:
@@ -161,11 +161,11 @@ class Checkpoint:
             with safe_open(self.folder / name, "pt") as file:
                 for path, keys in self.keys.items():
                     for key in (key for key in keys if self._places[key] == name):
-                        found = file.get_slice(key)
-                        if (shape := tuple(found.get_shape())) != tuple(self.shapes[path]):
+                        stored = file.get_slice(key)
+                        if (shape := tuple(stored.get_shape())) != tuple(self.shapes[path]):
                             wrong.append(f"{key} {list(shape)} instead of {list(self.shapes[path])}")
-                        elif found.get_dtype() not in ("F32", "BF16", "F16", "F64"):
-                            wrong.append(f"{key} in {found.get_dtype()}")
+                        elif stored.get_dtype() not in ("F32", "BF16", "F16", "F64"):
+                            wrong.append(f"{key} in {stored.get_dtype()}")
         if wrong:
             raise ModelError(f"{self.folder}: {len(wrong)} tensors are not as config.json says: {listed(wrong)}")
 
@@ -175,10 +175,10 @@ def _places(folder: Path) -> dict[str, str]:
     index = folder / _INDEX
     try:
         if index.is_file():
-            found: Any = json.loads(index.read_text("utf-8"))["weight_map"]
-            if missing := sorted({file for file in found.values() if not (folder / file).is_file()}):
+            weight_map: Any = json.loads(index.read_text("utf-8"))["weight_map"]
+            if missing := sorted({file for file in weight_map.values() if not (folder / file).is_file()}):
                 raise FileError(folder, f"lacks {len(missing)} of its files: {listed(missing)}")
-            return dict(found)
+            return dict(weight_map)
         with safe_open(folder / _SINGLE, "pt") as file:
             return dict.fromkeys(file.keys(), _SINGLE)
     except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
@@ -237,17 +237,17 @@ class Reverted:
         """Why `changes` may not restore the weights before the edits bit for bit; None if it does."""
         folder, undo = self._checkpoint.folder, self._undo
         if undo is None:
-            others = f"the {self._found} files found are of other edits, or of fewer or more"
-            return f"{folder}: no undo file of these deltas: {others if self._found else f'there is no {UNDO}'}"
+            mismatch = f"the {self._found} files found are of other edits, or of fewer or more"
+            return f"{folder}: no undo file of these deltas: {mismatch if self._found else f'there is no {UNDO}'}"
         read, updates = self._checkpoint.read, self.updates.items()
         if wrong := [path for path, update in updates if undo.restored(path, read(path), update) is None]:
             return (
                 f"{folder}: without the deltas {len(wrong)} of {len(self.updates)} matrices are not what they were: "
                 f"{listed(wrong)}; they were changed after these edits"
             )
-        if (now := self._checkpoint.fingerprint(self._before)) not in self._made_for:
+        if (fingerprint := self._checkpoint.fingerprint(self._before)) not in self._made_for:
             return (
-                f"{folder}: without the deltas the fingerprint is {now}, but they were made for "
+                f"{folder}: without the deltas the fingerprint is {fingerprint}, but they were made for "
                 f"{listed(self._made_for)}; it holds other edits too, of which the last one has to be reverted first"
             )
         return None
@@ -302,8 +302,8 @@ def rank_of(update: Tensor) -> int | None:
     rng = torch.Generator().manual_seed(0)
     probe = torch.randn(update.shape[1], min(_SKETCH, *update.shape), generator=rng)
     q = torch.linalg.qr(update @ probe).Q
-    held = torch.linalg.svdvals(q.T @ update).square().cumsum(0) / torch.linalg.vector_norm(update).square()
-    enough = (held >= _ENERGY).nonzero()
+    energy = torch.linalg.svdvals(q.T @ update).square().cumsum(0) / torch.linalg.vector_norm(update).square()
+    enough = (energy >= _ENERGY).nonzero()
     return int(enough[0]) + 1 if len(enough) else None
 
 
@@ -328,8 +328,8 @@ def differences(
 @torch.no_grad()
 def _differences(one: Checkpoint, other: Checkpoint, progress: Progress) -> Iterator[tuple[Difference, Tensor]]:
     for i, path in enumerate(one.shapes):
-        if found := _difference(path, one.read(path), other.read(path)):
-            yield found
+        if difference := _difference(path, one.read(path), other.read(path)):
+            yield difference
         progress("parameters", i + 1, len(one.shapes))
 
 
@@ -339,13 +339,13 @@ def _difference(path: str, one: Tensor, other: Tensor) -> tuple[Difference, Tens
         return None
     update, changed, broken, largest, whole, moved = torch.zeros(one.shape), 0, 0, 0.0, 0.0, 0.0
     parts = (tensor.reshape(-1).split(_PART) for tensor in (one, other, update))
-    for old, new, found in zip(*parts, strict=True):
+    for old, new, out in zip(*parts, strict=True):
         a, b = old.double(), new.double()
         differ = (a != b) & ~(a.isnan() & b.isnan())
-        step = torch.where(differ, b - a, 0.0)
-        found.copy_(step)
-        finite = step[step.isfinite()]
-        changed, broken = changed + int(differ.sum()), broken + len(step) - len(finite)
+        change = torch.where(differ, b - a, 0.0)
+        out.copy_(change)
+        finite = change[change.isfinite()]
+        changed, broken = changed + int(differ.sum()), broken + len(change) - len(finite)
         whole, moved = whole + float(a[a.isfinite()].square().sum()), moved + float(finite.square().sum())
         largest = max(largest, float(finite.abs().max()) if len(finite) else 0.0)
     if not changed:

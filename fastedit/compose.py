@@ -51,8 +51,8 @@ def read(given: Sequence[Given]) -> list[WeightDelta]:
         f"delta {i + 1}" + ("" if isinstance(delta, WeightDelta) else f" ({delta})") for i, delta in enumerate(given)
     ]
     first: dict[str, int] = {}
-    same = [(first.setdefault(_identity(delta), i), i) for i, delta in enumerate(deltas)]
-    if twice := [f"{names[i]} is {names[one]}" for one, i in same if one != i]:
+    pairs = [(first.setdefault(_identity(delta), i), i) for i, delta in enumerate(deltas)]
+    if twice := [f"{names[i]} is {names[one]}" for one, i in pairs if one != i]:
         raise ConfigError(
             f"{len(twice)} of the {len(given)} deltas repeat others: {listed(twice)}; give each of them once"
         )
@@ -67,13 +67,13 @@ def _identity(delta: WeightDelta) -> str:
 
 def overlaps(deltas: Sequence[WeightDelta]) -> list[Overlap]:
     """Find the parameters that two deltas change, for every pair of deltas."""
-    found = []
+    overlapping = []
     for (i, one), (j, other) in combinations(enumerate(deltas), 2):
         for path in one.updates.keys() & other.updates.keys():
             if one.updates[path].shape == other.updates[path].shape:
                 u, v = one.updates[path], other.updates[path]
-                found.append(Overlap(i, j, path, inner(u, v) / max(norm(u) * norm(v), 1e-300)))
-    return sorted(found, key=lambda overlap: (overlap.one, overlap.other, overlap.path))
+                overlapping.append(Overlap(i, j, path, inner(u, v) / max(norm(u) * norm(v), 1e-300)))
+    return sorted(overlapping, key=lambda overlap: (overlap.one, overlap.other, overlap.path))
 
 
 def added(deltas: Sequence[WeightDelta]) -> dict[str, Update]:
@@ -92,29 +92,29 @@ def stacked(deltas: Sequence[WeightDelta], now: str, put: Callable[[WeightDelta]
     Raises:
         ModelError: some deltas were made for another model; sums of those before them may be applied already.
     """
-    known, group, strangers = [now], list[WeightDelta](), list[int]()
+    fingerprints, group, strangers = [now], list[WeightDelta](), list[int]()
 
     def put_group() -> str:
         parts = [delta.metadata for delta in group]
-        about = {"method": "composed", "fingerprint": known[-1], "versions": versions(), "parts": parts}
-        return put(WeightDelta(added(group), about))
+        metadata = {"method": "composed", "fingerprint": fingerprints[-1], "versions": versions(), "parts": parts}
+        return put(WeightDelta(added(group), metadata))
 
     for i, delta in enumerate(deltas):
         made_for = delta.metadata.get("fingerprint")
-        if made_for not in known and group and not strangers:
-            known.append(put_group())
+        if made_for not in fingerprints and group and not strangers:
+            fingerprints.append(put_group())
             group = []
-        if made_for in known:
+        if made_for in fingerprints:
             group.append(delta)
         else:
             strangers.append(i)
     if strangers:
-        made = [f"delta {i + 1} was made for {deltas[i].metadata.get('fingerprint')}" for i in strangers]
-        after = f", and after the deltas before {listed(known[1:])}" if len(known) > 1 else ""
+        origins = [f"delta {i + 1} was made for {deltas[i].metadata.get('fingerprint')}" for i in strangers]
+        after = f", and after the deltas before {listed(fingerprints[1:])}" if len(fingerprints) > 1 else ""
         raise ModelError(
             f"{len(strangers)} of the deltas ({len(deltas)}) cannot be put on this model, whose fingerprint is {now}"
-            f"{after}: {listed(made)}. Give deltas of one model; one that was made on top of another goes right after "
-            f"it ({FP16})"
+            f"{after}: {listed(origins)}. Give deltas of one model; one that was made on top of another goes right "
+            f"after it ({FP16})"
         )
     if group:
         put_group()
@@ -161,21 +161,21 @@ class Composition:
             raise ModelError("these deltas were reverted; there is nothing to revert")
         if place is not None and not 0 <= place < len(self.deltas):
             raise ConfigError(f"there is no delta {place}: the list has {len(self.deltas)}, counted from 0")
-        left = [] if place is None else [delta for i, delta in enumerate(self.deltas) if i != place]
+        remaining = [] if place is None else [delta for i, delta in enumerate(self.deltas) if i != place]
         before, reverted = self._sums, list[WeightDelta]()
         try:
             for delta in reversed(before):
                 delta.revert()
                 reverted.append(delta)
-            if left and fingerprint(self._model) != self._unedited:
+            if remaining and fingerprint(self._model) != self._unedited:
                 raise ModelError("another edit was made after these deltas were applied; revert it first")
-            self._apply(left)
+            self._apply(remaining)
         except BaseException:
             self._sums = before
             while reverted:
                 reverted.pop().apply(self._model, force=True)
             raise
-        self.deltas, self.overlaps = left, overlaps(left)
+        self.deltas, self.overlaps = remaining, overlaps(remaining)
 
     def _apply(self, deltas: Sequence[WeightDelta]) -> None:
         sums: list[WeightDelta] = []

@@ -204,10 +204,10 @@ _PLAIN: dict[Any, Kind] = {
 
 def numbers(text: str) -> list[int]:
     """Parse a list of numbers such as 3,5,8-11; raises ValueError if it is not one."""
-    found: list[int] = []
+    values: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(part)
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+        values += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return values

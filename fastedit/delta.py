@@ -58,13 +58,13 @@ class WeightDelta:
 
     def overwritten(self) -> list[str]:
         """The parameters that are not as these updates left them: something else has changed them since."""
-        now = {} if self._model is None else checksums(_parameters(self._model, self._originals))
-        return [path for path, found in now.items() if found != self._sums[path]]
+        sums = {} if self._model is None else checksums(_parameters(self._model, self._originals))
+        return [path for path, checksum in sums.items() if checksum != self._sums[path]]
 
     def changes(self, model: nn.Module, part: nn.Module) -> bool:
         """Whether these updates change a parameter of `part`, tied parameters included."""
-        parameters, own = dict(topology(model).model.named_parameters()), {id(p) for p in part.parameters()}
-        return any(id(parameters.get(path)) in own for path in self.updates)
+        parameters, ids = dict(topology(model).model.named_parameters()), {id(p) for p in part.parameters()}
+        return any(id(parameters.get(path)) in ids for path in self.updates)
 
     def check(self, model: nn.Module, *, force: bool = False) -> None:
         """Raise the errors that `apply` would raise, without changing the model."""

@@ -138,10 +138,10 @@ def ablate_preserving(
     Q, chosen = _basis(parts, direction), _writing(parts, layers)
     store = StatisticsStore(parts, now, directory=statistics)
     store.require(chosen)
-    places = [parts.resolve(layer, "down_proj") for layer in chosen]
-    keys = _last_tokens(model, prompts, [module for _, module in places], inputs=True)  # of each layer [N, d]
+    projections = [parts.resolve(layer, "down_proj") for layer in chosen]
+    keys = _last_tokens(model, prompts, [module for _, module in projections], inputs=True)  # of each layer [N, d]
     updates: dict[str, Update] = {}
-    for layer, (path, module), K in zip(chosen, places, keys, strict=True):
+    for layer, (path, module), K in zip(chosen, projections, keys, strict=True):
         residuals = -(K @ _matrix(module).T @ Q) @ Q.T
         left, right = ops.rank_k_update(K, residuals, store.cholesky(layer), ridge=weight * len(K))
         updates[f"{path}.weight"] = oriented(module, Q, (Q.T @ left) @ right)  # its columns lie in the span of Q
@@ -149,8 +149,13 @@ def ablate_preserving(
 
 
 def _delta(parts: Topology, updates: dict[str, Update], config: dict[str, Any]) -> WeightDelta:
-    about = {"method": "direction", "config": config, "fingerprint": fingerprint(parts.model), "versions": versions()}
-    return WeightDelta(updates, about)
+    metadata = {
+        "method": "direction",
+        "config": config,
+        "fingerprint": fingerprint(parts.model),
+        "versions": versions(),
+    }
+    return WeightDelta(updates, metadata)
 
 
 def _between(layer: int, a: Tensor, b: Tensor) -> Direction:
@@ -159,9 +164,11 @@ def _between(layer: int, a: Tensor, b: Tensor) -> Direction:
     if not vector.norm() > 0:
         raise ModelError(f"the two sets of prompts have the same mean after block {layer}, or one that is not finite")
     half = a[::2].mean(0) - b[::2].mean(0)
-    one, other = a[1::2] @ half, b[1::2] @ half
-    spread = ((one.var(unbiased=False) + other.var(unbiased=False)) / 2).sqrt().clamp_min(1e-12)
-    return Direction(layer, (vector / vector.norm()).cpu(), float((one.mean() - other.mean()) / spread))
+    projected_a, projected_b = a[1::2] @ half, b[1::2] @ half
+    deviation = ((projected_a.var(unbiased=False) + projected_b.var(unbiased=False)) / 2).sqrt().clamp_min(1e-12)
+    return Direction(
+        layer, (vector / vector.norm()).cpu(), float((projected_a.mean() - projected_b.mean()) / deviation)
+    )
 
 
 def _last_tokens(model: Model, prompts: Sequence[str], modules: Sequence[nn.Module], *, inputs: bool) -> list[Tensor]:
@@ -172,28 +179,30 @@ def _last_tokens(model: Model, prompts: Sequence[str], modules: Sequence[nn.Modu
         raise ConfigError(
             f"{len(bad)} prompts have no tokens, or more than the {parts.context_length} of the model: {bad}"
         )
-    seen: dict[int, list[Tensor]] = {place: [] for place in range(len(modules))}
+    captured: dict[int, list[Tensor]] = {place: [] for place in range(len(modules))}
 
     def keep(place: int) -> Any:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             x = args[0] if inputs else output[0] if isinstance(output, tuple) else output
-            seen[place].append(x.reshape(-1, x.shape[-1])[-1].float())
+            captured[place].append(x.reshape(-1, x.shape[-1])[-1].float())
 
         return hook
 
     with hooked(module.register_forward_hook(keep(place)) for place, module in enumerate(modules)):
         for ids in encoded:
             parts.backbone(input_ids=torch.tensor([ids], device=parts.device), use_cache=False)
-    return [torch.stack(states) for states in seen.values()]
+    return [torch.stack(states) for states in captured.values()]
 
 
 def _basis(parts: Topology, direction: Tensor) -> Tensor:
     """An orthonormal basis [h, k] fp32 of directions [h] or [k, h]."""
-    wanted = f"expected a dense tensor of floating-point numbers, [{parts.hidden_size}] or [k, {parts.hidden_size}]"
+    expected = f"expected a dense tensor of floating-point numbers, [{parts.hidden_size}] or [k, {parts.hidden_size}]"
     if not isinstance(direction, Tensor):
-        raise ConfigError(f"direction is a {type(direction).__name__}: {wanted}, such as the `vector` of a `Direction`")
+        raise ConfigError(
+            f"direction is a {type(direction).__name__}: {expected}, such as the `vector` of a `Direction`"
+        )
     if not direction.is_floating_point() or direction.layout is not torch.strided or direction.is_meta:
-        raise ConfigError(f"direction is {direction.dtype}, {direction.layout}, on {direction.device}: {wanted}")
+        raise ConfigError(f"direction is {direction.dtype}, {direction.layout}, on {direction.device}: {expected}")
     rows = torch.atleast_2d(direction.detach()).double().cpu()
     if rows.ndim != 2 or rows.shape[1] != parts.hidden_size or not rows.isfinite().all():
         raise ConfigError(
@@ -220,12 +229,12 @@ def _writing(parts: Topology, layers: Sequence[int] | None) -> list[int]:
 
 def _numbers(layers: Any) -> list[int]:
     """The given numbers of blocks. Raises ConfigError if they are not numbers, or repeated."""
-    found = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
-    if not found or any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in found):
+    numbers = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
+    if not numbers or any(isinstance(layer, bool) or not isinstance(layer, Integral) for layer in numbers):
         raise ConfigError(f"layers is {layers!r:.100}; give a list of whole numbers, or leave it out for all blocks")
-    if len({*found}) < len(found):
+    if len({*numbers}) < len(numbers):
         raise ConfigError(f"layers is {layers!r:.100}; give each block once")
-    return [int(layer) for layer in found]
+    return [int(layer) for layer in numbers]
 
 
 def _check_prompts(name: str, prompts: Any) -> None:
@@ -239,5 +248,5 @@ def _check_prompts(name: str, prompts: Any) -> None:
 def _matrix(module: nn.Module) -> Tensor:
     """W [h, d] fp32 of the linear map y = W x."""
     weight: Any = module.weight
-    found: Tensor = weight.float()
-    return found.T if isinstance(module, Conv1D) else found
+    matrix: Tensor = weight.float()
+    return matrix.T if isinstance(module, Conv1D) else matrix

@@ -177,9 +177,9 @@ class Editor:
         clock = StageClock(self._report)
         history, lost = self._history(now)
         options: dict[str, Any] = {"history": history, "progress": clock.report}
-        made = METHODS[self.method].plan(self.parts, edits, self.config, **options)
-        about = [*lost, *slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
-        return EditPlan(edits, now, made, time.perf_counter() - started, about, clock)
+        method_plan = METHODS[self.method].plan(self.parts, edits, self.config, **options)
+        notes = [*lost, *slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
+        return EditPlan(edits, now, method_plan, time.perf_counter() - started, notes, clock)
 
     def edit(self, requests: Requests) -> EditResult:
         """Make all edits: `plan` and `run`.
@@ -216,37 +216,37 @@ class Editor:
         state = getattr(self.config, "state", None)
         with locked(Path(state)) if state and parallel.first() else nullcontext():
             plan.clock.start()
-            found = plan.made.run()
+            result = plan.made.run()
         seconds = plan.seconds + time.perf_counter() - started
         stages = {"plan": plan.seconds, **plan.clock.seconds}
         stages["rest"] = seconds - sum(stages.values())
-        config = found.config | ({"state": None} if "state" in found.config else {})  # a path on this machine
+        config = result.config | ({"state": None} if "state" in result.config else {})  # a path on this machine
         metadata: dict[str, Any] = {"method": self.method, "config": config, "fingerprint": before}
         metadata |= {
             "chat_template": self.parts.chat is not None,
             "versions": versions(),
-            "edits": len(edits) if found.kept_edits is None else found.kept_edits,
+            "edits": len(edits) if result.kept_edits is None else result.kept_edits,
         }
         network = self.parts.network
         try:
-            delta = WeightDelta(found.updates, metadata, applied_to=network, originals=found.originals)
+            delta = WeightDelta(result.updates, metadata, applied_to=network, originals=result.originals)
             parallel.gathered(None)  # an edit that failed in another process fails here, too
         except BaseException:
-            put_back(dict(network.named_parameters()), found.originals)
+            put_back(dict(network.named_parameters()), result.originals)
             raise
-        self._edits.append(_Edit(delta, found.keys))
+        self._edits.append(_Edit(delta, result.keys))
         return EditResult(
             delta=delta,
             requests=edits,
             conflicts=conflicts,
-            losses=found.losses,
-            notes=plan.about + found.notes,
+            losses=result.losses,
+            notes=plan.about + result.notes,
             seconds=seconds,
-            probability=found.probability,
-            interrupted=found.interrupted,
-            learned=found.learned,
+            probability=result.probability,
+            interrupted=result.interrupted,
+            learned=result.learned,
             stages=stages,
-            cached=found.cached,
+            cached=result.cached,
             _model=self.parts,
         )
 
@@ -268,14 +268,14 @@ class Editor:
             raise ConfigError(f"{self.method} cannot solve edits one by one; methods that can: {able}")
         plan = self.plan(requests)
         edits, now = plan.requests, plan.fingerprint
-        made = cast(SolverPlan, plan.made)
+        solver = cast(SolverPlan, plan.made)
         started = time.perf_counter()
-        found = made.run_each()
-        found.notes[:0] = plan.about
+        result = solver.run_each()
+        result.notes[:0] = plan.about
         seconds = plan.seconds + time.perf_counter() - started
-        metadata: dict[str, Any] = {"method": self.method, "config": found.config, "fingerprint": now}
+        metadata: dict[str, Any] = {"method": self.method, "config": result.config, "fingerprint": now}
         metadata |= {"versions": versions(), "chat_template": self.parts.chat is not None}
-        return EachEditResult(edits, find_conflicts(edits), seconds, found, metadata, self.parts, self.progress)
+        return EachEditResult(edits, find_conflicts(edits), seconds, result, metadata, self.parts, self.progress)
 
     @plain_state
     def apply_deltas(self, deltas: Sequence[Given]) -> Composition:
@@ -314,22 +314,22 @@ class Editor:
         newest: dict[str, WeightDelta] = {}  # path -> the last edit there
         for delta, edit in standing:
             newest |= dict.fromkeys(delta.updates, delta)
-            for path, more in edit.keys.items():
-                keys.setdefault(path, []).append(more)
+            for path, edit_keys in edit.keys.items():
+                keys.setdefault(path, []).append(edit_keys)
         changed = set[str]()  # by something else, after the last edit there
         for delta in {*newest.values()} if keys else ():
             changed |= {path for path in delta.overwritten() if newest[path] is delta}
         preserved = {path: torch.cat(keys[path]) for path in keys.keys() - changed}
-        text = (
+        note = (
             f"something else changed {listed(sorted(changed))} after the earlier edits; these are not preserved there"
         )
-        return History(unedited, preserved, self._memo, now=now), [text] if changed else []
+        return History(unedited, preserved, self._memo, now=now), [note] if changed else []
 
     def _standing(self) -> list[tuple[WeightDelta, _Edit]]:
         """The edits that the model holds now with their deltas, oldest first."""
-        found = [(edit.standing(self.topology.model), edit) for edit in self._edits]
+        pairs = [(edit.standing(self.topology.model), edit) for edit in self._edits]
         self._edits = [edit for edit in self._edits if not edit.gone]
-        return [(delta, edit) for delta, edit in found if delta is not None]
+        return [(delta, edit) for delta, edit in pairs if delta is not None]
 
     @plain_state
     def evaluate(

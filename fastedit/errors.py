@@ -168,11 +168,11 @@ def told(problems: Sequence[Problem]) -> str:
     names: dict[str, list[str]] = {}
     for problem in problems:
         names.setdefault(problem.cause, []).append(problem.name)
-    said = []
+    sentences = []
     for cause, (first, *others) in names.items():
-        common = first.rpartition(", ")[0]
-        said.append(f"{listed([first, *(name.removeprefix(f'{common}, ') for name in others)])}: {cause}")
-    return listed(said, " | ")
+        prefix = first.rpartition(", ")[0]
+        sentences.append(f"{listed([first, *(name.removeprefix(f'{prefix}, ') for name in others)])}: {cause}")
+    return listed(sentences, " | ")
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
@@ -185,5 +185,5 @@ def reason(error: BaseException) -> str:
     """The first line of an error's message, or all of it if that line only introduces the others."""
     text = str(error).strip()
     first = next(iter(text.splitlines()), "").strip()
-    said = " ".join(text.split()) if first.endswith(":") else first
-    return said if " " in said else f"{type(error).__name__}: {said}".removesuffix(": ")
+    message = " ".join(text.split()) if first.endswith(":") else first
+    return message if " " in message else f"{type(error).__name__}: {message}".removesuffix(": ")

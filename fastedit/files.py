@@ -60,8 +60,8 @@ def read_json(path: Path, example: str) -> Any:
 
 def stamp(path: Path) -> tuple[int, ...]:
     """A value that changes when a file is written again or replaced by another one. Raises OSError."""
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 @contextmanager
@@ -270,4 +270,4 @@ def _kind(path: Path) -> str | None:
     if (path / "config.json").exists() and any(path.glob("*.safetensors")):
         return CHECKPOINT
     names = sorted(entry.name for entry in path.iterdir())
-    return next((kind for kind, own in _NAMES.items() if names in own), None)
+    return next((kind for kind, layouts in _NAMES.items() if names in layouts), None)

@@ -58,7 +58,7 @@ def load_model(
     """
     if not isinstance(name, str | Path):
         raise ConfigError(f"name is {name!r}; give a folder or a hub name")
-    if (chosen := str(dtype).removeprefix("torch.")) not in _DTYPES:
+    if (dtype_name := str(dtype).removeprefix("torch.")) not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; give one of {', '.join(_DTYPES)}")
     if offload not in (None, "prefix"):
         raise ConfigError(f"offload is {offload!r}; give prefix, or None to load the whole model")
@@ -68,26 +68,26 @@ def load_model(
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"device is {device!r}, which cannot be used: {reason(error)}; give another") from error
     refuse_adapter(Path(name))
-    source, gguf, how = name, {}, {}
+    source, gguf, options = name, {}, {}
     if str(name).lower().endswith(".gguf"):
         _check_gguf(Path(name))
         # the folder of a link, not of its target: the hub's cache consists of links to files with other names
         source, gguf = Path(name).absolute().parent, {"gguf_file": Path(name).name}
-        if (packed := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always dequantize
-            how = {"quantization_config": packed(dequantize=True)}
-        if chosen == "auto":
-            chosen = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+        if (gguf_config := getattr(transformers, "GgufConfig", None)) is not None:  # older versions always dequantize
+            options = {"quantization_config": gguf_config(dequantize=True)}
+        if dtype_name == "auto":
+            dtype_name = "float32" if torch.device(device).type == "cpu" else "bfloat16"
     if offload:
         folder = TemporaryDirectory(prefix="fastedit-offload-")  # for weights whose form in the files is another one
-        how = _offloaded(name, torch.device(device), folder.name)
+        options = _offloaded(name, torch.device(device), folder.name)
     try:
         # without trust_remote_code=False transformers asks on stdin whether to run a checkpoint's code
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf)
         model, loading = AutoModelForCausalLM.from_pretrained(
             source,
             **gguf,
-            **how,
-            dtype=chosen,
+            **options,
+            dtype=dtype_name,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -97,10 +97,10 @@ def load_model(
         raise ModelError(_why_not_loaded(name, error)) from error
     _check_weights(name, model, loading)
     if gguf:
-        if (reader := getattr(model, "hf_quantizer", None)) is not None:
-            reader.remove_quantization_config(model)  # with this left, the model could not be saved
+        if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+            quantizer.remove_quantization_config(model)  # with this left, the model could not be saved
         model.config._name_or_path = str(name)
-        _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, chosen)
+        _log.warning("%s was dequantized to %s; it is saved as an ordinary checkpoint in this dtype", name, dtype_name)
     if offload:
         finalize(model, folder.cleanup)
         drop_idle_hooks(model)
@@ -120,17 +120,19 @@ def _offloaded(name: str | Path, device: torch.device, folder: str) -> dict[str,
     if find_spec("accelerate") is None:
         raise ModelError("to offload weights accelerate must be installed: pip install 'fastedit-llm[offload]'")
     try:
-        found = topology(architecture_of(Path(name)))
+        parts = topology(architecture_of(Path(name)))
     except (OSError, ModelError) as error:
         raise ModelError(_why_not_loaded(name, error)) from error
-    where = str(device) if device.type != "cuda" or device.index is not None else f"cuda:{torch.cuda.current_device()}"
-    places: dict[str, str] = {}
-    outer, path = found.model, ""
-    for name_below in found.blocks_path.split("."):
-        places |= {f"{path}{child}": where for child, _ in outer.named_children() if child != name_below}
+    device_name = (
+        str(device) if device.type != "cuda" or device.index is not None else f"cuda:{torch.cuda.current_device()}"
+    )
+    device_map: dict[str, str] = {}
+    outer, path = parts.model, ""
+    for name_below in parts.blocks_path.split("."):
+        device_map |= {f"{path}{child}": device_name for child, _ in outer.named_children() if child != name_below}
         outer, path = outer.get_submodule(name_below), f"{path}{name_below}."
-    places |= {f"{path}{i}": "disk" for i in range(found.n_blocks)}
-    return {"device_map": places, "offload_folder": folder}
+    device_map |= {f"{path}{i}": "disk" for i in range(parts.n_blocks)}
+    return {"device_map": device_map, "offload_folder": folder}
 
 
 def slow_dtype_note(network: Any) -> list[str]:
@@ -139,8 +141,8 @@ def slow_dtype_note(network: Any) -> list[str]:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if network.device.type != "cpu" or dtype not in names:
         return []
-    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported", None)
-    if asked is None or asked():
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{names[dtype]}_supported", None)
+    if supported is None or supported():
         return []
     return [
         f"the weights are {names[dtype]}, for which this processor has no units; float32 (--dtype float32) is many "
@@ -150,17 +152,17 @@ def slow_dtype_note(network: Any) -> list[str]:
 
 def _check_weights(name: str | Path, model: Any, loading: dict[str, Any]) -> None:
     """Refuse a model whose weights are not those of its config.json."""
-    if other := sorted(loading["mismatched_keys"]):
-        path, *shapes = [other[0]] if isinstance(other[0], str) else other[0]  # transformers 4 gives only names
-        said = ", but by its config.json it should be ".join(str(list(shape)) for shape in shapes)
-        raise ModelError(f"{name}: {path} is {said or 'of another shape than its config.json says'}")
+    if wrong := sorted(loading["mismatched_keys"]):
+        path, *shapes = [wrong[0]] if isinstance(wrong[0], str) else wrong[0]  # transformers 4 gives only names
+        comparison = ", but by its config.json it should be ".join(str(list(shape)) for shape in shapes)
+        raise ModelError(f"{name}: {path} is {comparison or 'of another shape than its config.json says'}")
     if missing := sorted(loading["missing_keys"]):
         raise ModelError(f"{name} lacks {len(missing)} weights of its architecture, {missing[0]} among them")
     blocks = int(model.config.get_text_config().num_hidden_layers)
     # other unexpected weights are harmless, such as masks and rotations in old checkpoints
-    if more := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
+    if extra := [k for k in sorted(loading["unexpected_keys"]) if (m := _BLOCK.search(k)) and int(m[1]) >= blocks]:
         raise ModelError(
-            f"{name} has {len(more)} weights of blocks beyond the {blocks} of its config.json, {more[0]} among "
+            f"{name} has {len(extra)} weights of blocks beyond the {blocks} of its config.json, {extra[0]} among "
             "them; give the config.json that belongs to the weights"
         )
 
@@ -188,11 +190,11 @@ def refuse_adapter(folder: Path) -> None:
         base = str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
         base = "MODEL"
-    alone = ", or take adapter_config.json away to edit the model without it" if _has_model(folder) else ""
+    alternative = ", or take adapter_config.json away to edit the model without it" if _has_model(folder) else ""
     raise ModelError(
         f"{folder} holds an adapter of {base}, with which edits would not be saved. Merge it: "
         f"peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {str(folder)!r})"
-        f".merge_and_unload().save_pretrained(NEW), and give the folder NEW with the tokenizer's files{alone}"
+        f".merge_and_unload().save_pretrained(NEW), and give the folder NEW with the tokenizer's files{alternative}"
     )
 
 
@@ -208,10 +210,10 @@ def _why_not_loaded(name: str | Path, error: Exception) -> str:
     gguf = folder.suffix.lower() == ".gguf"
     why = reason(error) if folder.is_dir() or gguf else "it is neither a folder nor a GGUF file"
     if folder.is_dir():
-        found = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
-        if missing := [part for part, paths in found.items() if not paths]:
+        files = {part: [path for glob in names for path in folder.glob(glob)] for part, names in _PARTS.items()}
+        if missing := [part for part, paths in files.items() if not paths]:
             why = f"it lacks {' and '.join(missing)}"
-        for path in (path for paths in found.values() for path in paths):
+        for path in (path for paths in files.values() for path in paths):
             try:
                 path.open("rb").close()
             except OSError as unreadable:

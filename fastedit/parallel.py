@@ -102,26 +102,26 @@ def joined_rows(x: Tensor) -> Tensor:
     if world() == 1:
         return x
     sizes = gathered(len(x))
-    mine = x.new_zeros(max(sizes), *x.shape[1:])
-    mine[: len(x)] = x
-    parts = [torch.empty_like(mine) for _ in sizes]
+    padded = x.new_zeros(max(sizes), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
     with _answered():  # as bytes: gloo does not know every dtype
-        distributed.all_gather([part.view(torch.uint8) for part in parts], mine.view(torch.uint8))
+        distributed.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8))
     return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
 
 def _exchange(value: Any, error: BaseException | None = None) -> list[Any]:
     if _Ours.of is not distributed.group.WORLD:
         _Ours.of, _Ours.group = distributed.group.WORLD, distributed.new_group(backend="gloo", timeout=_PATIENCE)
-    found: list[Any] = [None] * world()
+    messages: list[Any] = [None] * world()
     with _answered():
-        distributed.all_gather_object(found, (_sendable(error), value), group=_Ours.group)
-    for number, (failed, _) in enumerate(found):
-        if failed is not None:
-            raised: Any = error if number == rank() and error is not None else failed
+        distributed.all_gather_object(messages, (_sendable(error), value), group=_Ours.group)
+    for number, (failure, _) in enumerate(messages):
+        if failure is not None:
+            raised: Any = error if number == rank() and error is not None else failure
             raised._fastedit_known = True
             raise raised
-    return [each for _, each in found]
+    return [each for _, each in messages]
 
 
 @contextmanager
@@ -140,10 +140,10 @@ def _answered() -> Iterator[None]:
 
 def _sendable(error: BaseException | None) -> BaseException | None:
     try:
-        found: BaseException | None = pickle.loads(pickle.dumps(error))
+        sendable: BaseException | None = pickle.loads(pickle.dumps(error))
     except Exception:  # an error that cannot be pickled may raise anything here
-        found = EditError(f"process {rank()}: {reason(error)}" if error is not None else "")
-    return found
+        sendable = EditError(f"process {rank()}: {reason(error)}" if error is not None else "")
+    return sendable
 
 
 def _known(error: BaseException | None) -> bool:

@@ -58,8 +58,8 @@ class EditResult:
 
     def __post_init__(self) -> None:
         if self.learned:  # an epoch counts every likely target, even several of one prompt
-            last = len(self.requests) - len(self.unlearned)
-            self.learned = [*self.learned[:-1], min(self.learned[-1], last)]
+            n_learned = len(self.requests) - len(self.unlearned)
+            self.learned = [*self.learned[:-1], min(self.learned[-1], n_learned)]
 
     @property
     def unlearned(self) -> dict[int, str]:
@@ -69,25 +69,25 @@ class EditResult:
         """
         conflicting = {place for group in self.conflicts.conflicts for place in group}
         beaten = {place for group in self.conflicts.conflicts for place in self._beaten(group)}
-        found = {}
-        for place, likely in enumerate(self.probability.tolist()):
-            if likely >= LIKELY and place not in beaten:
+        reasons = {}
+        for place, probability in enumerate(self.probability.tolist()):
+            if probability >= LIKELY and place not in beaten:
                 continue
             if place in conflicting:
-                found[place] = "another request has its prompt and another target"
-            elif math.isnan(likely):
-                found[place] = "it was left out" if self.interrupted is None else "interrupted before it"
+                reasons[place] = "another request has its prompt and another target"
+            elif math.isnan(probability):
+                reasons[place] = "it was left out" if self.interrupted is None else "interrupted before it"
             else:
-                found[place] = f"the probability of its target is {likely:.2g}"
-        return found
+                reasons[place] = f"the probability of its target is {probability:.2g}"
+        return reasons
 
     def _beaten(self, group: Sequence[int]) -> list[int]:
         """Places of those requests in a group with one prompt whose target is not the likeliest.
 
         The model can say only one of them, but several may have a likely mean over their tokens, which include EOS.
         """
-        best = self.requests[max(group, key=lambda place: self.probability[place].nan_to_num(-1.0).item())].target
-        return [place for place in group if self.requests[place].target != best]
+        likeliest = self.requests[max(group, key=lambda place: self.probability[place].nan_to_num(-1.0).item())].target
+        return [place for place in group if self.requests[place].target != likeliest]
 
     def revert(self) -> None:
         """Restore the model bit for bit; later edits have to be reverted first.
@@ -173,6 +173,6 @@ class EachEditResult:
         asked = [r for i, r in enumerate(self.requests) if i not in self.dropped]
         solved = [i for i in range(len(self)) if i not in self.dropped]
         options: dict[str, Any] = {"generate": generate, "batch_tokens": batch_tokens, "progress": self._progress}
-        own = {module: (left[solved], right[solved]) for module, (left, right) in updates.items()}
-        after = predict(self._model, asked, updates=own, **options)
+        factors = {module: (left[solved], right[solved]) for module, (left, right) in updates.items()}
+        after = predict(self._model, asked, updates=factors, **options)
         return compare(asked, after, predict(self._model, asked, **options))

@@ -42,13 +42,13 @@ def save_model(model: Model, directory: str | Path) -> None:
     """
     network: Any = model.network
     directory, source = Path(directory), str(network.config._name_or_path)
-    own = os.path.exists(source) and Path(source).resolve() == directory.resolve()
-    if os.path.exists(source) and not own:
+    in_place = os.path.exists(source) and Path(source).resolve() == directory.resolve()
+    if os.path.exists(source) and not in_place:
         check_directory(directory, {"the model": Path(source)})
     try:
         with replacing_directory(directory) as temporary:
             write_checkpoint(model, temporary)
-            if own:
+            if in_place:
                 copy_settings(directory, temporary, all_folders=True)
     except (OSError, ModelError) as error:
         if isinstance(error, FileError):  # about the folder itself
@@ -71,11 +71,11 @@ def check_saves(model: Model, directory: Path) -> None:
 
 def check_room(directory: Path, needed: int) -> None:
     """Check before the work that the disk has room for a model of `needed` bytes. Raises FileError."""
-    place = next(parent for parent in directory.resolve().parents if parent.is_dir())
-    room = shutil.disk_usage(place)
+    folder = next(parent for parent in directory.resolve().parents if parent.is_dir())
+    room = shutil.disk_usage(folder)
     if room.total and room.free < needed:  # some file systems do not tell
-        gigabytes = f"needs {needed / 1e9:.1f} GB for the model, and {room.free / 1e9:.1f} GB are free in {place}"
-        raise FileError(directory, f"{{path}} {gigabytes}; make room, or give another place")
+        shortage = f"needs {needed / 1e9:.1f} GB for the model, and {room.free / 1e9:.1f} GB are free in {folder}"
+        raise FileError(directory, f"{{path}} {shortage}; make room, or give another place")
 
 
 def write_checkpoint(model: Model, folder: Path) -> None:
@@ -101,13 +101,13 @@ def copy_settings(checkpoint: Path, folder: Path, pattern: str = "*", *, all_fol
     Reports and undo files are no settings, nor are subfolders that are hidden or hold weights, unless `all_folders`.
     """
     for path in checkpoint.glob(pattern):
-        new = folder / path.name
-        if new.exists() or path.suffix in _WEIGHTS or path.name in _REPORTS:
+        target = folder / path.name
+        if target.exists() or path.suffix in _WEIGHTS or path.name in _REPORTS:
             continue
         if path.is_file():
-            shutil.copyfile(path, new)
+            shutil.copyfile(path, target)
         elif all_folders or not (path.name.startswith(".") or any(p.suffix in _WEIGHTS for p in path.rglob("*"))):
-            shutil.copytree(path, new, symlinks=all_folders)
+            shutil.copytree(path, target, symlinks=all_folders)
 
 
 def _largest(model: Model) -> int:
@@ -121,11 +121,11 @@ def _write_index(folder: Path) -> None:
     if index.exists() or not file.exists():
         return
     with safe_open(file, "pt") as weights:
-        places = {name: file.name for name in weights.keys()}  # noqa: SIM118  # not a mapping
+        weight_map = {name: file.name for name in weights.keys()}  # noqa: SIM118  # not a mapping
     with file.open("rb") as content:  # it begins with the length of its header
         header = 8 + int.from_bytes(content.read(8), "little")
-    about = {"metadata": {"total_size": file.stat().st_size - header}, "weight_map": places}
-    index.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    entries = {"metadata": {"total_size": file.stat().st_size - header}, "weight_map": weight_map}
+    index.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,9 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
             "the model in floating point: WeightDelta.load(FILE).apply(model, force=True)"
         )
     _attempt(model.tokenizer.save_pretrained, folder)
-    own = list(network.state_dict())
+    names = list(network.state_dict())
     with tempfile.TemporaryDirectory(dir=folder) as trial:
-        found = names_in_files(network, Path(trial))
+        file_names = names_in_files(network, Path(trial))
         architecture = architecture_of(Path(trial)).state_dict(keep_vars=True)
     groups: dict[int, set[str]] = {}
     for name, parameter in architecture.items():
@@ -167,7 +167,8 @@ def _write_all_but_weights(model: Model, folder: Path) -> _Layout:
     left_out = set(network._keys_to_ignore_on_save or ())
     return _Layout(
         {name: parameter.shape for name, parameter in architecture.items()},
-        found and {name: found.get(name, name) for name in own if name in found or name not in left_out},
+        file_names
+        and {name: file_names.get(name, name) for name in names if name in file_names or name not in left_out},
         tuple(frozenset(group) for group in groups.values() if len(group) > 1),
     )
 
@@ -182,11 +183,11 @@ def names_in_files(network: Any, trial: Path) -> dict[str, str] | None:
         ModelError: transformers cannot write the model.
     """
     # save numbers in place of the weights, to see which weight has which name
-    own = list(network.state_dict())
-    marks = {name: torch.tensor([i]) for i, name in enumerate(own)}
+    names = list(network.state_dict())
+    marks = {name: torch.tensor([i]) for i, name in enumerate(names)}
     try:
         _attempt(network.save_pretrained, trial, state_dict=marks)
-        return {own[int(tensor)]: saved for saved, tensor in _tensors(trial)}
+        return {names[int(tensor)]: saved for saved, tensor in _tensors(trial)}
     except ModelError:
         _attempt(network.save_pretrained, trial, state_dict={})  # raises if the cause is something else
         return None
@@ -210,13 +211,13 @@ def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]
         ModelError: they are not the weights of the architecture.
     """
     _compare_names(state, layout.shapes, "the model")
-    other = [
+    wrong = [
         f"{name} of shape {list(state[name].shape)} instead of {list(shape)}"
         for name, shape in layout.shapes.items()
         if state[name].shape != shape
     ]
-    if other:
-        raise ModelError(f"{len(other)} weights are not as the model's config describes them: {listed(other)}")
+    if wrong:
+        raise ModelError(f"{len(wrong)} weights are not as the model's config describes them: {listed(wrong)}")
     for group in layout.ties:
         first, *others = sorted(group)
         if differ := [name for name in others if not _same(state[name], state[first])]:
@@ -224,11 +225,11 @@ def _separate(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]
                 f"the model's config ties {listed(differ)} to {first}, but their values differ; set "
                 "tie_word_embeddings to False in the config"
             )
-    held: dict[tuple[Any, ...], frozenset[str]] = {}
+    groups: dict[tuple[Any, ...], frozenset[str]] = {}
     separate = {}
     for name, tensor in state.items():
         group = layout.group(name)
-        shared = tensor.numel() > 0 and held.setdefault(_memory(name, tensor), group) != group
+        shared = tensor.numel() > 0 and groups.setdefault(_memory(name, tensor), group) != group
         separate[name] = tensor.clone() if shared else tensor
     return separate
 
@@ -266,18 +267,18 @@ def _values(network: Any, name: str, tensor: Tensor) -> Tensor:
 def _check_loaded(network: Any, folder: Path, state: Mapping[str, Tensor]) -> None:
     """Check that loading the files gives the model's weights. Takes memory for a second model; raises ModelError."""
     loaded: Any = _attempt(AutoModelForCausalLM.from_pretrained, folder, dtype="auto", use_safetensors=True)
-    again: Mapping[str, Tensor] = loaded.state_dict()
-    _compare_names(again, state, "what was written")
-    wrong = [name for name, tensor in again.items() if not _same(tensor, _values(network, name, state[name]))]
+    loaded_state: Mapping[str, Tensor] = loaded.state_dict()
+    _compare_names(loaded_state, state, "what was written")
+    wrong = [name for name, tensor in loaded_state.items() if not _same(tensor, _values(network, name, state[name]))]
     if wrong:
         raise ModelError(f"{len(wrong)} weights are not read as the model has them: {listed(wrong)}")
 
 
 def _compare_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
     """Raise ModelError if names are missing or unexpected."""
-    more, fewer = sorted({*found} - {*wanted}), sorted({*wanted} - {*found})
-    problems = [f"lacks {len(fewer)} weights of its architecture: {listed(fewer)}"] if fewer else []
-    problems += [f"has {len(more)} that are not of its architecture: {listed(more)}"] if more else []
+    unexpected, missing = sorted({*found} - {*wanted}), sorted({*wanted} - {*found})
+    problems = [f"lacks {len(missing)} weights of its architecture: {listed(missing)}"] if missing else []
+    problems += [f"has {len(unexpected)} that are not of its architecture: {listed(unexpected)}"] if unexpected else []
     if problems:
         raise ModelError(f"{what} {', and '.join(problems)}; is a part of the model wrapped, or replaced?")
 

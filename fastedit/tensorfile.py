@@ -125,9 +125,9 @@ def checksum(tensor: Tensor) -> int:
 
     flat = tensor.detach().reshape(-1)
     word = torch.int8 if flat.nbytes % 4 else torch.int32
-    places = weights(min(_CHUNK, flat.nbytes) // word.itemsize)
+    word_weights = weights(min(_CHUNK, flat.nbytes) // word.itemsize)
     chunks = (chunk.clone().view(word) for chunk in flat.split(_CHUNK // flat.itemsize))  # copies are aligned
     # one thread is enough for a MiB: several would wait for one another where other processes run
     dot = torch.dot if flat.device.type == "cpu" else lambda a, b: (a * b).sum()
-    sums = torch.stack([dot(chunk.long(), places[: len(chunk)]) for chunk in chunks])
+    sums = torch.stack([dot(chunk.long(), word_weights[: len(chunk)]) for chunk in chunks])
     return int((sums * weights(len(sums))).sum())

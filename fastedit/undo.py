@@ -31,15 +31,15 @@ _CHUNK = 2**22  # weights that are subtracted at once
 @torch.no_grad()
 def subtracted(weight: Tensor, update: Update) -> Tensor:
     """The weight [m, …] without its update, of the same shape, rounded once to the dtype of the weight."""
-    found = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     step = max(1, _CHUNK // max(1, weight[0].numel()))
     for i in range(0, len(weight), step):
         rows = slice(i, i + step)
-        part = (
+        change = (
             update.left[rows].double() @ update.right.double() if isinstance(update, LowRank) else update[rows].double()
         )
-        found[rows] = (weight[rows].double() - part.to(weight.device)).to(weight.dtype)
-    return found
+        result[rows] = (weight[rows].double() - change.to(weight.device)).to(weight.dtype)
+    return result
 
 
 class Undo:
@@ -60,17 +60,17 @@ class Undo:
     @torch.no_grad()
     def keep(self, path: str, before: Tensor, after: Tensor, update: Update) -> None:
         """Keep what subtracting the update of one parameter [m, …] would not restore; all three have its shape."""
-        wanted = before.detach().contiguous()
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[wanted.itemsize]
-        found = subtracted(after.detach().to(wanted.dtype), update)
-        at = (found.view(bits) != wanted.view(bits)).reshape(-1).nonzero()[:, 0]
-        places = at.to(torch.int32 if wanted.numel() < 2**31 else torch.int64).cpu()
-        if after.dtype == wanted.dtype and places.nbytes + len(at) * wanted.itemsize < wanted.nbytes:
-            self._kept |= {path + _AT: places, path + _WAS: wanted.reshape(-1)[at].cpu()}
+        original = before.detach().contiguous()
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[original.itemsize]
+        restored = subtracted(after.detach().to(original.dtype), update)
+        at = (restored.view(bits) != original.view(bits)).reshape(-1).nonzero()[:, 0]
+        places = at.to(torch.int32 if original.numel() < 2**31 else torch.int64).cpu()
+        if after.dtype == original.dtype and places.nbytes + len(at) * original.itemsize < original.nbytes:
+            self._kept |= {path + _AT: places, path + _WAS: original.reshape(-1)[at].cpu()}
         else:
-            self._kept[path + _WAS] = wanted.cpu()
+            self._kept[path + _WAS] = original.cpu()
             self.edited |= checksums({path: after})
-        self.originals |= checksums({path: wanted})
+        self.originals |= checksums({path: original})
         self.edit[path] = identity(update)
 
     def belongs_to(self, updates: Mapping[str, Update]) -> bool:
@@ -83,26 +83,26 @@ class Undo:
         was = self._kept[path + _WAS]
         if path + _AT not in self._kept:
             return was if checksums({path: weight})[path] == self.edited.get(path) else None
-        found, at = subtracted(weight, update), self._kept[path + _AT].long()
-        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < found.numel():
+        restored, at = subtracted(weight, update), self._kept[path + _AT].long()
+        if len(at) and not 0 <= int(at.min()) <= int(at.max()) < restored.numel():
             return None
-        found.view(-1)[at] = was.to(found.dtype)
-        return found if checksums({path: found})[path] == self.originals[path] else None
+        restored.view(-1)[at] = was.to(restored.dtype)
+        return restored if checksums({path: restored})[path] == self.originals[path] else None
 
     def save(self, path: str | Path) -> None:
         """Write it to a file. Raises FileError."""
-        about = {"originals": self.originals, "edit": self.edit, "edited": self.edited}
-        save_tensors(path, self._kept, _TAG, about, _WHAT)
+        metadata = {"originals": self.originals, "edit": self.edit, "edited": self.edited}
+        save_tensors(path, self._kept, _TAG, metadata, _WHAT)
 
     @classmethod
     def load(cls, path: str | Path) -> Undo:
         """Read it from a file. Raises FileError if the file is missing or damaged."""
         undo = cls()
         undo._kept, metadata, _ = load_tensors(path, [_TAG], _WHAT)
-        about: list[Any] = [metadata.get(name) for name in ("originals", "edit", "edited")]
-        if not all(isinstance(part, dict) for part in about):
+        parts: list[Any] = [metadata.get(name) for name in ("originals", "edit", "edited")]
+        if not all(isinstance(part, dict) for part in parts):
             raise FileError(path, f"{_WHAT} is damaged (its notes are not those of an edit)")
-        undo.originals, undo.edit, undo.edited = about
+        undo.originals, undo.edit, undo.edited = parts
         if wrong := sorted({*undo.originals, *undo.edit} - {path for path in undo.edit if undo._is_whole(path)}):
             raise FileError(path, f"{_WHAT} is damaged ({len(wrong)} parameters are not as noted: {listed(wrong)})")
         return undo
@@ -125,7 +125,7 @@ def identity(update: Update) -> list[str]:
 
 def undo_files(folder: Path) -> list[Path]:
     """The undo files of a checkpoint, its last edit's first."""
-    earlier = {int(found[1]): path for path in folder.glob("*.undo") if (found := _EARLIER.fullmatch(path.name))}
+    earlier = {int(match[1]): path for path in folder.glob("*.undo") if (match := _EARLIER.fullmatch(path.name))}
     files = [folder / UNDO, *(earlier[n] for n in sorted(earlier, reverse=True))]
     return [path for path in files if path.is_file()]
 

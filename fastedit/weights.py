@@ -114,8 +114,8 @@ def truncated(update: Update, rank: int) -> tuple[LowRank, float]:
         right = left.T @ wide
         if wide is not matrix:
             left, right = right.T, left.T
-    whole = float(sizes.square().sum())
-    error = math.sqrt(float(sizes[rank:].square().sum()) / whole) if whole else 0.0
+    squared_norm = float(sizes.square().sum())
+    error = math.sqrt(float(sizes[rank:].square().sum()) / squared_norm) if squared_norm else 0.0
     return LowRank(left.float().contiguous(), right.float().contiguous()), error
 
 

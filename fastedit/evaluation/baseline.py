@@ -65,14 +65,14 @@ def predict_unedited(
 
     path, measured = parallel.of_first(known)
     if measured is None:
-        found = predict(model, requests, **options, keep_head=keep_head, progress=progress)
-        parallel.of_first(lambda: _save(path, found))
-        return found
+        predictions = predict(model, requests, **options, keep_head=keep_head, progress=progress)
+        parallel.of_first(lambda: _save(path, predictions))
+        return predictions
     log.info("the unedited model was measured before: %s", path)
     with suppress(OSError):
         path.touch()  # so that it is deleted last
     answers, perplexity = measured
-    neighbours = any(some["neighbour"] for some in answers)
+    neighbours = any(by_kind["neighbour"] for by_kind in answers)
     head = Head(model.topology, keep=keep_head) if neighbours else None
     return Predictions(answers, perplexity, head, model.chat is not None)
 
@@ -80,31 +80,31 @@ def predict_unedited(
 def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any]) -> str:
     network, tokenizer = model.network, model.tokenizer
     config: Any = model.topology.config
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    ends: Any = getattr(network, "generation_config", None)
-    about = [
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    generation_config: Any = getattr(network, "generation_config", None)
+    identity = [
         _TAG,
         {**config.to_dict(), "_name_or_path": None},
         config._attn_implementation,
         [checksums({name: values}) for name, values in stored(network)],
         checksums(dict(network.named_buffers())),
-        core.to_str() if core is not None else tokenizer.get_vocab(),
-        [tokenizer.eos_token_id, getattr(ends, "eos_token_id", None), model.chat],
+        backend.to_str() if backend is not None else tokenizer.get_vocab(),
+        [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None), model.chat],
         [asdict(request) for request in requests],
         options,
         [torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type],
         [version_of(name) for name in ("torch", "transformers", "fastedit")],
     ]
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _save(path: Path, found: Predictions) -> None:
     predictions = [answers[kind] for answers in found.answers for kind in KINDS]
     firsts = {
-        id(p.first): p.first for some in predictions for p in some if p.first is not None
+        id(p.first): p.first for group in predictions for p in group if p.first is not None
     }  # equal questions share it
-    places = {of: place for place, of in enumerate(firsts)}
-    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in some] for some in predictions]
+    places = {key: place for place, key in enumerate(firsts)}
+    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in group] for group in predictions]
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     tensors = {"answers": content} | ({"first": torch.stack([*firsts.values()])} if firsts else {})
     if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST:
@@ -129,7 +129,7 @@ def _load(path: Path) -> tuple[list[dict[str, list[Prediction]]], float | None]:
         return Prediction(**dict(zip(_PLAIN, plain, strict=True)), first=None if place is None else first[place])
 
     rows = json.loads(tensors["answers"].numpy().tobytes())
-    made = [[prediction(row) for row in some] for some in rows]
+    predictions = [[prediction(row) for row in group] for group in rows]
     n = len(KINDS)
-    answers = [dict(zip(KINDS, made[i : i + n], strict=True)) for i in range(0, len(made), n)]
+    answers = [dict(zip(KINDS, predictions[i : i + n], strict=True)) for i in range(0, len(predictions), n)]
     return answers, metadata["perplexity"]

@@ -138,11 +138,11 @@ def check_bounds(
     Raises:
         ConfigError: some measures cannot be taken; names all of them.
     """
-    asked, problems = kinds_in(requests), []
+    kinds, problems = kinds_in(requests), []
     for name in bounds:
         task = name.removeprefix(TASK).removeprefix(TASK_CHANGE)
         prompts = _MEASURES[name].prompts if name in _MEASURES else ""
-        if prompts in KINDS and prompts not in asked:
+        if prompts in KINDS and prompts not in kinds:
             problems.append(f"{name} ({_NO_PROMPTS.format(prompts)})")
         elif name not in _MEASURES and task not in tasks:
             problems.append(f"{name} ({_NO_TASK})")
@@ -167,14 +167,16 @@ def broken_report(
     """
     known = {m.name: m for m in before.measures} if before else {}
     known |= {
-        name: Measured(name, it.says, None, share=it.share) for name, it in _MEASURES.items() if name not in known
+        name: Measured(name, measure.says, None, share=measure.share)
+        for name, measure in _MEASURES.items()
+        if name not in known
     }
     known |= {m.name: m for m in _of_tasks({}, {}, {*(bounds or {})})}
-    found = [
+    measures = [
         replace(m, value=None, before=m.value, why="the model cannot be measured", bound=(bounds or {}).get(m.name))
         for m in known.values()
     ]
-    return CheckReport(found, [], about or {}, of, why)
+    return CheckReport(measures, [], about or {}, of, why)
 
 
 class Check:
@@ -243,11 +245,15 @@ class Check:
     def _probed(self, answers: Sequence[Answers]) -> list[dict[str, Any]]:
         """The answers to each request's probes, by kind."""
         rows: list[dict[str, Any]] = [{kind: [] for kind in PROBE_KINDS} for _ in self.edits]
-        for probe, found in zip(self.probes.probes, answers, strict=True):
-            (said,) = found["rewrite"]
-            entry: dict[str, Any] = {"prompt": said.prompt, "generated": said.generated, "begins": said.begins}
+        for probe, by_kind in zip(self.probes.probes, answers, strict=True):
+            (prediction,) = by_kind["rewrite"]
+            entry: dict[str, Any] = {
+                "prompt": prediction.prompt,
+                "generated": prediction.generated,
+                "begins": prediction.begins,
+            }
             if probe.kind == "choice":
-                entry = {"answer": said.answer, "logp": said.logp}
+                entry = {"answer": prediction.answer, "logp": prediction.logp}
             rows[probe.place][probe.kind].append(entry)
         return rows
 
@@ -259,23 +265,23 @@ class Check:
         unedited: Sequence[Mapping[str, Any]] | None,
         compared: bool,
     ) -> Measured:
-        about = _MEASURES[name]
+        measure = _MEASURES[name]
         rows: list[float | None] = []
         if name == "perplexity_ratio":
             value, old, n = _ratio(report), None, 0
-        elif about.path is None:
+        elif measure.path is None:
             rows = [_share(name, row[name]) for row in probed]
             value = mean(rows)
             old = None if unedited is None else mean([_share(name, row[name]) for row in unedited])
             n = sum(len(row[name]) for row in probed) if name != "choice" else sum(map(bool, rows_of(probed, name)))
         else:
-            value = _at(report.metrics, about.path)
-            old = _at(report.before, about.path) if report.before else None
-            rows = [] if name == "perplexity" else [_at(row, about.path) for row in report.rows]
-            n = report.n.get(about.prompts, 0)
+            value = _at(report.metrics, measure.path)
+            old = _at(report.before, measure.path) if report.before else None
+            rows = [] if name == "perplexity" else [_at(row, measure.path) for row in report.rows]
+            n = report.n.get(measure.prompts, 0)
         why = "" if value is not None else self._why(name, report, compared)
-        spread = interval(rows, self.of) if self.of and about.share else None
-        return Measured(name, about.says, value, old, n, why, about.share, interval=spread)
+        spread = interval(rows, self.of) if self.of and measure.share else None
+        return Measured(name, measure.says, value, old, n, why, measure.share, interval=spread)
 
     def _why(self, name: str, report: EvaluationReport, compared: bool) -> str:
         """The reason why a measure could not be taken."""
@@ -308,21 +314,21 @@ def _ratio(report: EvaluationReport) -> float | None:
 
 def _of_tasks(now: Mapping[str, float], old: Mapping[str, float], wanted: set[str]) -> list[Measured]:
     """Measures of tasks and of their changes, and of wanted tasks that were not run."""
-    found = []
-    for task, given in now.items():
-        value, before = (x if x is None or math.isfinite(x) else None for x in (given, old.get(task)))
-        why = "" if value is not None else f"lm-eval gives {given}"
-        found.append(Measured(TASK + task, f"lm-eval's {task}", value, before, why=why, share=False))
-        moved = None if value is None or before is None else value - before
-        why = "" if moved is not None else _BASE if task not in old else f"lm-eval gives {old[task]} and {given}"
-        found.append(Measured(TASK_CHANGE + task, f"{task} now less before", moved, why=why, share=False))
-    there = {m.name for m in found}
-    lacking = sorted(name for name in wanted if name.startswith((TASK, TASK_CHANGE)) and name not in there)
-    return found + [Measured(name, "an lm-eval task", None, why=_NO_TASK, share=False) for name in lacking]
+    measures = []
+    for task, raw in now.items():
+        value, before = (x if x is None or math.isfinite(x) else None for x in (raw, old.get(task)))
+        why = "" if value is not None else f"lm-eval gives {raw}"
+        measures.append(Measured(TASK + task, f"lm-eval's {task}", value, before, why=why, share=False))
+        change = None if value is None or before is None else value - before
+        why = "" if change is not None else _BASE if task not in old else f"lm-eval gives {old[task]} and {raw}"
+        measures.append(Measured(TASK_CHANGE + task, f"{task} now less before", change, why=why, share=False))
+    names = {m.name for m in measures}
+    lacking = sorted(name for name in wanted if name.startswith((TASK, TASK_CHANGE)) and name not in names)
+    return measures + [Measured(name, "an lm-eval task", None, why=_NO_TASK, share=False) for name in lacking]
 
 
 def _at(metrics: Mapping[str, Any], path: Sequence[str]) -> float | None:
-    found: Any = metrics
+    value: Any = metrics
     for name in path:
-        found = found[name]
-    return None if found is None else float(found)
+        value = value[name]
+    return None if value is None else float(value)

@@ -41,7 +41,7 @@ def edit_page(did: Mapping[str, Any], report: EvaluationReport | None) -> str:
         report: the measures, if there are any.
     """
     rows = report.rows if report else []
-    changed = [(row["prompt"], one) for row in rows for one in row["changed_neighbours"]]
+    changed = [(row["prompt"], neighbour) for row in rows for neighbour in row["changed_neighbours"]]
     parts = [
         _summary(did),
         _curves(did),
@@ -49,7 +49,11 @@ def edit_page(did: Mapping[str, Any], report: EvaluationReport | None) -> str:
         _memory(did["memory"]),
         _quality(report),
         _worst(rows),
-        _section("Neighbours whose answer changed", (_neighbour(prompt, one) for prompt, one in changed), len(changed)),
+        _section(
+            "Neighbours whose answer changed",
+            (_neighbour(prompt, neighbour) for prompt, neighbour in changed),
+            len(changed),
+        ),
         _section("Conflicts", map(_conflict, did["conflicting"]), len(did["conflicting"])),
         _section("Not learned", map(_unlearned, did["unlearned"]), len(did["unlearned"])),
         _section("Notes", (f"<li>{escape(cut(note, 1000))}</li>" for note in did["notes"]), len(did["notes"])),
@@ -61,7 +65,7 @@ def edit_page(did: Mapping[str, Any], report: EvaluationReport | None) -> str:
 def _summary(did: Mapping[str, Any]) -> str:
     n, seconds = did["requested"], did["seconds"]
     learned = n - len(did["unlearned"])
-    about = "; ".join(f"{name}: {cut(str(did[name]))}" for name in ("method", "model", "requests") if did.get(name))
+    details = "; ".join(f"{name}: {cut(str(did[name]))}" for name in ("method", "model", "requests") if did.get(name))
     if did["interrupted"]:
         verdict, kind = f"Interrupted: {did['interrupted']}.", "bad"
     else:
@@ -77,7 +81,7 @@ def _summary(did: Mapping[str, Any]) -> str:
         for name, value in figures.items()
     )
     return (
-        f'<h1>What this edit did</h1><p class="faint">{escape(about)}</p>'
+        f'<h1>What this edit did</h1><p class="faint">{escape(details)}</p>'
         f'<p class="verdict {kind}">{escape(verdict)}</p><div class="figures">{shown}</div>'
     )
 
@@ -135,14 +139,14 @@ def _memory(memory: Mapping[str, Any]) -> str:
 def _quality(report: EvaluationReport | None) -> str:
     if report is None:
         return '<h2>Quality</h2><p class="faint">Not measured (--no-evaluate).</p>'
-    about = f'<p class="faint">{escape(report.about or "Before → after the edit.")}</p>'
-    return f"<h2>Quality</h2>{_table(report.lines())}{about}"
+    caption = f'<p class="faint">{escape(report.about or "Before → after the edit.")}</p>'
+    return f"<h2>Quality</h2>{_table(report.lines())}{caption}"
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
-    titles, *rest = lines
+    titles, *rows = lines
     head = "".join(f"<th>{escape(cell)}</th>" for cell in titles)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells)}</tr>" for cells in rest)
+    body = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in cells)}</tr>" for cells in rows)
     return f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -154,13 +158,13 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
     """The edits that were not written, the least probable first."""
     missed = [row for row in rows if not row["generated_begins"]["reliability"] and row["logp"] is not None]
     missed.sort(key=lambda row: row["logp"])
-    said = (
+    items = (
         f'<li>{quoted(row["prompt"])}<br><span class="bad">{quoted(row["generated"] or "nothing")}</span>'
         f' <span class="faint">instead of</span> {quoted(row["target"])}'
         f' <span class="faint">(a token of it has a probability of {math.exp(row["logp"]):.2g})</span></li>'
         for row in missed
     )
-    return _section("The worst edits, and what the model says now", said, len(missed))
+    return _section("The worst edits, and what the model says now", items, len(missed))
 
 
 def _neighbour(prompt: str, one: Mapping[str, Any]) -> str:
@@ -173,7 +177,8 @@ def _neighbour(prompt: str, one: Mapping[str, Any]) -> str:
 
 def _conflict(found: Mapping[str, Any]) -> str:
     targets = "; ".join(
-        f"{quoted(one['target'])} (id {quoted(', '.join(map(str, one['ids'])))})" for one in found["targets"][:20]
+        f"{quoted(target['target'])} (id {quoted(', '.join(map(str, target['ids'])))})"
+        for target in found["targets"][:20]
     )
     return f'<li>{quoted(found["prompt"])}<br><span class="faint">targets:</span> {targets}</li>'
 

@@ -57,14 +57,14 @@ def divergences(
     """
     places: dict[tuple[int, int], int] = {}
     pairs = list(zip(states_before, states_after, strict=True))
-    own = [places.setdefault((id(b), id(a)), len(places)) for b, a in pairs]
-    once = {i: pair for i, pair in zip(own, pairs, strict=True)}
-    found: list[float] = []
-    for first in range(0, len(once), before.rows):
-        chunk = [once[i] for i in range(first, min(first + before.rows, len(once)))]
+    indices = [places.setdefault((id(b), id(a)), len(places)) for b, a in pairs]
+    unique = {i: pair for i, pair in zip(indices, pairs, strict=True)}
+    kl: list[float] = []
+    for first in range(0, len(unique), before.rows):
+        chunk = [unique[i] for i in range(first, min(first + before.rows, len(unique)))]
         old, new = (
             head.log_probabilities(torch.stack(states))
             for head, states in zip((before, after), zip(*chunk, strict=True), strict=True)
         )
-        found += kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_(min=0).tolist()
-    return [found[i] for i in own]
+        kl += kl_div(new, old, reduction="none", log_target=True).sum(-1).clamp_(min=0).tolist()
+    return [kl[i] for i in indices]

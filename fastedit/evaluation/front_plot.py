@@ -24,11 +24,11 @@ def draw_front(
     axes = figure.subplots()
     axes.plot([100 * kept for kept, _ in front], [100 * written for _, written in front], color="tab:blue", lw=1)
     for number, kept, written in trials:
-        place = 100 * kept, 100 * written
-        axes.scatter(*place, s=24, color="tab:blue" if (kept, written) in front else "tab:gray", zorder=2)
-        axes.annotate(str(number), place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        point = 100 * kept, 100 * written
+        axes.scatter(*point, s=24, color="tab:blue" if (kept, written) in front else "tab:gray", zorder=2)
+        axes.annotate(str(number), point, textcoords="offset points", xytext=(4, 4), fontsize=7)
         if number == chosen:
-            axes.scatter(*place, s=90, facecolors="none", edgecolors="tab:red", zorder=3)
+            axes.scatter(*point, s=90, facecolors="none", edgecolors="tab:red", zorder=3)
     axes.set_xlabel("kept, %: first tokens of neighbours, over the perplexity's ratio")
     axes.set_ylabel("written, %: edits, generated")
     axes.set_title(f"trial {chosen} is chosen", fontsize=9)

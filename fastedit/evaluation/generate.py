@@ -36,8 +36,8 @@ def generated_texts(
     """
     share = parallel.share(len(stops))
     own = dict([*stops.items()][share.start : share.stop])
-    found = parallel.gathered(_generated(model, own, capacity, progress, updates))
-    return {prompt: text for part in found for prompt, text in part.items()}
+    parts = parallel.gathered(_generated(model, own, capacity, progress, updates))
+    return {prompt: text for part in parts for prompt, text in part.items()}
 
 
 def _generated(
@@ -68,8 +68,8 @@ def _generated(
     edits = torch.tensor([edit for edit, _ in prompts])
     options: dict[str, Any] = {"capacity": capacity, "updates": updates, "edits": edits}
     answered: dict[int, list[int]] = {}
-    for i, found in Continuations(model.topology, encoded, limits, ended, **options):
-        answered[i] = [token for token in found if token not in final]  # others that stop may begin with text
+    for i, continuation in Continuations(model.topology, encoded, limits, ended, **options):
+        answered[i] = [token for token in continuation if token not in final]  # others that stop may begin with text
         progress(len(answered), len(prompts))
     return dict(zip((prompts[i] for i in answered), decode(list(answered.values())), strict=True))
 

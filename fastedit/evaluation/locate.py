@@ -154,14 +154,14 @@ class Sweep:
                 raise ConfigError(f"locate sets or lacks the field {name!r}; it takes {', '.join(known)}")
         self.places = _places(model.topology, layers, modules)
         layer, module = self.places[0]
-        given = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
+        base_config = LocFTBFConfig(layer=layer, module=module, seed=seed, **config)
         self._sample = sampling.draw(range(len(everything)), sample, seed)
         self.edits = [everything[i] for i in self._sample]
         self._questions = _questions(capability)
         self._text, self._generate, self._model = text, generate, model
         ask(model, [*self.edits, *self._questions], kinds=_KINDS, text=text)
-        first = plan(model, self.edits, given)
-        self._plans = [first.placed(*place, no_progress) for place in self.places]
+        first_plan = plan(model, self.edits, base_config)
+        self._plans = [first_plan.placed(*place, no_progress) for place in self.places]
 
     @plain_state
     def run(self, progress: Progress = no_progress) -> LocateReport:
@@ -175,8 +175,8 @@ class Sweep:
         cells: list[LocateCell] = []
         total = len(places) * epochs
         with self._plans[0].reporting(progress).data.prefix_cache(places[0][0]) as cache:
-            for i, place in enumerate(self._plans):
-                counting = place.reporting(_counting_epochs(progress, i * epochs, epochs, total))
+            for i, place_plan in enumerate(self._plans):
+                counting = place_plan.reporting(_counting_epochs(progress, i * epochs, epochs, total))
                 cells.append(_try_place(counting, cache, measure))
                 progress("locate", (i + 1) * epochs, total, cells[-1].losses[-1])
         before = {name: value for name, value in measure.before.items() if name != "locality"}
@@ -204,15 +204,15 @@ class _Measure:
 
     def now(self) -> dict[str, float | None]:
         """Shares for the current weights, and perplexity and accuracy relative to `before`."""
-        found = self._shares(self._predict())
+        values = self._shares(self._predict())
         for name in ("perplexity", "accuracy"):
-            found[f"{name}_ratio"] = _ratio(found.pop(name), self.before[name])
-        return found
+            values[f"{name}_ratio"] = _ratio(values.pop(name), self.before[name])
+        return values
 
     def _predict(self, progress: Progress = no_progress) -> Predictions:
         asked = [*self._edits, *self._questions]
-        about: dict[str, Any] = {"generate": self._generate, "kinds": _KINDS, "text": self._text}
-        return predict(self._model, asked, progress=progress, **about)
+        options: dict[str, Any] = {"generate": self._generate, "kinds": _KINDS, "text": self._text}
+        return predict(self._model, asked, progress=progress, **options)
 
     def _shares(self, now: Predictions) -> dict[str, float | None]:
         n, way = len(self._edits), "generated" if self._generate else "teacher_forced"
@@ -243,19 +243,19 @@ def _try_place(place: LocFTBFPlan, cache: PrefixCache, measure: _Measure) -> Loc
     with Snapshot(parameters, always=True):
         try:
             started = time.perf_counter()
-            found = place.run(cache)
+            result = place.run(cache)
             seconds = time.perf_counter() - started
             after: dict[str, Any] = measure.now()
         except EditError as error:
             error.at(f"block {layer}, {module}")
             raise
-    return LocateCell(layer, module, **after, lr=found.config["lr"], losses=found.losses, seconds=seconds)
+    return LocateCell(layer, module, **after, lr=result.config["lr"], losses=result.losses, seconds=seconds)
 
 
 def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[str]) -> list[tuple[int, str]]:
     """The (block, module) pairs to try, ascending and without repetition. Raises an error if one cannot be edited."""
-    found = sorted(set(range(topology.n_blocks) if layers is None else layers))  # the cache only moves up
-    places = [(block, module) for block in found for module in dict.fromkeys(modules)]
+    blocks = sorted(set(range(topology.n_blocks) if layers is None else layers))  # the cache only moves up
+    places = [(block, module) for block in blocks for module in dict.fromkeys(modules)]
     if not places:
         raise ConfigError("there is nothing to try; give at least one block and one module")
     check_plain(topology.model, (topology.resolve(*place)[0] for place in places))

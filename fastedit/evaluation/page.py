@@ -94,9 +94,9 @@ def page(
             f'<p class="verdict bad">{len(missed)} of {len(bounded)} thresholds missed: {escape(", ".join(missed))}</p>'
         )
     sample = f", a sample of {of}" if of else ""
-    said = "; ".join(f"{name}: {value}" for name, value in about.items() if value)
+    details = "; ".join(f"{name}: {value}" for name, value in about.items() if value)
     body = (
-        f'<h1>Does the edited model still work?</h1><p class="faint">{len(rows)} edits{sample}. {escape(said)}</p>'
+        f'<h1>Does the edited model still work?</h1><p class="faint">{len(rows)} edits{sample}. {escape(details)}</p>'
         f'{verdict}<h2>Measures</h2><div class="card">{"".join(map(_measure, measures))}</div>'
         '<p class="faint">Bar: now. Dotted mark: before the edit. Solid mark: the threshold.</p>'
         f"<h2>Edits</h2>{_requests(rows)}"
@@ -108,20 +108,20 @@ def _measure(m: Measured) -> str:
     says = f"{escape(m.says)}{f' ({m.n} prompts)' if m.n else ''}"
     name = f'<div><strong>{escape(m.name)}</strong><br><span class="faint">{says}</span></div>'
     if m.value is None:
-        place = f'<div class="place faint">{escape(m.why)}</div>'
+        cell = f'<div class="place faint">{escape(m.why)}</div>'
     else:
-        place = f'<div class="place">{_bar(m, m.value) if m.share else ""}</div>'
+        cell = f'<div class="place">{_bar(m, m.value) if m.share else ""}</div>'
     now = m.shown(m.value) if m.before is None else f"{m.shown(m.before)} → {m.shown(m.value)}"
     spread = f'<br><span class="faint">{m.interval[0]:.0%} … {m.interval[1]:.0%}</span>' if m.interval else ""
     verdict = {None: "", True: '<span class="good">passed</span>', False: '<span class="bad">missed</span>'}[m.passed]
     wanted = f'{verdict}<br><span class="faint">{m.wanted}</span>' if m.bound else ""
-    return f'<div class="measure">{name}{place}<div class="numbers">{now}{spread}</div><div>{wanted}</div></div>'
+    return f'<div class="measure">{name}{cell}<div class="numbers">{now}{spread}</div><div>{wanted}</div></div>'
 
 
 def _bar(m: Measured, value: float) -> str:
     marks = [] if m.before is None else [("before", m.before)]
     marks += [("", end) for end in ((m.bound.min, m.bound.max) if m.bound else ()) if end is not None]
-    drawn = "".join(f'<b class="{kind}" style="left:{100 * place:.1f}%"></b>' for kind, place in marks)
+    drawn = "".join(f'<b class="{kind}" style="left:{100 * position:.1f}%"></b>' for kind, position in marks)
     return f'<div class="bar"><i style="width:{100 * value:.1f}%"></i>{drawn}</div>'
 
 
@@ -134,7 +134,7 @@ def _requests(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _request(row: Mapping[str, Any]) -> str:
     mark = '<span class="good">✓</span>' if row["begins"] else '<span class="bad">✗</span>'
-    said = quoted(str(row["generated"] or "nothing"))
+    generated = quoted(str(row["generated"] or "nothing"))
     entries = [("wanted", row["target"])]
     for kind, probes in row.items():
         if kind.startswith(("prefix_", "negation")):
@@ -146,6 +146,6 @@ def _request(row: Mapping[str, Any]) -> str:
         entries.append(
             ("choice, log-probability of a token", ", ".join(f"{o['answer']} {o['logp']:.2f}" for o in ranked))
         )
-    inside = "".join(f"<dt>{escape(title)}</dt><dd>{escape(str(text))}</dd>" for title, text in entries)
-    summary = f"<summary>{mark} {quoted(row['prompt'])} → <strong>{said}</strong></summary>"
-    return f"<details>{summary}<dl>{inside}</dl></details>"
+    details = "".join(f"<dt>{escape(title)}</dt><dd>{escape(str(text))}</dd>" for title, text in entries)
+    summary = f"<summary>{mark} {quoted(row['prompt'])} → <strong>{generated}</strong></summary>"
+    return f"<details>{summary}<dl>{details}</dl></details>"

@@ -132,8 +132,8 @@ def predict(
 
     perplexity = None
     if len(documents):
-        none = torch.zeros(len(documents), dtype=torch.int64)
-        of_text = score(topology, documents, batch_tokens, partial(progress, "text"), {}, none, none.bool()).logp
+        zeros = torch.zeros(len(documents), dtype=torch.int64)
+        of_text = score(topology, documents, batch_tokens, partial(progress, "text"), {}, zeros, zeros.bool()).logp
         _finite(of_text.mean()[None], ["the text for perplexity"])
         perplexity = math.exp(min(-of_text.double().mean().item(), 700.0))  # JSON has no infinity
     stops = questions.stops if generate else {}
@@ -162,15 +162,15 @@ def _scored(
     edits = torch.tensor([edit for edit, _, _ in owners], dtype=torch.int64)
     neighbours = {(i if updates else 0, p, answer) for kind, i, p, answer, _ in questions.asked if kind == "neighbour"}
     wanted = [asked in neighbours for asked in owners]
-    found = score(topology, samples, batch_tokens, progress, updates, edits, torch.tensor(wanted, dtype=torch.bool))
+    scores = score(topology, samples, batch_tokens, progress, updates, edits, torch.tensor(wanted, dtype=torch.bool))
     sizes = samples.lengths - samples.target_start
     mean = torch.zeros(len(samples), dtype=torch.float64)
-    mean.index_add_(0, torch.repeat_interleave(sizes), found.logp.double()).div_(sizes)
+    mean.index_add_(0, torch.repeat_interleave(sizes), scores.logp.double()).div_(sizes)
     _finite(mean, list(questions.owners.values()))
-    targets = torch.repeat_interleave(samples.offsets[1:] - sizes.cumsum(0), sizes) + torch.arange(len(found.best))
-    hits = found.best == samples.input_ids[targets]
-    best, hit = ([tuple(x.tolist()) for x in torch.split(flat, sizes.tolist())] for flat in (found.best, hits))
-    first = iter(found.first)
+    targets = torch.repeat_interleave(samples.offsets[1:] - sizes.cumsum(0), sizes) + torch.arange(len(scores.best))
+    hits = scores.best == samples.input_ids[targets]
+    best, hit = ([tuple(x.tolist()) for x in torch.split(flat, sizes.tolist())] for flat in (scores.best, hits))
+    first = iter(scores.first)
     firsts = [next(first) if keep else None for keep in wanted]
     return dict(zip(owners, zip(best, hit, mean.tolist(), firsts, strict=True), strict=True))
 

@@ -47,27 +47,27 @@ def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]
     one line (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other requests, at the
     first paraphrase, or at the prompt if there is none (after arXiv 2604.05995).
     """
-    found: list[Probe] = []
+    probes: list[Probe] = []
     left_out: dict[str, str] = {}
     for n in PREFIXES:
-        some = _after_text(model, requests, text, n)
-        if isinstance(some, str):
-            left_out[f"prefix_{n}"] = some
+        after_text = _after_text(model, requests, text, n)
+        if isinstance(after_text, str):
+            left_out[f"prefix_{n}"] = after_text
         else:
-            found += some
+            probes += after_text
     for place, request in enumerate(requests):
         if request.forget:  # a refusal is not wrong for the negated prompt, and not a fact to choose
             continue
-        found += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
+        probes += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
         prompt, options = next(iter(request.paraphrases), request.prompt), _options(requests, place)
         if len(options) > 1:
-            found += [_probe("choice", place, request, prompt, option) for option in options]
-    kinds = {probe.kind for probe in found}
+            probes += [_probe("choice", place, request, prompt, option) for option in options]
+    kinds = {probe.kind for probe in probes}
     reasons = {
         "negation": "no prompt is an English statement in one line",
         "choice": "there is no other answer to choose from",
     }
-    return Probes(found, {kind: why for kind, why in reasons.items() if kind not in kinds} | left_out)
+    return Probes(probes, {kind: why for kind, why in reasons.items() if kind not in kinds} | left_out)
 
 
 def negations(prompt: str) -> list[str]:
@@ -81,13 +81,13 @@ def negations(prompt: str) -> list[str]:
 
 def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
     """The target first, then the true target, then targets of the next requests, without repetition."""
-    own = requests[place]
+    request = requests[place]
     others = (requests[(place + i) % len(requests)].target for i in range(1, len(requests)))
-    found: dict[str, str] = {}
-    for answer in (own.target, own.true_target, *others):
-        if answer and len(found) < _OPTIONS:
-            found.setdefault(normalize(answer), answer)
-    return [*found.values()]
+    options: dict[str, str] = {}
+    for answer in (request.target, request.true_target, *others):
+        if answer and len(options) < _OPTIONS:
+            options.setdefault(normalize(answer), answer)
+    return [*options.values()]
 
 
 def _after_text(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:

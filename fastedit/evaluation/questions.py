@@ -85,11 +85,11 @@ def ask(
     owners: dict[Asked, str] = {}
     for kind, i, prompt, answer, other in asked:
         edit = i if by_edit else 0
-        for said in filter(None, (answer, other)):
-            owners.setdefault((edit, prompt, said), f"request {requests[i].id or i}, {kind}")
+        for completion in filter(None, (answer, other)):
+            owners.setdefault((edit, prompt, completion), f"request {requests[i].id or i}, {kind}")
     context = model.topology.context_length
     try:
-        pairs = [(prompt, said) for _, prompt, said in owners]
+        pairs = [(prompt, completion) for _, prompt, completion in owners]
         samples = model.tokenize(pairs, append_eos=False)
     except PairError as error:
         names = list(owners.values())
@@ -108,10 +108,10 @@ def _stops(
     for kind, i, prompt, answer, other in asked:
         edit = i if by_edit else 0
         tokens = sizes[edit, prompt, answer] + (sizes[edit, prompt, other] if kind == "forgotten" and other else 0)
-        known = stops.get((edit, prompt), Stop(0, _NEW_TOKENS))
+        stop = stops.get((edit, prompt), Stop(0, _NEW_TOKENS))
         stops[edit, prompt] = Stop(
-            max(known.ends, inner_ends(read_to(kind, answer, other))),
-            max(known.tokens, tokens + _MORE_TOKENS if tokens > _NEW_TOKENS else 0),
+            max(stop.ends, inner_ends(read_to(kind, answer, other))),
+            max(stop.tokens, tokens + _MORE_TOKENS if tokens > _NEW_TOKENS else 0),
         )
     return stops
 
@@ -125,17 +125,17 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
             "answers in a chat, use the template: chat_template=True (--chat)"
         )
     special = [token for token in special_tokens(model.tokenizer) if token.strip()]
-    found: dict[str, None] = {}
+    used: dict[str, None] = {}
     names: dict[str, None] = {}
     for i, request in enumerate(requests):
         for kind, questions in _QUESTIONS.items():
             for prompt, answer, _ in questions(request):
                 if held := [token for token in special if token in prompt or token in answer]:
-                    found |= dict.fromkeys(map(repr, held))
+                    used |= dict.fromkeys(map(repr, held))
                     names[f"request {request.id or i}, {kind}"] = None
     if names:
         notes.append(
-            f"{len(names)} prompts or answers hold special tokens of the tokenizer ({listed([*found])}). The model "
+            f"{len(names)} prompts or answers hold special tokens of the tokenizer ({listed([*used])}). The model "
             "reads them as such, and a generated text shows none. If they come from a chat template, give the words of "
             f"user and answer alone, with chat_template=True (--chat): {listed([*names])}"
         )
@@ -145,23 +145,23 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
 def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
     """A note on edits with text that the tokenizer does not know; most know every byte, and are not asked."""
     token, unknown = (getattr(model.tokenizer, name, None) for name in ("unk_token", "unk_token_id"))
-    core = getattr(model.tokenizer, "backend_tokenizer", None)
+    backend = getattr(model.tokenizer, "backend_tokenizer", None)
     if (
         unknown is None
         or unknown == model.tokenizer.eos_token_id
-        or getattr(core and core.model, "byte_fallback", False)
+        or getattr(backend and backend.model, "byte_fallback", False)
     ):
         return []
-    read = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
-    lost = [
+    encoded = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
+    affected = [
         str(request.id or i)
-        for i, (request, ids) in enumerate(zip(requests, read, strict=True))
+        for i, (request, ids) in enumerate(zip(requests, encoded, strict=True))
         if unknown in ids and str(token) not in request.prompt + request.target
     ]
-    if not lost:
+    if not affected:
         return []
     text = "edits have text that the tokenizer does not know, for which the model reads and learns"
-    return [f"{len(lost)} {text} {token!r}: {listed(lost)}"]
+    return [f"{len(affected)} {text} {token!r}: {listed(affected)}"]
 
 
 def _windows(model: Model, text: Sequence[str], context: int) -> Samples:

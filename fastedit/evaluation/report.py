@@ -76,8 +76,8 @@ class EvaluationReport:
     def intervals(self) -> dict[str, Any] | None:
         if self.of is None:
             return None
-        found = _over_rows(self.rows, partial(interval, of=self.of))
-        return {name: found[name] for name in found if name != "kl"}
+        intervals = _over_rows(self.rows, partial(interval, of=self.of))
+        return {name: intervals[name] for name in intervals if name != "kl"}
 
     def to_dict(self) -> dict[str, Any]:
         """``metrics`` with the other attributes, and for a sample "sample" and "intervals"; for JSON."""
@@ -108,7 +108,7 @@ class EvaluationReport:
                 lines.append((PART + "first token", "", _share(now, None, spread, "first_token"), ""))
                 lines.append((PART + "KL, nats", "", _cell(now["kl"], None, "{:.3g}"), ""))
         if self.n["forgotten"]:
-            gone, was, limits = (found.get("forgotten") or {} for found in (now, old, spread))
+            gone, was, limits = (measures.get("forgotten") or {} for measures in (now, old, spread))
             lines.append(("forgotten", str(self.n["forgotten"]), "", _share(gone, was, limits, "generated")))
             lines.append((PART + "probability", "", _share(gone, was, None, "probability"), ""))
         lines += [(name.upper(), str(self.n[name]), _share(now, old, spread, name), "") for name in _PREFERENCES]
@@ -131,7 +131,7 @@ class EvaluationReport:
     def __str__(self) -> str:
         table = self.lines()
         first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
-        lines = ["  ".join([f"{x:{first}}", *map(str.rjust, rest, others)]).rstrip() for x, *rest in table]
+        lines = ["  ".join([f"{x:{first}}", *map(str.rjust, cells, others)]).rstrip() for x, *cells in table]
         return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:], *filter(None, [self.about])])
 
     @property
@@ -173,8 +173,8 @@ def compare(
     nothing: Answers = {kind: [] for kind in KINDS}
     earlier = before.answers if before else [nothing] * len(requests)
     pairs = [_pairs(now, old) for now, old in zip(after.answers, earlier, strict=True)]
-    kl = iter(_divergences(after, before, [pair for some in pairs for pair in some]))
-    apart = [[next(kl) for _ in some] for some in pairs]
+    kl = iter(_divergences(after, before, [pair for of_request in pairs for pair in of_request]))
+    apart = [[next(kl) for _ in of_request] for of_request in pairs]
     rows = [_row(*x) for x in zip(requests, after.answers, pairs, apart, strict=True)]
     n = {kind: sum(len(answers[kind]) for answers in after.answers) for kind in KINDS}
     for name, kind in _PREFERENCES.items():
@@ -243,8 +243,8 @@ def _row(request: EditRequest, now: Answers, pairs: Pairs, apart: Sequence[float
     row["changed_neighbours"] = [dict(zip(names, text, strict=True)) for text in compress(texts, changed)]
     row["first_token"], row["kl"] = mean(a.argmax[0] == b.argmax[0] for a, b in pairs), mean(apart)
     gone = (None if p.said is None else not p.said for p in now["forgotten"])
-    whole = (math.exp(p.logp * len(p.hits)) for p in now["forgotten"])
-    row["forgotten"] = {"generated": mean(gone), "probability": mean(whole)}
+    probabilities = (math.exp(p.logp * len(p.hits)) for p in now["forgotten"])
+    row["forgotten"] = {"generated": mean(gone), "probability": mean(probabilities)}
     return row | {name: mean(p.preferred for p in now[kind]) for name, kind in _PREFERENCES.items()}
 
 

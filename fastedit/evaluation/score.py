@@ -53,10 +53,12 @@ def score(
     Args:
         wanted: [N] bool, the samples whose first states are kept.
     """
-    mine = slice((some := parallel.share(len(samples))).start, some.stop)
-    own = samples.take(torch.arange(len(samples))[mine]) if parallel.world() > 1 else samples
-    found = parallel.gathered(_score(topology, own, batch_tokens, progress, updates, edits[mine], wanted[mine]))
-    return Scores(*(torch.cat([getattr(part, f.name) for part in found]) for f in fields(Scores)))
+    mine = slice((share := parallel.share(len(samples))).start, share.stop)
+    own_samples = samples.take(torch.arange(len(samples))[mine]) if parallel.world() > 1 else samples
+    scores = parallel.gathered(
+        _score(topology, own_samples, batch_tokens, progress, updates, edits[mine], wanted[mine])
+    )
+    return Scores(*(torch.cat([getattr(part, f.name) for part in scores]) for f in fields(Scores)))
 
 
 def _score(
@@ -88,8 +90,8 @@ def _score(
         else:
             with per_sample_updates(updates, edits[select]):
                 hidden = run_from_tokens(topology, rows, prune=not updates)
-        begins = n_targets[select].cumsum(0) - n_targets[select]
-        first.append(hidden[begins[wanted[select]].to(hidden.device)].cpu())
+        starts = n_targets[select].cumsum(0) - n_targets[select]
+        first.append(hidden[starts[wanted[select]].to(hidden.device)].cpu())
         for states, labels in zip(torch.split(hidden, step), torch.split(rows.labels, step), strict=True):
             logits = topology.logits(states).float()  # [m, V]
             best.append(logits.argmax(-1))

@@ -45,9 +45,9 @@ def run_tasks(model: Model, tasks: Sequence[str], include_path: Path | None = No
     if not tasks:
         return {}
     adapter = _lm_eval("lm_eval.models.huggingface").HFLM(pretrained=model.network, tokenizer=model.tokenizer)
-    own = {} if include_path is None else {"task_manager": _manager(include_path)}
-    found = _lm_eval("lm_eval").simple_evaluate(model=adapter, tasks=list(tasks), bootstrap_iters=0, **own)
-    results: Mapping[str, Mapping[str, Any]] = found["results"]
+    options = {} if include_path is None else {"task_manager": _manager(include_path)}
+    output = _lm_eval("lm_eval").simple_evaluate(model=adapter, tasks=list(tasks), bootstrap_iters=0, **options)
+    results: Mapping[str, Mapping[str, Any]] = output["results"]
     values = {task: _main(results.get(task, {})) for task in tasks}
     if lacking := [task for task, value in values.items() if value is None]:
         raise EditError(f"lm-eval gives no metric of {listed(lacking)}; take other tasks")

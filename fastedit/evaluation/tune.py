@@ -154,8 +154,8 @@ class TuneReport:
             ratio = "—" if trial.perplexity_ratio is None else f"{trial.perplexity_ratio:.3f}"
             cells = [*("—" if share is None else f"{share:.1%}" for share in shares), ratio, f"{trial.seconds:.1f}"]
             star = "*" if any(trial is other for other in front) else ""
-            about = trial.error or _difference(trial.config, base) or "the method's choices"
-            table.add_row(f"{self.trials.index(trial)}{star}", *cells, about)
+            description = trial.error or _difference(trial.config, base) or "the method's choices"
+            table.add_row(f"{self.trials.index(trial)}{star}", *cells, description)
         return table
 
 
@@ -219,8 +219,8 @@ class Search:
         ask(model, self.edits, text=text)
         METHODS[method].plan(model, self.edits, METHODS[method].config(**self._common))
         self._journal = None if journal is None else Path(journal)
-        asked = repr((self.edits, text, method, self._common, str(model.device), model.chat))
-        self._about = {"model": fingerprint(model.network), "search": sha256(asked.encode()).hexdigest()[:32]}
+        description = repr((self.edits, text, method, self._common, str(model.device), model.chat))
+        self._about = {"model": fingerprint(model.network), "search": sha256(description.encode()).hexdigest()[:32]}
         self.trials = self._read()
 
     def run(self, progress: Progress = no_progress, found: Callable[[TuneReport], None] = lambda _: None) -> TuneReport:
@@ -232,12 +232,12 @@ class Search:
         Raises:
             EditError: all trials failed.
         """
-        started, made = time.perf_counter(), {_key(trial.config): trial for trial in self.trials}
+        started, earlier = time.perf_counter(), {_key(trial.config): trial for trial in self.trials}
         self.trials, finished = [], True
         unedited: tuple[Predictions, Predictions] | None = None
         slowest = 0.0
         for config in self._candidates():
-            trial, begun = made.get(_key(config)), time.perf_counter()
+            trial, begun = earlier.get(_key(config)), time.perf_counter()
             late = trial is None and self.trials and begun - started + slowest > self._seconds
             if late or len(self.trials) >= self._limit:
                 finished = False
@@ -257,10 +257,10 @@ class Search:
 
     def _candidates(self) -> Iterator[dict[str, Any]]:
         """Yield the configurations to try; they depend only on the trials so far."""
-        own = {name: value for name, value in self._common.items() if name != "seed"}
+        fixed = {name: value for name, value in self._common.items() if name != "seed"}
         for start in ({}, *_STARTS.get(self._method, [])):
-            if not start.keys() & own.keys():
-                yield {"method": self._method, **own, **start}
+            if not start.keys() & fixed.keys():
+                yield {"method": self._method, **fixed, **start}
         tried = {_key(trial.config) for trial in self.trials}
         while True:
             best = TuneReport(self.trials, False).best
@@ -281,11 +281,11 @@ class Search:
     def _try(self, config: dict[str, Any], unedited: tuple[Predictions, Predictions], progress: Progress) -> Trial:
         """Edit and measure; the parameters are restored bit for bit in any case."""
         model, method = self._model, METHODS[self._method]
-        given = {name: value for name, value in config.items() if name != "method"}
+        options = {name: value for name, value in config.items() if name != "method"}
         started, resolved = time.perf_counter(), {}
         try:
-            made = method.config(**self._common | given)
-            result = method.plan(model, self.edits, made, progress=progress).run()
+            method_config = method.config(**self._common | options)
+            result = method.plan(model, self.edits, method_config, progress=progress).run()
             try:
                 seconds, resolved = time.perf_counter() - started, result.config
                 if result.interrupted:  # a partial edit (keep_partial) is not a trial
@@ -313,9 +313,9 @@ class Search:
         if path is None or not path.exists():
             return []
         try:
-            about, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            ours, trials = about == self._about, [Trial(**line) for line in lines]
-            what = "other edits, text or options" if about["model"] == self._about["model"] else "another model"
+            header, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            ours, trials = header == self._about, [Trial(**line) for line in lines]
+            what = "other edits, text or options" if header["model"] == self._about["model"] else "another model"
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FileError(path, f"{{path}} is not a journal of trials ({error}); give a new folder") from None
         if not ours:
@@ -337,20 +337,20 @@ class Search:
 
 def _times(factor: float, *, whole: bool = False, below: float = math.inf) -> Callable[[Any, int], list[Any]]:
     def steps(value: Any, _: int) -> list[Any]:
-        found = [] if value == "auto" else [float(f"{value * f:.3g}") for f in (factor, 1 / factor)]
-        return [max(1, round(x)) if whole else x for x in found if x < below]
+        scaled = [] if value == "auto" else [float(f"{value * f:.3g}") for f in (factor, 1 / factor)]
+        return [max(1, round(x)) if whole else x for x in scaled if x < below]
 
     return steps
 
 
 def _other_blocks(layers: int | list[int], n_blocks: int) -> list[Any]:
     """The same pattern of blocks, a twelfth of the depth higher and lower."""
-    found = []
+    patterns = []
     for step in (max(1, n_blocks // 12), -max(1, n_blocks // 12)):
         moved = [layer + step for layer in (layers if isinstance(layers, list) else [layers])]
         if min(moved) >= 0 and max(moved) < n_blocks:
-            found.append(moved if isinstance(layers, list) else moved[0])
-    return found
+            patterns.append(moved if isinstance(layers, list) else moved[0])
+    return patterns
 
 
 # field -> function from a value to others to try; the most important field comes first

@@ -53,9 +53,9 @@ class Method:
         Raises:
             ConfigError, ModelError, RequestError: the edits cannot be made; all offending edits and layers are named.
         """
-        chosen = {} if self.recipe is None else {"method": self.recipe}
+        options = {} if self.recipe is None else {"method": self.recipe}
         function = import_module(self.module).plan
-        made: Plan = function(model, edits, config, history=history, progress=progress, **chosen)
+        made: Plan = function(model, edits, config, history=history, progress=progress, **options)
         return made
 
 

@@ -55,8 +55,8 @@ class Batch:
     def notes(self) -> list[str]:
         """Notes on these edits for the user."""
         repeated = [place for place, spans in enumerate(self.spans) if len(spans) > 1]
-        said = "the subject occurs more than once in the prompt, and the last occurrence is used"
-        return [f"{said}: {self.names(repeated)}"] if repeated else []
+        note = "the subject occurs more than once in the prompt, and the last occurrence is used"
+        return [f"{note}: {self.names(repeated)}"] if repeated else []
 
     @property
     def without_subject(self) -> list[int]:

@@ -28,8 +28,8 @@ def sample_contexts(model: Model, n: int, *, seed: int, n_tokens: int = 10) -> l
         torch.manual_seed(seed)
         for ids in encode(tokenizer, _OPENINGS):
             ids = ids[: max(1, len(ids) - trailing(ids, tokenizer.eos_token_id))]
-            out = generate_by(network, config, torch.tensor([ids], device=device))
-            texts.append(tokenizer.batch_decode(out, skip_special_tokens=True))
+            generated = generate_by(network, config, torch.tensor([ids], device=device))
+            texts.append(tokenizer.batch_decode(generated, skip_special_tokens=True))
     mixed = [text for round_ in zip(*texts, strict=True) for text in round_][:n]
     return [_ended(" ".join(text.split())) for text in mixed]
 

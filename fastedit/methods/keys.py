@@ -41,9 +41,9 @@ class KeyWalk:
         self._topology, self._batch, self._samples = batch.model.topology, batch, batch.prompts
         self._batch_tokens = batch_tokens or pass_tokens(self._topology.device)
         self.updates: dict[nn.Module, Factors] = {}
-        others = len(batch.templates) - 1
-        share = 0.5 if half and others else 1 / (1 + others)
-        self._weights = [share] + [(1 - share) / max(1, others)] * others
+        n_contexts = len(batch.templates) - 1
+        share = 0.5 if half and n_contexts else 1 / (1 + n_contexts)
+        self._weights = [share] + [(1 - share) / max(1, n_contexts)] * n_contexts
         self._cache = PrefixCache(
             self._topology,
             self._samples,
@@ -76,11 +76,11 @@ class KeyWalk:
         for select in torch.arange(n * len(shares)).split(self._samples_a_pass):
             rows, hidden = self._rows(select)
             with self._own(select):
-                seen = observe(self._topology, hidden, rows, self.layer, projection).float()
+                inputs = observe(self._topology, hidden, rows, self.layer, projection).float()
             if keys is None:
-                keys = seen.new_zeros(n, seen.shape[1])
-            weights = torch.tensor([shares[int(s) // n] for s in select], device=seen.device)
-            keys.index_add_(0, (select % n).to(seen.device), seen * weights[:, None])
+                keys = inputs.new_zeros(n, inputs.shape[1])
+            weights = torch.tensor([shares[int(s) // n] for s in select], device=inputs.device)
+            keys.index_add_(0, (select % n).to(inputs.device), inputs * weights[:, None])
         assert keys is not None
         return self._finite(keys, f"keys at layer {self.layer}")
 
@@ -93,13 +93,13 @@ class KeyWalk:
         Raises:
             EditError: with ``finite``, outputs that are not finite; names the edits.
         """
-        _, found = self._topology.resolve(layer, module)
-        seen = []
+        _, submodule = self._topology.resolve(layer, module)
+        chunks = []
         for select in torch.arange(len(self._batch)).split(self._samples_a_pass):
             rows, hidden = self._rows(select)
             with self._own(select):
-                seen.append(observe(self._topology, hidden, rows, self.layer, found, output=True).float())
-        outputs = torch.cat(seen)
+                chunks.append(observe(self._topology, hidden, rows, self.layer, submodule, output=True).float())
+        outputs = torch.cat(chunks)
         return self._finite(outputs, f"outputs of {module} {layer}") if finite else outputs
 
     def close(self) -> None:

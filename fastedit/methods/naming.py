@@ -43,7 +43,7 @@ def named_error(error: PairError, edits: Sequence[Edit], source: Callable[[int],
     problems: dict[int, Problem] = {}
     for problem in error.problems:
         place, context = source(problem.pair)
-        said = f"after the context {context[:60]!r}" if context else ""
+        where = f"after the context {context[:60]!r}" if context else ""
         cause = problem.sentence(in_context=bool(context))
-        problems.setdefault(place, Problem(edit_name(edits[place], place), cause, said))
+        problems.setdefault(place, Problem(edit_name(edits[place], place), cause, where))
     return RequestError.of_edits([problems[place] for place in sorted(problems)])

@@ -160,8 +160,8 @@ class SavedRun:
 
     def flush(self) -> None:
         """Write the appended states; those that cannot be written are tried again with the next ones."""
-        tensors = {f"{i}/{name}": x for i, (some, _) in enumerate(self._pending) for name, x in some.items()}
-        if self._pending and self._write(tensors, {"appended": [about for _, about in self._pending]}):
+        tensors = {f"{i}/{name}": x for i, (named, _) in enumerate(self._pending) for name, x in named.items()}
+        if self._pending and self._write(tensors, {"appended": [metadata for _, metadata in self._pending]}):
             self._pending = []
 
     def finish(self) -> None:
@@ -171,20 +171,20 @@ class SavedRun:
                 self._describe(done=True)
 
     def _all_appended(self) -> deque[State]:
-        found: deque[State] = deque()
+        states: deque[State] = deque()
         files = self._files()
         for number, file in enumerate(files, 1):
             state = self._load(file) if int(file.stem) == number else None
             if state is None:
-                for rest in files[number - 1 :]:
-                    rest.unlink()
+                for later in files[number - 1 :]:
+                    later.unlink()
                 self._next = number
                 break
-            tensors, about = state
-            for i, part in enumerate(about["appended"]):
-                mine = f"{i}/"
-                found.append(({n.removeprefix(mine): x for n, x in tensors.items() if n.startswith(mine)}, part))
-        return found
+            tensors, metadata = state
+            for i, entry in enumerate(metadata["appended"]):
+                prefix = f"{i}/"
+                states.append(({n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, entry))
+        return states
 
     def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
         """Write a state; returns whether it was written."""
@@ -213,13 +213,13 @@ class SavedRun:
 
     def _load(self, file: Path) -> State | None:
         try:
-            tensors, about, _ = load_tensors(file, (_TAG,), _WHAT)
+            tensors, metadata, _ = load_tensors(file, (_TAG,), _WHAT)
         except FileError as error:
             self.notes.append(f"a state of the run is damaged, the one before it is used: {error}")
             return None
-        if about.pop("run") != self._run:  # another run began after this one was planned
+        if metadata.pop("run") != self._run:  # another run began after this one was planned
             raise FileError(file.parent, "{path} by now holds the state of another run; give a folder of its own")
-        return tensors, about
+        return tensors, metadata
 
 
 def check_alone(folder: Path) -> None:
@@ -258,21 +258,21 @@ def _same(path: Path, wanted: Mapping[str, Any]) -> tuple[bool, list[str]]:
     """
     notes = []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        done = found.pop("done")
-        before, now = found.pop("processes", 1), wanted.get("processes", 1)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        done = saved.pop("done")
+        before, now = saved.pop("processes", 1), wanted.get("processes", 1)
         wanted = {name: value for name, value in wanted.items() if name != "processes"}
         if before != now:  # threads are counted per process, so they may differ
             notes = [f"the run was begun by {before} processes and goes on in {now}: the same edit, but not to the bit"]
-            found["threads"] = wanted.get("threads")
-        differing = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+            saved["threads"] = wanted.get("threads")
+        differing = sorted(name for name in {*saved, *wanted} if saved.get(name) != wanted.get(name))
     except (OSError, ValueError, TypeError) as error:
         raise FileError(path, f"{{path}} is damaged ({error}); delete {path.parent} to begin anew") from error
     if differing and not done:
-        parts = "; ".join(f"{name} was {found.get(name)!r} and is {wanted.get(name)!r}" for name in differing)
+        changes = "; ".join(f"{name} was {saved.get(name)!r} and is {wanted.get(name)!r}" for name in differing)
         raise FileError(
             path.parent,
-            f"{{path}} holds the state of another run, which cannot go on as this one: {parts}. Make these the same "
+            f"{{path}} holds the state of another run, which cannot go on as this one: {changes}. Make these the same "
             "again, or delete the folder to begin anew",
         )
     return not differing, notes

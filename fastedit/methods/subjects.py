@@ -35,10 +35,10 @@ def subject_spans(edit: Edit) -> list[Span]:
     """
     if not edit.subject:
         return []
-    if (known := getattr(edit, "subject_end", None)) is not None:
-        return [(known - len(edit.subject), known)]
-    if (found := _occurrences(edit.subject, edit.prompt)) or (edit.subject + edit.prompt).isascii():
-        return found
+    if (subject_end := getattr(edit, "subject_end", None)) is not None:
+        return [(subject_end - len(edit.subject), subject_end)]
+    if (spans := _occurrences(edit.subject, edit.prompt)) or (edit.subject + edit.prompt).isascii():
+        return spans
     (subject, _), (prompt, places) = _spelled_out(edit.subject), _spelled_out(edit.prompt)
     return [
         (places[start], places[end - 1] + 1)
@@ -49,14 +49,14 @@ def subject_spans(edit: Edit) -> list[Span]:
 
 def _occurrences(subject: str, prompt: str) -> list[Span]:
     """Where a text stands in another one: as whole words if there are such places, else anywhere."""
-    found = [m.span() for m in re.finditer(re.escape(subject), prompt)]
-    whole = [
+    spans = [m.span() for m in re.finditer(re.escape(subject), prompt)]
+    whole_words = [
         (start, end)
-        for start, end in found
+        for start, end in spans
         if not _in_word(prompt[start - 1 : start])
         and (not _in_word(prompt[end : end + 1]) or _PARTICLES.match(prompt, end))
     ]
-    return whole or found
+    return whole_words or spans
 
 
 def _in_word(c: str) -> bool:
@@ -65,6 +65,8 @@ def _in_word(c: str) -> bool:
 
 def _spelled_out(text: str) -> tuple[str, list[int]]:
     """A text in plain characters, accents by themselves and without invisible marks, and where each one comes from."""
-    found = [(plain, place) for place, c in enumerate(text) for plain in unicodedata.normalize("NFKD", c)]
-    found = [(plain.translate(_PLAIN), place) for plain, place in found if unicodedata.category(plain) != "Cf"]
-    return "".join(plain for plain, _ in found), [place for _, place in found]
+    characters = [(plain, place) for place, c in enumerate(text) for plain in unicodedata.normalize("NFKD", c)]
+    characters = [
+        (plain.translate(_PLAIN), place) for plain, place in characters if unicodedata.category(plain) != "Cf"
+    ]
+    return "".join(plain for plain, _ in characters), [place for _, place in characters]

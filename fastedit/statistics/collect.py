@@ -189,10 +189,10 @@ class Collection:
             if self._whole is not None and self._rank == 0:
                 moment.save(statistics_path(topology, self._whole, layer, module))
         parallel.gathered(None)
-        if (part := self._part) is not None and part.is_dir():
+        if (folder := self._part) is not None and folder.is_dir():
             for layer in self._layers:
-                statistics_path(topology, part, layer, module).unlink(missing_ok=True)
-            part.rmdir()
+                statistics_path(topology, folder, layer, module).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 class _Run:
@@ -232,20 +232,20 @@ class _Run:
         widest = max(moment.dim for moment in self.moments.values())
         if all(moment.metadata.get("converged") for moment in self.moments.values()):
             self.max_tokens = min(self.max_tokens or self.count, self.count)
-        half, halves = self.count, self._means() if self.count else {}
+        half, half_means = self.count, self._means() if self.count else {}
         for _ in self._steps(batches):
             if not half and self.count >= widest:  # the first C that is worth comparing
-                half, halves = self.count, self._means()
+                half, half_means = self.count, self._means()
             elif half and self.count >= 2 * half:
                 means = self._means()
-                found = self._known() or Doubling(self.count, *_difference(halves, means))
-                report(found)
-                half, halves = self.count, means
-                small = found.change <= tolerance[0] and found.subspace <= tolerance[1]
+                doubling = self._known() or Doubling(self.count, *_difference(half_means, means))
+                report(doubling)
+                half, half_means = self.count, means
+                small = doubling.change <= tolerance[0] and doubling.subspace <= tolerance[1]
                 converged = small and self.count >= 10 * widest
                 for moment in self.moments.values():
-                    before = [d for d in moment.metadata.get("doublings", []) if d["tokens"] < self.count]
-                    moment.metadata |= {"doublings": [*before, asdict(found)], "converged": converged}
+                    earlier = [d for d in moment.metadata.get("doublings", []) if d["tokens"] < self.count]
+                    moment.metadata |= {"doublings": [*earlier, asdict(doubling)], "converged": converged}
                 self.save()
                 if converged:
                     return
@@ -253,8 +253,8 @@ class _Run:
 
     def _known(self) -> Doubling | None:
         """The result for this doubling, if a run was cut off while it saved it: its first layers already have it."""
-        noted = (d for moment in self.moments.values() for d in moment.metadata.get("doublings", []))
-        return next((Doubling(**d) for d in noted if d["tokens"] == self.count), None)
+        doublings = (d for moment in self.moments.values() for d in moment.metadata.get("doublings", []))
+        return next((Doubling(**d) for d in doublings if d["tokens"] == self.count), None)
 
     def save(self) -> None:
         """Write the sums that changed since they were last written."""
@@ -274,12 +274,12 @@ class _Run:
             n_batches = batch.number + 1
             lacking = []
             for layer, moment in self.moments.items():
-                seen = moment.metadata["position"]
-                if batch.number == 0 and seen["first"] not in ("", batch.digest):
+                position = moment.metadata["position"]
+                if batch.number == 0 and position["first"] not in ("", batch.digest):
                     self._refuse(layer, "text or tokenizer")
-                if batch.number == seen["batches"] - 1 and seen["digest"] != batch.digest:
+                if batch.number == position["batches"] - 1 and position["digest"] != batch.digest:
                     self._refuse(layer, "text from some document on, or tokenizer")
-                if batch.number >= seen["batches"]:
+                if batch.number >= position["batches"]:
                     lacking.append(layer)
             if self.max_tokens is not None and self.count >= self.max_tokens:
                 return
@@ -325,10 +325,10 @@ class _Run:
         with hooked(module.register_forward_pre_hook(hook_of(layer)) for layer, module in projections):
             run_blocks(topology, rows, 0, None)
         for layer in layers:
-            about = self.moments[layer].metadata
-            first = about["position"]["first"] or batch.digest
-            about["position"] = {"batches": batch.number + 1, "digest": batch.digest, "first": first}
-            about["documents"] = batch.documents
+            metadata = self.moments[layer].metadata
+            first = metadata["position"]["first"] or batch.digest
+            metadata["position"] = {"batches": batch.number + 1, "digest": batch.digest, "first": first}
+            metadata["documents"] = batch.documents
 
     def _refuse(self, layer: int, what: str) -> None:
         raise ModelError(
@@ -346,16 +346,16 @@ def _start(topology: Topology, layer: int, settings: dict[str, Any], directory: 
     fresh = {**settings, "layer": layer, "fastedit": version_of("fastedit"), "position": position}
     if path is None or not path.exists():
         return StreamingCovariance(width, device=topology.device, metadata=fresh)
-    found = StreamingCovariance.load(path, device=topology.device)
+    moment = StreamingCovariance.load(path, device=topology.device)
     for name in (*settings, "layer"):
-        if found.metadata.get(name) != fresh[name]:
+        if moment.metadata.get(name) != fresh[name]:
             raise ModelError(
-                f"{path} has {name} {found.metadata.get(name)}, this run has {fresh[name]}; give another folder, or "
+                f"{path} has {name} {moment.metadata.get(name)}, this run has {fresh[name]}; give another folder, or "
                 "delete the file"
             )
-    if found.dim != width or found.stored != torch.float64:
+    if moment.dim != width or moment.stored != torch.float64:
         raise ModelError(f"{path} is not from an interrupted run of this model; give another folder, or delete it")
-    return found
+    return moment
 
 
 def _check_finished(moments: dict[int, StreamingCovariance], max_tokens: int | None, directory: Path | None) -> None:
@@ -369,12 +369,12 @@ def _check_finished(moments: dict[int, StreamingCovariance], max_tokens: int | N
 
 def _place(batch: DocumentBatch, flat: Tensor) -> str:
     """The document of the first key that is not finite; all documents of its row, since such values spread there."""
-    places, width = batch.rows.target_rows, batch.rows.index.shape[1]
-    bad = ~(torch.linalg.vector_norm(flat, torch.inf, dim=1) <= LARGEST_VALUE).cpu()[places]
+    positions, width = batch.rows.target_rows, batch.rows.index.shape[1]
+    bad = ~(torch.linalg.vector_norm(flat, torch.inf, dim=1) <= LARGEST_VALUE).cpu()[positions]
     if not bad.any():
         return ""
-    row = places[bad.nonzero()[0]] // width
-    owners = batch.owners[batch.rows.sample_of[places // width == row]].unique().tolist()
+    row = positions[bad.nonzero()[0]] // width
+    owners = batch.owners[batch.rows.sample_of[positions // width == row]].unique().tolist()
     return f"document {', '.join(map(str, owners))} (counted from 0{', in one row' if len(owners) > 1 else ''})"
 
 
@@ -384,9 +384,9 @@ def _difference(halves: dict[int, Tensor], means: dict[int, Tensor]) -> tuple[fl
         before = halves[layer]
         changes.append(float((C - before).norm() / C.norm()))
         rank = max(1, min(_DIRECTIONS, len(C) // 8))
-        now, then = _leading(C, rank), _leading(before, rank)
-        held, kept = (float(((C @ basis) * basis).sum()) for basis in (now, then))
-        missed.append(max(0.0, 1 - kept / held))
+        leading, leading_before = _leading(C, rank), _leading(before, rank)
+        trace, trace_before = (float(((C @ basis) * basis).sum()) for basis in (leading, leading_before))
+        missed.append(max(0.0, 1 - trace_before / trace))
     return max(changes), max(missed)
 
 

@@ -64,10 +64,10 @@ def read_documents(path: Path, column: str | None = None) -> Iterator[str]:
 def _array(path: Path) -> list[Any] | None:
     """The records of a file that is one JSON value; None if it is not, as JSON Lines and what cannot be read."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) else [found]
+    return content if isinstance(content, list) else [content]
 
 
 def _field(line: str, name: str, where: str) -> str:

@@ -111,8 +111,13 @@ class StreamingCovariance:
             FileError: the file cannot be written (a full disk, say).
         """
         packed = pack_lower(self._total).to(dtype)
-        about = {"count": self.count, "dim": self.dim, "metadata": self.metadata, "digest": _digest(packed, self.count)}
-        save_tensors(path, {LOWER: packed}, TAG, about, "the statistics")
+        header = {
+            "count": self.count,
+            "dim": self.dim,
+            "metadata": self.metadata,
+            "digest": _digest(packed, self.count),
+        }
+        save_tensors(path, {LOWER: packed}, TAG, header, "the statistics")
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> StreamingCovariance:
@@ -123,28 +128,28 @@ class StreamingCovariance:
         """
         if Path(path).suffix == ".npz":
             return cls._from_npz(path, device)
-        tensors, about, _ = load_tensors(path, (TAG,), WHAT)
+        tensors, header, _ = load_tensors(path, (TAG,), WHAT)
         try:
-            packed, count, dim = tensors[LOWER], int(about["count"]), int(about["dim"])
-            found = cls(dim, device=device, metadata=about["metadata"])
-            whole = about["digest"] == _digest(packed, count) and packed.numel() == dim * (dim + 1) // 2
+            packed, count, dim = tensors[LOWER], int(header["count"]), int(header["dim"])
+            moment = cls(dim, device=device, metadata=header["metadata"])
+            intact = header["digest"] == _digest(packed, count) and packed.numel() == dim * (dim + 1) // 2
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(path, f"its header is damaged ({error!r}); collect the statistics again") from error
-        if not whole:
+        if not intact:
             raise FileError(path, "{path} was changed since it was written; collect the statistics again")
         if count and not packed.isfinite().all():
             raise FileError(path, "{path} holds values that are not finite; collect the statistics again")
-        found.count, found.stored = count, packed.dtype
-        found._total = unpack_lower(packed, dim).to(found.device, torch.float64)
-        return found
+        moment.count, moment.stored = count, packed.dtype
+        moment._total = unpack_lower(packed, dim).to(moment.device, torch.float64)
+        return moment
 
     @classmethod
     def _from_npz(cls, path: str | Path, device: torch.device | str | None) -> StreamingCovariance:
         total, count, documents = load_npz(path)
-        found = cls(len(total), device=device, metadata={} if documents is None else {"documents": documents})
-        found.count, found.stored = count, total.dtype
-        found._total = total.to(found.device, torch.float64).tril_()
-        return found
+        moment = cls(len(total), device=device, metadata={} if documents is None else {"documents": documents})
+        moment.count, moment.stored = count, total.dtype
+        moment._total = total.to(moment.device, torch.float64).tril_()
+        return moment
 
     def save_npz(self, path: str | Path, *, sample_size: int | None = None) -> None:
         """Write the file that ROME's and MEMIT's published code reads: the sum [dim, dim] in fp32, not the mean.

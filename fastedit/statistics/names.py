@@ -57,8 +57,8 @@ class StatisticsWithNames(StatisticsStore):
         return factor_covariance(self.covariance(layer), allow_few=True)  # of the text there are enough tokens
 
     def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
-        place, about = super()._place(layer, f"{kind}.names")
-        return place, about | {"names": str(checksum(self.moments[layer]))}
+        path, identity = super()._place(layer, f"{kind}.names")
+        return path, identity | {"names": str(checksum(self.moments[layer]))}
 
 
 def known_names(model: Model, names: Sequence[str] | None, but: Iterable[str] = ()) -> tuple[str, ...]:
@@ -114,11 +114,11 @@ def _moments(model: Model, samples: Samples, layers: Sequence[int], module: str)
         for layer in sorted(layers):
             cache.advance(layer)
             _, projection = topology.resolve(layer, module)
-            found = []
-            for some in in_passes(samples.lengths, pass_tokens(topology.device)):
-                rows = pack(samples, torch.tensor(some), packed=False).to(topology.device)
-                found.append(observe(topology, cache.hidden(rows), rows, layer, projection))
-            keys = torch.cat(found).double()
+            inputs = []
+            for select in in_passes(samples.lengths, pass_tokens(topology.device)):
+                rows = pack(samples, torch.tensor(select), packed=False).to(topology.device)
+                inputs.append(observe(topology, cache.hidden(rows), rows, layer, projection))
+            keys = torch.cat(inputs).double()
             keys = keys[keys.isfinite().all(1)]
             moments[layer] = keys.T @ keys / max(1, len(keys))
     return moments

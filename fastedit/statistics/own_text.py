@@ -48,13 +48,13 @@ class OwnText:
 
     def missing(self, layers: Sequence[int]) -> list[int]:
         """The layers without kept statistics."""
-        found = []
+        missing = []
         for layer in layers:
             try:
                 self._kept.require([layer])
             except ModelError:  # a damaged file counts as none
-                found.append(layer)
-        return found
+                missing.append(layer)
+        return missing
 
     def statistics(self, layers: Sequence[int], progress: Progress = no_progress) -> StatisticsStore:
         """The statistics of these layers. Missing ones are made, and kept in the user's cache if it can be written.
@@ -62,25 +62,25 @@ class OwnText:
         Raises:
             ModelError: the model computes NaN or infinity.
         """
-        given: dict[str, Tensor] = {}
+        in_memory: dict[str, Tensor] = {}
         missing = parallel.of_first(lambda: self.missing(layers))
         if missing:
             topology = self.model.topology
             tokens = _TOKENS * max(topology.input_width(layer, self.module) for layer in missing)
             texts = write_text(self.model, tokens)
             report: Progress = lambda stage, done, _, loss=None: progress(stage, min(done, tokens), tokens, loss)  # noqa: E731
-            made = collect(self.model, texts, missing, module=self.module, progress=report)
-            for layer, moment in made.items():
+            moments = collect(self.model, texts, missing, module=self.module, progress=report)
+            for layer, moment in moments.items():
                 if parallel.world() > 1:  # the others need not wait for the first one's file
-                    given[topology.resolve(layer, self.module)[0]] = moment.finalize()
+                    in_memory[topology.resolve(layer, self.module)[0]] = moment.finalize()
                 if not parallel.first():
                     continue
                 try:
                     moment.save(statistics_path(topology, str(self._kept.directory), layer, self.module))
                 except FileError as error:
-                    given[topology.resolve(layer, self.module)[0]] = moment.finalize()
+                    in_memory[topology.resolve(layer, self.module)[0]] = moment.finalize()
                     log.info("the statistics of layer %d are not kept: %s", layer, error)
-        return replace(self._kept, given=given)
+        return replace(self._kept, given=in_memory)
 
     @property
     def _kept(self) -> StatisticsStore:
@@ -100,19 +100,19 @@ def write_text(model: Model, n_tokens: int, *, seed: int = 0) -> list[str]:
     network: Any = model.network
     tokenizer, device = model.tokenizer, model.device
     starts = prompt_tokens(tokenizer, _OPENINGS)
-    begun = min(map(len, starts))
-    length = min(_LENGTH, model.topology.context_length) - begun
-    rows = torch.tensor([ids[:begun] for ids in starts], device=device)
+    prompt_length = min(map(len, starts))
+    length = min(_LENGTH, model.topology.context_length) - prompt_length
+    rows = torch.tensor([ids[:prompt_length] for ids in starts], device=device)
     with eval_mode(network):
         logits = network(input_ids=rows, use_cache=False).logits[:, -1]
     if not logits.isfinite().all():  # sampling from these could abort the process
         raise ModelError(NOT_FINITE)
-    n_texts = -(-n_tokens // (begun + length))
+    n_texts = -(-n_tokens // (prompt_length + length))
     config = sampling(tokenizer, length)
     texts: list[str] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for some in torch.arange(n_texts, device=device).split(_ROWS):
-            out = generate_by(network, config, rows[some % len(rows)])
-            texts += tokenizer.batch_decode(out, skip_special_tokens=True)
+        for select in torch.arange(n_texts, device=device).split(_ROWS):
+            generated = generate_by(network, config, rows[select % len(rows)])
+            texts += tokenizer.batch_decode(generated, skip_special_tokens=True)
     return texts

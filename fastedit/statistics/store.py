@@ -99,13 +99,13 @@ class StatisticsStore:
         width, device = self.topology.input_width(layer, self.module), self.topology.device
         if (stored := self._load(layer, "factor", _CHOLESKY_TAG, {LOWER: (width * (width + 1) // 2,)})) is not None:
             return unpack_lower(stored[LOWER], width).to(device)
-        found = _read(path, width)
-        C = found.finalize().to(device, found.stored)  # the precision decides what counts as positive definite
+        moment = _read(path, width)
+        C = moment.finalize().to(device, moment.stored)  # the precision decides what counts as positive definite
         try:
-            factor = factor_covariance(C, count=found.count)
+            factor = factor_covariance(C, count=moment.count)
         except ModelError as error:
             if self.unchecked:
-                return factor_covariance(C, count=found.count, allow_few=True)  # warns, and is never kept
+                return factor_covariance(C, count=moment.count, allow_few=True)  # warns, and is never kept
             if isinstance(error, FewTokensError):
                 error = FewTokensError(error.count, error.dim, "unchecked_statistics")
             raise error.at(path) from None
@@ -129,37 +129,39 @@ class StatisticsStore:
 
     def _load(self, layer: int, kind: str, tag: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
         """The kept file that was made from a layer's statistics; None if missing, damaged or from other statistics."""
-        place, about = self._place(layer, kind)
+        path, identity = self._place(layer, kind)
         with suppress(FileError):
-            tensors, noted, _ = load_tensors(place, (tag,), f"the {kind} file")
-            if about.items() <= noted.items() and all(tensors[name].shape == shape for name, shape in shapes.items()):
+            tensors, metadata, _ = load_tensors(path, (tag,), f"the {kind} file")
+            if identity.items() <= metadata.items() and all(
+                tensors[name].shape == shape for name, shape in shapes.items()
+            ):
                 return tensors
         return None
 
     def _save(self, layer: int, kind: str, tag: str, tensors: dict[str, Tensor]) -> None:
-        place, about = self._place(layer, kind)
+        path, identity = self._place(layer, kind)
         try:
-            save_tensors(place, tensors, tag, about, f"the {kind} file")
+            save_tensors(path, tensors, tag, identity, f"the {kind} file")
         except FileError as error:
             _log.info("the %s file of layer %d is not kept: %s", kind, layer, error)
 
     def _place(self, layer: int, kind: str) -> tuple[Path, dict[str, Any]]:
         """The path of a file made from a layer's statistics, and what identifies these statistics."""
-        place = user_directory(self.fingerprint) / _name(self.topology, layer, self.module, f"{kind}.")
-        return place, {"digest": self._required(layer)[1], "dim": self.topology.input_width(layer, self.module)}
+        path = user_directory(self.fingerprint) / _name(self.topology, layer, self.module, f"{kind}.")
+        return path, {"digest": self._required(layer)[1], "dim": self.topology.input_width(layer, self.module)}
 
     def covariance(self, layer: int) -> Tensor:
         """C [d, d] fp64, the mean of k kᵀ, on the module's device; raises what `cholesky` raises."""
         if (C := self.in_memory(layer)) is not None:
             return C.to(self.topology.device, torch.float64)
         path, _ = self._required(layer)
-        found = _read(path, self.topology.input_width(layer, self.module))
-        if found.count < found.dim:
-            few = FewTokensError(found.count, found.dim, "unchecked_statistics").at(path)
+        moment = _read(path, self.topology.input_width(layer, self.module))
+        if moment.count < moment.dim:
+            few = FewTokensError(moment.count, moment.dim, "unchecked_statistics").at(path)
             if not self.unchecked:
                 raise few
             warnings.warn(str(few), RuntimeWarning, stacklevel=2)
-        return found.finalize().to(self.topology.device)
+        return moment.finalize().to(self.topology.device)
 
     def in_memory(self, layer: int) -> Tensor | None:
         """C of a layer if it was given, else None. Raises ModelError if its width is not that of the keys."""
@@ -171,8 +173,11 @@ class StatisticsStore:
 
     def digests(self, layers: Sequence[int]) -> dict[str, str]:
         """Number of each layer -> a text that identifies its statistics; raises what `require` raises."""
-        given = {layer: self.in_memory(layer) for layer in layers}
-        return {str(layer): self._required(layer)[1] if C is None else str(checksum(C)) for layer, C in given.items()}
+        second_moments = {layer: self.in_memory(layer) for layer in layers}
+        return {
+            str(layer): self._required(layer)[1] if C is None else str(checksum(C))
+            for layer, C in second_moments.items()
+        }
 
     def _required(self, layer: int) -> tuple[Path, str]:
         found = self._find(layer)
@@ -184,27 +189,27 @@ class StatisticsStore:
         """The file of a layer's statistics, after a check of its header, and its digest; None if there is no file."""
         topology, module = self.topology, self.module
         width, name = topology.input_width(layer, module), _name(topology, layer, module)
-        wrong: list[ModelError] = []
+        errors: list[ModelError] = []
         for path in (folder / name for folder in self._folders() if (folder / name).is_file()):
-            about = load_metadata(path, (TAG,), WHAT)
-            made_for = about.get("metadata", {}).get("fingerprint")
-            if about.get("dim") != width:
-                text = f"{{path}} is of width {about.get('dim')}, layer {layer} {module} reads {width}"
-                wrong.append(FileError(path, text))
+            header = load_metadata(path, (TAG,), WHAT)
+            made_for = header.get("metadata", {}).get("fingerprint")
+            if header.get("dim") != width:
+                text = f"{{path}} is of width {header.get('dim')}, layer {layer} {module} reads {width}"
+                errors.append(FileError(path, text))
             elif made_for not in (None, self.fingerprint) and not self.unchecked:
                 text = f"{{path}} was made for a model with fingerprint {made_for}, this one has {self.fingerprint}; "
                 text += (
                     f"load the unedited model it was made for ({FP16}), collect statistics of this one, or continue "
                 )
-                wrong.append(FileError(path, text + "with unchecked_statistics"))
-            elif (count := int(about.get("count", width))) < width and not self.unchecked:
-                wrong.append(FewTokensError(count, width, "unchecked_statistics").at(path))
+                errors.append(FileError(path, text + "with unchecked_statistics"))
+            elif (count := int(header.get("count", width))) < width and not self.unchecked:
+                errors.append(FewTokensError(count, width, "unchecked_statistics").at(path))
             else:
                 if made_for not in (None, self.fingerprint):
                     warnings.warn(f"{path} was made for another model", RuntimeWarning, stacklevel=4)
-                return path, str(about.get("digest"))
-        if wrong:
-            raise wrong[0]
+                return path, str(header.get("digest"))
+        if errors:
+            raise errors[0]
         published = [] if self.directory is None else self._published(layer)
         if len(published) > 1:
             listed = ", ".join(str(path) for path in published)
@@ -223,15 +228,15 @@ class StatisticsStore:
 
     def _published(self, layer: int) -> list[Path]:
         """Published files of a layer's statistics."""
-        path_of, projection = self.topology.resolve(layer, self.module)
-        wanted = path_of.rpartition(".")[2]
-        unnamed = wanted if self.topology.is_down_proj(layer, projection) else ""  # the older files name no module
-        found = []
+        module_path, projection = self.topology.resolve(layer, self.module)
+        short_name = module_path.rpartition(".")[2]
+        unnamed = short_name if self.topology.is_down_proj(layer, projection) else ""  # the older files name no module
+        paths = []
         for path in self._npz_files():
             match = _PUBLISHED.fullmatch(path.name)
-            if match and int(match["layer"]) == layer and (match["module"] or unnamed).rpartition(".")[2] == wanted:
-                found.append(path)
-        return found
+            if match and int(match["layer"]) == layer and (match["module"] or unnamed).rpartition(".")[2] == short_name:
+                paths.append(path)
+        return paths
 
     def _npz_files(self) -> list[Path]:
         """The .npz files in `directory`, which may be the folder of a data set, of a model, or of all models."""
@@ -248,20 +253,20 @@ class StatisticsStore:
     def _missing(self, layers: Sequence[int]) -> MissingStatisticsError:
         looked = " and ".join(str(folder) for folder in self._folders())
         listed = ",".join(map(str, layers))
-        more = "" if self.module == "down_proj" else f" --module {self.module}"
-        more += "" if self.directory is None else f" --output {self.directory}"
+        options = "" if self.module == "down_proj" else f" --module {self.module}"
+        options += "" if self.directory is None else f" --output {self.directory}"
         if self.directory is not None and (others := self._npz_files()):
             names = ", ".join(path.name for path in others[:3]) + (
                 f" and {len(others) - 3} more" if len(others) > 3 else ""
             )
-            wanted = layers[0] if self.module == "down_proj" else self.topology.resolve(layers[0], self.module)[0]
-            looked += f"; of its .npz files, {names}, none is called such as {wanted}_float32_mom2_100000.npz"
+            stem = layers[0] if self.module == "down_proj" else self.topology.resolve(layers[0], self.module)[0]
+            looked += f"; of its .npz files, {names}, none is called such as {stem}_float32_mom2_100000.npz"
         if self.directory is None and self.topology.head.weight.dtype == torch.float16:
             looked += f"; {FP16}"
         place = f"layer {listed}" if len(layers) == 1 else f"layers {listed}"
         text = f"no statistics of {self.module} in {place} (looked in {looked}); make "
         text += f"them: fastedit covariance --model {_checkpoint(self.topology) or 'MODEL'} --text FILE "
-        return MissingStatisticsError(f"{text}--layers {listed}{more}", layers)
+        return MissingStatisticsError(f"{text}--layers {listed}{options}", layers)
 
 
 def statistics_path(topology: Topology, directory: str | Path, layer: int, module: str = "down_proj") -> Path:
@@ -276,10 +281,10 @@ def user_directory(fingerprint: str) -> Path:
 
 
 def _read(path: Path, width: int) -> StreamingCovariance:
-    found = StreamingCovariance.load(path)
-    if found.dim != width:
-        raise FileError(path, f"{{path}} is of width {found.dim}, the projection reads {width}: of another model?")
-    return found
+    moment = StreamingCovariance.load(path)
+    if moment.dim != width:
+        raise FileError(path, f"{{path}} is of width {moment.dim}, the projection reads {width}: of another model?")
+    return moment
 
 
 def _checkpoint(topology: Topology) -> str:
@@ -289,9 +294,9 @@ def _checkpoint(topology: Topology) -> str:
 
 def _name(topology: Topology, layer: int, module: str, kind: str = "") -> str:
     """The file name, the same for all names of a projection: down_proj, mlp.down_proj, model.layers.3.mlp.down_proj."""
-    path, found = topology.resolve(layer, module)
+    path, projection = topology.resolve(layer, module)
     inside = path.removeprefix(f"{topology.blocks_path}.{layer}.")
-    return f"{layer}.{'down_proj' if topology.is_down_proj(layer, found) else inside}.{kind}safetensors"
+    return f"{layer}.{'down_proj' if topology.is_down_proj(layer, projection) else inside}.{kind}safetensors"
 
 
 def _file_digest(path: Path) -> str:

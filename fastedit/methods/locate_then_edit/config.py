@@ -151,9 +151,9 @@ class LocateThenEditConfig:
 
     def target_config(self, site: Site) -> TargetConfig:
         """How targets are optimized at a site."""
-        given = {"steps": self.steps, "weight_decay": self.weight_decay, "clamp": self.clamp}
-        known: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return TargetConfig(site, lr=self.lr, kl_factor=self.kl_factor, stop_loss=self.stop_loss, **known)
+        settings = {"steps": self.steps, "weight_decay": self.weight_decay, "clamp": self.clamp}
+        chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+        return TargetConfig(site, lr=self.lr, kl_factor=self.kl_factor, stop_loss=self.stop_loss, **chosen)
 
 
 RECIPES: dict[str, LocateThenEditConfig] = {

@@ -66,20 +66,20 @@ def plan(
     where = (config.module, config.statistics, config.unchecked_statistics)
     statistics = StatisticsStore(model.topology, history.fingerprint, *where, given=history.second_moments)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
-    given = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
-    given.require_subjects()
+    base = Batch(model, edits, config.contexts or (), budget=budget, progress=progress)
+    base.require_subjects()
     statistics.require(recipe.layers)
     if config.targets is not None and parallel.first():
         check_writable(Path(config.targets))
     if config.contexts is None:
         n = config.n_contexts or 0
-        batch = given.within(context_templates(model, n, seed=config.seed) if n else ())
+        batch = base.within(context_templates(model, n, seed=config.seed) if n else ())
     else:
-        batch = given
+        batch = base
     batch.make_samples()
     load_weights(model.topology.blocks[recipe.layers[0] :])
-    made = LocateThenEditPlan(batch, recipe, statistics, history)
-    return replace(made, saved=SavedRun.of(model, edits, config, history, made.digests))
+    unsaved_plan = LocateThenEditPlan(batch, recipe, statistics, history)
+    return replace(unsaved_plan, saved=SavedRun.of(model, edits, config, history, unsaved_plan.digests))
 
 
 def _find(batch: Batch, recipe: Recipe) -> Targets:
@@ -87,16 +87,16 @@ def _find(batch: Batch, recipe: Recipe) -> Targets:
     if parallel.world() == 1:
         return find_targets(batch, recipe.z_layer, recipe.target)
     places = parallel.share(len(batch))
-    found = find_targets(batch.select(places), recipe.z_layer, recipe.target) if places else None
-    parts = [part for part in parallel.gathered(_on_cpu(found)) if part is not None]
-    return Targets.joined([Targets.of_state(tensors, about, batch.model.device) for tensors, about in parts])
+    targets = find_targets(batch.select(places), recipe.z_layer, recipe.target) if places else None
+    states = [state for state in parallel.gathered(_on_cpu(targets)) if state is not None]
+    return Targets.joined([Targets.of_state(tensors, metadata, batch.model.device) for tensors, metadata in states])
 
 
 def _on_cpu(targets: Targets | None) -> State | None:
     if targets is None:
         return None
-    tensors, about = targets.state()
-    return {name: x.cpu() for name, x in tensors.items()}, about
+    tensors, metadata = targets.state()
+    return {name: x.cpu() for name, x in tensors.items()}, metadata
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,12 @@ class LocateThenEditPlan:
         factors: dict[str, Factors] = {}
 
         def solve(number: int, keys: Tensor, residuals: Callable[[], Tensor], at: Tensor | None) -> Factors:
-            found = layers[number].objective.update_each(keys, residuals())
-            found = found if at is None else moved(found, keys[:, None], at[:, None])
+            update = layers[number].objective.update_each(keys, residuals())
+            update = update if at is None else moved(update, keys[:, None], at[:, None])
             index = torch.tensor(with_target, device=keys.device)  # edits without a target get an update of zeros
-            left, right = (x.new_zeros(len(batch), *x.shape[1:]).index_copy(0, index, x) for x in found)
+            left, right = (x.new_zeros(len(batch), *x.shape[1:]).index_copy(0, index, x) for x in update)
             factors[layers[number].path] = left, right
-            return found
+            return update
 
         if with_target:
             _walk_layers(batch.select(with_target), targets.z[with_target], recipe, solve)
@@ -226,15 +226,15 @@ def _targets(batch: Batch, recipe: Recipe, find: Find, saved: SavedRun | None) -
     """The targets of these edits; those that a saved run holds are not optimized again."""
     if saved is None:
         return find(batch, recipe)
-    found = []
+    targets = []
     for part in batch.split(_SAVED_TARGETS):
         state = saved.next()
         if state is not None:
-            found.append(Targets.of_state(*state, batch.model.device))
+            targets.append(Targets.of_state(*state, batch.model.device))
         else:
-            found.append(find(part, recipe))
-            saved.append(*found[-1].state())
-    return Targets.joined(found)
+            targets.append(find(part, recipe))
+            saved.append(*targets[-1].state())
+    return Targets.joined(targets)
 
 
 def _write(batch: Batch, targets: Targets, recipe: Recipe, writer: Writer, saved: SavedRun | None) -> None:
@@ -256,13 +256,13 @@ def _find_or_load(batch: Batch, recipe: Recipe, store: TargetStore | None, find:
     if store is None:
         return find(batch, recipe)
     key = store.key(batch, recipe.z_layer, recipe.target)
-    known = parallel.of_first(lambda: _on_cpu(store.load(key)))
-    if known is not None:
-        tensors, about = known
-        return Targets.of_state(tensors, about, batch.model.device)
-    found = find(batch, recipe)
-    parallel.of_first(lambda: store.save(key, found))
-    return found
+    state = parallel.of_first(lambda: _on_cpu(store.load(key)))
+    if state is not None:
+        tensors, metadata = state
+        return Targets.of_state(tensors, metadata, batch.model.device)
+    targets = find(batch, recipe)
+    parallel.of_first(lambda: store.save(key, targets))
+    return targets
 
 
 def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
@@ -282,9 +282,9 @@ def _walk_layers(batch: Batch, z: Tensor, recipe: Recipe, write: Write) -> None:
 
         for layer, share in recipe.shares:
             walk.advance(layer)
-            now = partial(residuals, layer, share, MLPTail.of(topology, layer) if tailed else None)
-            at = walk.keys(config.module, bare=True) if at_bare else None
-            factors = write(layer, walk.keys(config.module), now, at)
+            measure = partial(residuals, layer, share, MLPTail.of(topology, layer) if tailed else None)
+            bare_keys = walk.keys(config.module, bare=True) if at_bare else None
+            factors = write(layer, walk.keys(config.module), measure, bare_keys)
             if factors is not None:
                 walk.updates[topology.resolve(layer, config.module)[1]] = factors
 

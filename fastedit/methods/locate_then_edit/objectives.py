@@ -99,8 +99,8 @@ def moved(factors: Factors, keys: Tensor, to: Tensor) -> Factors:
     """Scale an update so that it gives at keys `to` [N, d] what it gave at `keys`; also for N updates of one pair."""
     left, right = factors
     wide = right.double()
-    given, found = wide @ keys.double().mT, wide @ to.double().mT
-    return (left.double() @ torch.linalg.solve(found, given, left=False)).to(left.dtype), right
+    at_keys, at_to = wide @ keys.double().mT, wide @ to.double().mT
+    return (left.double() @ torch.linalg.solve(at_to, at_keys, left=False)).to(left.dtype), right
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         ConfigError, ModelError: choices that do not go together; layers or a module that the model lacks.
     """
     preset, published = locate_then_edit_preset(topology)
-    where = "published preset" if published else "no preset for this model"
+    origin = "published preset" if published else "no preset for this model"
     notes: list[str] = []
 
     def choose(name: str, otherwise: Any) -> Any:
@@ -71,9 +71,9 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         return next((value for value in values if value not in (None, "auto")), otherwise)
 
     objective, distribution = choose("objective", "least-squares"), choose("distribution", "spread")
-    at = (given.layers or (preset.single,))[-1]
-    down = topology.is_down_proj(at, topology.resolve(at, given.module)[1])
-    tail = MLPTail.of(topology, at) if down else MLPTail(1.0)
+    last_layer = (given.layers or (preset.single,))[-1]
+    down = topology.is_down_proj(last_layer, topology.resolve(last_layer, given.module)[1])
+    tail = MLPTail.of(topology, last_layer) if down else MLPTail(1.0)
     bounded = tail is None or tail.gain is not None
     transformed = bounded or (tail is not None and not tail.adds)  # then one layer's targets are MLP outputs
     if bounded and distribution != "single" and (given.distribution, given.layers) == (None, None):
@@ -82,7 +82,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     single = distribution == "single"
     layers = choose("layers", (preset.single,) if single else preset.layers)
     if given.layers is None:
-        notes.append(f"layers {', '.join(map(str, layers))} ({where})")
+        notes.append(f"layers {', '.join(map(str, layers))} ({origin})")
     shares = shares_of(distribution, layers)
     by_rule = "mlp" if transformed and len(layers) == 1 else "block"
     site = choose("site", by_rule)
@@ -99,10 +99,10 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
     if cov_weight is None:
         times = max(2, len(shares))
         meets = OBJECTIVES[objective].meets
-        over = alpha if meets and alpha else 1.0  # equality with α is least squares with λα
-        cov_weight = preset.cov_weight(meets) if published else times * width / over
-        rule = f": {times} times the key width{', divided by alpha' if over != 1 else ''}"
-        notes.append(f"cov_weight {cov_weight:g} ({where}{'' if published else rule})")
+        divisor = alpha if meets and alpha else 1.0  # equality with α is least squares with λα
+        cov_weight = preset.cov_weight(meets) if published else times * width / divisor
+        rule = f": {times} times the key width{', divided by alpha' if divisor != 1 else ''}"
+        notes.append(f"cov_weight {cov_weight:g} ({origin}{'' if published else rule})")
     filled = replace(
         given,
         objective=objective,

@@ -140,8 +140,8 @@ class TargetLoop:
             if self.site is None:
                 states.append(hidden.view(-1, hidden.shape[-1]).index_select(0, rows.target_rows).float())
             else:
-                seen = observe(self.topology, hidden, rows, self.cache.layer, self.site, output=True)
-                states.append(seen.float())
+                outputs = observe(self.topology, hidden, rows, self.cache.layer, self.site, output=True)
+                states.append(outputs.float())
         return torch.cat(states)
 
     @torch.no_grad()
@@ -274,7 +274,7 @@ class TargetLoop:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._states(laid_out, state.delta)
         # logits and their softmax at the KL row exist about four times over
-        saved = sum(n for place, n in saved_for_backward.items() if place not in weights)
+        saved = sum(n for address, n in saved_for_backward.items() if address not in weights)
         needed = (1.5 * saved + 2 * self.held.nbytes + 4 * state.initial.nbytes) / len(edits)
         fit = int((free_bytes(self.device) // 2 if memory is None else memory) / needed)
         return max(1, min(fit, self.n))

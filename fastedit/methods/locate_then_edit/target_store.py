@@ -45,8 +45,8 @@ class TargetStore:
         """
         samples, last = batch.rewriting
         weights = self._unwritten | self._checksums(self._written)
-        about = [_TAG, self._model, weights, z_layer, asdict(config), [edit.id for edit in batch.edits]]
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+        identity = [_TAG, self._model, weights, z_layer, asdict(config), [edit.id for edit in batch.edits]]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
         for part in (samples.input_ids, samples.offsets, samples.target_start, last):
             digest.update(part.numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -58,8 +58,8 @@ class TargetStore:
             FileError: the file cannot be written.
         """
         path = self._path(key)
-        tensors, about = targets.state()
-        save_tensors(path, tensors, _TAG, about, "the targets")
+        tensors, metadata = targets.state()
+        save_tensors(path, tensors, _TAG, metadata, "the targets")
         return path
 
     def load(self, key: str) -> Targets | None:
@@ -72,8 +72,8 @@ class TargetStore:
         if not path.exists():
             return None
         try:
-            found, about, _ = load_tensors(path, (_TAG,), "the targets")
-            return Targets.of_state(found, about, self._topology.device)
+            tensors, metadata, _ = load_tensors(path, (_TAG,), "the targets")
+            return Targets.of_state(tensors, metadata, self._topology.device)
         except (FileError, KeyError, TypeError) as error:
             text = "{path} holds no targets (it is damaged, or of another kind); delete it, they are sought again then"
             raise FileError(path, text) from error

@@ -51,17 +51,17 @@ class Targets:
     @classmethod
     def of_state(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> Targets:
         """Make targets from what `state` returned, on a device. Raises KeyError or TypeError for anything else."""
-        found = {name: tensors[name].to(device) for name in _TENSORS}
-        return cls(**found, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
+        on_device = {name: tensors[name].to(device) for name in _TENSORS}
+        return cls(**on_device, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
 
     @classmethod
     def joined(cls, parts: Sequence[Targets]) -> Targets:
         """Join the targets of consecutive edits."""
         tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
-        dropped, first = [], 0
+        dropped, offset = [], 0
         for part in parts:
-            dropped += [first + place for place in part.dropped]
-            first += len(part.z)
+            dropped += [offset + place for place in part.dropped]
+            offset += len(part.z)
         notes = dict.fromkeys(note for part in parts for note in part.notes)
         return cls(**tensors, dropped=tuple(dropped), lr=parts[0].lr, notes=tuple(notes))
 

@@ -47,12 +47,12 @@ def written_layers(statistics: StatisticsStore, recipe: Recipe, history: History
     Raises:
         ModelError: a layer without usable statistics.
     """
-    config, kind, found = recipe.config, recipe.objective, {}
+    config, kind, layers = recipe.config, recipe.objective, {}
     for layer in recipe.layers:
         path, module = statistics.topology.resolve(layer, config.module)
-        given = statistics.in_memory(layer)
+        C = statistics.in_memory(layer)
         # _version changes with a tensor's values, a digest with the file
-        source = (given, given._version) if given is not None else (statistics.digests([layer])[str(layer)],)
+        source = (C, C._version) if C is not None else (statistics.digests([layer])[str(layer)],)
         name, *settings = kind.memo(config)
         make = partial(kind.factorization, statistics, layer, config)
         factors = history.memo.get((path, name), (statistics.fingerprint, *source, *settings), make)
@@ -60,8 +60,8 @@ def written_layers(statistics: StatisticsStore, recipe: Recipe, history: History
         weight = f"{path}.weight"
         if weight in history.keys:
             objective.preserve(history.keys[weight])
-        found[layer] = WrittenLayer(weight, module, objective)
-    return found
+        layers[layer] = WrittenLayer(weight, module, objective)
+    return layers
 
 
 class Writer:
@@ -126,8 +126,8 @@ class Writer:
 
     def _add(self, number: int, keys: Tensor, residuals: Tensor, at: Tensor | None) -> None:
         layer = self._layers[number]
-        found = layer.objective.update(keys, residuals)
-        self._write(number, oriented(layer.module, *(found if at is None else moved(found, keys, at))))
+        update = layer.objective.update(keys, residuals)
+        self._write(number, oriented(layer.module, *(update if at is None else moved(update, keys, at))))
 
     @torch.no_grad()
     def _write(self, number: int, update: LowRank) -> None:
@@ -139,13 +139,13 @@ class Writer:
 
     def state(self) -> dict[str, Tensor]:
         """Updates and keys since the last `commit`, by name."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for number, layer in self._layers.items():
             n_updates, n_keys = self._done[number]
             for i, update in enumerate(layer.updates[n_updates:]):
-                found |= {f"{number} left {i}": update.left, f"{number} right {i}": update.right}
-            found |= {f"{number} keys": torch.cat(layer.keys[n_keys:])} if layer.keys[n_keys:] else {}
-        return found
+                tensors |= {f"{number} left {i}": update.left, f"{number} right {i}": update.right}
+            tensors |= {f"{number} keys": torch.cat(layer.keys[n_keys:])} if layer.keys[n_keys:] else {}
+        return tensors
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Write again what `state` returned, to the same bits."""
