@@ -274,9 +274,9 @@ def _check_loaded(network: Any, folder: Path, state: Mapping[str, Tensor]) -> No
         raise ModelError(f"{len(wrong)} weights are not read as the model has them: {listed(wrong)}")
 
 
-def _compare_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
+def _compare_names(names: Iterable[str], wanted: Iterable[str], what: str) -> None:
     """Raise ModelError if names are missing or unexpected."""
-    unexpected, missing = sorted({*found} - {*wanted}), sorted({*wanted} - {*found})
+    unexpected, missing = sorted({*names} - {*wanted}), sorted({*wanted} - {*names})
     problems = [f"lacks {len(missing)} weights of its architecture: {listed(missing)}"] if missing else []
     problems += [f"has {len(unexpected)} that are not of its architecture: {listed(unexpected)}"] if unexpected else []
     if problems:

@@ -73,11 +73,11 @@ def inputs_of(model: Path, deltas: Sequence[Path]) -> dict[str, Path]:
     return arguments.inputs_of(str(model)) | named
 
 
-def _table(found: Sequence[Overlap], names: Sequence[Path]) -> Any:
+def _table(overlapping: Sequence[Overlap], names: Sequence[Path]) -> Any:
     from rich import box
     from rich.table import Table
 
     table = Table("both change", "one", "other", "cosine", box=box.SIMPLE_HEAD)
-    for overlap in found:
+    for overlap in overlapping:
         table.add_row(overlap.path, str(names[overlap.one]), str(names[overlap.other]), f"{overlap.cosine:+.3f}")
     return table

@@ -49,37 +49,37 @@ def check_model(
     typer.echo("this model can be edited")
 
 
-def _rows(found: Topology, check: SelfCheck) -> list[tuple[str, str]]:
+def _rows(parts: Topology, check: SelfCheck) -> list[tuple[str, str]]:
     path, flags = check.path, check.flags
     rows = [
-        ("model", f"{found.name}, {found.n_blocks} blocks ({found.blocks_path})"),
-        ("parts", ", ".join(f"{name} {module}" for name, module in _parts(found, check.layer))),
+        ("model", f"{parts.name}, {parts.n_blocks} blocks ({parts.blocks_path})"),
+        ("parts", ", ".join(f"{name} {module}" for name, module in _parts(parts, check.layer))),
         ("compared with", f"the model's own forward pass, one sample at a time; block {check.layer}"),
         ("logits", f"differ by {check.logits:.1e} of the largest, at most"),
         ("gradient", f"of {path} differs by {check.gradient:.1e} of the largest, at most"),
-        ("samples", "share rows" if flags.of(found).packs else "have a row each"),
+        ("samples", "share rows" if flags.of(parts).packs else "have a row each"),
         ("blocks", "run in parts where that is enough" if flags.runs_in_parts else "run whole"),
         ("memit's targets", "hold the tokens in front" if flags.replays_blocks else "run all tokens in each step"),
     ]
     rows += [("left out", note) for note in check.notes]
     from fastedit.methods import METHODS
 
-    return rows + [(method, _applies(found, method)) for method in METHODS]
+    return rows + [(method, _applies(parts, method)) for method in METHODS]
 
 
-def _parts(found: Topology, layer: int) -> list[tuple[str, str]]:
+def _parts(parts: Topology, layer: int) -> list[tuple[str, str]]:
     """The short names of a block's parts, and their paths in the block."""
-    parts = []
+    named_paths = []
     for name in ("attn", "mlp", "gate_proj", "up_proj", "down_proj"):
         try:
-            path, _ = found.resolve(layer, name)
+            path, _ = parts.resolve(layer, name)
         except ModelError:
             continue
-        parts.append((name, path.removeprefix(f"{found.blocks_path}.{layer}.")))
-    return parts
+        named_paths.append((name, path.removeprefix(f"{parts.blocks_path}.{layer}.")))
+    return named_paths
 
 
-def _applies(found: Topology, method: str) -> str:
+def _applies(parts: Topology, method: str) -> str:
     """Where a method edits the model with its defaults, or why it cannot."""
     from fastedit.methods import METHODS
     from fastedit.methods.locate_then_edit.recipes import resolve
@@ -90,15 +90,15 @@ def _applies(found: Topology, method: str) -> str:
     chosen = METHODS[method]
     try:
         if chosen.recipe is None:
-            preset, published = locft_bf_preset(found)
-            spread = not published and reads_facts(found)
-            layers = locate_then_edit_preset(found)[0].layers if spread else (preset.layer,)
+            preset, published = locft_bf_preset(parts)
+            spread = not published and reads_facts(parts)
+            layers = locate_then_edit_preset(parts)[0].layers if spread else (preset.layer,)
             module = "down_proj" if spread else preset.module
         else:
-            recipe = resolve(found, chosen.config(), chosen.recipe)
+            recipe = resolve(parts, chosen.config(), chosen.recipe)
             layers, module = tuple(recipe.layers), recipe.config.module
-        check_plain(found.model, (found.resolve(layer, module)[0] for layer in layers))
-        paths = [found.resolve(layer, module)[0] for layer in layers]
+        check_plain(parts.model, (parts.resolve(layer, module)[0] for layer in layers))
+        paths = [parts.resolve(layer, module)[0] for layer in layers]
     except FastEditError as error:
         return f"not with its defaults: {error}"
     return f"edits {', '.join(paths)}"

@@ -144,10 +144,10 @@ def _told_how_to_go_on(topology: Topology, folder: Path, layers: Sequence[int], 
         raise FileError(folder, text) from error
 
 
-def _tell_doubling(found: Doubling) -> None:
+def _tell_doubling(doubling: Doubling) -> None:
     typer.echo(
-        f"{found.tokens} tokens: twice the text changed C by {found.change:.2%}, its leading directions by "
-        f"{found.subspace:.2%}",
+        f"{doubling.tokens} tokens: twice the text changed C by {doubling.change:.2%}, its leading directions by "
+        f"{doubling.subspace:.2%}",
         err=True,
     )
 

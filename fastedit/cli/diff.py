@@ -66,16 +66,16 @@ def diff(
 
 
 def _write(
-    a: Checkpoint, b: Checkpoint, found: list[Difference], updates: dict[str, Update], output: Path, undone: Path
+    a: Checkpoint, b: Checkpoint, differing: list[Difference], updates: dict[str, Update], output: Path, undone: Path
 ) -> None:
     """Write the delta and its undo file. Raises ModelError if nothing differs, or differing weights are not finite."""
     from fastedit.delta import WeightDelta, versions
     from fastedit.undo import Undo
 
     stale = f"; what is in {output} is older" if output.exists() else ""
-    if not found:
+    if not differing:
         raise ModelError(f"{a.folder} and {b.folder} have the same weights, so no delta was written{stale}")
-    if broken := [f"{each.path} ({each.broken})" for each in found if each.broken]:
+    if broken := [f"{each.path} ({each.broken})" for each in differing if each.broken]:
         raise ModelError(
             f"{len(broken)} parameters differ in weights that are NaN or infinite, which no delta can add: "
             f"{listed(broken)}; no delta was written{stale}"
@@ -100,13 +100,13 @@ def _rank(difference: Difference, update: Tensor) -> str:
     return "> 256" if rank is None else str(rank)
 
 
-def _show(found: list[Difference], ranks: list[str]) -> None:
+def _show(differing: list[Difference], ranks: list[str]) -> None:
     from rich import box
     from rich.table import Table
 
-    more = f"and {len(found) - _SHOWN} more" if len(found) > _SHOWN else None
+    more = f"and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else None
     table = Table("parameter", "weights that differ", "relative", "largest", "rank", box=box.SIMPLE_HEAD, caption=more)
-    for difference, rank in zip(found[:_SHOWN], [*ranks, *[""] * _SHOWN], strict=False):
+    for difference, rank in zip(differing[:_SHOWN], [*ranks, *[""] * _SHOWN], strict=False):
         share, relative = f"{difference.changed:.1%}", f"{difference.relative:.2e}"
         broken = f", {difference.broken} not finite" if difference.broken else ""
         table.add_row(difference.path, share, relative, f"{difference.largest:.2e}{broken}", rank)

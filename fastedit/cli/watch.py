@@ -61,22 +61,22 @@ class _Job:
             self.seen, self.news = status, time.monotonic() - age
         self._judge(status)
 
-    def _judge(self, found: dict[str, Any]) -> None:
-        quiet, still = time.monotonic() - self.news, found["updated"] - found["moved"]
-        self.kind = found["state"]
+    def _judge(self, status: dict[str, Any]) -> None:
+        quiet, still = time.monotonic() - self.news, status["updated"] - status["moved"]
+        self.kind = status["state"]
         if self.kind == "ended":
-            self.says = f"ended; written to {found['output']}"
+            self.says = f"ended; written to {status['output']}"
         elif self.kind == "failed":
-            self.says = f"failed: {found['error']}; {self._how_to_go_on(found)}"
+            self.says = f"failed: {status['error']}; {self._how_to_go_on(status)}"
         elif quiet > self.silent:
             self.kind = "silent"
-            self.says = f"no news for {clock(quiet)}; was it killed? {self._how_to_go_on(found)}"
+            self.says = f"no news for {clock(quiet)}; was it killed? {self._how_to_go_on(status)}"
         else:
-            self.says = f"running for {clock(found['updated'] - found['began'])}"
+            self.says = f"running for {clock(status['updated'] - status['began'])}"
             self.says += f", without progress for {clock(still)}" if still > self.silent else ""
 
-    def _how_to_go_on(self, found: dict[str, Any]) -> str:
-        return f"fastedit edit --resume {self.folder} {'continues it' if found['saved'] else 'starts it again'}"
+    def _how_to_go_on(self, status: dict[str, Any]) -> str:
+        return f"fastedit edit --resume {self.folder} {'continues it' if status['saved'] else 'starts it again'}"
 
     def _judge_gone(self, path: Path) -> None:
         """Judge an edit without a status: that is removed with the state, after success or if there is no state."""

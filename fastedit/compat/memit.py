@@ -116,20 +116,20 @@ def apply_emmet_to_model(
     return edited.model, edited.weights_copy(return_orig_weights), _distances(edited)
 
 
-def _distances(found: Edited) -> dict[str, Any]:
-    parameters, distances = dict(found.parts.network.named_parameters()), {}
-    for layer, path in zip(found.result.config["layers"], found.paths, strict=True):
+def _distances(edited: Edited) -> dict[str, Any]:
+    parameters, distances = dict(edited.parts.network.named_parameters()), {}
+    for layer, path in zip(edited.result.config["layers"], edited.paths, strict=True):
         weight = f"{path}.weight"
-        update = found.result.updates[weight]
+        update = edited.result.updates[weight]
         size = float((update.dense() if isinstance(update, LowRank) else update).norm())
-        norms = {"layer_ks_norm": float(found.result.keys[weight].norm(dim=1).mean()), "inside_update_norm": size}
+        norms = {"layer_ks_norm": float(edited.result.keys[weight].norm(dim=1).mean()), "inside_update_norm": size}
         distances[str(layer)] = {
             "preservation_distance": None,
             "new_edit_distance": None,
             "old_edit_distance": None,
             "delta_norm": size,
             "new_weights_norm": float(parameters[weight].detach().norm()),
-            "original_weights_norm": float(found.result.originals[weight].norm()),
+            "original_weights_norm": float(edited.result.originals[weight].norm()),
             "inside_norms": dict.fromkeys(_NORMS) | norms,
         }
     return distances

@@ -59,7 +59,7 @@ def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:
         FileError: from the function: a file does not hold a target of the model's width, or cannot be written.
     """
 
-    def found(batch: Batch, recipe: Recipe) -> Targets:
+    def load_or_find(batch: Batch, recipe: Recipe) -> Targets:
         files = [Path(str(template).format(recipe.z_layer, clamp, edit.id)) for edit in batch.edits]
         new = [i for i, file in enumerate(files) if not file.exists()]
         width, device = batch.model.topology.hidden_size, batch.model.device
@@ -79,7 +79,7 @@ def stored_targets(template: str | Path, clamp: Any, find: Find) -> Find:
         dropped = tuple(new[i] for i in fresh.dropped)
         return Targets(z, targets.h0, targets.loss, targets.probability, targets.steps, dropped, fresh.lr, fresh.notes)
 
-    return found
+    return load_or_find
 
 
 def _load(path: Path, width: int) -> Tensor:

@@ -98,20 +98,20 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _save(path: Path, found: Predictions) -> None:
-    predictions = [answers[kind] for answers in found.answers for kind in KINDS]
+def _save(path: Path, predictions: Predictions) -> None:
+    groups = [answers[kind] for answers in predictions.answers for kind in KINDS]
     firsts = {
-        id(p.first): p.first for group in predictions for p in group if p.first is not None
+        id(p.first): p.first for group in groups for p in group if p.first is not None
     }  # equal questions share it
     places = {key: place for place, key in enumerate(firsts)}
-    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in group] for group in predictions]
+    rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in group] for group in groups]
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     tensors = {"answers": content} | ({"first": torch.stack([*firsts.values()])} if firsts else {})
     if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(path, tensors, _TAG, {"perplexity": found.perplexity}, _WHAT)
+        save_tensors(path, tensors, _TAG, {"perplexity": predictions.perplexity}, _WHAT)
         for old in sorted(path.parent.glob("*.safetensors"), key=lambda p: -p.stat().st_mtime)[_FILES:]:
             old.unlink(missing_ok=True)
     except (OSError, FileError) as error:

@@ -223,13 +223,15 @@ class Check:
             about: other entries of the report.
         """
         n = len(self.edits)
-        own, old = ((found and replace(found, answers=found.answers[:n])) for found in (after, before))
+        own, old = (
+            (predictions and replace(predictions, answers=predictions.answers[:n])) for predictions in (after, before)
+        )
         assert own is not None
         report = compare(self.edits, own, old, of=self.of)
         probed = self._probed(after.answers[n:])
         unedited = None if before is None else self._probed(before.answers[n:])
-        found = [self._measured(name, report, probed, unedited, before is not None) for name in _MEASURES]
-        found += _of_tasks(*tasks, {*(bounds or {})})
+        measures = [self._measured(name, report, probed, unedited, before is not None) for name in _MEASURES]
+        measures += _of_tasks(*tasks, {*(bounds or {})})
         rows = [
             {
                 **{name: row[name] for name in ("id", "prompt", "target", "generated")},
@@ -238,7 +240,7 @@ class Check:
             }
             for row, more in zip(report.rows, probed, strict=True)
         ]
-        bounded = [replace(m, bound=(bounds or {}).get(m.name)) for m in found]
+        bounded = [replace(m, bound=(bounds or {}).get(m.name)) for m in measures]
         text = "written by the model" if self.own_text else "given"
         return CheckReport(bounded, rows, {**(about or {}), "text": text}, self.of)
 

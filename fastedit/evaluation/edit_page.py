@@ -175,12 +175,12 @@ def _neighbour(prompt: str, one: Mapping[str, Any]) -> str:
     )
 
 
-def _conflict(found: Mapping[str, Any]) -> str:
+def _conflict(conflict: Mapping[str, Any]) -> str:
     targets = "; ".join(
         f"{quoted(target['target'])} (id {quoted(', '.join(map(str, target['ids'])))})"
-        for target in found["targets"][:20]
+        for target in conflict["targets"][:20]
     )
-    return f'<li>{quoted(found["prompt"])}<br><span class="faint">targets:</span> {targets}</li>'
+    return f'<li>{quoted(conflict["prompt"])}<br><span class="faint">targets:</span> {targets}</li>'
 
 
 def _unlearned(one: Mapping[str, Any]) -> str:

@@ -256,8 +256,8 @@ def _over_rows(rows: Sequence[Mapping[str, Any]], summary: Callable[[list[float 
     return result
 
 
-def _average(rows: Sequence[Mapping[str, Any]], found: Predictions) -> dict[str, Any]:
+def _average(rows: Sequence[Mapping[str, Any]], predictions: Predictions) -> dict[str, Any]:
     result = _over_rows(rows, mean)
     es, ps, ns = (result[name] for name in _PREFERENCES)
     score = None if None in (es, ps, ns) else 3 / (1 / es + 1 / ps + 1 / ns) if es * ps * ns else 0.0
-    return result | {"score": score, "perplexity": found.perplexity}
+    return result | {"score": score, "perplexity": predictions.perplexity}

@@ -223,11 +223,13 @@ class Search:
         self._about = {"model": fingerprint(model.network), "search": sha256(description.encode()).hexdigest()[:32]}
         self.trials = self._read()
 
-    def run(self, progress: Progress = no_progress, found: Callable[[TuneReport], None] = lambda _: None) -> TuneReport:
+    def run(
+        self, progress: Progress = no_progress, on_trial: Callable[[TuneReport], None] = lambda _: None
+    ) -> TuneReport:
         """Try configurations until the budget is used up, or until none of the best one's neighbours is better.
 
         Args:
-            found: called after each trial with the report so far.
+            on_trial: called after each trial with the report so far.
 
         Raises:
             EditError: all trials failed.
@@ -249,7 +251,7 @@ class Search:
                 self._keep(trial)
             self.trials.append(trial)
             progress("tune", len(self.trials), int(min(self._limit, len(self.trials) + 1)))
-            found(TuneReport([*self.trials], False))
+            on_trial(TuneReport([*self.trials], False))
         report = TuneReport(self.trials, finished)
         if report.best.error:
             raise EditError(f"no trial could be made: {report.best.error}")

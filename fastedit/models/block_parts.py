@@ -75,11 +75,11 @@ def _with_router(parts: dict[str, nn.Module], others: list[nn.Module], experts: 
     return BlockParts(parts | {"mlp": mlp} | named, maps, experts)
 
 
-def _named(found: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module] | None:
+def _named(linear_maps: dict[str, nn.Module], hidden_size: int) -> dict[str, nn.Module] | None:
     """The short names of an MLP's linear maps; None if these are not the maps of an MLP."""
-    down_name, down = list(found.items())[-1]
+    down_name, down = list(linear_maps.items())[-1]
     inner, width = widths(down)
-    ups = {name: module for name, module in found.items() if name != down_name}
+    ups = {name: module for name, module in linear_maps.items() if name != down_name}
     if width != hidden_size or any(widths(up)[0] != width for up in ups.values()):
         return None
     if len(ups) != 1:  # with equal shapes, only exact names tell the gate from the up projection

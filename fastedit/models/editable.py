@@ -19,7 +19,7 @@ _OUTSIDE = (
 )
 
 
-def check_editable(found: Topology) -> None:
+def check_editable(topology: Topology) -> None:
     """Check that this package can edit the weights: they are whole, on one device, and in floating point.
 
     Linear maps of the blocks may be quantized, unless they are to be edited (`quantized.check_plain`). Weights may be
@@ -29,11 +29,11 @@ def check_editable(found: Topology) -> None:
         ModelError: other weights are quantized, or weights are sharded, never loaded or on several devices; names the
             parameter.
     """
-    parameters = dict(found.model.named_parameters())
-    frozen = {id(p) for module in found.blocks.modules() if is_quantized(module) for p in module.parameters()}
-    offloaded = offloaded_parameters(found.model)
+    parameters = dict(topology.model.named_parameters())
+    frozen = {id(p) for module in topology.blocks.modules() if is_quantized(module) for p in module.parameters()}
+    offloaded = offloaded_parameters(topology.model)
     first, device = next(
-        ((path, p.device) for path, p in parameters.items() if id(p) not in offloaded), ("", found.device)
+        ((path, p.device) for path, p in parameters.items() if id(p) not in offloaded), ("", topology.device)
     )
     for path, parameter in parameters.items():
         if parameter.dtype not in EDITABLE and id(parameter) not in frozen:
@@ -46,18 +46,18 @@ def check_editable(found: Topology) -> None:
             raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
         if parameter.device != device:
             raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
-    if is_quantized(found.head):
-        raise ModelError(f"the head to the vocabulary, a {type(found.head).__name__}, is quantized; {_OUTSIDE}")
-    for path, module in found.blocks.named_modules():
+    if is_quantized(topology.head):
+        raise ModelError(f"the head to the vocabulary, a {type(topology.head).__name__}, is quantized; {_OUTSIDE}")
+    for path, module in topology.blocks.named_modules():
         if type(module) is nn.Linear and module.weight.shape != (module.out_features, module.in_features):
             expected = (module.out_features, module.in_features)
             raise ModelError(
-                f"{found.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it is "
-                "quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
+                f"{topology.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it "
+                "is quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
             )
 
 
-def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
+def check_own(topology: Topology, layers: Iterable[int], module: str) -> None:
     """See that the weights of what ``module`` names in these blocks are parameters, and of no other block.
 
     One that is made of other tensors, as by weight_norm or pruning, is made anew in each pass, without the edit. An
@@ -66,7 +66,7 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
     Raises:
         ModelError: names the weights that are not parameters, or the parameter and the other block.
     """
-    resolved = {layer: found.resolve(layer, module) for layer in layers}
+    resolved = {layer: topology.resolve(layer, module) for layer in layers}
     if made := [path for path_and_module in resolved.values() for path in _no_parameters(*path_and_module)]:
         raise ModelError(
             f"{len(made)} weights to edit are not parameters: {listed(made)}. They are made of other tensors, or are "
@@ -74,7 +74,7 @@ def check_own(found: Topology, layers: Iterable[int], module: str) -> None:
             "or remove_weight_norm"
         )
     owners: dict[int, list[int]] = {}
-    for i, block in enumerate(found.blocks):
+    for i, block in enumerate(topology.blocks):
         for parameter in block.parameters():
             owners.setdefault(id(parameter), []).append(i)
     for layer, (path, edited) in resolved.items():

@@ -177,14 +177,14 @@ def _random_rows(width: int, device: torch.device, dtype: torch.dtype) -> Tensor
     return (x * torch.logspace(-3, 0.5, _ROWS)[:, None]).to(device, dtype)
 
 
-def _same(found: _Lookalike, x: Tensor) -> Forward | str:
+def _same(lookalike: _Lookalike, x: Tensor) -> Forward | str:
     """The first candidate that computes the same as the module, within rounding; or why there is none."""
-    kind: Any = type(found.module)
-    if "forward" in vars(found.module) or not _takes_only_input(kind):
+    kind: Any = type(lookalike.module)
+    if "forward" in vars(lookalike.module) or not _takes_only_input(kind):
         return "that was replaced, or takes more than rows"
     try:
-        wanted = _with_gradient(found.own, x)
-        for candidate in found.candidates:
+        wanted = _with_gradient(lookalike.own, x)
+        for candidate in lookalike.candidates:
             if _close(*_with_gradient(candidate, x), *wanted):
                 return candidate
     except torch.OutOfMemoryError:

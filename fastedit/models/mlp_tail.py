@@ -33,14 +33,14 @@ class MLPTail:
     eps: float = 0.0
 
     @classmethod
-    def of(cls, found: Topology, layer: int) -> MLPTail | None:
+    def of(cls, topology: Topology, layer: int) -> MLPTail | None:
         """The tail of a block's MLP; None if it is none of these, or a norm stands after the sum."""
-        first, down = found.block(0), found.resolve(0, "down_proj")[1]
-        norms = _readers(found, down)
+        first, down = topology.block(0), topology.resolve(0, "down_proj")[1]
+        norms = _readers(topology, down)
         if len(norms) > 1:
             return None
-        factor = _factor(found, first.get_submodule(norms[0]) if norms else down)
-        norm = _measured(found, found.block(layer).get_submodule(norms[0])) if norms else (None, 0.0)
+        factor = _factor(topology, first.get_submodule(norms[0]) if norms else down)
+        norm = _measured(topology, topology.block(layer).get_submodule(norms[0])) if norms else (None, 0.0)
         return None if factor is None or norm is None else cls(factor, *norm)
 
     @property
@@ -85,9 +85,9 @@ def _nearest(gain: Tensor, target: Tensor, size: Tensor) -> Tensor:
     return u * size / _rms(u)
 
 
-def _readers(found: Topology, down: nn.Module) -> list[str]:
+def _readers(topology: Topology, down: nn.Module) -> list[str]:
     """Names in a block of the modules that make something else of `down_proj`'s output. Measured in block 0."""
-    block, readers, written = found.block(0), list[str](), list[Tensor]()
+    block, readers, written = topology.block(0), list[str](), list[Tensor]()
     names = {module: name for name, module in block.named_modules() if module is not block}
 
     def ran(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -99,35 +99,35 @@ def _readers(found: Topology, down: nn.Module) -> list[str]:
                 readers.append(names[module])
 
     with hooked([module.register_forward_hook(ran) for module in names]):
-        _first_output(found)
+        _first_output(topology)
     return readers
 
 
-def _factor(found: Topology, module: nn.Module) -> float | None:
+def _factor(topology: Topology, module: nn.Module) -> float | None:
     """The factor by which a change of a module's output changes that of block 0; None if it is not one factor."""
-    before = _first_output(found)
-    shift = before.new_ones(found.hidden_size) * before.square().mean().sqrt()
+    before = _first_output(topology)
+    shift = before.new_ones(topology.hidden_size) * before.square().mean().sqrt()
     shift[::2] *= -1
     with hooked([module.register_forward_hook(lambda _, __, y: y + shift.to(y.dtype))]):
-        moved = _first_output(found) - before
+        moved = _first_output(topology) - before
     factor = float((moved * shift).mean() / shift.square().mean())
     return factor if (moved - factor * shift).norm() < 0.1 * (moved + factor * shift).norm() else None
 
 
-def _first_output(found: Topology) -> Tensor:
+def _first_output(topology: Topology) -> Tensor:
     """The output of block 0 for a token, in fp32."""
-    output = found.first_block([found.config.vocab_size // 4])
-    hidden: Tensor = output[0] if found.blocks_return_tuples else output
+    output = topology.first_block([topology.config.vocab_size // 4])
+    hidden: Tensor = output[0] if topology.blocks_return_tuples else output
     return hidden.float()
 
 
 @torch.no_grad()
-def _measured(found: Topology, norm: nn.Module) -> tuple[Tensor, float] | None:
+def _measured(topology: Topology, norm: nn.Module) -> tuple[Tensor, float] | None:
     """The weight [h] and the eps of an RMS norm; None if the module computes something else."""
     weight = next(norm.parameters(), None)
     if weight is None:
         return None
-    channel = torch.arange(1, found.hidden_size + 1, device=found.device)  # an offloaded weight is on none
+    channel = torch.arange(1, topology.hidden_size + 1, device=topology.device)  # an offloaded weight is on none
     one, other = ((2 + torch.cos(channel * step)).to(weight.dtype) for step in (1.0, 0.37))
     gain, again, small = (norm(x[None, None])[0, 0].float() / x.float() for x in (one, other, one * 1e-3))
     gain, again = gain * _rms(one.float()), again * _rms(other.float())

@@ -58,10 +58,10 @@ class Flags:
     runs_in_parts: bool = True
     replays_blocks: bool = True
 
-    def of(self, found: Topology) -> Topology:
+    def of(self, topology: Topology) -> Topology:
         """The topology with these flags."""
         return replace(
-            found,
+            topology,
             shares_rows=self.shares_rows,
             runs_in_parts=self.runs_in_parts,
             replays_blocks=self.replays_blocks,
@@ -110,37 +110,42 @@ class _DiffersError(Exception):
 _known: dict[tuple[str, ...], SelfCheck] = {}
 
 
-def checked(found: Topology) -> Topology:
+def checked(topology: Topology) -> Topology:
     """The topology with what a pass may do; measured unless the model's type is in `VERIFIED` and nothing was changed.
 
     Raises:
         ModelError: this package computes other numbers than the model; says which.
     """
     # encoders of a listed type have these fields
-    sees_ahead = getattr(found.config, "use_bidirectional_attention", False) or not getattr(
-        found.config, "is_causal", True
+    sees_ahead = getattr(topology.config, "use_bidirectional_attention", False) or not getattr(
+        topology.config, "is_causal", True
     )
-    if found.config.model_type in VERIFIED and not sees_ahead and _unchanged(found) and not has_quantized(found.model):
-        return found
-    check = self_check(found)
+    if (
+        topology.config.model_type in VERIFIED
+        and not sees_ahead
+        and _unchanged(topology)
+        and not has_quantized(topology.model)
+    ):
+        return topology
+    check = self_check(topology)
     if check.problem is not None:
         raise ModelError(check.problem)
-    return check.flags.of(found)
+    return check.flags.of(topology)
 
 
-def _unchanged(found: Topology) -> bool:
+def _unchanged(topology: Topology) -> bool:
     """Whether a model's modules are of torch and transformers, with the `forward` of their class and without hooks."""
     return all(
         type(module).__module__.partition(".")[0] in ("torch", "transformers")
         and own_forward(module) is None
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        for module in found.model.modules()
+        for module in topology.model.modules()
     )
 
 
 @plain_state
-def self_check(found: Topology) -> SelfCheck:
+def self_check(topology: Topology) -> SelfCheck:
     """Measure a model, once per process for the same weights in the same dtype on the same device.
 
     One with other modules or hooks than its type says is measured each time.
@@ -148,32 +153,32 @@ def self_check(found: Topology) -> SelfCheck:
     Raises:
         ModelError: no block has a matrix to edit; this package cannot edit the weights.
     """
-    dtype = next(found.backbone.parameters()).dtype
-    config = found.config  # the same weights with another config are another model
+    dtype = next(topology.backbone.parameters()).dtype
+    config = topology.config  # the same weights with another config are another model
     key = (
-        fingerprint(found.model),
+        fingerprint(topology.model),
         config.to_json_string(),
         str(dtype),
-        str(found.device),
+        str(topology.device),
         str(config._attn_implementation),
     )
-    known = _known if _unchanged(found) else {}
+    known = _known if _unchanged(topology) else {}
     if key not in known:
         with torch.inference_mode(False), torch.enable_grad():
-            known[key] = _measure(found)
+            known[key] = _measure(topology)
     return known[key]
 
 
-def _measure(found: Topology) -> SelfCheck:
-    layer, path, module = _place(found)
-    samples = _samples(found)
+def _measure(topology: Topology) -> SelfCheck:
+    layer, path, module = _place(topology)
+    samples = _samples(topology)
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    with only_trainable(found.model, [weight]):
-        own = _own(found, samples, weight)
+    with only_trainable(topology.model, [weight]):
+        own = _own(topology, samples, weight)
         notes: list[str] = []
         for shared, parts in product((True, False), repeat=2):
             flags = Flags(shared, parts)
-            candidate = flags.of(found)
+            candidate = flags.of(topology)
             if shared and not candidate.packs:
                 continue  # known without a pass
             numbers = _Numbers(candidate, samples, layer, module, own)
@@ -186,7 +191,7 @@ def _measure(found: Topology) -> SelfCheck:
             if no_replay := replayed.problem(replayed.compare_replayed):
                 flags = replace(flags, replays_blocks=False)
                 notes.append(f"blocks replayed: {no_replay}")
-    problem = f"{found.name} cannot be edited: {why}" if why else None
+    problem = f"{topology.name} cannot be edited: {why}" if why else None
     return SelfCheck(layer, path, flags, numbers.logits, numbers.gradient, problem, tuple(notes))
 
 
@@ -259,13 +264,13 @@ class _Numbers:
             raise _DiffersError(f"{what} {verb} by {difference:.2g} of the largest from the model's own")
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def _difference(actual: Tensor, wanted: Tensor) -> float:
     """The largest difference as a share of the largest value."""
-    apart, size = (found.detach().float() - wanted.float()).abs().max(), wanted.abs().max().float()
+    apart, size = (actual.detach().float() - wanted.float()).abs().max(), wanted.abs().max().float()
     return float(apart / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
+def _own(topology: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
     """Run the model's own forward pass, one sample at a time.
 
     Raises:
@@ -273,60 +278,62 @@ def _own(found: Topology, samples: Samples, weight: nn.Parameter) -> _Own:
     """
     outputs, gradient = [], torch.zeros_like(weight, dtype=torch.float32)
     for i, start in enumerate(samples.target_start.tolist()):
-        ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].to(found.device)
-        with eval_mode(found.model):
-            output: Any = found.model(input_ids=ids[None, :-1], use_cache=False)
+        ids = samples.input_ids[samples.offsets[i] : samples.offsets[i + 1]].to(topology.device)
+        with eval_mode(topology.model):
+            output: Any = topology.model(input_ids=ids[None, :-1], use_cache=False)
         logits: Tensor = output.logits[0, start - 1 :].float()
         (sample_gradient,) = torch.autograd.grad(cross_entropy(logits, ids[start:], reduction="sum"), [weight])
         gradient += sample_gradient.float()
         outputs.append(logits.detach())
     # quantized maps round in their own way, which may depend on other rows: allow for bf16
-    dtype = torch.bfloat16 if has_quantized(found.model) else weight.dtype
+    dtype = torch.bfloat16 if has_quantized(topology.model) else weight.dtype
     own = _Own(torch.cat(outputs), gradient, dtype)
     if not (own.logits.isfinite().all() and gradient.isfinite().all()):
-        raise ModelError(f"{found.name} cannot be edited: its logits of random tokens are not finite")
-    if _sees_ahead(found, samples.input_ids[: samples.offsets[1]].to(found.device)):
-        raise ModelError(f"{found.name} cannot be edited: its predictions depend on later tokens; it is an encoder")
+        raise ModelError(f"{topology.name} cannot be edited: its logits of random tokens are not finite")
+    if _sees_ahead(topology, samples.input_ids[: samples.offsets[1]].to(topology.device)):
+        raise ModelError(f"{topology.name} cannot be edited: its predictions depend on later tokens; it is an encoder")
     return own
 
 
 @torch.no_grad()
-def _sees_ahead(found: Topology, ids: Tensor) -> bool:
+def _sees_ahead(topology: Topology, ids: Tensor) -> bool:
     """Whether another last token changes the predictions at those before it."""
     other = torch.cat([ids[:-1], ids[:1]])
-    with eval_mode(found.model):
-        one, two = (found.model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, other))
+    with eval_mode(topology.model):
+        one, two = (topology.model(input_ids=row[None], use_cache=False).logits[0, :-1] for row in (ids, other))
     return _difference(one, two) > math.sqrt(torch.finfo(one.dtype).eps)
 
 
-def _samples(found: Topology) -> Samples:
+def _samples(topology: Topology) -> Samples:
     """Random samples of a few tokens; half of each is the target."""
-    lengths = torch.tensor([min(n, found.context_length) for n in _LENGTHS])
-    embedding: Any = found.model.get_input_embeddings()  # type: ignore[operator]
-    vocabulary = min(found.config.vocab_size, len(embedding.weight))
+    lengths = torch.tensor([min(n, topology.context_length) for n in _LENGTHS])
+    embedding: Any = topology.model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = min(topology.config.vocab_size, len(embedding.weight))
     ids = torch.randint(vocabulary, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     return Samples(ids, offsets, (lengths // 2).clamp(min=1))
 
 
-def _place(found: Topology) -> tuple[int, str, nn.Module]:
+def _place(topology: Topology) -> tuple[int, str, nn.Module]:
     """A block at a quarter of the depth, or the next one that fits, and its MLP's last matrix, else its attention's.
 
     Raises:
         ModelError: no block has such a matrix.
     """
-    paths = {module: path for path, module in found.model.named_modules()}
+    paths = {module: path for path, module in topology.model.named_modules()}
     quantized: list[str] = []
-    first = min(max(1, found.n_blocks // 4), found.n_blocks - 1)
-    if (offloaded := offloaded_prefix(found.blocks)) > first:  # a gradient needs the weights above it
-        first = min(offloaded, max(found.n_blocks - 2, 0))
-        load_weights(found.blocks[first:])
-    for layer in (*range(first, found.n_blocks), *range(first)):
+    first = min(max(1, topology.n_blocks // 4), topology.n_blocks - 1)
+    if (offloaded := offloaded_prefix(topology.blocks)) > first:  # a gradient needs the weights above it
+        first = min(offloaded, max(topology.n_blocks - 2, 0))
+        load_weights(topology.blocks[first:])
+    for layer in (*range(first, topology.n_blocks), *range(first)):
         writers = [
-            m for m in found.writers(layer) if not holds_experts(m) and (is_quantized(m) or "weight" in m._parameters)
+            m
+            for m in topology.writers(layer)
+            if not holds_experts(m) and (is_quantized(m) or "weight" in m._parameters)
         ]
         quantized += [paths[module] for module in writers if is_quantized(module)]
         if plain := [module for module in writers if not is_quantized(module)]:
             return layer, paths[plain[0]], plain[0]
-    check_plain(found.model, quantized[:1])
-    raise ModelError(f"{found.name} cannot be edited: no block has a projection to the model's width")
+    check_plain(topology.model, quantized[:1])
+    raise ModelError(f"{topology.name} cannot be edited: no block has a projection to the model's width")
