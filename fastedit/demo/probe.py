@@ -71,9 +71,9 @@ def all_questions(world: World) -> dict[str, list[tuple[str, str]]]:
 def answers(model: Model, questions: Sequence[tuple[str, str]]) -> tuple[float, float]:
     """Share of questions answered by greedy generation, and the median probability of the true answer."""
     asked = [EditRequest(prompt=q, target=a) for q, a in questions]
-    found = [p["rewrite"][0] for p in predict(model, asked, kinds=("rewrite",)).answers]
-    probability = torch.tensor([p.logp * len(p.argmax) for p in found]).exp().median()
-    return sum(bool(p.matches) for p in found) / len(found), float(probability)
+    probes = [p["rewrite"][0] for p in predict(model, asked, kinds=("rewrite",)).answers]
+    probability = torch.tensor([p.logp * len(p.argmax) for p in probes]).exp().median()
+    return sum(bool(p.matches) for p in probes) / len(probes), float(probability)
 
 
 def intervene(
@@ -213,17 +213,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=500, help="facts to change; asked: 10 n, traced: n / 5")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    found = Model.of(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), tokenizer)
+    parts = Model.of(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), tokenizer)
     facts = probes(World(), tokenizer, args.n)
     print("questions           greedy generation  median P(answer)")
     for name, questions in all_questions(World()).items():
-        answered, probability = answers(found, Draw("probe").shuffled(questions)[: 10 * args.n])
+        answered, probability = answers(parts, Draw("probe").shuffled(questions)[: 10 * args.n])
         print(f"{name:18}  {answered:17.4f}  {probability:16.3f}")
     print("block  share of facts turned (P(target) > 0.9)  median P(target)")
-    for block in range(found.topology.n_blocks - 1):
-        p = intervene(found, facts, block)
+    for block in range(parts.topology.n_blocks - 1):
+        p = intervene(parts, facts, block)
         print(f"{block:5d}  {(p > 0.9).float().mean():38.3f}  {p.median():16.3f}")
-    trace = causal_trace(found, facts[: args.n // 5])
+    trace = causal_trace(parts, facts[: args.n // 5])
     print(f"causal trace: clean {trace['clean']:.3f}, corrupted {trace['corrupted']:.3f}")
     for part in PARTS:
         print(f"{part:>16}  " + " ".join(f"{p:.2f}" for p in trace[part].tolist()))

@@ -44,12 +44,12 @@ def smaller_in_parts(maps: Mapping[str, nn.Linear | Conv1D], tokens: int) -> dic
 
     Processes exchange a gradient in fp32, and its parts in the model's dtype.
     """
-    found = {}
+    smaller = {}
     for path, module in maps.items():
         size = tokens * sum(module.weight.shape) * module.weight.element_size()
         if size < 4 * module.weight.numel():
-            found[path] = module
-    return found
+            smaller[path] = module
+    return smaller
 
 
 @contextmanager
@@ -183,7 +183,7 @@ class Adam:
         for path, rows in self._gradients.items():
             shape, like = self._stored[path][0].shape, self._parameters[path]
             parts = list(zip(*rows, strict=True)) or [(like.new_zeros(0, size),) for size in shape]
-            grads, inputs = (parallel.joined_rows(torch.cat(some)) for some in parts)
+            grads, inputs = (parallel.joined_rows(torch.cat(tensors)) for tensors in parts)
             self._gradients[path] = [(grads, inputs)]
         for path, master in self._masters.items():
             if path not in self._stored:
@@ -192,13 +192,13 @@ class Adam:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and steps by name; the tensors are not copies."""
-        found = {"steps": self._steps}
+        state = {"steps": self._steps}
         for path, (_, m, v, *_) in self._stored.items():
-            found |= {f"exp_avg {path}": m, f"exp_avg_sq {path}": v}
+            state |= {f"exp_avg {path}": m, f"exp_avg_sq {path}": v}
         if self._rest is not None:
             for path, master in self._masters.items():
-                found |= {f"{name} {path}": x for name, x in self._rest.state.get(master, {}).items()}
-        return found
+                state |= {f"{name} {path}": x for name, x in self._rest.state.get(master, {}).items()}
+        return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned."""

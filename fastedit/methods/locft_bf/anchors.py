@@ -111,10 +111,10 @@ class Reference:
         reference's probabilities. The gradient overwrites the logits, fp32.
         """
         tokens, logp = self.tokens[places], self.logp[places]  # [Q, k]
-        found = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
-        p, q = logp.exp(), found.exp()
-        rest, rest_q = ((1 - x.sum(-1)).clamp(min=1e-8) for x in (p, q))  # [Q]
-        loss = (p * (logp - found)).sum(-1) + rest * (rest / rest_q).log()
+        logq = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+        p, q = logp.exp(), logq.exp()
+        others_p, others_q = ((1 - x.sum(-1)).clamp(min=1e-8) for x in (p, q))  # [Q]
+        loss = (p * (logp - logq)).sum(-1) + others_p * (others_p / others_q).log()
         gradient = torch.softmax(logits, -1, out=logits)
-        gradient *= (1 - rest / rest_q)[:, None]
+        gradient *= (1 - others_p / others_q)[:, None]
         return loss, gradient.scatter_(1, tokens, q - p)

@@ -177,7 +177,7 @@ def reads_facts(topology: Topology) -> bool:
     """Whether the blocks of MEMIT's rule have a linear `down_proj` to edit, and blocks above that read the result."""
     layers = locate_then_edit_preset(topology)[0].layers
     maps = [topology.resolve(layer, "down_proj")[1] for layer in layers]
-    return layers[-1] < topology.n_blocks - 1 and all(isinstance(found, nn.Linear | Conv1D) for found in maps)
+    return layers[-1] < topology.n_blocks - 1 and all(isinstance(module, nn.Linear | Conv1D) for module in maps)
 
 
 def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[float, str]:
@@ -187,7 +187,7 @@ def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[floa
         ModelError: weights that are all zero or not finite.
     """
     weights: dict[str, Any] = {
-        f"{path}.{name}": w for path, found in places.items() for name, w in found.named_parameters()
+        f"{path}.{name}": w for path, module in places.items() for name, w in module.named_parameters()
     }
     lr, named = scaled_learning_rate([*weights.values()]), ", ".join(places)
     if lr == 0:

@@ -80,8 +80,8 @@ class LocFTBFPlan:
         history = History(old.fingerprint if old else "")
         resolved, notes = resolve(batch, given, history)
         _check_maps(batch.model.topology, resolved)
-        statistics, found = find_statistics(batch.model, resolved, history)
-        return LocFTBFPlan(resolved, notes + found, self.data.reporting(progress), given, statistics, self.names)
+        statistics, more = find_statistics(batch.model, resolved, history)
+        return LocFTBFPlan(resolved, notes + more, self.data.reporting(progress), given, statistics, self.names)
 
     @plain_state
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
@@ -100,8 +100,8 @@ class LocFTBFPlan:
         config, notes, data = self.config, [*self.notes], self.data
         assert config.module is not None  # chosen by now
         batch, topology, lowest = data.batch, data.batch.model.topology, config.layers[0]
-        found = self.statistics
-        statistics = found.statistics(config.layers, batch.progress) if isinstance(found, OwnText) else found
+        source = self.statistics
+        statistics = source.statistics(config.layers, batch.progress) if isinstance(source, OwnText) else source
         if statistics is not None:
             statistics = with_names(statistics, batch.model, config.layers, self.names, config.name_weight or 0.0)
         # the contexts are those of the unedited model
@@ -182,8 +182,8 @@ def plan(
             f"refit is about the edits' subjects, and there is none in the prompt of {batch.names(bare)}; give "
             "their subjects, or leave out refit"
         )
-    statistics, found = find_statistics(model, resolved, history)
-    notes += found
+    statistics, more = find_statistics(model, resolved, history)
+    notes += more
     data = TrainingSet.of(batch, resolved)
     subjects = (edit.subject for edit in edits if edit.subject)
     names = known_names(model, resolved.names, subjects) if resolved.name_weight else ()

@@ -117,8 +117,8 @@ class Passes:
         topology, first = self.topology, self.data.anchors.first
         keys: dict[int, list[Tensor]] = {layer: [] for layer in self.modules if keys_too}
         references = []
-        for some in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
-            select = first + torch.tensor(some)
+        for in_pass in in_passes(self.samples.lengths[first:], pass_tokens(topology.device)):
+            select = first + torch.tensor(in_pass)
             rows = pack(self.samples, select, packed=topology.packs).to(topology.device)
             references.append(Reference.of(topology.logits(self._hidden(rows)).float()))
             for layer, seen in keys.items():
@@ -175,7 +175,7 @@ class Passes:
         self._trained_rows = self.data.trained_rows(rows)
         hidden = self._hidden(rows, past)  # [M, h], anchors last
         n = len(rows.labels) - len(anchors)
-        part, grad = ops.target_cross_entropy(
+        losses, grad = ops.target_cross_entropy(
             hidden.detach(),
             head.weight,
             rows.labels[:n],
@@ -186,12 +186,13 @@ class Passes:
             per_row=True,
             scratch=self._scratch,
         )
-        place = rows.sample_of[:n]
-        count = part.new_zeros(len(select)).index_add_(0, place, torch.ones_like(part[:n]))
-        each = torch.zeros_like(count).index_add_(0, place, part[:n] / weight[:n]) / count
-        self.loss_of[select[: len(select) - len(anchors)].to(part.device)] = each[: len(select) - len(anchors)].float()
+        sample = rows.sample_of[:n]
+        count = losses.new_zeros(len(select)).index_add_(0, sample, torch.ones_like(losses[:n]))
+        each = torch.zeros_like(count).index_add_(0, sample, losses[:n] / weight[:n]) / count
+        edits = select[: len(select) - len(anchors)]
+        self.loss_of[edits.to(losses.device)] = each[: len(edits)].float()
         if self.config.focus:
-            grad[:n] *= (each >= self.config.focus)[place][:, None]
+            grad[:n] *= (each >= self.config.focus)[sample][:, None]
         if hidden.requires_grad:
             hidden.backward(grad)
-        return part
+        return losses

@@ -126,10 +126,10 @@ class Trainer:
     @torch.no_grad()
     def _resumed(self) -> State | None:
         """The saved state, if there is one; the weights and results are restored from it."""
-        found = self.saved.newest() if self.saved is not None else None
-        if found is None:
+        state = self.saved.newest() if self.saved is not None else None
+        if state is None:
             return None
-        tensors, about = found
+        tensors, about = state
         for path, master in self.masters.items():
             master.copy_(tensors[_MASTER + path])
             self.parameters[path].copy_(master)
@@ -185,32 +185,32 @@ class Trainer:
             awake = select[wakes[select] <= epoch]
             order = self._order(awake if len(awake) else select) if begun is None else begun
             batches = order.split(int(config.batch_size))
-            found = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
-            found[:done] = losses[:done]
+            losses_now = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
+            losses_now[:done] = losses[:done]
             told = time.monotonic()
             for i in range(done, len(batches)):
                 if i + 1 < len(batches):
                     self.passes.cache.ahead(batches[i + 1])
                 if config.lr_schedule == "linear":
                     optimizer.lr = (config.lr or 0.0) * (1 - (epoch - 1 + i / len(batches)) / self.epochs)
-                self._step(batches[i], optimizer, found[i])
+                self._step(batches[i], optimizer, losses_now[i])
                 if not place and time.monotonic() - told > _NEWS:
                     told, share = time.monotonic(), sum(map(len, batches[: i + 1])) / len(order)
                     self.data.batch.progress(
                         "epoch", round((epoch - 1 + share) * len(select)), self.epochs * len(select)
                     )
                 if saved is not None:
-                    tensors = {"wakes": wakes, "order": order, "epoch's losses": found, **optimizer.state()}
+                    tensors = {"wakes": wakes, "order": order, "epoch's losses": losses_now, **optimizer.state()}
                     self._save(tensors, {"epoch": epoch, "done": i + 1})
             begun, done = None, 0
-            found = found.cpu()  # the one synchronization of the epoch
-            if not found.isfinite().all():
-                first = int((~found.isfinite()).nonzero()[0])
+            losses_now = losses_now.cpu()  # the one synchronization of the epoch
+            if not losses_now.isfinite().all():
+                first = int((~losses_now.isfinite()).nonzero()[0])
                 when = f"{place}, step {epoch}" if place else f"epoch {epoch}, batch {first + 1} of {len(batches)}"
                 self.originals.restore()
                 raise not_finite(self.data, when, batches[first], config.lr)
             sizes = torch.tensor([len(batch) for batch in batches])
-            mean = float((found * sizes).sum() / sizes.sum())
+            mean = float((losses_now * sizes).sum() / sizes.sum())
             if focus:
                 each = self.passes.loss_of.cpu()
                 looked = torch.cat(list(batches))
@@ -234,11 +234,13 @@ class Trainer:
         chosen, n = torch.cat([batch, self.data.anchors.first + anchors]), len(batch)
         weights = torch.cat([weights, weights.new_full((len(anchors),), weight_of_anchor)])
         loss, apart = torch.zeros_like(loss_out), torch.zeros_like(loss_out)
-        for some in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
-            here = anchors[max(0, some.start - n) : max(0, some.stop - n)]
-            part = self.passes.run(chosen[some], weights[some], here.to(topology.device, non_blocking=True))
-            loss += part[: len(part) - len(here)].sum()
-            apart += part[len(part) - len(here) :].sum()
+        for in_pass in in_passes(self.samples.lengths[chosen], pass_tokens(topology.device)):
+            anchors_here = anchors[max(0, in_pass.start - n) : max(0, in_pass.stop - n)]
+            row_losses = self.passes.run(
+                chosen[in_pass], weights[in_pass], anchors_here.to(topology.device, non_blocking=True)
+            )
+            loss += row_losses[: len(row_losses) - len(anchors_here)].sum()
+            apart += row_losses[len(row_losses) - len(anchors_here) :].sum()
             optimizer.gather()
         if parallel.world() > 1:
             self._share_losses(whole, loss, apart)
@@ -276,8 +278,8 @@ class Trainer:
     def look(self) -> None:
         """Compute the loss of every edit with the weights that the model has now; it was that before its last step."""
         edits, none = torch.arange(len(self.data.batch)), torch.arange(0, device=self.passes.loss_of.device)
-        for some in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
-            self.passes.run(edits[some], torch.ones(len(some)), none)
+        for in_pass in in_passes(self.samples.lengths[edits], pass_tokens(self.topology.device)):
+            self.passes.run(edits[in_pass], torch.ones(len(in_pass)), none)
         if self.learned:
             self.learned[-1] = self._n_learned()
             self.data.batch.progress(LEARNED, self.learned[-1], len(self.data.batch))

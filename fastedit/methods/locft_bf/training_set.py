@@ -70,22 +70,22 @@ class TrainingSet:
         trained = _subject_tokens(batch, pairs, owner) if config.tokens == "subject" else None
         if config.keeps_anchors:
             subjects = config.anchor_subjects
-            found = anchor_prompts(edits, batch.spans, config.anchors, seed=config.seed, subjects=subjects)
-            if not found:
+            prompts = anchor_prompts(edits, batch.spans, config.anchors, seed=config.seed, subjects=subjects)
+            if not prompts:
                 raise ConfigError(
                     f"preserve {config.preserve} needs the edits' prompts with other subjects, and there are none: "
                     "give the edits' subjects as they stand in their prompts, and other subjects as anchor_subjects, "
                     "or take preserve null-space or none"
                 )
-            texts = [text for _, text, _ in found]
+            texts = [text for _, text, _ in prompts]
             ids = model.prompt_tokens(texts)
             if missing := without_rows(model.tokenizer, [*{token for some in ids for token in some}], model.vocabulary):
                 raise ConfigError(f"anchor_subjects: {missing}")
             samples = samples.join(prompt_samples(ids, [len(tokens) - 1 for tokens in ids]))
             if trained is not None:
-                _, subject_last = model.last_tokens(texts, [end for *_, end in found])
+                _, subject_last = model.last_tokens(texts, [end for *_, end in prompts])
                 trained = torch.cat([trained, torch.tensor(subject_last)])
-            for number, (place, *_) in enumerate(found):
+            for number, (place, *_) in enumerate(prompts):
                 anchors.of[place].append(number)
                 owner.append(place)
         return cls(batch, samples, owner, anchors, trained)
@@ -112,8 +112,8 @@ class TrainingSet:
         sample = torch.searchsorted(self.samples.offsets, place, right=True) - 1
         wanted, within = self.trained[sample], place - self.samples.offsets[sample]
         tokens = ((wanted < 0) | (wanted == within)).nonzero()[:, 0]
-        found = {len(rows.token_rows): tokens, rows.index.numel(): rows.token_rows[tokens]}
-        return {n: x.to(rows.index.device, non_blocking=True) for n, x in found.items()}
+        trained = {len(rows.token_rows): tokens, rows.index.numel(): rows.token_rows[tokens]}
+        return {n: x.to(rows.index.device, non_blocking=True) for n, x in trained.items()}
 
     def names(self, samples: Sequence[int]) -> str:
         """Names of the edits that some samples belong to."""
