@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,9 +14,11 @@ from fastedit.errors import ModelError
 from fastedit.models.forward import in_passes, pass_tokens, row_multiple, run_blocks
 from fastedit.models.hooks import Override, hooked
 from fastedit.models.prefix_cache import PrefixCache
-from fastedit.models.token_states import TokenStates
+from fastedit.models.token_states import Budget, TokenStates
 from fastedit.models.tokens import Rows, pack
 from fastedit.models.topology import Topology
+
+_ENOUGH = 2**60  # bytes
 
 
 class FrozenPart:
@@ -31,22 +33,27 @@ class FrozenPart:
     Args:
         cache: gives the block, the samples, and the remaining budget.
         trained: the one module whose weights change.
+        parts: what to cache, out of "attn" and "mlp", whether it fits into the budget or not; None is all that fits.
 
     Attributes:
         budget: what remains of it.
     """
 
-    def __init__(self, topology: Topology, cache: PrefixCache, trained: nn.Module) -> None:
-        parts: dict[str, nn.Module] = {}
+    def __init__(
+        self, topology: Topology, cache: PrefixCache, trained: nn.Module, parts: Collection[str] | None = None
+    ) -> None:
+        modules: dict[str, nn.Module] = {}
         for name in ("attn", "mlp", "up_proj", "down_proj"):
             with suppress(ModelError):
-                parts[name] = topology.resolve(cache.layer, name)[1]
-        attn, mlp = parts.pop("attn", None), parts.get("mlp")
+                modules[name] = topology.resolve(cache.layer, name)[1]
+        attn, mlp = modules.pop("attn", None), modules.get("mlp")
         known = topology.runs_in_parts and cache.layer < topology.n_blocks - 1
-        known = known and any(trained is m for p in parts.values() for m in p.modules())
-        self._attn = attn if known else None
-        self._mlp = mlp if known and trained is parts["down_proj"] else None
-        self._trained, self._samples, self.budget = trained, cache.samples, cache.budget
+        known = known and any(trained is m for part in modules.values() for m in part.modules())
+        self._attn = attn if known and (parts is None or "attn" in parts) else None
+        known = known and (parts is None or "mlp" in parts)
+        self._mlp = mlp if known and trained is modules["down_proj"] else None
+        self._trained, self._samples = trained, cache.samples
+        self.budget = cache.budget if parts is None else Budget(_ENOUGH, _ENOUGH, tally=cache.budget.tally)
         self._states: dict[nn.Module, TokenStates] = {}  # outputs of the attention, inputs of the trained projection
         self._returned = 0  # length of the tuple that the attention returns, 0 if it returns none
         self._run(topology, cache)
@@ -60,6 +67,11 @@ class FrozenPart:
             rows = rows.to(topology.device)
             with hooked(self._recorders(rows)):
                 run_blocks(topology, rows, cache.layer, cache.hidden(rows), stop=cache.layer + 1)
+
+    @property
+    def parts(self) -> list[str]:
+        """What is cached, out of "attn" and "mlp"."""
+        return [name for name, part in (("attn", self._attn), ("mlp", self._mlp)) if part is not None]
 
     def overrides(self, rows: Rows) -> list[Override]:
         """Overrides that replace the frozen modules in a pass over these rows."""

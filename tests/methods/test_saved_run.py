@@ -110,6 +110,31 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(
     assert_same(run(edits, **options, **folder), wanted)  # one that is done, too
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_less_or_more_free_memory_does_not_change_the_bits(
+    fits: bool, run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept because it runs once: a run that goes on does not decide it anew."""
+    edits, found = random_edits(10, seed), []
+    options = {**SUBJECT, "save_every": 0}
+
+    def free(enough: bool) -> None:
+        monkeypatch.setattr("fastedit.models.token_states.free_bytes", lambda _: 10**9 if enough else 0)
+
+    for enough in (fits, not fits):
+        free(enough)
+        found.append(run(edits, **options, state=tmp_path / f"whole {enough}"))
+    assert any(not torch.equal(one, other) for one, other in zip(*(f.values() for f in found), strict=True))
+    free(fits)
+    folder = {"state": tmp_path / "crash"}
+    with monkeypatch.context() as patch:
+        crashing(3, patch)
+        with pytest.raises(Crash):
+            run(edits, **options, **folder)
+    free(not fits)
+    assert_same(run(edits, **options, **folder), found[0])
+
+
 @pytest.mark.parametrize("name", ["published", "memit in batches"])
 def test_a_damaged_state_is_left_for_the_one_before(name: str, run: Any, seed: int, tmp_path: Path) -> None:
     edits, options = random_edits(10, seed), {**RUNS[name], "state": tmp_path / "run", "save_every": 0}

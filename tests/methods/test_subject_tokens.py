@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
-from fastedit.methods.locft_bf import adam, null_space
+from fastedit.methods.locft_bf import adam, null_space, passes
 from fastedit.methods.locft_bf.choices import subject_batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
-from fastedit.models import Model, topology
+from fastedit.models import Model, resume, topology
 from fastedit.statistics.store import statistics_path
 
 SETTINGS: dict[str, Any] = {"layer": (1, 2), "tokens": "subject", "lr": 3e-3, "batch_size": 4, "epochs": 4}
@@ -44,9 +44,9 @@ def plain(
     """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
 
     D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens, or
-    `since` that token at it and those after it. An
-    edit whose loss is below `focus` gives none, and sits out the next two epochs; an epoch without any has all. A rate
-    that `falls` comes to 0 at the end of the last epoch.
+    in the first half of the epochs, with `since`, at that token and those after it. An edit whose loss is below `focus`
+    gives none, and sits out the next two epochs; an epoch without any has all. A rate that `falls` comes to 0 at the
+    end of the last epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -61,7 +61,7 @@ def plain(
             change = args[0] @ (D[layer] @ P[layer]).T
             fixed = args[0] @ (D[layer].detach() @ P[layer]).T
             taught = torch.arange(output.shape[1])[:, None] == here if here >= 0 else torch.tensor(True)
-            acts = torch.arange(output.shape[1])[:, None] >= (here if since else 0)
+            acts = torch.arange(output.shape[1])[:, None] >= (here if since and epoch < epochs // 2 else 0)
             return output + torch.where(taught, change, fixed) * acts
 
         return hook
@@ -98,13 +98,22 @@ def plain(
     return [c.T if isinstance(modules[1], Conv1D) else c for c in changes], losses
 
 
-@pytest.mark.parametrize(("family", "preserve"), [("llama", "null-space"), ("llama", "none"), ("gpt2", "null-space")])
+@pytest.mark.parametrize(
+    ("family", "preserve", "fits"),
+    [
+        ("llama", "null-space", True),
+        ("llama", "null-space", False),
+        ("llama", "none", True),
+        ("gpt2", "null-space", True),
+    ],
+)
 @pytest.mark.parametrize(
     ("focus", "size", "falls"), [(0.0, 4, False), (4.3, 4, False), (4.3, 1, False), (0.0, 3, True)]
 )
 def test_equals_a_plain_loop(
     family: str,
     preserve: str,
+    fits: bool,
     focus: float,
     size: int,
     falls: bool,
@@ -129,9 +138,10 @@ def test_equals_a_plain_loop(
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     monkeypatch.setitem(SETTINGS, "batch_size", size)
     epochs = 9 if focus else SETTINGS["epochs"]
-    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls, preserve == "null-space")
+    wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls, preserve != "none" and fits)
     before = values(model)
     options = {"preserve": preserve, "statistics": tmp_path, "focus": focus, "epochs": epochs}
+    options["cache_bytes"] = None if fits else 0
     options["lr_schedule"] = "linear" if falls else "constant"
     made = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(**SETTINGS | options))
     assert [note for note in made.notes if "trained at all tokens" in note and "without a subject" in note]
@@ -168,6 +178,29 @@ def test_only_the_subjects_rows_make_the_gradient(tokenizer: Any, seed: int, mon
     )
     run(tiny_model("llama", seed=seed), tokenizer, random_edits(8, seed))
     assert set(rows) == {4}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tokens_before_the_subjects_run_once(
+    family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the null space of other text they hardly change; without it they run in every step, as in the edited model."""
+    model, edits = tiny_model(family, seed=seed), random_edits(4, seed)
+    moments(model, tmp_path, seed)
+    before = [last_of_subject(tokenizer, edit) for edit in edits]
+    assert sum(before) > 0
+    everything = sum(len(tokenizer(f"{e.prompt} {e.target}").input_ids) for e in edits)
+    for preserve, tokens in (("null-space", everything - sum(before)), ("none", everything)):
+        ran: list[int] = []
+
+        def noted(parts: Any, hidden: Tensor, rows: Any, *args: Any, ran: list[int] = ran) -> Tensor:
+            ran.append(len(rows.token_rows))
+            return resume(parts, hidden, rows, *args)
+
+        monkeypatch.setattr(passes, "resume", noted)
+        run(model, tokenizer, edits, preserve=preserve, statistics=str(tmp_path))
+        half = SETTINGS["epochs"] // 2  # later ones run as in the edited model
+        assert ran[: 2 * half] == [tokens] * half + [everything] * half
 
 
 def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokenizer: Any, seed: int) -> None:

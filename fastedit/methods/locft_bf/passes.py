@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -33,6 +33,8 @@ from fastedit.models import (
 )
 from fastedit.statistics.store import StatisticsStore
 
+_BEFORE = "tokens before the subjects"
+
 
 class Passes:
     """Passes through the blocks from the lowest edited one on.
@@ -43,7 +45,7 @@ class Passes:
         loss_of: [S] fp32, of each sample the mean over its target tokens when it was last computed, NaN before.
         gradients: the parts of the gradients, filled by `run` inside `prepared`.
         null_spaces: by block, the directions that the update avoids.
-        holds: whether the tokens before the subjects are held.
+        kept: names of what is kept in memory because it runs once.
     """
 
     cache: PrefixCache
@@ -67,8 +69,9 @@ class Passes:
             self._scratch = ops.logits_buffer(head.weight, targets, n_anchors)
 
     @property
-    def holds(self) -> bool:
-        return self._held is not None
+    def kept(self) -> list[str]:
+        frozen = [] if self._frozen is None else self._frozen.parts
+        return frozen if self._held is None else [*frozen, _BEFORE]
 
     @contextmanager
     def prepared(
@@ -77,7 +80,7 @@ class Passes:
         statistics: StatisticsStore | None,
         *,
         epochs: int,
-        held: bool | None = None,
+        kept: Collection[str] | None = None,
     ) -> Iterator[None]:
         """Run once what no step changes; inside the block the modules compute W x + (M − W) P x.
 
@@ -85,10 +88,10 @@ class Passes:
             maps: those linear maps whose gradients are recorded in parts.
             statistics: of the modules' inputs, if the update avoids the directions that these usually take.
             epochs: with a single one nothing would be read again.
-            held: whether to hold the tokens before the subjects; None is, if they fit into memory.
+            kept: what to keep, whether it fits into the budget or not; None is all that fits.
         """
         topology, cache = self.topology, self.cache
-        self._frozen = FrozenPart(topology, cache, self.modules[cache.layer]) if epochs > 1 else None
+        self._frozen = FrozenPart(topology, cache, self.modules[cache.layer], kept) if epochs > 1 else None
         keys = self._look_at_anchors(statistics is not None) if len(self.data.anchors) else {}
         with ExitStack() as stack:
             if statistics is not None:
@@ -102,13 +105,14 @@ class Passes:
                         values, vectors = statistics.eigen(layer)
                     self.null_spaces[layer] = NullSpace.of(values, vectors, share)
                     stack.enter_context(self.null_spaces[layer].around(module))
-                if self._frozen is not None and held is not False:
-                    stack.callback(self._release)  # afterwards the update counts at all tokens
-                    self._held = self._tokens_before_subjects(self._frozen, certain=held is True)
+                stack.callback(self.release)
+                if self._frozen is not None and (kept is None or _BEFORE in kept):
+                    self._held = self._tokens_before_subjects(self._frozen)
             self.gradients = stack.enter_context(recorded(maps, self._subjects))
             yield
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Run the tokens before the subjects from now on, with the update, as in the edited model."""
         self._held = None
 
     @torch.no_grad()
@@ -127,15 +131,15 @@ class Passes:
         self._reference = Reference.joined(references)
         return {layer: torch.cat(seen) for layer, seen in keys.items()}
 
-    def _tokens_before_subjects(self, frozen: FrozenPart, *, certain: bool) -> HeldTokens | None:
-        """The tokens before those that are trained, if there are some and they fit into memory, or are `certain` to.
+    def _tokens_before_subjects(self, frozen: FrozenPart) -> HeldTokens | None:
+        """The tokens before those that are trained, if there are some and they fit into what the frozen part left.
 
         They run once: an update in the null space hardly changes them.
         """
-        if self.data.trained is None:
+        if self.data.trained is None or self.config.schedule == "depth-first":
             return None
         held = HeldTokens(self.topology, self.cache, self.samples, self.data.trained.clamp(min=0))
-        held.record(torch.arange(len(self.samples)), None if certain else frozen.budget)
+        held.record(torch.arange(len(self.samples)), frozen.budget)
         if not held.supported:
             return None
         tier = "device" if self.topology.device.type == "cuda" else "host"

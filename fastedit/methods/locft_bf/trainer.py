@@ -24,6 +24,7 @@ from fastedit.progress import LEARNED
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import Snapshot
 
+_HELD = 0.5  # share of the epochs in which the tokens before the subjects run without the update, once for all
 _LONG = 10  # epochs of which a forward pass of all edits is a few percent
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
@@ -84,10 +85,10 @@ class Trainer:
 
     def run(self, cache: PrefixCache) -> None:
         state = self.saved.newest() if self.saved is not None else None
-        # a run that continues holds tokens if it did so before, for the same bits
-        held = None if state is None else bool(state[1].get("held"))
+        # a run that continues keeps what it kept before, for the same bits
+        kept = None if state is None else state[1]["kept"]
         self.passes.cache = cache
-        with self.passes.prepared(self.maps, self.statistics, epochs=self.epochs, held=held):
+        with self.passes.prepared(self.maps, self.statistics, epochs=self.epochs, kept=kept):
             self._run()
 
     def _run(self) -> None:
@@ -120,7 +121,7 @@ class Trainer:
             return
         state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
         state |= {"generator": self.generator.get_state(), "loss of each": self.passes.loss_of, **tensors}
-        about = {"losses": self.losses, "learned": self.learned, "held": self.passes.holds, **about}
+        about = {"losses": self.losses, "learned": self.learned, "kept": self.passes.kept, **about}
         self.saved.replace(state, about)
 
     @torch.no_grad()
@@ -182,6 +183,8 @@ class Trainer:
             wakes, begun, losses, done = tensors["wakes"], tensors["order"], tensors["epoch's losses"], about["done"]
             first = about["epoch"]
         for epoch in range(first, self.epochs + 1):
+            if epoch > _HELD * self.epochs:
+                self.passes.release()
             awake = select[wakes[select] <= epoch]
             order = self._order(awake if len(awake) else select) if begun is None else begun
             batches = order.split(int(config.batch_size))
