@@ -119,8 +119,8 @@ def test_equals_a_plain_loop(
         if texts:
             keys = last_inputs(model, parts.resolve(LAYER, "down_proj")[1], tokenizer, texts).double()
             C = C + keys.T @ keys / len(keys)
-        if names:
-            keys = last_inputs(model, parts.resolve(LAYER, "down_proj")[1], tokenizer, list(names)).double()
+        if others := [name for name in names if name not in {edit.subject for edit in edits}]:
+            keys = last_inputs(model, parts.resolve(LAYER, "down_proj")[1], tokenizer, others).double()
             C = C + 3 * keys.T @ keys / len(keys)
         P = shrunk(C).float()
     wanted, losses = plain(model, tokenizer, edits, P, texts)

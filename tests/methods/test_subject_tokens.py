@@ -45,8 +45,8 @@ def plain(
 
     D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens, or
     in the first half of the epochs, with `since`, at that token and those after it. An edit whose loss is below `focus`
-    gives none, and sits out the next two epochs; an epoch without any has all. A rate that `falls` comes to 0 at the
-    end of the last epoch.
+    gives none, and sits out the next two epochs, then four, then eight, but not all of the last three; an epoch without
+    any has all. A rate that `falls` comes to 0 at the end of the last epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -67,7 +67,7 @@ def plain(
         return hook
 
     handles = [module.register_forward_hook(add(layer)) for layer, module in modules.items()]
-    losses, last, resting = [], [0.0] * len(edits), [0] * len(edits)
+    losses, last, resting, rests = [], [0.0] * len(edits), [0] * len(edits), [2] * len(edits)
     for epoch in range(epochs):
         awake = [i for i, rest in enumerate(resting) if not rest] or [*range(len(edits))]
         resting = [max(0, rest - 1) for rest in resting]
@@ -85,8 +85,10 @@ def plain(
                 last[i] = loss.item()
                 if last[i] >= focus:
                     (loss / len(batch)).backward()
+                    rests[i] = 2
                 else:
-                    resting[i] = 2
+                    resting[i] = min(rests[i], max(2, epochs - epoch - 4))
+                    rests[i] = min(2 * rests[i], 8)
             if any(last[i] >= focus for i in batch):
                 optimizer.step()
         losses.append(sum(last) / len(edits))
@@ -137,7 +139,7 @@ def test_equals_a_plain_loop(
         )
     places = [last_of_subject(tokenizer, edit) if edit.subject else -1 for edit in edits]
     monkeypatch.setitem(SETTINGS, "batch_size", size)
-    epochs = 9 if focus else SETTINGS["epochs"]
+    epochs = 16 if focus else SETTINGS["epochs"]
     wanted, losses = plain(model, tokenizer, edits, P, places, focus, epochs, falls, preserve != "none" and fits)
     before = values(model)
     options = {"preserve": preserve, "statistics": tmp_path, "focus": focus, "epochs": epochs}

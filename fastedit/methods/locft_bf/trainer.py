@@ -29,7 +29,34 @@ _LONG = 10  # epochs of which a forward pass of all edits is a few percent
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 _NEWS = 2.0  # seconds between two reports within a longer epoch
-_REST = 2  # epochs for which an edit is left out, once its loss is below `focus`
+_RESTS = 2, 8  # epochs that an edit sits out when its loss is below `focus`: the first time, and at most
+
+
+class _Rests:
+    """The epochs that learned samples sit out: each time twice as many as before, while they stay learned.
+
+    All of them are trained on again in one of the last epochs, because others may have undone them.
+
+    Attributes:
+        wakes: [S] int64, the epoch in which each sample is trained on again.
+        rests: [S] int64, how many epochs it will then sit out.
+    """
+
+    def __init__(self, n: int, epochs: int) -> None:
+        self.wakes, self.rests = torch.zeros(n, dtype=torch.int64), torch.full((n,), _RESTS[0])
+        self._last = epochs - _RESTS[0]  # the last epoch to which a rest may be stretched
+
+    def awake(self, select: Tensor, epoch: int) -> Tensor:
+        """Those of the selected samples [N] that take part in an epoch; all of them if none would."""
+        awake = select[self.wakes[select] <= epoch]
+        return awake if len(awake) else select
+
+    def note(self, samples: Tensor, learned: Tensor, epoch: int) -> None:
+        """Note which samples [N] were learned [N] in an epoch."""
+        rested, shortest = samples[learned], epoch + 1 + _RESTS[0]
+        self.wakes[rested] = (epoch + 1 + self.rests[rested]).clamp(max=max(shortest, self._last))
+        self.rests[rested] = (2 * self.rests[rested]).clamp(max=_RESTS[1])
+        self.rests[samples[~learned]] = _RESTS[0]
 
 
 class Trainer:
@@ -174,19 +201,18 @@ class Trainer:
             scale=self.scale,
             backend="triton" if self.data.trained is None and parallel.world() == 1 else "auto",
         )
-        wakes = torch.zeros(len(self.samples), dtype=torch.int64)  # first epoch in which a sample is trained on again
+        rests = _Rests(len(self.samples), self.epochs)
         begun: Tensor | None = None  # order of an epoch that was saved unfinished; then its losses and finished batches
         losses, done, first = torch.empty(0), 0, 1
         if saved is not None and (state := self._resumed()) is not None:
             tensors, about = state
             optimizer.load(tensors)
-            wakes, begun, losses, done = tensors["wakes"], tensors["order"], tensors["epoch's losses"], about["done"]
-            first = about["epoch"]
+            rests.wakes, rests.rests = tensors["wakes"], tensors["rests"]
+            begun, losses, done, first = tensors["order"], tensors["epoch's losses"], about["done"], about["epoch"]
         for epoch in range(first, self.epochs + 1):
             if epoch > _HELD * self.epochs:
                 self.passes.release()
-            awake = select[wakes[select] <= epoch]
-            order = self._order(awake if len(awake) else select) if begun is None else begun
+            order = self._order(rests.awake(select, epoch)) if begun is None else begun
             batches = order.split(int(config.batch_size))
             losses_now = torch.empty(len(batches), dtype=torch.float32, device=self.topology.device)
             losses_now[:done] = losses[:done]
@@ -203,8 +229,8 @@ class Trainer:
                         "epoch", round((epoch - 1 + share) * len(select)), self.epochs * len(select)
                     )
                 if saved is not None:
-                    tensors = {"wakes": wakes, "order": order, "epoch's losses": losses_now, **optimizer.state()}
-                    self._save(tensors, {"epoch": epoch, "done": i + 1})
+                    tensors = {"order": order, "epoch's losses": losses_now, **optimizer.state()}
+                    self._save(tensors | {"wakes": rests.wakes, "rests": rests.rests}, {"epoch": epoch, "done": i + 1})
             begun, done = None, 0
             losses_now = losses_now.cpu()  # the one synchronization of the epoch
             if not losses_now.isfinite().all():
@@ -217,7 +243,7 @@ class Trainer:
             if focus:
                 each = self.passes.loss_of.cpu()
                 looked = torch.cat(list(batches))
-                wakes[looked[each[looked] < focus]] = epoch + 1 + _REST
+                rests.note(looked, each[looked] < focus, epoch)
                 mean = float(each[select].mean())
             yield mean
             if mean < config.stop_loss or (focus and len(looked) == len(select) and each[select].max() < focus):
