@@ -22,7 +22,8 @@ from fastedit.statistics.store import StatisticsStore
 log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_SUBJECT_RATE = 0.64  # of the rate for all tokens
+_SUBJECT_RATE = {"constant": 0.64, "linear": 1.28}  # of the rate for all tokens
+_MANY = 200  # edits from which on the rate falls, with tokens subject
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
 _EPOCHS = {"all": 25, "subject": 40}  # with subjects, learned edits sit out, so that more epochs cost little
@@ -63,13 +64,17 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
         topology.check_trainable(block, module)
     check_own(topology, layers, module)
     load_weights(topology.blocks[min(layers) :])  # training runs all blocks from there on
+    copies, schedule = len(batch) * (1 + config.augment), config.lr_schedule
+    if schedule is None:
+        schedule = "linear" if subject and copies >= _MANY else "constant"
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:
-            lr, why = _rate(places, subject, where)
+            lr, why = _rate(places, _SUBJECT_RATE[schedule] if subject else 1.0, where)
         notes.append(f"lr {lr:.3g} ({why})")
+    if config.lr_schedule is None and schedule == "linear":
+        notes.append(f"lr_schedule linear (auto for {len(batch)} edits)")
     if batch_size == "auto":
-        copies = len(batch) * (1 + config.augment)
         batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
         notes.append(f"batch_size {batch_size} (auto for {len(batch)} edits)")
     if share is None:
@@ -86,8 +91,9 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
     for note in notes:
         log.info("locft-bf: %s", note)
     epochs = _EPOCHS[config.tokens] if config.epochs is None else config.epochs
-    chosen: dict[str, Any] = {"layer": layer, "module": module, "lr": lr, "batch_size": batch_size, "null_space": share}
-    return replace(config, **chosen, epochs=epochs, focus=focus, name_weight=name_weight, refit=refit), notes
+    chosen: dict[str, Any] = {"layer": layer, "module": module, "lr": lr, "lr_schedule": schedule}
+    chosen |= {"batch_size": batch_size, "epochs": epochs, "null_space": share, "focus": focus, "refit": refit}
+    return replace(config, **chosen, name_weight=name_weight), notes
 
 
 def batch_size_for(n_edits: int) -> int:
@@ -96,8 +102,8 @@ def batch_size_for(n_edits: int) -> int:
 
 
 def subject_batch_size_for(n_edits: int) -> int:
-    """10 from 100 to 1,000 edits, 100 from 10,000 on; with fewer edits, at least 10 steps per epoch."""
-    return max(1, min(100, max(min(10, n_edits // 10), n_edits // 100)))
+    """A tenth of the edits, so that an epoch has 10 steps, and at most 100."""
+    return max(1, min(100, n_edits // 10))
 
 
 def find_statistics(
@@ -180,8 +186,11 @@ def reads_facts(topology: Topology) -> bool:
     return layers[-1] < topology.n_blocks - 1 and all(isinstance(module, nn.Linear | Conv1D) for module in maps)
 
 
-def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[float, str]:
+def _rate(places: dict[str, nn.Module], share: float, where: str) -> tuple[float, str]:
     """Adam's rate in proportion to the RMS of the weights, and the rule in words.
+
+    Args:
+        share: of the rate for all tokens that does not fall.
 
     Raises:
         ModelError: weights that are all zero or not finite.
@@ -195,6 +204,5 @@ def _rate(places: dict[str, nn.Module], subject: bool, where: str) -> tuple[floa
     if not math.isfinite(lr):
         broken = (path for path, w in weights.items() if not w.isfinite().all())
         raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
-    if subject:
-        return _SUBJECT_RATE * lr, "tokens subject: 0.016 of the weights' RMS"
-    return lr, f"{where}: 0.025 of the weights' RMS"
+    source = where if share == 1 else "tokens subject"
+    return share * lr, f"{source}: {0.025 * share:.2g} of the weights' RMS"

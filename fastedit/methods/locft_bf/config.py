@@ -25,17 +25,20 @@ class LocFTBFConfig:
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path.", unset="the preset's"
     )
     lr: float | None = option(
-        None, "Adam's learning rate.", unset="the preset's, else 0.025 of the weights' RMS (0.016 with tokens subject)"
+        None,
+        "Adam's learning rate.",
+        unset="the preset's, else 0.025 of the weights' RMS; 0.016 with tokens subject, or 0.032 if it falls",
     )
-    lr_schedule: Literal["constant", "linear"] = option(
-        "constant",
+    lr_schedule: Literal["constant", "linear"] | None = option(
+        None,
         "constant, as published, or linear: the rate falls to 0 over `epochs`, so that the last steps do not undo "
-        "other edits. For thousands of edits that fill the module.",
+        "other edits. For many edits that fill the module.",
+        unset="constant, or linear from 200 edits on with tokens subject",
     )
     batch_size: int | Literal["auto"] = option(
         "auto",
-        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; 10 from 100 '
-        "to 1,000 edits and 100 from 10,000 on with tokens subject.",
+        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; 10 up to 100 '
+        "edits and 100 from 1,000 on with tokens subject.",
     )
     epochs: int | None = option(
         None, "at most this many passes over the edits.", unset="25, as published, or 40 with tokens subject"
@@ -44,7 +47,7 @@ class LocFTBFConfig:
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
     focus: float | None = option(
         None,
-        "an edit whose loss is below gets no gradient and is left out for two epochs; 0 for never, as published.",
+        "an edit whose loss is below gets no gradient and is left out for some epochs; 0 for never, as published.",
         unset="0.1 with tokens subject, else 0",
     )
     loss_average: Literal["sample", "token"] = option(
