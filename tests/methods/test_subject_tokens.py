@@ -19,6 +19,7 @@ from fastedit.methods.locft_bf import adam, null_space, passes
 from fastedit.methods.locft_bf.choices import subject_batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.methods.locft_bf.trainer import Rests
 from fastedit.models import Model, resume, topology
 from fastedit.statistics.store import statistics_path
 
@@ -310,6 +311,24 @@ def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:
     assert (config.tokens, config.preserve, config.epochs) == ("all", "none", 25)
     with pytest.raises(ConfigError, match="published is the papers' recipe"):
         LocFTBFConfig(published=True, preserve="both")
+
+
+def test_an_edit_that_stays_learned_sits_out_longer() -> None:
+    """The first one stays learned, the second is undone once, the third is never learned."""
+    rests, took_part = Rests(3, 30), [list[int](), list[int](), list[int]()]
+    for epoch in range(1, 31):
+        awake = rests.awake(torch.arange(3), epoch)
+        for sample in awake.tolist():
+            took_part[sample].append(epoch)
+        rests.note(
+            awake, torch.tensor([sample == 0 or (sample == 1 and epoch != 4) for sample in awake.tolist()]), epoch
+        )
+    assert took_part[0] == [1, 4, 9, 18, 27, 30]
+    assert took_part[1] == [1, 4, 5, 8, 13, 22, 28]
+    assert took_part[2] == [*range(1, 31)]
+    assert Rests(2, 9).awake(torch.tensor([1]), 1).tolist() == [1]
+    rests.note(torch.arange(3), torch.ones(3, dtype=torch.bool), 1)
+    assert rests.awake(torch.arange(3), 2).tolist() == [0, 1, 2]  # an epoch without any has all
 
 
 def test_it_ends_when_every_edit_is_learned(tokenizer: Any, seed: int) -> None:

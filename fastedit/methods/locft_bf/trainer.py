@@ -32,7 +32,7 @@ _NEWS = 2.0  # seconds between two reports within a longer epoch
 _RESTS = 2, 8  # epochs that an edit sits out when its loss is below `focus`: the first time, and at most
 
 
-class _Rests:
+class Rests:
     """The epochs that learned samples sit out: each time twice as many as before, while they stay learned.
 
     All of them are trained on again in one of the last epochs, because others may have undone them.
@@ -201,7 +201,7 @@ class Trainer:
             scale=self.scale,
             backend="triton" if self.data.trained is None and parallel.world() == 1 else "auto",
         )
-        rests = _Rests(len(self.samples), self.epochs)
+        rests = Rests(len(self.samples), self.epochs)
         begun: Tensor | None = None  # order of an epoch that was saved unfinished; then its losses and finished batches
         losses, done, first = torch.empty(0), 0, 1
         if saved is not None and (state := self._resumed()) is not None:
