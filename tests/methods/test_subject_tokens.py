@@ -284,9 +284,9 @@ def test_batches_of_subjects() -> None:
     ("options", "schedule", "rate"),
     [
         ({"augment": 0}, "constant", 0.016),
-        ({"augment": 9}, "linear", 0.032),  # 200 samples
+        ({"augment": 9}, "linear", 0.024),  # 200 samples
         ({"augment": 9, "lr_schedule": "constant"}, "constant", 0.016),
-        ({"lr_schedule": "linear"}, "linear", 0.032),
+        ({"lr_schedule": "linear"}, "linear", 0.024),
         ({"augment": 9, "tokens": "all"}, "constant", 0.025),
     ],
 )

@@ -22,7 +22,7 @@ from fastedit.statistics.store import StatisticsStore
 log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_SUBJECT_RATE = {"constant": 0.64, "linear": 1.28}  # of the rate for all tokens
+_SUBJECT_RATE = {"constant": 0.64, "linear": 0.96}  # of the rate for all tokens
 _MANY = 200  # edits from which on the rate falls, with tokens subject
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}

@@ -27,7 +27,7 @@ class LocFTBFConfig:
     lr: float | None = option(
         None,
         "Adam's learning rate.",
-        unset="the preset's, else 0.025 of the weights' RMS; 0.016 with tokens subject, or 0.032 if it falls",
+        unset="the preset's, else 0.025 of the weights' RMS; 0.016 with tokens subject, or 0.024 if it falls",
     )
     lr_schedule: Literal["constant", "linear"] | None = option(
         None,
