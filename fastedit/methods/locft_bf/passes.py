@@ -82,7 +82,7 @@ class Passes:
         epochs: int,
         kept: Collection[str] | None = None,
     ) -> Iterator[None]:
-        """Run once what no step changes; inside the block the modules compute W x + (M − W) P x.
+        """Run once what no step changes; inside the block, with statistics, the modules compute W x + (M − W) P x.
 
         Args:
             maps: those linear maps whose gradients are recorded in parts.
