@@ -37,8 +37,8 @@ class LocFTBFConfig:
     )
     batch_size: int | Literal["auto"] = option(
         "auto",
-        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; 10 up to 100 '
-        "edits and 100 from 1,000 on with tokens subject.",
+        'edits a step; "auto" is 100 from 3,000 edits on, and at least 30 steps an epoch below that; a tenth '
+        "of the edits, at most 100, with tokens subject.",
     )
     epochs: int | None = option(
         None, "at most this many passes over the edits.", unset="25, as published, or 40 with tokens subject"

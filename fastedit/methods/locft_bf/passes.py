@@ -34,6 +34,7 @@ from fastedit.models import (
 from fastedit.statistics.store import StatisticsStore
 
 _BEFORE = "tokens before the subjects"
+_PADDED = 4  # how many times the tokens of a pass a step may have with pads, if tokens are held
 
 
 class Passes:
@@ -136,11 +137,16 @@ class Passes:
 
         They run once: an update in the null space hardly changes them.
         """
-        if self.data.trained is None or self.config.schedule == "depth-first":
+        # their rows are padded to the longest sample of a step
+        padded = int(self.config.batch_size) * int(self.samples.lengths.max())
+        too_long = padded > _PADDED * pass_tokens(self.topology.device)
+        if self.data.trained is None or self.config.schedule == "depth-first" or too_long:
             return None
-        held = HeldTokens(self.topology, self.cache, self.samples, self.data.trained.clamp(min=0))
+        # a token may be the subject's last one and the target's first
+        before = torch.minimum(self.data.trained.clamp(min=0), self.samples.target_start - 1)
+        held = HeldTokens(self.topology, self.cache, self.samples, before)
         held.record(torch.arange(len(self.samples)), frozen.budget)
-        if not held.supported:
+        if not (held.supported and held.nbytes):
             return None
         tier = "device" if self.topology.device.type == "cuda" else "host"
         self.data.batch.budget.tally.add(held, tier, held.nbytes)
