@@ -47,8 +47,8 @@ class HeldTokens:
         self._hold(torch.empty(0, dtype=torch.int64))
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of these tokens
         self.supported = topology.replays_blocks
-        """False if blocks cannot be replayed, or once a block's attention did not use the cache: ``remaining`` then
-        gives all tokens."""
+        """False if blocks cannot be replayed, once a block's attention did not use the cache, or once the tokens did
+        not fit into a budget: ``remaining`` then gives all tokens."""
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +73,8 @@ class HeldTokens:
                 self.supported = self.supported and size <= budget.allows(self._topology.device)
             if not self.supported:
                 return
-        for block in seen[0][1] if seen else ():
-            new = [recorded[block] for _, recorded in seen]
+        for block in [*seen[0][1]] if seen else []:
+            new = [recorded.pop(block) for _, recorded in seen]  # joined, these need not stay
             old = [self._recorded[block]] if block in self._recorded else []
             keys, values = (torch.cat(parts) for parts in zip(*old, *new, strict=True))
             self._recorded[block] = keys, values

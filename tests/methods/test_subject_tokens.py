@@ -44,10 +44,11 @@ def plain(
 ) -> tuple[list[Tensor], list[float]]:
     """The change D P of each block's weight, and each epoch's loss: the whole model, one edit after the other.
 
-    D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens, or
-    in the first half of the epochs, with `since`, at that token and those after it. An edit whose loss is below `focus`
-    gives none, and sits out the next two epochs, then four, then eight, but not all of the last three; an epoch without
-    any has all. A rate that `falls` comes to 0 at the end of the last epoch.
+    D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens. With
+    `since` it acts at that token and those after it, in the first half of the epochs and until all edits are learned.
+    An edit whose loss is below `focus` gives no gradient, and sits out the next two epochs, then four, then eight, but
+    not all of the last three; an epoch without any has all. A rate that `falls` comes to 0 at the end of the last
+    epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -62,14 +63,16 @@ def plain(
             change = args[0] @ (D[layer] @ P[layer]).T
             fixed = args[0] @ (D[layer].detach() @ P[layer]).T
             taught = torch.arange(output.shape[1])[:, None] == here if here >= 0 else torch.tensor(True)
-            acts = torch.arange(output.shape[1])[:, None] >= (here if since and epoch < epochs // 2 else 0)
+            acts = torch.arange(output.shape[1])[:, None] >= (here if held else 0)
             return output + torch.where(taught, change, fixed) * acts
 
         return hook
 
     handles = [module.register_forward_hook(add(layer)) for layer, module in modules.items()]
     losses, last, resting, rests = [], [0.0] * len(edits), [0] * len(edits), [2] * len(edits)
+    held = since
     for epoch in range(epochs):
+        held = held and epoch < epochs // 2
         awake = [i for i, rest in enumerate(resting) if not rest] or [*range(len(edits))]
         resting = [max(0, rest - 1) for rest in resting]
         for first in range(0, len(awake), SETTINGS["batch_size"]):
@@ -94,7 +97,9 @@ def plain(
                 optimizer.step()
         losses.append(sum(last) / len(edits))
         if len(awake) == len(edits) and max(last) < focus:
-            break
+            if not held:
+                break
+            held, resting, rests = False, [0] * len(edits), [2] * len(edits)
     for handle in handles:
         handle.remove()
     changes = [(D[layer] @ P[layer]).detach() for layer in P]
@@ -204,6 +209,14 @@ def test_tokens_before_the_subjects_run_once(
         run(model, tokenizer, edits, preserve=preserve, statistics=str(tmp_path))
         half = SETTINGS["epochs"] // 2  # later ones run as in the edited model
         assert ran[: 2 * half] == [tokens] * half + [everything] * half
+
+
+def test_training_does_not_end_before_all_tokens_have_run(tokenizer: Any, tmp_path: Path, seed: int) -> None:
+    model, edits = tiny_model("llama", seed=seed), random_edits(4, seed)
+    moments(model, tmp_path, seed)
+    options: dict[str, Any] = {"statistics": str(tmp_path), "focus": 50.0}  # all edits are learned at once
+    assert len(run(model, tokenizer, edits, preserve="null-space", **options).losses) == 2
+    assert len(run(model, tokenizer, edits, preserve="none", **options).losses) == 1
 
 
 def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokenizer: Any, seed: int) -> None:

@@ -73,7 +73,7 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
             lr, why = _rate(places, _SUBJECT_RATE[schedule] if subject else 1.0, where)
         notes.append(f"lr {lr:.3g} ({why})")
     if config.lr_schedule is None and schedule == "linear":
-        notes.append(f"lr_schedule linear (auto for {len(batch)} edits)")
+        notes.append(f"lr_schedule linear (auto for {copies} samples)")
     if batch_size == "auto":
         batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
         notes.append(f"batch_size {batch_size} (auto for {len(batch)} edits)")

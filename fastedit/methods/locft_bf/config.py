@@ -33,7 +33,7 @@ class LocFTBFConfig:
         None,
         "constant, as published, or linear: the rate falls to 0 over `epochs`, so that the last steps do not undo "
         "other edits. For many edits that fill the module.",
-        unset="constant, or linear from 200 edits on with tokens subject",
+        unset="constant, or linear from 200 edits and copies on with tokens subject",
     )
     batch_size: int | Literal["auto"] = option(
         "auto",
@@ -115,8 +115,9 @@ class LocFTBFConfig:
     )
     cache_bytes: int | None = option(
         None,
-        "budget of the prefix cache and of the edited block's frozen part on the model's device, and again in "
-        "host memory; a cache that fits in neither goes to a file.",
+        "budget of the prefix cache, of the edited block's frozen part and of the tokens before the subjects on the "
+        "model's device, and again in host memory. A prefix cache that fits in neither goes to a file; the others are "
+        "not kept then.",
         unset="half of what is free",
     )
     state: str | None = option(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit import ops
+from fastedit import ops, parallel
 from fastedit.methods.locft_bf.adam import GradientParts, recorded
 from fastedit.methods.locft_bf.anchors import Reference
 from fastedit.methods.locft_bf.config import LocFTBFConfig
@@ -40,13 +40,14 @@ _PADDED = 4  # how many times the tokens of a pass a step may have with pads, if
 class Passes:
     """Passes through the blocks from the lowest edited one on.
 
-    Outside `prepared` they run the model as it is; `cache` has to be set by then.
+    Outside `prepared` they run the model as it is. Set `cache` before the first one.
 
     Attributes:
         loss_of: [S] fp32, of each sample the mean over its target tokens when it was last computed, NaN before.
         gradients: the parts of the gradients, filled by `run` inside `prepared`.
         null_spaces: by block, the directions that the update avoids.
         kept: names of what is kept in memory because it runs once.
+        holds: whether the tokens before the subjects are among it.
     """
 
     cache: PrefixCache
@@ -73,6 +74,10 @@ class Passes:
     def kept(self) -> list[str]:
         frozen = [] if self._frozen is None else self._frozen.parts
         return frozen if self._held is None else [*frozen, _BEFORE]
+
+    @property
+    def holds(self) -> bool:
+        return self._held is not None
 
     @contextmanager
     def prepared(
@@ -135,7 +140,8 @@ class Passes:
     def _tokens_before_subjects(self, frozen: FrozenPart) -> HeldTokens | None:
         """The tokens before those that are trained, if there are some and they fit into what the frozen part left.
 
-        They run once: an update in the null space hardly changes them.
+        They run once: an update in the null space hardly changes them. All processes hold them, or none does, because
+        they train together.
         """
         # their rows are padded to the longest sample of a step
         padded = int(self.config.batch_size) * int(self.samples.lengths.max())
@@ -146,7 +152,7 @@ class Passes:
         before = torch.minimum(self.data.trained.clamp(min=0), self.samples.target_start - 1)
         held = HeldTokens(self.topology, self.cache, self.samples, before)
         held.record(torch.arange(len(self.samples)), frozen.budget)
-        if not (held.supported and held.nbytes):
+        if not all(parallel.gathered(held.supported and held.nbytes > 0)):
             return None
         tier = "device" if self.topology.device.type == "cuda" else "host"
         self.data.batch.budget.tally.add(held, tier, held.nbytes)

@@ -108,12 +108,13 @@ class Trainer:
         elif data.trained is None:
             self.maps = with_kernel(topology.model, parameters, int(tokens))
         self.passes = Passes(data, modules, config)
+        self.state: State | None = None  # in which a run that was cut off goes on
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def run(self, cache: PrefixCache) -> None:
-        state = self.saved.newest() if self.saved is not None else None
+        self.state = self.saved.newest() if self.saved is not None else None
         # a run that continues keeps what it kept before, for the same bits
-        kept = None if state is None else state[1]["kept"]
+        kept = None if self.state is None else self.state[1]["kept"]
         self.passes.cache = cache
         with self.passes.prepared(self.maps, self.statistics, epochs=self.epochs, kept=kept):
             self._run()
@@ -154,7 +155,7 @@ class Trainer:
     @torch.no_grad()
     def _resumed(self) -> State | None:
         """The saved state, if there is one; the weights and results are restored from it."""
-        state = self.saved.newest() if self.saved is not None else None
+        state, self.state = self.state, None  # its tensors are not needed twice
         if state is None:
             return None
         tensors, about = state
@@ -247,7 +248,10 @@ class Trainer:
                 mean = float(each[select].mean())
             yield mean
             if mean < config.stop_loss or (focus and len(looked) == len(select) and each[select].max() < focus):
-                break
+                if not self.passes.holds:
+                    break
+                self.passes.release()
+                rests = Rests(len(self.samples), self.epochs)  # look at all again, as in the edited model
 
     def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
