@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
-from fastedit.methods.locft_bf import adam, null_space, passes
+from fastedit.methods.locft_bf import adam, null_space
 from fastedit.methods.locft_bf.choices import subject_batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
 from fastedit.methods.locft_bf.trainer import Rests
-from fastedit.models import Model, resume, topology
+from fastedit.models import Model, topology
 from fastedit.statistics.store import statistics_path
 
 SETTINGS: dict[str, Any] = {"layer": (1, 2), "tokens": "subject", "lr": 3e-3, "batch_size": 4, "epochs": 4}
@@ -186,37 +186,6 @@ def test_only_the_subjects_rows_make_the_gradient(tokenizer: Any, seed: int, mon
     )
     run(tiny_model("llama", seed=seed), tokenizer, random_edits(8, seed))
     assert set(rows) == {4}
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_tokens_before_the_subjects_run_once(
-    family: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the null space of other text they hardly change; without it they run in every step, as in the edited model."""
-    model, edits = tiny_model(family, seed=seed), random_edits(4, seed)
-    moments(model, tmp_path, seed)
-    before = [last_of_subject(tokenizer, edit) for edit in edits]
-    assert sum(before) > 0
-    everything = sum(len(tokenizer(f"{e.prompt} {e.target}").input_ids) for e in edits)
-    for preserve, tokens in (("null-space", everything - sum(before)), ("none", everything)):
-        ran: list[int] = []
-
-        def noted(parts: Any, hidden: Tensor, rows: Any, *args: Any, ran: list[int] = ran) -> Tensor:
-            ran.append(len(rows.token_rows))
-            return resume(parts, hidden, rows, *args)
-
-        monkeypatch.setattr(passes, "resume", noted)
-        run(model, tokenizer, edits, preserve=preserve, statistics=str(tmp_path))
-        half = SETTINGS["epochs"] // 2  # later ones run as in the edited model
-        assert ran[: 2 * half] == [tokens] * half + [everything] * half
-
-
-def test_training_does_not_end_before_all_tokens_have_run(tokenizer: Any, tmp_path: Path, seed: int) -> None:
-    model, edits = tiny_model("llama", seed=seed), random_edits(4, seed)
-    moments(model, tmp_path, seed)
-    options: dict[str, Any] = {"statistics": str(tmp_path), "focus": 50.0}  # all edits are learned at once
-    assert len(run(model, tokenizer, edits, preserve="null-space", **options).losses) == 2
-    assert len(run(model, tokenizer, edits, preserve="none", **options).losses) == 1
 
 
 def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokenizer: Any, seed: int) -> None:
