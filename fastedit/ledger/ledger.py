@@ -15,6 +15,7 @@ from fastedit.compose import Composition, added
 from fastedit.delta import WeightDelta, versions
 from fastedit.editor import Editor, Requests
 from fastedit.errors import ConfigError, FileError, ModelError
+from fastedit.evaluation.sampling import draw
 from fastedit.ledger.blame import Likeness, likenesses
 from fastedit.ledger.making import named, refuse_taken, sorted_out, write
 from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
@@ -222,6 +223,8 @@ class Ledger:
     ) -> Entry:
         """Make an entry that removes some facts and adds others."""
         records, started = self._records, time.perf_counter()
+        sample = None if evaluate is True else evaluate or None
+        draw((), sample)  # refuses a sample that cannot be drawn before the edit
         left = {fact.serial for fact in gone}
         stay = [fact for fact in self.facts if fact.serial not in left]
         refuse_taken(new, stay)
@@ -234,7 +237,6 @@ class Ledger:
             state, file, about, sought = self._make([*stay, *fresh], number)
             about["notes"] = notes + about["notes"]
             if evaluate and (asked := requests or [fact.request for fact in stay]):
-                sample = None if evaluate is True else evaluate
                 about["checks"]["measures"] = self.editor.evaluate(asked, sample=sample).to_dict()
             about["seconds"] = time.perf_counter() - started
             placed = {fact.serial: fact for fact in sought}

@@ -47,6 +47,21 @@ def test_what_cannot_be_done_changes_nothing(refused: Any, kind: Any, words: str
         ledger.add([C])
 
 
+def test_a_sample_that_cannot_be_drawn_is_refused_before_the_edit(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened() as ledger:
+        ledger.add([A])
+        monkeypatch.setattr(ledger.editor, "run", lambda plan: pytest.fail("the edit has begun"))
+        for refused in (
+            lambda: ledger.add([C], evaluate=-1),
+            lambda: ledger.forget("A", evaluate=-1),
+            lambda: ledger.replace("A", "w9", evaluate=-1),
+        ):
+            with pytest.raises(ConfigError, match="sample is -1"):
+                refused()
+
+
 def test_a_name_of_two_facts_is_refused(opened: Open) -> None:
     with opened(way="locft-bf") as ledger:
         ledger.add([replace(A, id=B.prompt), B])
