@@ -263,23 +263,24 @@ def test_batches_of_subjects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "schedule", "rate"),
+    ("options", "rate", "schedule", "epochs"),
     [
-        ({"augment": 0}, "constant", 0.016),
-        ({"augment": 9}, "linear", 0.024),  # 200 samples
-        ({"augment": 9, "lr_schedule": "constant"}, "constant", 0.016),
-        ({"lr_schedule": "linear"}, "linear", 0.024),
-        ({"augment": 9, "tokens": "all"}, "constant", 0.025),
+        ({"augment": 0}, 0.016, "constant", 40),
+        ({"augment": 9}, 0.016, "linear", 60),  # 200 samples
+        ({"augment": 9, "lr_schedule": "constant"}, 0.016, "constant", 60),
+        ({"augment": 9, "epochs": 7}, 0.016, "linear", 7),
+        ({"lr_schedule": "linear"}, 0.016, "linear", 40),
+        ({"augment": 9, "tokens": "all"}, 0.025, "constant", 25),
     ],
 )
 def test_with_many_subjects_the_rate_falls(
-    options: dict[str, Any], schedule: str, rate: float, tokenizer: Any, seed: int
+    options: dict[str, Any], rate: float, schedule: str, epochs: int, tokenizer: Any, seed: int
 ) -> None:
     model = tiny_model("llama", seed=seed)
-    settings = SETTINGS | {"layer": 1, "lr": None} | options
+    settings = SETTINGS | {"layer": 1, "lr": None, "epochs": None} | options
     config = plan(Model.of(model, tokenizer), random_edits(20, seed), LocFTBFConfig(**settings)).config
     weight = topology(model).resolve(1, "down_proj")[1].weight.detach()
-    assert config.lr_schedule == schedule
+    assert (config.lr_schedule, config.epochs) == (schedule, epochs)
     assert config.lr == pytest.approx(rate * float(weight.square().mean().sqrt()), rel=1e-4)
 
 

@@ -22,11 +22,12 @@ from fastedit.statistics.store import StatisticsStore
 log = logging.getLogger(__name__)
 
 # measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_SUBJECT_RATE = {"constant": 0.64, "linear": 0.96}  # of the rate for all tokens
-_MANY = 200  # edits from which on the rate falls, with tokens subject
+_SUBJECT_RATE = 0.64  # of the rate for all tokens
+_MANY = 200  # edits from which on the rate falls, over more epochs, with tokens subject
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
 _EPOCHS = {"all": 25, "subject": 40}  # with subjects, learned edits sit out, so that more epochs cost little
+_EPOCHS_OF_MANY = 60
 _NAME_WEIGHT = {"all": 0.0, "subject": 10.0}
 
 
@@ -64,16 +65,17 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
         topology.check_trainable(block, module)
     check_own(topology, layers, module)
     load_weights(topology.blocks[min(layers) :])  # training runs all blocks from there on
-    copies, schedule = len(batch) * (1 + config.augment), config.lr_schedule
-    if schedule is None:
-        schedule = "linear" if subject and copies >= _MANY else "constant"
+    copies = len(batch) * (1 + config.augment)
+    many = subject and copies >= _MANY
     if lr is None:
         lr, why = preset.lr, where
         if lr is None or subject:
-            lr, why = _rate(places, _SUBJECT_RATE[schedule] if subject else 1.0, where)
+            lr, why = _rate(places, _SUBJECT_RATE if subject else 1.0, where)
         notes.append(f"lr {lr:.3g} ({why})")
-    if config.lr_schedule is None and schedule == "linear":
-        notes.append(f"lr_schedule linear (auto for {copies} samples)")
+    schedule = config.lr_schedule or ("linear" if many else "constant")
+    epochs = config.epochs or (_EPOCHS_OF_MANY if many else _EPOCHS[config.tokens])
+    if many and None in (config.lr_schedule, config.epochs):
+        notes.append(f"lr_schedule {schedule}, epochs {epochs} (auto from {_MANY} edits and copies on)")
     if batch_size == "auto":
         batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
         notes.append(f"batch_size {batch_size} (auto for {len(batch)} edits)")
@@ -90,7 +92,6 @@ def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
         refit = subject and config.keeps_null_space and not batch.without_subject
     for note in notes:
         log.info("locft-bf: %s", note)
-    epochs = _EPOCHS[config.tokens] if config.epochs is None else config.epochs
     chosen: dict[str, Any] = {"layer": layer, "module": module, "lr": lr, "lr_schedule": schedule}
     chosen |= {"batch_size": batch_size, "epochs": epochs, "null_space": share, "focus": focus, "refit": refit}
     return replace(config, **chosen, name_weight=name_weight), notes
@@ -190,7 +191,7 @@ def _rate(places: dict[str, nn.Module], share: float, where: str) -> tuple[float
     """Adam's rate in proportion to the RMS of the weights, and the rule in words.
 
     Args:
-        share: of the rate for all tokens that does not fall.
+        share: of the rate for all tokens.
 
     Raises:
         ModelError: weights that are all zero or not finite.

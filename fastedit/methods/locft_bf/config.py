@@ -27,7 +27,7 @@ class LocFTBFConfig:
     lr: float | None = option(
         None,
         "Adam's learning rate.",
-        unset="the preset's, else 0.025 of the weights' RMS; 0.016 with tokens subject, or 0.024 if it falls",
+        unset="the preset's, else 0.025 of the weights' RMS; 0.016 with tokens subject",
     )
     lr_schedule: Literal["constant", "linear"] | None = option(
         None,
@@ -41,7 +41,9 @@ class LocFTBFConfig:
         "of the edits, at most 100, with tokens subject.",
     )
     epochs: int | None = option(
-        None, "at most this many passes over the edits.", unset="25, as published, or 40 with tokens subject"
+        None,
+        "at most this many passes over the edits.",
+        unset="25, as published, or 40 with tokens subject, and 60 from 200 edits and copies on",
     )
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")
