@@ -42,7 +42,7 @@ FLAGS: dict[str, list[str]] = {
 
 def facts(n: int) -> list[dict[str, Any]]:
     """Different prompts about the people of the fact world, each with a random object of its relation as target."""
-    people, rng, found = World().people, random.Random(0), []
+    people, rng, records = World().people, random.Random(0), []
     relations = [relation for relation in RELATIONS.values() if relation.subjects is None]
     phrasings = [(r, phrase) for r in relations for phrase in (*r.trained, *r.unseen)]
     for i in range(n):
@@ -50,8 +50,8 @@ def facts(n: int) -> list[dict[str, Any]]:
         before = f"Note {i // (len(people) * len(phrasings))}. " if i >= len(people) * len(phrasings) else ""
         subject = people[i % len(people)]
         prompt = before + phrase.format(s=subject)
-        found.append({"prompt": prompt, "target": rng.choice(relation.objects), "subject": subject})
-    return found
+        records.append({"prompt": prompt, "target": rng.choice(relation.objects), "subject": subject})
+    return records
 
 
 def edit(folder: Path, output: str, method: str) -> subprocess.Popen[bytes]:
@@ -107,9 +107,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def operations(folder: Path, method: str) -> list[list[Any]]:
     """The ledger commands to run, each of which makes one entry; without the ledger's folder."""
     model, everything = ["--model", checkpoint_path(), "--device", "cpu"], facts(120)
-    for part, name in enumerate("abc"):
-        some = everything[40 * part : 40 * part + 40]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in some))
+    for number, name in enumerate("abc"):
+        chunk = everything[40 * number : 40 * number + 40]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in chunk))
     other = next(fact["target"] for fact in everything if fact["target"] != everything[4]["target"])
     first = ["--method", method, "--dtype", "float32", *FLAGS[method]]
     return [
@@ -128,18 +128,18 @@ def newest(ledger: Path) -> tuple[int, dict[str, torch.Tensor]]:
     if not (ledger / "ledger.sqlite").exists():
         return 0, {}
     records = Records(ledger, write=True)
-    found = records.last, bits(records.delta(records.last))
+    newest_entry = records.last, bits(records.delta(records.last))
     records.close()
-    return found
+    return newest_entry
 
 
 def disturb_ledger(folder: Path, args: argparse.Namespace, rng: random.Random) -> None:
     planned, wanted, took = operations(folder, args.method), [bits(None)], [0.0]
 
     def do(number: int, ledger: str) -> subprocess.Popen[bytes]:
-        name, *rest = planned[number - 1]
-        before = [rest.pop(0)] if name in ("forget", "replace", "rollback") else []
-        return start(folder, ["ledger", name, ledger, *before, *rest])
+        name, *arguments = planned[number - 1]
+        before = [arguments.pop(0)] if name in ("forget", "replace", "rollback") else []
+        return start(folder, ["ledger", name, ledger, *before, *arguments])
 
     for number in range(1, len(planned) + 1):
         began = time.perf_counter()
@@ -162,13 +162,13 @@ def disturb_ledger(folder: Path, args: argparse.Namespace, rng: random.Random) -
                 kills, killed = kills + 1, True
             else:
                 finish(process)
-            found, theirs = newest(folder / "out")
-            if found not in ((entry, entry + 1) if killed else (entry + 1,)) or not same(theirs, wanted[found]):
-                sys.exit(f"after kill {kills}, in operation {entry + 1}: entry {found}, OTHER BITS or another entry")
-            committed += killed and found > entry
+            now, theirs = newest(folder / "out")
+            if now not in ((entry, entry + 1) if killed else (entry + 1,)) or not same(theirs, wanted[now]):
+                sys.exit(f"after kill {kills}, in operation {entry + 1}: entry {now}, OTHER BITS or another entry")
+            committed += killed and now > entry
             if killed:
-                print(f"kill {kills}, in operation {entry + 1}: entry {found}, the same bits", flush=True)
-            entry = found
+                print(f"kill {kills}, in operation {entry + 1}: entry {now}, the same bits", flush=True)
+            entry = now
         shutil.rmtree(folder / "out")
     print(f"{kills} kills ({committed} after the commit), {rounds} rounds: every ledger opened to a whole entry")
 

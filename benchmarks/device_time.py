@@ -33,7 +33,7 @@ _COMPILED = [(name, re.compile(pattern)) for name, pattern in CLASSES]
 
 def class_of(name: str) -> str:
     """The class of a kernel or operator."""
-    return next(found for found, pattern in _COMPILED if pattern.search(name))
+    return next(kind for kind, pattern in _COMPILED if pattern.search(name))
 
 
 def shares(times: Mapping[str, float], wall: float) -> dict[str, float]:
@@ -41,13 +41,13 @@ def shares(times: Mapping[str, float], wall: float) -> dict[str, float]:
 
     Where the times are more than `wall`, because kernels overlapped, they are shares of their sum.
     """
-    found = dict.fromkeys(NAMES, 0.0)
+    share_of = dict.fromkeys(NAMES, 0.0)
     for name, spent in times.items():
-        found[class_of(name)] += spent
-    found[GAPS] = 0.0  # what autograd and the like take is the rest of the time
-    whole = max(wall, sum(found.values()))
-    found = {name: spent / whole for name, spent in found.items()}
-    return found | {GAPS: max(0.0, 1 - sum(found.values()))}
+        share_of[class_of(name)] += spent
+    share_of[GAPS] = 0.0  # what autograd and the like take is the rest of the time
+    whole = max(wall, sum(share_of.values()))
+    share_of = {name: spent / whole for name, spent in share_of.items()}
+    return share_of | {GAPS: max(0.0, 1 - sum(share_of.values()))}
 
 
 class EpochProfile:

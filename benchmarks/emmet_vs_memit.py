@@ -75,11 +75,11 @@ def main() -> None:
             editor = Editor.from_pretrained(args.model, method, dtype="float32", **config)
             for size, n in batches.items():
                 runs = [measured(editor, requests[i * size : (i + 1) * size], text) for i in range(n)]
-                found = {name: statistics.fmean(run[name] for run in runs) for name in MEASURES}
-                shares = [f"{found[name]:.1%}" for name in MEASURES[:-1]]
-                table.add_row(label, str(size), str(n), *shares, f"{found['perplexity']:.2f}")
-                print(f"{label}, {n} batches of {size}:", *shares, f"{found['perplexity']:.2f}", flush=True)
-                for unit, value in found.items():
+                means = {name: statistics.fmean(run[name] for run in runs) for name in MEASURES}
+                shares = [f"{means[name]:.1%}" for name in MEASURES[:-1]]
+                table.add_row(label, str(size), str(n), *shares, f"{means['perplexity']:.2f}")
+                print(f"{label}, {n} batches of {size}:", *shares, f"{means['perplexity']:.2f}", flush=True)
+                for unit, value in means.items():
                     shape = f"{n} × {size} edit{'s' * (size > 1)}"
                     append(
                         make_row("emmet_vs_memit", "ours", [value], mode=label, shape=shape, dtype="float32", unit=unit)

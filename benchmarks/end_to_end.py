@@ -120,11 +120,13 @@ def main() -> None:
         theirs = copy.deepcopy(editor.model)
         quality = {}
 
-        def record(provider: str, edits: Sequence[EditRequest], run: Run, found: dict[str, float], mode: str) -> None:
-            about = {"mode": mode, "shape": f"{len(edits)} edits", "dtype": "float32", "device": args.device}
-            suite.record(make_row("end_to_end", provider, [run.seconds], peak_memory=run.peak_memory, **about))
-            for unit, value in found.items():
-                suite.record(make_row("end_to_end", provider, [value], unit=unit, **about))
+        def record(
+            provider: str, edits: Sequence[EditRequest], run: Run, measures: dict[str, float], mode: str
+        ) -> None:
+            row = {"mode": mode, "shape": f"{len(edits)} edits", "dtype": "float32", "device": args.device}
+            suite.record(make_row("end_to_end", provider, [run.seconds], peak_memory=run.peak_memory, **row))
+            for unit, value in measures.items():
+                suite.record(make_row("end_to_end", provider, [value], unit=unit, **row))
 
         for n in dict.fromkeys((args.published or args.n, args.n)):
             edits = requests[:n]

@@ -190,7 +190,7 @@ class Suite:
         """Seconds of each call; the calls take turns."""
         if torch.device(self.device).type == "cuda":
             return self._sample_cuda(calls, inputs, setup)
-        found: dict[str, list[float]] = {name: [] for name in calls}
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
         for call in calls.values():
             call(*inputs)
         started, rounds, budget = time.perf_counter(), 0, self.budget * len(calls)
@@ -198,9 +198,9 @@ class Suite:
             for name, call in calls.items():
                 before = time.perf_counter()
                 call(*inputs)
-                found[name].append(time.perf_counter() - before)
+                seconds[name].append(time.perf_counter() - before)
             rounds += 1
-        return found
+        return seconds
 
     def _sample_cuda(
         self, calls: Mapping[str, Callable[..., Any]], inputs: Inputs, setup: Callable[[], Inputs]

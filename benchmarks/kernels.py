@@ -282,9 +282,9 @@ def with_gradients(function: Callable[..., Tensor], n: int) -> Provider:
     """What a function of the inputs but the last returns, and the gradients in the first n of them by the last."""
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
-        given, grad = inputs[:-1], inputs[-1]
-        leaves = [x.detach().requires_grad_() for x in given[:n]]
-        y = function(*leaves, *given[n:])
+        arguments, grad = inputs[:-1], inputs[-1]
+        leaves = [x.detach().requires_grad_() for x in arguments[:n]]
+        y = function(*leaves, *arguments[n:])
         return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
     return run
@@ -332,12 +332,12 @@ def block_case(device: torch.device, op: str, rows: int, width: int, name: str) 
 
 def cases(device: torch.device) -> list[Case]:
     kind = device.type
-    found = [adam_case(device, *sizes) for sizes in ADAM[kind]]
-    found += [cross_entropy_case(device, *sizes) for sizes in CROSS_ENTROPY[kind]]
-    found += [block_case(device, "rms_norm", *sizes) for sizes in NORMS[kind]]
-    found += [block_case(device, "gated_activation", *sizes) for sizes in GATED[kind]]
+    all_cases = [adam_case(device, *sizes) for sizes in ADAM[kind]]
+    all_cases += [cross_entropy_case(device, *sizes) for sizes in CROSS_ENTROPY[kind]]
+    all_cases += [block_case(device, "rms_norm", *sizes) for sizes in NORMS[kind]]
+    all_cases += [block_case(device, "gated_activation", *sizes) for sizes in GATED[kind]]
     modes = ("solve", "update") if kind == "cuda" else ("update",)
-    return found + [solve_case(device, *sizes, mode) for mode in modes for sizes in SOLVES[kind]]
+    return all_cases + [solve_case(device, *sizes, mode) for mode in modes for sizes in SOLVES[kind]]
 
 
 def main() -> None:

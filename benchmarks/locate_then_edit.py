@@ -72,13 +72,13 @@ def solve_alone(suite: Suite, d: int, n: int, cov_weight: float = 15_000.0) -> N
     if not error <= MOST["solve"]:
         suite.fail(f"the solves differ by {error:.1e} > {MOST['solve']:.0e}")
         return
-    about = {"mode": "solve alone", "shape": f"d={d}, N={n}", "dtype": "float64", "device": suite.device}
+    case = {"mode": "solve alone", "shape": f"d={d}, N={n}", "dtype": "float64", "device": suite.device}
     medians = {}
     for provider, function, run, repeats in (("published", published, their_run, 3), ("ours", ours, our_run, 9)):
         samples = seconds_of(function, repeats, suite.device)
-        row = make_row("rank_k_against_direct", provider, samples, peak_memory=run.peak_memory, **about)
+        row = make_row("rank_k_against_direct", provider, samples, peak_memory=run.peak_memory, **case)
         medians[provider] = suite.record(row).p50
-    suite.record(make_row("rank_k_against_direct", "ours", [error], unit="difference", **about))
+    suite.record(make_row("rank_k_against_direct", "ours", [error], unit="difference", **case))
     print(f"ratio {medians['published'] / medians['ours']:.1f}", flush=True)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     requests = [r for r in requests if r.subject and r.subject in r.prompt][:most]
     model = random_llama(args.size, args.device)
     settings = {"steps": args.steps, "weight_decay": 1e-3, "clamp": 4.0, "kl_factor": 0.0625, "stop_loss": 0.05}
-    about = {"mode": "MEMIT", "dtype": "float32", "device": args.device}
+    case = {"mode": "MEMIT", "dtype": "float32", "device": args.device}
 
     with tempfile.TemporaryDirectory() as folder:
         covariances, theirs = random_statistics(model, Path(folder), LAYERS), copy.deepcopy(model)
@@ -189,13 +189,13 @@ def main() -> None:
             shape = f"{n} edits, {args.size} Llama, {len(LAYERS)} layers, {args.steps} steps"
             for provider, run in (("published", their_run), ("ours", our_run)):
                 suite.record(
-                    make_row("memit", provider, [run.seconds], shape=shape, peak_memory=run.peak_memory, **about)
+                    make_row("memit", provider, [run.seconds], shape=shape, peak_memory=run.peak_memory, **case)
                 )
-            suite.record(make_row("memit", "ours", [difference], shape=shape, unit="difference", **about))
+            suite.record(make_row("memit", "ours", [difference], shape=shape, unit="difference", **case))
             print(f"ratio {their_run.seconds / our_run.seconds:.2f}", flush=True)
             for n in args.scaling:
                 run, shape = both.edit(n)[0], f"edits={len(requests[:n])}"
-                row = make_row("scaling", "ours", [run.seconds], shape=shape, peak_memory=run.peak_memory, **about)
+                row = make_row("scaling", "ours", [run.seconds], shape=shape, peak_memory=run.peak_memory, **case)
                 suite.record(row, shape)
         else:
             suite.fail(f"the updates differ by {difference:.1e} > {MOST['edit']:.0e}")

@@ -99,7 +99,7 @@ def main() -> None:
         suite.close()
     print(f"last batch loss {losses[-1]:.4f} (published), last epoch loss {result.losses[-1]:.4f} (ours)")
     texts = args.requests.stem if args.requests else "fact world"
-    about = {
+    case = {
         "mode": "LocFT-BF",
         "shape": f"{len(requests)} edits ({texts}), {args.size} Llama, batch {args.batch}, {args.epochs} epochs",
         "dtype": "float32",
@@ -107,9 +107,9 @@ def main() -> None:
     }
     medians = {}
     for provider, own in runs.items():
-        row = make_row("locft_bf", provider, [run.seconds for run in own], peak_memory=own[0].peak_memory, **about)
+        row = make_row("locft_bf", provider, [run.seconds for run in own], peak_memory=own[0].peak_memory, **case)
         medians[provider] = suite.record(row).p50
-    suite.record(make_row("locft_bf", "ours", [difference], unit="difference", **about))
+    suite.record(make_row("locft_bf", "ours", [difference], unit="difference", **case))
     print(f"ratio {medians['published'] / medians['ours']:.2f}")
 
 

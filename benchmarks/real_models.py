@@ -90,16 +90,16 @@ def still_known(model: Model, facts: Sequence[EditRequest]) -> float:
 
 def figures(report: EvaluationReport) -> dict[str, float]:
     """The measures by name; names for the unedited model end in "before"."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, (measure, part) in MEASURES.items():
         value = report.metrics[measure]
         value = value[part] if part else value
         if value is not None:
-            found[name] = value
+            values[name] = value
     for when, metrics in (("perplexity", report.metrics), ("perplexity before", report.before or {})):
         if metrics.get("perplexity") is not None:
-            found[when] = metrics["perplexity"]
-    return found
+            values[when] = metrics["perplexity"]
+    return values
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Trained:
         editor = Editor(self.model.network, self.model.tokenizer, **config)
         with measured(torch.device("cpu")) as run:
             result = editor.edit(edits)
-        found = figures(compare(edits, self.predict(edits), before))
+        values = figures(compare(edits, self.predict(edits), before))
         if self.facts:
-            found["known facts"] = still_known(self.model, self.facts)
+            values["known facts"] = still_known(self.model, self.facts)
         result.delta.revert()
         row = {"mode": variant, "dtype": "float32"}
         yield make_row("real_models", "ours", [run.seconds], peak_memory=run.peak_memory, **row)
-        for unit, value in found.items():
+        for unit, value in values.items():
             yield make_row("real_models", "ours", [value], unit=unit, **row)
 
 

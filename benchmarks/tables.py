@@ -78,7 +78,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, dict[str, Pair]]]:
     A size is listed if a device timed both the published procedure and ours.
     """
     times = [row for row in rows if row.unit == "s"]
-    found = []
+    lines = []
     for what, benchmark, mode, sizes in HEADLINES:
         listed: list[tuple[str, str, dict[str, Pair]]] = []
         for size in sizes:
@@ -87,14 +87,14 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, dict[str, Pair]]]:
             pairs = {row.device: (theirs.get(row.device), row) for row in own if row.provider == "ours"}
             if theirs.keys() & pairs.keys():
                 listed.append((what, size, pairs))
-        found += listed or [(what, sizes[0], {})]
-    return found
+        lines += listed or [(what, sizes[0], {})]
+    return lines
 
 
 def headline(rows: Sequence[Row]) -> Lines:
     """The main table: a line for each comparison with the published procedure, a column for each device."""
-    found = headlines(rows)
-    measured = {device: pair[1] for *_, pairs in found for device, pair in pairs.items()}
+    compared = headlines(rows)
+    measured = {device: pair[1] for *_, pairs in compared for device, pair in pairs.items()}
     devices = sorted(measured, key=lambda device: (on_gpu(measured[device]), device))
     kinds = {on_gpu(row) for row in measured.values()}
     missing = [kind for kind, gpu in (("CPU", False), ("GPU", True)) if gpu not in kinds]
@@ -109,10 +109,13 @@ def headline(rows: Sequence[Row]) -> Lines:
 
     lines = table(
         ("published → ours", "size", *devices, *missing),
-        ((what, size, *map(cell, map(pairs.get, devices)), *[MISSING] * len(missing)) for what, size, pairs in found),
+        (
+            (what, size, *map(cell, map(pairs.get, devices)), *[MISSING] * len(missing))
+            for what, size, pairs in compared
+        ),
     )
     if measured:
-        commits = sorted({row.commit for *_, pairs in found for pair in pairs.values() for row in pair if row})
+        commits = sorted({row.commit for *_, pairs in compared for pair in pairs.values() for row in pair if row})
         lines += ["", f"Measured at commits {', '.join(f'`{commit}`' for commit in commits)}."]
     return lines
 
@@ -125,9 +128,9 @@ def operations(own: Sequence[Row]) -> Lines:
     """A line for each of our operations, with the times of others."""
     head = ("operation", "size", "dtype", "ours", "share of floor", "peak memory", "others' time over ours")
     body = []
-    for (benchmark, mode, shape, dtype), found in by_case(row for row in own if row.unit == "s").items():
-        ours = found.get("ours")
-        others = [row for name, row in found.items() if not name.startswith("ours")]
+    for (benchmark, mode, shape, dtype), by_provider in by_case(row for row in own if row.unit == "s").items():
+        ours = by_provider.get("ours")
+        others = [row for name, row in by_provider.items() if not name.startswith("ours")]
         against = "; ".join(f"{row.provider}: {ratio(row, ours)}, {memory(row)}" for row in others if ours)
         share = f"{ours.floor_share:.0%}" if ours and ours.floor_share else MISSING
         time = seconds(ours.p50) if ours else MISSING
@@ -149,8 +152,8 @@ def kernels(rows: Sequence[Row]) -> Lines:
 def covariance(rows: Sequence[Row]) -> Lines:
     def draw(own: Sequence[Row]) -> Lines:
         lines = operations(own)
-        for (_, _, shape, dtype), found in by_case(row for row in own if row.unit == "relative error").items():
-            errors = ", ".join(f"{row.provider} {row.p50:.1e}" for row in found.values())
+        for (_, _, shape, dtype), by_provider in by_case(row for row in own if row.unit == "relative error").items():
+            errors = ", ".join(f"{row.provider} {row.p50:.1e}" for row in by_provider.values())
             lines += ["", f"Relative error of the sum of {shape}, {dtype}: {errors}."]
         return lines
 
@@ -163,8 +166,8 @@ def against_published(*benchmarks: str) -> Callable[[Sequence[Row]], Lines]:
     def draw(own: Sequence[Row]) -> Lines:
         apart = {key[:3]: f["ours"] for key, f in by_case(r for r in own if r.unit == "difference").items()}
         body = []
-        for key, found in by_case(row for row in own if row.unit == "s").items():
-            ours, theirs, other = found.get("ours"), found.get("published"), apart.get(key[:3])
+        for key, by_provider in by_case(row for row in own if row.unit == "s").items():
+            ours, theirs, other = by_provider.get("ours"), by_provider.get("published"), apart.get(key[:3])
             if ours is None:
                 continue
             body.append((
@@ -186,9 +189,9 @@ def end_to_end(rows: Sequence[Row]) -> Lines:
         for row in own:
             if row.unit != "s":
                 continue
-            about = {x.unit: x for x in own if x.key[:-1] == row.key[:-1]}
+            by_unit = {x.unit: x for x in own if x.key[:-1] == row.key[:-1]}
             speed = f"{int(row.shape.split()[0]) / row.p50:.3g}"
-            measures = (quality(about.get(unit)) for unit in units)
+            measures = (quality(by_unit.get(unit)) for unit in units)
             body.append((row.mode, row.provider, row.shape, speed, memory(row), *measures))
         return table((*head, *units), body)
 
@@ -225,14 +228,14 @@ def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
 
     def draw(own: Sequence[Row]) -> Lines:
         units = list(dict.fromkeys(row.unit for row in own))
-        found = {(row.mode, row.shape): {} for row in own}
+        of_case = {(row.mode, row.shape): {} for row in own}
         for row in own:
-            found[row.mode, row.shape][row.unit] = row
+            of_case[row.mode, row.shape][row.unit] = row
         return table(
             ("", "size", *("time" if unit == "s" else unit for unit in units)),
             (
                 (*key, *(seconds(cells[u].p50) if u == "s" and u in cells else quality(cells.get(u)) for u in units))
-                for key, cells in found.items()
+                for key, cells in of_case.items()
             ),
         )
 
@@ -241,11 +244,11 @@ def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
 
 def by_variant(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """(size, variant) -> its measures on a trained model, by unit."""
-    found: dict[tuple[str, str], dict[str, Row]] = {}
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row.benchmark == "real_models":
-            found.setdefault((row.shape, row.mode), {})[row.unit] = row
-    return found
+            cells.setdefault((row.shape, row.mode), {})[row.unit] = row
+    return cells
 
 
 def perplexity_change(cells: dict[str, Row]) -> str:
