@@ -274,7 +274,7 @@ def real_models(rows: Sequence[Row]) -> Lines:
     return each_device([row for row in rows if row.benchmark == "real_models"], draw)
 
 
-def spared(rows: Sequence[Row]) -> Lines:
+def protected(rows: Sequence[Row]) -> Lines:
     """For the main README: what LocFT-BF writes, keeps and costs by default and with the published recipe.
 
     Of the CPUs, and of the GPUs, only the one that was measured last is shown: older rows are of older defaults.
@@ -282,20 +282,21 @@ def spared(rows: Sequence[Row]) -> Lines:
     recipes = {"LocFT-BF, published": "published", "LocFT-BF": "default"}
 
     def draw(own: Sequence[Row]) -> Lines:
-        found, body = by_variant(own), []
-        sizes = [shape for shape, mode in found if mode == "LocFT-BF"]
+        variants, body = by_variant(own), []
+        sizes = [shape for shape, mode in variants if mode == "LocFT-BF"]
         for shape, (mode, recipe) in itertools.product(sizes, recipes.items()):
-            cells = found.get((shape, mode), {})
+            cells = variants.get((shape, mode), {})
             shares = (quality(cells.get(unit)) for unit in ("reliability", "PS", "first token", "known facts"))
             time = seconds(cells["s"].p50) if "s" in cells else MISSING
-            body.append((shape.rpartition(", ")[2], recipe, *shares, perplexity_change(cells), time))
-        head = ("model", "recipe", "edits written", "paraphrases", "neighbours kept", "other facts kept", "perplexity")
+            edits, _, model = shape.rpartition(", ")
+            body.append((model, edits.replace(" edits", ""), recipe, *shares, perplexity_change(cells), time))
+        head = ("model", "edits", "recipe", "written", "paraphrases", "neighbours kept", "other facts kept", "perplexity")
         return table((*head, "time"), body)
 
     own = (row for row in rows if row.benchmark == "real_models" and row.mode in recipes)
-    found = sorted(own, key=lambda row: row.date)
-    newest = {on_gpu(row): row.device for row in found}
-    return each_device([row for row in found if row.device == newest[on_gpu(row)]], draw)
+    by_date = sorted(own, key=lambda row: row.date)
+    newest = {on_gpu(row): row.device for row in by_date}
+    return each_device([row for row in by_date if row.device == newest[on_gpu(row)]], draw)
 
 
 def scaling(rows: Sequence[Row]) -> Lines:
@@ -355,7 +356,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Lines]] = {
     "emmet_vs_memit": measures("emmet_vs_memit"),
     "schedules": measures("schedules"),
     "real_models": real_models,
-    "spared": spared,
+    "protected": protected,
     "scaling": scaling,
     "scale": scale,
 }

@@ -206,13 +206,14 @@ def test_the_headlines_are_the_latest_comparisons_of_each_device() -> None:
     assert "| GPU |" not in shown
 
 
-def test_what_is_spared_is_of_the_device_that_last_measured_it() -> None:
-    about = {"benchmark": "real_models", "shape": "100 edits, smollm2", "unit": "s"}
+def test_what_is_protected_is_of_the_device_that_last_measured_it() -> None:
+    case = {"benchmark": "real_models", "shape": "100 edits (counterfact), smollm2", "unit": "s"}
     old, new = (
-        replace(made(samples=(n,), **about), mode="LocFT-BF", device=f"cpu {n}", date=f"2026-01-0{n}") for n in (1, 2)
+        replace(made(samples=(n,), **case), mode="LocFT-BF", device=f"cpu {n}", date=f"2026-01-0{n}") for n in (1, 2)
     )
     other = replace(new, mode="MEMIT", device="cpu 3", date="2026-01-03")
-    shown = "\n".join(tables.TABLES["spared"]([new, old, other]))
+    shown = "\n".join(tables.TABLES["protected"]([new, old, other]))
+    assert "| smollm2 | 100 (counterfact) | default |" in shown
     assert "cpu 2" in shown
     assert "cpu 1" not in shown
     assert "cpu 3" not in shown
