@@ -83,7 +83,7 @@ def _applies(parts: Topology, method: str) -> str:
     """Where a method edits the model with its defaults, or why it cannot."""
     from fastedit.methods import METHODS
     from fastedit.methods.locate_then_edit.recipes import resolve
-    from fastedit.methods.locft_bf.choices import reads_facts
+    from fastedit.methods.locft_bf.recipes import reads_facts
     from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset
     from fastedit.models import check_plain
 

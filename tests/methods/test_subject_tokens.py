@@ -16,9 +16,9 @@ from fastedit import ConfigError, Editor, EditRequest, StreamingCovariance
 from fastedit.methods import LocFTBFConfig
 from fastedit.methods.base import MethodResult
 from fastedit.methods.locft_bf import adam, null_space
-from fastedit.methods.locft_bf.choices import subject_batch_size_for
 from fastedit.methods.locft_bf.method import plan
 from fastedit.methods.locft_bf.null_space import NullSpace
+from fastedit.methods.locft_bf.recipes import subject_batch_size_for
 from fastedit.methods.locft_bf.trainer import Rests
 from fastedit.models import Model, topology
 from fastedit.statistics.store import statistics_path

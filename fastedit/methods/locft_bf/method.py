@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fastedit import parallel
-from fastedit.errors import ConfigError, EditError
+from fastedit.errors import EditError
 from fastedit.methods.base import Edit, History, MethodResult
 from fastedit.methods.batch import Batch
 from fastedit.methods.contexts import context_templates
-from fastedit.methods.locft_bf.choices import find_statistics, resolve
 from fastedit.methods.locft_bf.config import LocFTBFConfig
+from fastedit.methods.locft_bf.recipes import Recipe, resolve
 from fastedit.methods.locft_bf.refit import refit
 from fastedit.methods.locft_bf.trainer import Trainer
 from fastedit.methods.locft_bf.training_set import TrainingSet
@@ -30,7 +28,6 @@ from fastedit.models import (
     Budget,
     Model,
     PrefixCache,
-    Topology,
     fingerprint,
     forwards,
     fuse,
@@ -38,7 +35,7 @@ from fastedit.models import (
     plain_state,
 )
 from fastedit.progress import Progress, no_progress
-from fastedit.statistics.names import known_names, with_names
+from fastedit.statistics.names import with_names
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
 
@@ -47,19 +44,23 @@ _CONTEXTS = 4  # that an edit's keys are averaged over for `refit`
 
 @dataclass(frozen=True)
 class LocFTBFPlan:
-    """A LocFT-BF run that is ready; `config` is `given` with every choice made that it leaves open.
+    """A LocFT-BF run that is ready; its recipe is made from the configuration `given`.
 
-    `statistics` are of the inputs that training avoids, None without a null space, and `names` those whose inputs count
-    with them; `saved` keeps the state of the run on disk, None if it is not kept.
+    `saved` keeps the state of the run on disk, None if it is not kept.
     """
 
-    config: LocFTBFConfig
-    notes: list[str]
+    recipe: Recipe
     data: TrainingSet
     given: LocFTBFConfig
-    statistics: StatisticsStore | OwnText | None
-    names: tuple[str, ...]
     saved: SavedRun | None = None
+
+    @property
+    def config(self) -> LocFTBFConfig:
+        return self.recipe.config
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.recipe.notes, *_notes_on(self.data, self.config)]
 
     def reporting(self, progress: Progress) -> LocFTBFPlan:
         """The same plan with another progress callback."""
@@ -67,7 +68,8 @@ class LocFTBFPlan:
 
     def digests(self) -> dict[str, str]:
         """Digest of the file of second moments of each layer that has one; empty if training reads none."""
-        return self.statistics.digests(self.config.layers) if isinstance(self.statistics, StatisticsStore) else {}
+        statistics = self.recipe.statistics
+        return statistics.digests(self.config.layers) if isinstance(statistics, StatisticsStore) else {}
 
     def placed(self, layer: int, module: str, progress: Progress) -> LocFTBFPlan:
         """Plan the same edits for another module of the model, with its own learning rate.
@@ -75,13 +77,9 @@ class LocFTBFPlan:
         Raises:
             ConfigError, ModelError: the module does not exist, or has no weights to train or no statistics.
         """
-        given = replace(self.given, layer=layer, module=module)
-        batch, old = self.data.batch, self.statistics
-        history = History(old.fingerprint if old else "")
-        resolved, notes = resolve(batch, given, history)
-        _check_maps(batch.model.topology, resolved)
-        statistics, more = find_statistics(batch.model, resolved, history)
-        return LocFTBFPlan(resolved, notes + more, self.data.reporting(progress), given, statistics, self.names)
+        given, old = replace(self.given, layer=layer, module=module), self.recipe.statistics
+        recipe = resolve(self.data.batch, given, History(old.fingerprint if old else ""))
+        return LocFTBFPlan(recipe, self.data.reporting(progress), given)
 
     @plain_state
     def run(self, cache: PrefixCache | None = None) -> MethodResult:
@@ -97,13 +95,13 @@ class LocFTBFPlan:
             EditError: a loss is not finite; names the edits for which that is so with the original weights or, if
                 there are none, when and in which batch training diverged. The model is restored, as on every exception.
         """
-        config, notes, data = self.config, [*self.notes], self.data
+        config, notes, data = self.config, self.notes, self.data
         assert config.module is not None  # chosen by now
         batch, topology, lowest = data.batch, data.batch.model.topology, config.layers[0]
-        source = self.statistics
+        source, names = self.recipe.statistics, self.recipe.names
         statistics = source.statistics(config.layers, batch.progress) if isinstance(source, OwnText) else source
         if statistics is not None:
-            statistics = with_names(statistics, batch.model, config.layers, self.names, config.name_weight or 0.0)
+            statistics = with_names(statistics, batch.model, config.layers, names, config.name_weight or 0.0)
         # the contexts are those of the unedited model
         rewritten = batch.within(context_templates(batch.model, _CONTEXTS, seed=config.seed)) if config.refit else None
         modules = {layer: topology.resolve(layer, config.module)[1] for layer in config.layers}
@@ -175,20 +173,9 @@ def plan(
     history = history or History(now := fingerprint(model.network), now=now)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
     batch = Batch(model, edits, budget=budget, progress=progress)
-    resolved, notes = resolve(batch, config, history)
-    _check_maps(model.topology, resolved)
-    if resolved.refit and (bare := batch.without_subject):
-        raise ConfigError(
-            f"refit is about the edits' subjects, and there is none in the prompt of {batch.names(bare)}; give "
-            "their subjects, or leave out refit"
-        )
-    statistics, more = find_statistics(model, resolved, history)
-    notes += more
-    data = TrainingSet.of(batch, resolved)
-    subjects = (edit.subject for edit in edits if edit.subject)
-    names = known_names(model, resolved.names, subjects) if resolved.name_weight else ()
-    made = LocFTBFPlan(resolved, notes + _notes_on(data, resolved), data, config, statistics, names)
-    return replace(made, saved=SavedRun.of(model, edits, resolved, history, made.digests))
+    recipe = resolve(batch, config, history)
+    made = LocFTBFPlan(recipe, TrainingSet.of(batch, recipe.config), config)
+    return replace(made, saved=SavedRun.of(model, edits, recipe.config, history, made.digests))
 
 
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
@@ -203,28 +190,3 @@ def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
     if everywhere:
         notes.append(f"trained at all tokens, for want of a subject in the prompt: {batch.names(everywhere)}")
     return notes + batch.notes
-
-
-def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
-    """Check that the modules can be edited as the configuration asks.
-
-    Raises:
-        ConfigError: a module has to be a linear map and is not one; with tokens subject, the last block, because
-            nothing after it reads the subject's state.
-    """
-    assert config.module is not None
-    if not config.linear_only:
-        return
-    for layer in config.layers:
-        path, module = topology.resolve(layer, config.module)
-        if not isinstance(module, nn.Linear | Conv1D):
-            what = f"preserve {config.preserve}" if config.keeps_null_space else "tokens subject"
-            raise ConfigError(
-                f"{what} is about a linear map's inputs, and {path} is a {type(module).__name__}; choose a module such "
-                f"as down_proj, or go without {what}"
-            )
-    if config.tokens == "subject" and config.layers[-1] == topology.n_blocks - 1:
-        raise ConfigError(
-            f"layer {config.layers[-1]} is the last block and nothing reads a subject there; choose lower ones, or "
-            "tokens all"
-        )

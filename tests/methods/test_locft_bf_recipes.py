@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastedit import ConfigError, EditRequest, ModelError, RequestError
 from fastedit.methods import LocFTBFConfig
-from fastedit.methods.locft_bf.choices import batch_size_for
 from fastedit.methods.locft_bf.method import plan
+from fastedit.methods.locft_bf.recipes import batch_size_for
 from fastedit.methods.presets import locft_bf_preset
 from fastedit.models import Model, topology
 

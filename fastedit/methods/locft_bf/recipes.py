@@ -1,21 +1,22 @@
-"""The automatic choices of LocFT-BF: where, at which tokens and how fast it trains, and what it preserves."""
+"""LocFT-BF resolved for a model and its edits: where, at which tokens and how fast it trains, and what it preserves."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastedit.errors import ModelError
+from fastedit.errors import ConfigError, ModelError
 from fastedit.methods.base import History
 from fastedit.methods.batch import Batch
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
 from fastedit.models import Model, Topology, check_own, check_plain, fingerprint, load_weights
+from fastedit.statistics.names import known_names
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
 
@@ -31,15 +32,49 @@ _EPOCHS_OF_MANY = 60
 _NAME_WEIGHT = {"all": 0.0, "subject": 10.0}
 
 
-def resolve(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocFTBFConfig, list[str]]:
-    """Make every automatic choice; returns the configuration, and notes on what was chosen and why.
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run: whatever a configuration leaves open is chosen once.
+
+    Attributes:
+        config: no field is left open.
+        notes: what was chosen, and why.
+        statistics: second moments of the inputs whose directions training avoids; None without a null space.
+        names: names whose inputs count with these.
+    """
+
+    config: LocFTBFConfig
+    notes: list[str]
+    statistics: StatisticsStore | OwnText | None
+    names: tuple[str, ...]
+
+
+def resolve(batch: Batch, given: LocFTBFConfig, history: History) -> Recipe:
+    """Fill what is not given.
 
     Args:
         history: the statistics must belong to its unedited model.
 
     Raises:
-        ModelError: no such module, or one that cannot be trained; no statistics in the given folder.
+        ConfigError: modules that cannot be edited in this way; names that the tokenizer does not know; refit without
+            a subject.
+        ModelError: no such module, or one that cannot be trained; a layer has no statistics and needs them.
     """
+    config, notes = _chosen(batch, given, history)
+    _check_maps(batch.model.topology, config)
+    if config.refit and (bare := batch.without_subject):
+        raise ConfigError(
+            f"refit is about the edits' subjects, and there is none in the prompt of {batch.names(bare)}; give "
+            "their subjects, or leave out refit"
+        )
+    statistics, more = _find_statistics(batch.model, config, history)
+    subjects = (edit.subject for edit in batch.edits if edit.subject)
+    names = known_names(batch.model, config.names, subjects) if config.name_weight else ()
+    return Recipe(config, notes + more, statistics, names)
+
+
+def _chosen(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocFTBFConfig, list[str]]:
+    """Make every automatic choice; returns the configuration, and notes on what was chosen and why."""
     topology = batch.model.topology
     preset, known = locft_bf_preset(topology)
     where = "published preset" if known else "no preset for this model"
@@ -107,7 +142,7 @@ def subject_batch_size_for(n_edits: int) -> int:
     return max(1, min(100, n_edits // 10))
 
 
-def find_statistics(
+def _find_statistics(
     model: Model, config: LocFTBFConfig, history: History
 ) -> tuple[StatisticsStore | OwnText | None, list[str]]:
     """The second moments of the inputs that training avoids, and a note if they are of text that the model writes.
@@ -172,7 +207,7 @@ def _lacking(batch: Batch, config: LocFTBFConfig, history: History) -> str | Non
     model = batch.model
     layers = locate_then_edit_preset(model.topology)[0].layers
     try:
-        find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), history)
+        _find_statistics(model, replace(config, layer=layers, module="down_proj", preserve="null-space"), history)
     except ModelError as error:
         if config.statistics is not None:  # the user asked for these
             raise
@@ -207,3 +242,28 @@ def _rate(places: dict[str, nn.Module], share: float, where: str) -> tuple[float
         raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
     source = where if share == 1 else "tokens subject"
     return share * lr, f"{source}: {0.025 * share:.2g} of the weights' RMS"
+
+
+def _check_maps(topology: Topology, config: LocFTBFConfig) -> None:
+    """Check that the modules can be edited as the configuration asks.
+
+    Raises:
+        ConfigError: a module has to be a linear map and is not one; with tokens subject, the last block, because
+            nothing after it reads the subject's state.
+    """
+    assert config.module is not None
+    if not config.linear_only:
+        return
+    for layer in config.layers:
+        path, module = topology.resolve(layer, config.module)
+        if not isinstance(module, nn.Linear | Conv1D):
+            what = f"preserve {config.preserve}" if config.keeps_null_space else "tokens subject"
+            raise ConfigError(
+                f"{what} is about a linear map's inputs, and {path} is a {type(module).__name__}; choose a module such "
+                f"as down_proj, or go without {what}"
+            )
+    if config.tokens == "subject" and config.layers[-1] == topology.n_blocks - 1:
+        raise ConfigError(
+            f"layer {config.layers[-1]} is the last block and nothing reads a subject there; choose lower ones, or "
+            "tokens all"
+        )
