@@ -51,10 +51,10 @@ def together(shapes: Sequence[str]) -> str:
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     """(benchmark, mode, shape, dtype) -> provider -> row, for rows of one device and unit."""
-    by_provider: dict[tuple[str, ...], dict[str, Row]] = {}
+    cases: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        by_provider.setdefault((row.benchmark, row.mode, row.shape, row.dtype), {})[row.provider] = row
-    return by_provider
+        cases.setdefault((row.benchmark, row.mode, row.shape, row.dtype), {})[row.provider] = row
+    return cases
 
 
 def source(rows: Sequence[Row]) -> str:

@@ -123,10 +123,10 @@ def main() -> None:
         def record(
             provider: str, edits: Sequence[EditRequest], run: Run, measures: dict[str, float], mode: str
         ) -> None:
-            row = {"mode": mode, "shape": f"{len(edits)} edits", "dtype": "float32", "device": args.device}
-            suite.record(make_row("end_to_end", provider, [run.seconds], peak_memory=run.peak_memory, **row))
+            case = {"mode": mode, "shape": f"{len(edits)} edits", "dtype": "float32", "device": args.device}
+            suite.record(make_row("end_to_end", provider, [run.seconds], peak_memory=run.peak_memory, **case))
             for unit, value in measures.items():
-                suite.record(make_row("end_to_end", provider, [value], unit=unit, **row))
+                suite.record(make_row("end_to_end", provider, [value], unit=unit, **case))
 
         for n in dict.fromkeys((args.published or args.n, args.n)):
             edits = requests[:n]

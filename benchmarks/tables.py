@@ -214,9 +214,9 @@ def shapes(rows: Sequence[Row]) -> Lines:
             speed = f"{n / row.p50:.3g}"
             body.append((row.mode, row.shape, row.provider, seconds(row.p50), speed, more, share, memory(row), against))
         for mode, shape in dict.fromkeys((row.mode, row.shape) for row in own):
-            found = [r for r in own if (r.mode, r.shape) == (mode, shape) and r.unit not in ("s", *speeds)]
-            if found:
-                parts.append((mode, shape, "; ".join(f"{row.unit} {row.p50:.1%}" for row in found)))
+            shares = [r for r in own if (r.mode, r.shape) == (mode, shape) and r.unit not in ("s", *speeds)]
+            if shares:
+                parts.append((mode, shape, "; ".join(f"{row.unit} {row.p50:.1%}" for row in shares)))
         head = ("", "size", "by", "time", *speeds, "share of the ceiling", "peak memory", "time over ours")
         return [*table(head, body), "", *table(("", "size", "where ours spends its time"), parts)]
 
@@ -244,11 +244,11 @@ def measures(benchmark: str) -> Callable[[Sequence[Row]], Lines]:
 
 def by_variant(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """(size, variant) -> its measures on a trained model, by unit."""
-    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    variants: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         if row.benchmark == "real_models":
-            cells.setdefault((row.shape, row.mode), {})[row.unit] = row
-    return cells
+            variants.setdefault((row.shape, row.mode), {})[row.unit] = row
+    return variants
 
 
 def perplexity_change(cells: dict[str, Row]) -> str:
@@ -275,7 +275,7 @@ def real_models(rows: Sequence[Row]) -> Lines:
 
 
 def protected(rows: Sequence[Row]) -> Lines:
-    """For the main README: what LocFT-BF writes, keeps and costs by default and with the published recipe.
+    """For the main README: what edits of CounterFact by LocFT-BF keep and cost, by default and as published.
 
     Of the CPUs, and of the GPUs, only the one that was measured last is shown: older rows are of older defaults.
     """
@@ -288,12 +288,13 @@ def protected(rows: Sequence[Row]) -> Lines:
             cells = variants.get((shape, mode), {})
             shares = (quality(cells.get(unit)) for unit in ("reliability", "PS", "first token", "known facts"))
             time = seconds(cells["s"].p50) if "s" in cells else MISSING
-            edits, _, model = shape.rpartition(", ")
-            body.append((model, edits.replace(" edits", ""), recipe, *shares, perplexity_change(cells), time))
-        head = ("model", "edits", "recipe", "written", "paraphrases", "neighbours kept", "other facts kept", "perplexity")
-        return table((*head, "time"), body)
+            edits, model = shape.split()[0], shape.rpartition(", ")[2]
+            body.append((model, edits, recipe, *shares, perplexity_change(cells), time))
+        head = ("model", "edits", "recipe", "written", "paraphrases", "neighbours kept", "other facts kept")
+        return table((*head, "perplexity", "time"), body)
 
-    own = (row for row in rows if row.benchmark == "real_models" and row.mode in recipes)
+    rows = [row for row in rows if row.benchmark == "real_models" and row.mode in recipes]
+    own = (row for row in rows if "counterfact" in row.shape)
     by_date = sorted(own, key=lambda row: row.date)
     newest = {on_gpu(row): row.device for row in by_date}
     return each_device([row for row in by_date if row.device == newest[on_gpu(row)]], draw)
@@ -301,10 +302,10 @@ def protected(rows: Sequence[Row]) -> Lines:
 
 def scaling(rows: Sequence[Row]) -> Lines:
     def draw(own: Sequence[Row]) -> Lines:
-        found = fits(own)
+        fitted = fits(own)
         body = []
         for mode, (variable, expected) in EXPECTED.items():
-            fit = found.get(mode)
+            fit = fitted.get(mode)
             shown = (f"{fit.low:g} … {fit.high:g}", f"{fit.exponent:.2f} ± {fit.error:.2f}") if fit else [MISSING] * 2
             body.append((mode, variable, *shown, expected))
         return table(("cost of", "against", "from … to", "measured exponent", "expected"), body)

@@ -213,7 +213,7 @@ def test_what_is_protected_is_of_the_device_that_last_measured_it() -> None:
     )
     other = replace(new, mode="MEMIT", device="cpu 3", date="2026-01-03")
     shown = "\n".join(tables.TABLES["protected"]([new, old, other]))
-    assert "| smollm2 | 100 (counterfact) | default |" in shown
+    assert "| smollm2 | 100 | default |" in shown
     assert "cpu 2" in shown
     assert "cpu 1" not in shown
     assert "cpu 3" not in shown

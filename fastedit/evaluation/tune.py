@@ -34,7 +34,10 @@ _OTHERS = ("paraphrase", "neighbour")
 # configurations to begin with, beside the method's own choices
 _STARTS: dict[str, list[dict[str, Any]]] = {"locft-bf": [{"published": True}, {"preserve": "both"}]}
 # fields that depend on the number of edits or the machine; left out of settings unless they were given or tried
-_OPEN = ("batch_size", "seed", "cache_bytes", "keep_partial", "targets", "published", "state", "save_every")
+_OPEN = (
+    *("batch_size", "epochs", "lr_schedule", "published"),
+    *("seed", "cache_bytes", "keep_partial", "targets", "state", "save_every"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Trial:
     def settings(self) -> dict[str, Any]:
         """Arguments of `fastedit.Editor` for the same choices, for any edits.
 
-        They leave out the batch size unless it was given, because it depends on the number of edits.
+        They leave out the batch size, the epochs and the learning rate's schedule unless they were given or tried,
+        because these depend on the number of edits.
         """
         if not self.resolved:
             return self.config

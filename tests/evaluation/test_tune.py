@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fastedit import Editor, EditRequest
 from fastedit.errors import ConfigError, EditError, FileError
 from fastedit.evaluation import tune as module_under_test
 from fastedit.evaluation.tune import Search, Trial, TuneReport, tune
+from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.models import Model
 
 EDITS = [
@@ -98,7 +99,14 @@ def test_what_is_written_down_makes_the_same_edit_with_more_requests(model: Mode
     same = Editor(model.network, tokenizer, **trial.settings).plan(EDITS[:3]).made.config  # type: ignore[attr-defined]
     assert {name: getattr(same, name) for name in told} == told
     assert resolved.lr == pytest.approx(2 * trial.resolved["lr"], rel=1e-2)
-    assert "batch_size" not in neighbour
+    assert not neighbour.keys() & {"batch_size", "lr_schedule"}
+    assert neighbour["epochs"] == FAST["epochs"]
+
+
+def test_what_depends_on_the_number_of_edits_is_left_open() -> None:
+    resolved = asdict(LocFTBFConfig(batch_size=5, epochs=40, lr_schedule="constant", lr=1e-3))
+    for given in ({"method": "locft-bf"}, {"method": "locft-bf", "epochs": 40, "lr_schedule": "constant"}):
+        assert Trial(given, resolved, 1.0, None, None, None, 1.0).settings == {"lr": 1e-3} | given
 
 
 def test_it_climbs_to_the_best_and_ends_there(model: Model, landscape: list[dict[str, Any]]) -> None:

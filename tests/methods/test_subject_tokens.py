@@ -263,25 +263,28 @@ def test_batches_of_subjects() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rate", "schedule", "epochs"),
+    ("options", "rate", "schedule", "epochs", "chosen"),
     [
-        ({"augment": 0}, 0.016, "constant", 40),
-        ({"augment": 9}, 0.016, "linear", 60),  # 200 samples
-        ({"augment": 9, "lr_schedule": "constant"}, 0.016, "constant", 60),
-        ({"augment": 9, "epochs": 7}, 0.016, "linear", 7),
-        ({"lr_schedule": "linear"}, 0.016, "linear", 40),
-        ({"augment": 9, "tokens": "all"}, 0.025, "constant", 25),
+        ({"augment": 0}, 0.016, "constant", 40, None),
+        ({"augment": 8}, 0.016, "constant", 40, None),  # 198 samples
+        ({"augment": 9}, 0.016, "linear", 60, "lr_schedule linear, epochs 60"),  # 220 samples
+        ({"augment": 9, "lr_schedule": "constant"}, 0.016, "constant", 60, "epochs 60"),
+        ({"augment": 9, "epochs": 7}, 0.016, "linear", 7, "lr_schedule linear"),
+        ({"lr_schedule": "linear"}, 0.016, "linear", 40, None),
+        ({"augment": 9, "tokens": "all"}, 0.025, "constant", 25, None),
     ],
 )
 def test_with_many_subjects_the_rate_falls(
-    options: dict[str, Any], rate: float, schedule: str, epochs: int, tokenizer: Any, seed: int
+    options: dict[str, Any], rate: float, schedule: str, epochs: int, chosen: str | None, tokenizer: Any, seed: int
 ) -> None:
     model = tiny_model("llama", seed=seed)
     settings = SETTINGS | {"layer": 1, "lr": None, "epochs": None} | options
-    config = plan(Model.of(model, tokenizer), random_edits(20, seed), LocFTBFConfig(**settings)).config
+    made = plan(Model.of(model, tokenizer), random_edits(22, seed), LocFTBFConfig(**settings))
     weight = topology(model).resolve(1, "down_proj")[1].weight.detach()
-    assert (config.lr_schedule, config.epochs) == (schedule, epochs)
-    assert config.lr == pytest.approx(rate * float(weight.square().mean().sqrt()), rel=1e-4)
+    assert (made.config.lr_schedule, made.config.epochs) == (schedule, epochs)
+    assert made.config.lr == pytest.approx(rate * float(weight.square().mean().sqrt()), rel=1e-4)
+    notes = [note.partition(" (")[0] for note in made.notes if "from 200 edits" in note]
+    assert notes == ([chosen] if chosen else [])
 
 
 def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:

@@ -110,7 +110,7 @@ def test_subjects_of_the_edits_do_not_count_as_names(tokenizer: Any, tmp_path: P
         layer=(0, 1), module="down_proj", tokens="subject", statistics=str(tmp_path), names=tuple(NAMES)
     )
     made = plan(Model(parts, tokenizer), [EditRequest("w9 w21 w22 w50", "w51", "w21 w22")], config)
-    assert made.names == ("w20", "w30 w31 w32")
+    assert made.recipe.names == ("w20", "w30 w31 w32")
 
 
 def test_the_packages_names_are_different_and_not_blank() -> None:

@@ -43,7 +43,7 @@ class LocFTBFConfig:
     epochs: int | None = option(
         None,
         "at most this many passes over the edits.",
-        unset="25, as published, or 40 with tokens subject, and 60 from 200 edits and copies on",
+        unset="25, as published; with tokens subject 40, or 60 from 200 edits and copies on",
     )
     stop_loss: float = option(0.01, "stop after an epoch whose mean loss is below.")
     skip_loss: float = option(0.01, "a batch whose loss is below does no backward pass and no step.")

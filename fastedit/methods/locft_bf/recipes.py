@@ -109,8 +109,11 @@ def _chosen(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
         notes.append(f"lr {lr:.3g} ({why})")
     schedule = config.lr_schedule or ("linear" if many else "constant")
     epochs = config.epochs or (_EPOCHS_OF_MANY if many else _EPOCHS[config.tokens])
-    if many and None in (config.lr_schedule, config.epochs):
-        notes.append(f"lr_schedule {schedule}, epochs {epochs} (auto from {_MANY} edits and copies on)")
+    of_many = [f"lr_schedule {schedule}"] * (config.lr_schedule is None) + [f"epochs {epochs}"] * (
+        config.epochs is None
+    )
+    if many and of_many:
+        notes.append(f"{', '.join(of_many)} (auto from {_MANY} edits and copies on)")
     if batch_size == "auto":
         batch_size = subject_batch_size_for(copies) if subject else batch_size_for(copies)
         notes.append(f"batch_size {batch_size} (auto for {len(batch)} edits)")
