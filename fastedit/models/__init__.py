@@ -3,7 +3,7 @@
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.chat import special_tokens
 from fastedit.models.continuations import Continuations
-from fastedit.models.editable import check_own
+from fastedit.models.editable import check_own, load_suffix
 from fastedit.models.encode import Span, encode, trailing, without_rows
 from fastedit.models.fingerprint import fingerprint, fingerprint_of
 from fastedit.models.forward import at_tokens, in_passes, observe, pass_tokens, resume, row_multiple, run_from_tokens
@@ -64,6 +64,7 @@ __all__ = [
     "is_offloaded",
     "joined",
     "last_tokens",
+    "load_suffix",
     "load_weights",
     "observe",
     "offloaded_prefix",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from fastedit.errors import ModelError, listed
 from fastedit.models.block_parts import is_projection
-from fastedit.models.offload import offloaded_parameters
+from fastedit.models.offload import dispatched_parameters, load_weights, offloaded_parameters
 from fastedit.models.quantized import EDITABLE, is_quantized
 from fastedit.models.topology import Topology
 
@@ -20,21 +21,21 @@ _OUTSIDE = (
 
 
 def check_editable(topology: Topology) -> None:
-    """Check that this package can edit the weights: they are whole, on one device, and in floating point.
+    """Check that this package can edit the weights: they are whole, in reach of the last block, in floating point.
 
     Linear maps of the blocks may be quantized, unless they are to be edited (`quantized.check_plain`). Weights may be
-    offloaded by accelerate; those that an edit trains are then loaded.
+    offloaded by accelerate; those that an edit trains are then loaded. They may be on several devices if accelerate
+    moves what passes between these, and the head is where the last block is.
 
     Raises:
-        ModelError: other weights are quantized, or weights are sharded, never loaded or on several devices; names the
+        ModelError: other weights are quantized, or weights are sharded, never loaded or on another device; names the
             parameter.
     """
     parameters = dict(topology.model.named_parameters())
     frozen = {id(p) for module in topology.blocks.modules() if is_quantized(module) for p in module.parameters()}
     offloaded = offloaded_parameters(topology.model)
-    first, device = next(
-        ((path, p.device) for path, p in parameters.items() if id(p) not in offloaded), ("", topology.device)
-    )
+    moved = dispatched_parameters(topology.model)
+    needed = {id(p) for p in topology.head.parameters()}  # every edit computes losses
     for path, parameter in parameters.items():
         if parameter.dtype not in EDITABLE and id(parameter) not in frozen:
             raise ModelError(f"{path} holds {parameter.dtype}: it is quantized; {_OUTSIDE}")
@@ -44,8 +45,8 @@ def check_editable(topology: Topology) -> None:
             raise ModelError(f"{path} is on the meta device: it was never loaded; {_WHOLE}")
         if parameter.is_inference():
             raise ModelError(f"{path} was made in torch.inference_mode() and cannot change; load the model outside it")
-        if parameter.device != device:
-            raise ModelError(f"{path} is on {parameter.device}, but {first} on {device}; {_WHOLE}")
+        if parameter.device != topology.device and (id(parameter) in needed or id(parameter) not in moved):
+            raise ModelError(f"{path} is on {parameter.device}, but the last block on {topology.device}; {_WHOLE}")
     if is_quantized(topology.head):
         raise ModelError(f"the head to the vocabulary, a {type(topology.head).__name__}, is quantized; {_OUTSIDE}")
     for path, module in topology.blocks.named_modules():
@@ -55,6 +56,27 @@ def check_editable(topology: Topology) -> None:
                 f"{topology.blocks_path}.{path}.weight has shape {tuple(module.weight.shape)}, expected {expected}: it "
                 "is quantized or sharded; load the model in fp32, bf16 or fp16, on one device"
             )
+
+
+def load_suffix(topology: Topology, layer: int) -> None:
+    """Read the offloaded weights of block ``layer`` and those above it for good: an edit of it runs all of these.
+
+    Raises:
+        ModelError: they are not all on one device; names the blocks.
+    """
+    load_weights(topology.blocks[layer:])
+    if elsewhere := [i for i in blocks_elsewhere(topology) if i >= layer]:
+        raise ModelError(
+            f"{len(elsewhere)} blocks from the edited block {layer} on are not on {topology.device} like the last one: "
+            f"{listed([str(i) for i in elsewhere])}. Edit a block above {elsewhere[-1]}, or load the model with "
+            "another device_map: an edit runs all blocks from its own on"
+        )
+
+
+def blocks_elsewhere(topology: Topology) -> list[int]:
+    """The blocks with weights on another device than that of the last block; offloaded weights are on none."""
+    here = {topology.device, torch.device("meta")}
+    return [i for i, block in enumerate(topology.blocks) if {p.device for p in block.parameters()} - here]
 
 
 def check_own(topology: Topology, layers: Iterable[int], module: str) -> None:

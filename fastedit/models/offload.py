@@ -23,6 +23,12 @@ def offloaded_parameters(model: nn.Module) -> set[int]:
     return {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
 
 
+def dispatched_parameters(model: nn.Module) -> set[int]:
+    """The ids of all parameters to whose device accelerate moves what their module reads."""
+    owners = (module for module in model.modules() if hasattr(module, "_hf_hook"))
+    return {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether weights of a module, or of modules in it, are offloaded."""
     return any(_hook(inner) is not None for inner in module.modules())

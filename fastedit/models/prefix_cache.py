@@ -161,5 +161,5 @@ class PrefixCache:
         states = run_blocks(topology, rows, start or 0, None if start is None else self.hidden(rows), stop=stop)
         if self._kept is None:
             size = (self.samples.input_ids.numel(), states.shape[-1])
-            self._kept = TokenStates.allocate(size, states.dtype, states.device, self._budget)
+            self._kept = TokenStates.allocate(size, states.dtype, topology.device, self._budget)
         self._states.write(rows, states)

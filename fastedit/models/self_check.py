@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from fastedit.errors import ModelError
 from fastedit.models.block_calls import BlockCalls
 from fastedit.models.block_parts import holds_experts
+from fastedit.models.editable import blocks_elsewhere
 from fastedit.models.fingerprint import fingerprint
 from fastedit.models.forward import at_tokens, resume, run_from_tokens
 from fastedit.models.frozen import FrozenPart
@@ -323,8 +324,9 @@ def _place(topology: Topology) -> tuple[int, str, nn.Module]:
     paths = {module: path for path, module in topology.model.named_modules()}
     quantized: list[str] = []
     first = min(max(1, topology.n_blocks // 4), topology.n_blocks - 1)
-    if (offloaded := offloaded_prefix(topology.blocks)) > first:  # a gradient needs the weights above it
-        first = min(offloaded, max(topology.n_blocks - 2, 0))
+    away = max(offloaded_prefix(topology.blocks), *(i + 1 for i in blocks_elsewhere(topology)), 0)
+    if away > first:  # a gradient needs the weights above it
+        first = min(away, max(topology.n_blocks - 2, 0))
         load_weights(topology.blocks[first:])
     for layer in (*range(first, topology.n_blocks), *range(first)):
         writers = [

@@ -72,8 +72,9 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone expects its input; weights on the meta device are offloaded."""
-        return next((p.device for p in self.backbone.parameters() if not p.is_meta), torch.device("meta"))
+        """Where the last block runs, and every edit with it; weights on the meta device are offloaded."""
+        devices = [p.device for p in self.backbone.parameters() if not p.is_meta]
+        return devices[-1] if devices else torch.device("meta")
 
     def block(self, layer: int) -> nn.Module:
         """Block ``layer``.

@@ -307,10 +307,10 @@ class _Run:
         def hook_of(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
                 keys: Tensor = args[0]
-                flat, moment = keys.reshape(-1, keys.shape[-1]), self.moments[layer]
+                flat, moment = keys.reshape(-1, keys.shape[-1]).to(topology.device), self.moments[layer]
                 flat = flat.float() if flat.dtype == torch.float64 else flat  # the sums are fp64 anyway
                 try:
-                    moment.update(flat, None if mask is None else mask.to(flat.device))
+                    moment.update(flat, None if mask is None else mask)
                 except TensorError as error:
                     if place := _place(batch, flat):
                         error.at(place)

@@ -167,6 +167,18 @@ def test_an_edit_that_diverges_is_dropped(tokenizer: Any, seed: int) -> None:
     assert targets.z.isnan().all()  # no caller can take it for a target
 
 
+def test_states_near_zero_are_no_reason_to_drop_an_edit(tokenizer: Any, seed: int) -> None:
+    """The decay's factor is 1 / |h0|², and its gradient at δ = 0 is 0 however large that is."""
+    model, edit = tiny_model("llama").requires_grad_(False), random_edits(1, seed)[0]
+    mlp = topology(model).mlp(Z_LAYER)
+    mlp.down_proj.weight.mul_(1e-6)
+    config = replace(CONFIG, site="mlp", weight_decay=0.5, lr=1e-6)
+    targets = find_targets(Batch(Model.of(model, tokenizer), [edit], CONTEXTS), Z_LAYER, config)
+    wanted = one_at_a_time(model, mlp, tokenizer, edit, config)
+    assert targets.dropped == ()
+    torch.testing.assert_close(targets.z[0], wanted.z, rtol=1e-3, atol=1e-8)
+
+
 def test_without_a_rate_steps_are_in_proportion_to_the_states(tokenizer: Any, seed: int) -> None:
     edits = random_edits(5, seed)
     config = TargetConfig(steps=2, kl_factor=0, weight_decay=0, stop_loss=0)

@@ -30,7 +30,7 @@ from fastedit.methods.locate_then_edit.targets import Targets, find_targets
 from fastedit.methods.locate_then_edit.write import Write, Writer, WrittenLayer, written_layers
 from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun, State
-from fastedit.models import Budget, Factors, MLPTail, Model, fingerprint, load_weights, plain_state
+from fastedit.models import Budget, Factors, MLPTail, Model, fingerprint, load_suffix, plain_state
 from fastedit.progress import LEARNED, Progress, no_progress
 from fastedit.statistics.store import StatisticsStore
 
@@ -77,7 +77,7 @@ def plan(
     else:
         batch = base
     batch.make_samples()
-    load_weights(model.topology.blocks[recipe.layers[0] :])
+    load_suffix(model.topology, recipe.layers[0])
     unsaved_plan = LocateThenEditPlan(batch, recipe, statistics, history)
     return replace(unsaved_plan, saved=SavedRun.of(model, edits, config, history, unsaved_plan.digests))
 

@@ -228,7 +228,7 @@ class TargetLoop:
             return  # the last evaluation needs no gradient; asking a GPU would wait for it
         (slope,) = torch.autograd.grad(states, leaf, grad)
         slope = slope.float().view(-1, *state.delta.shape).sum(0)
-        slope += state.delta * (scale / size.clamp(min=torch.finfo(size.dtype).tiny))[:, None]
+        slope += state.delta * torch.where(size > 0, scale / size, 0)[:, None]
         self._update(state, slope)
 
     @staticmethod
@@ -267,7 +267,7 @@ class TargetLoop:
                 saved_for_backward[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # an operation that keeps its own output would keep itself alive
 
-        parameters = self.topology.model.parameters()
+        parameters = (p for p in self.topology.model.parameters() if p.device == self.device)
         weights = {p.untyped_storage().data_ptr() for p in parameters if type(p.data) is Tensor}
         state = self._enter(edits)
         laid_out = self._lay_out(edits)

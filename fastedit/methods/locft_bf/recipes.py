@@ -15,7 +15,7 @@ from fastedit.methods.base import History
 from fastedit.methods.batch import Batch
 from fastedit.methods.locft_bf.config import LocFTBFConfig
 from fastedit.methods.presets import locate_then_edit_preset, locft_bf_preset, scaled_learning_rate
-from fastedit.models import Model, Topology, check_own, check_plain, fingerprint, load_weights
+from fastedit.models import Model, Topology, check_own, check_plain, fingerprint, load_suffix
 from fastedit.statistics.names import known_names
 from fastedit.statistics.own_text import OwnText
 from fastedit.statistics.store import StatisticsStore
@@ -99,7 +99,7 @@ def _chosen(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[LocF
     for block in layers:
         topology.check_trainable(block, module)
     check_own(topology, layers, module)
-    load_weights(topology.blocks[min(layers) :])  # training runs all blocks from there on
+    load_suffix(topology, min(layers))
     copies = len(batch) * (1 + config.augment)
     many = subject and copies >= _MANY
     if lr is None:
