@@ -25,7 +25,7 @@ from fastedit.tensorfile import checksum, load_tensors, save_tensors, writing
 from fastedit.version import version_of
 
 _TAG = "fastedit-run-1"
-_ABOUT = "run.json"
+_IDENTITY = "run.json"
 # files that may be in the folder: of a run, of the command that started it, and unfinished ones of a killed process
 _OURS = re.compile(
     r"\.?(command\.json|run\.json|status\.json|lock|\d+\.safetensors)(\.[0-9a-f]+)?"
@@ -68,7 +68,7 @@ class SavedRun:
             with locked(self._folder):  # fails if another process is using the folder; the caller of `run` locks it
                 pass
             if self._files():
-                same, self.notes = _same(self._folder / _ABOUT, self._depends)
+                same, self.notes = _same(self._folder / _IDENTITY, self._depends)
                 if not same:
                     remove_state(self._folder)
             files = self._files()
@@ -122,12 +122,12 @@ class SavedRun:
         """Whether it is time for the next state."""
         return time.monotonic() - self._saved >= self._every
 
-    def replace(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    def replace(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write a state that replaces all before it; only the previous one is kept, in case this one is damaged.
 
         If it cannot be written (a full disk, say), the run continues without it, and a note says so.
         """
-        if self._write(tensors, about):
+        if self._write(tensors, metadata):
             for old in self._files()[:-2]:
                 with suppress(OSError):
                     old.unlink()
@@ -152,9 +152,9 @@ class SavedRun:
             self._appended = self._all_appended()
         return self._appended.popleft() if self._appended else None
 
-    def append(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    def append(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Add a state after those before; it is written together with others when that is due, or by `flush`."""
-        self._pending.append((dict(tensors), dict(about)))
+        self._pending.append((dict(tensors), dict(metadata)))
         if self.due:
             self.flush()
 
@@ -186,7 +186,7 @@ class SavedRun:
                 states.append(({n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}, entry))
         return states
 
-    def _write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bool:
+    def _write(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bool:
         """Write a state; returns whether it was written."""
         self._saved = time.monotonic()
         if not parallel.first():
@@ -194,8 +194,8 @@ class SavedRun:
         try:
             if not self._files():
                 self._describe(done=False)
-            about = {"run": self._run, **about}
-            save_tensors(self._folder / f"{self._next:08}.safetensors", tensors, _TAG, about, _WHAT)
+            metadata = {"run": self._run, **metadata}
+            save_tensors(self._folder / f"{self._next:08}.safetensors", tensors, _TAG, metadata, _WHAT)
         except FileError as error:
             if not self._failed:
                 self.notes.append(f"after a crash this run could not go on from all that was done: {error}")
@@ -205,7 +205,7 @@ class SavedRun:
         return True
 
     def _describe(self, *, done: bool) -> None:
-        with writing(self._folder / _ABOUT, f"{_WHAT} could not be saved") as temporary:
+        with writing(self._folder / _IDENTITY, f"{_WHAT} could not be saved") as temporary:
             temporary.write_text(json.dumps({"done": done, **self._depends}, indent=1) + "\n", encoding="utf-8")
 
     def _files(self) -> list[Path]:

@@ -49,10 +49,10 @@ class Targets:
         return tensors, {"lr": self.lr, "dropped": self.dropped, "notes": self.notes}
 
     @classmethod
-    def of_state(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> Targets:
+    def of_state(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], device: torch.device) -> Targets:
         """Make targets from what `state` returned, on a device. Raises KeyError or TypeError for anything else."""
         on_device = {name: tensors[name].to(device) for name in _TENSORS}
-        return cls(**on_device, dropped=tuple(about["dropped"]), lr=about["lr"], notes=tuple(about["notes"]))
+        return cls(**on_device, dropped=tuple(metadata["dropped"]), lr=metadata["lr"], notes=tuple(metadata["notes"]))
 
     @classmethod
     def joined(cls, parts: Sequence[Targets]) -> Targets:

@@ -129,11 +129,11 @@ class Trainer:
                 progress("train", len(self.losses), self.epochs, loss)
                 progress(LEARNED, self.learned[-1], len(self.data.batch))
             return
-        tensors, about = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
+        tensors, metadata = self._resumed() or ({}, {"batches": 0, "done": 0, "total": 0.0})
         order = tensors["order"] if tensors else self._order(everything)
         batches = order.split(int(self.config.batch_size))  # depth-first: each batch by itself, one after the other
-        done, total = about["done"], about["total"]
-        for i, batch in enumerate(batches[about["batches"] :], about["batches"] + 1):
+        done, total = metadata["done"], metadata["total"]
+        for i, batch in enumerate(batches[metadata["batches"] :], metadata["batches"] + 1):
             place = f"batch {i} of {len(batches)}"
             *_, loss = self._epochs(batch, place)
             done, total = done + len(batch), total + loss * len(batch)
@@ -143,14 +143,14 @@ class Trainer:
             progress(LEARNED, self.learned[-1], len(self.data.batch))
             self._save({"order": order}, {"batches": i, "done": done, "total": total})
 
-    def _save(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    def _save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Write the state of the run, if it is time."""
         if self.saved is None or not self.saved.due:
             return
         state = {f"{_MASTER}{path}": master for path, master in self.masters.items()}
         state |= {"generator": self.generator.get_state(), "loss of each": self.passes.loss_of, **tensors}
-        about = {"losses": self.losses, "learned": self.learned, "kept": self.passes.kept, **about}
-        self.saved.replace(state, about)
+        metadata = {"losses": self.losses, "learned": self.learned, "kept": self.passes.kept, **metadata}
+        self.saved.replace(state, metadata)
 
     @torch.no_grad()
     def _resumed(self) -> State | None:
@@ -158,14 +158,14 @@ class Trainer:
         state, self.state = self.state, None  # its tensors are not needed twice
         if state is None:
             return None
-        tensors, about = state
+        tensors, metadata = state
         for path, master in self.masters.items():
             master.copy_(tensors[_MASTER + path])
             self.parameters[path].copy_(master)
         self.generator.set_state(tensors["generator"])
         self.passes.loss_of.copy_(tensors["loss of each"])
-        self.losses, self.learned = about["losses"], about["learned"]
-        return tensors, about
+        self.losses, self.learned = metadata["losses"], metadata["learned"]
+        return tensors, metadata
 
     def _keep(self, what: str) -> None:
         if self.config.keep_partial:
@@ -206,10 +206,11 @@ class Trainer:
         begun: Tensor | None = None  # order of an epoch that was saved unfinished; then its losses and finished batches
         losses, done, first = torch.empty(0), 0, 1
         if saved is not None and (state := self._resumed()) is not None:
-            tensors, about = state
+            tensors, metadata = state
             optimizer.load(tensors)
             rests.wakes, rests.rests = tensors["wakes"], tensors["rests"]
-            begun, losses, done, first = tensors["order"], tensors["epoch's losses"], about["done"], about["epoch"]
+            begun, losses = tensors["order"], tensors["epoch's losses"]
+            done, first = metadata["done"], metadata["epoch"]
         for epoch in range(first, self.epochs + 1):
             if epoch > _HELD * self.epochs:
                 self.passes.release()
