@@ -46,6 +46,8 @@ class HeldTokens:
         self._topology, self._cache, self._samples, self._counts = topology, cache, samples, counts
         self._hold(torch.empty(0, dtype=torch.int64))
         self._recorded: dict[int, tuple[Tensor, Tensor]] = {}  # what each block's attention reads of these tokens
+        self.fits = True
+        """False once the tokens did not fit into a budget."""
         self.supported = topology.replays_blocks
         """False if blocks cannot be replayed, once a block's attention did not use the cache, or once the tokens did
         not fit into a budget: ``remaining`` then gives all tokens."""
@@ -70,7 +72,8 @@ class HeldTokens:
             if budget is not None and some.start == 0:
                 tokens, recorded = seen[0]
                 size = sum(x.nbytes for pair in recorded.values() for x in pair) * left // len(tokens)
-                self.supported = self.supported and size <= budget.allows(self._topology.device)
+                self.fits = size <= budget.allows(self._topology.device)
+                self.supported = self.supported and self.fits
             if not self.supported:
                 return
         for block in [*seen[0][1]] if seen else []:

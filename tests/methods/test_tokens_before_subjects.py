@@ -48,7 +48,7 @@ def test_tokens_before_the_subjects_run_once(
         assert ran[: 2 * half] == [tokens] * half + [everything] * half
 
 
-@pytest.mark.parametrize("why", ["much padding", "another process cannot"])
+@pytest.mark.parametrize("why", ["much padding", "another process cannot", "no memory"])
 def test_tokens_are_held_by_all_or_none(
     why: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,13 +57,16 @@ def test_tokens_are_held_by_all_or_none(
     for broken in (False, True):
         if broken and why == "much padding":
             monkeypatch.setattr(passes, "_PADDED", 0)
-        elif broken:
+        elif broken and why == "another process cannot":
             monkeypatch.setattr(passes.parallel, "gathered", lambda value: [value, False])
         held.clear()
         model = tiny_model("llama", seed=seed)
         moments(model, tmp_path, seed)
-        run(model, tokenizer, edits, preserve="null-space", statistics=str(tmp_path))
+        room = 0 if broken and why == "no memory" else None
+        result = run(model, tokenizer, edits, preserve="null-space", statistics=str(tmp_path), cache_bytes=room)
         assert held[0] is not broken
+        if why == "no memory":
+            assert any("subjects run in every epoch" in note for note in result.notes) is broken
 
 
 def test_a_subject_that_ends_in_the_targets_first_token(tokenizer: Any, tmp_path: Path, seed: int) -> None:

@@ -123,7 +123,7 @@ class LocFTBFPlan:
                         raise
                     interrupted = f"kept the weights {trainer.go_back()}"
                     notes.append(f"interrupted; {interrupted}")
-                notes += self.saved.notes if self.saved else []
+                notes += trainer.passes.notes + (self.saved.notes if self.saved else [])
                 updates = trainer.updates()
                 if not all(update.isfinite().all() for update in updates.values()):  # broken after the last loss
                     raise EditError(

@@ -47,6 +47,7 @@ class Passes:
         gradients: the parts of the gradients, filled by `run` inside `prepared`.
         null_spaces: by block, the directions that the update avoids.
         kept: names of what is kept in memory because it runs once.
+        notes: what was not kept there, though it changes what is learned.
         holds: whether the tokens before the subjects are among it.
     """
 
@@ -59,6 +60,7 @@ class Passes:
         self.loss_of = torch.full((len(samples),), torch.nan, dtype=torch.float32, device=topology.device)
         self.gradients: GradientParts = {}
         self.null_spaces: dict[int, NullSpace] = {}
+        self.notes: list[str] = []
         self._frozen: FrozenPart | None = None
         self._held: HeldTokens | None = None
         self._reference: Reference | None = None
@@ -153,6 +155,8 @@ class Passes:
         held = HeldTokens(self.topology, self.cache, self.samples, before)
         held.record(torch.arange(len(self.samples)), frozen.budget)
         if not all(parallel.gathered(held.supported and held.nbytes > 0)):
+            if not all(parallel.gathered(held.fits)):
+                self.notes.append(f"the {_BEFORE} run in every epoch: what they compute does not fit into memory")
             return None
         tier = "device" if self.topology.device.type == "cuda" else "host"
         self.data.batch.budget.tally.add(held, tier, held.nbytes)
