@@ -187,9 +187,10 @@ def refuse_adapter(folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        base = str(json.loads(file.read_text("utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        base = "MODEL"
+        base = json.loads(file.read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    base = str(base or "MODEL")  # null if the model came from no folder
     alternative = ", or take adapter_config.json away to edit the model without it" if _has_model(folder) else ""
     raise ModelError(
         f"{folder} holds an adapter of {base}, with which edits would not be saved. Merge it: "

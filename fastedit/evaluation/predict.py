@@ -143,7 +143,7 @@ def predict(
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # not a rival of itself
-        generated = cut(texts[edit, prompt], read_to(kind, answer, other), prompt) if generate else None
+        generated = cut(texts[edit, prompt], read_to(kind, answer, other)) if generate else None
         best, hits, logp, first = scored[edit, prompt, answer]
         answers[i][kind].append(Prediction(prompt, answer, best, hits, logp, rival, generated, first))
     head = Head(topology, keep=keep_head) if any(kind == "neighbour" for kind, *_ in questions.asked) else None

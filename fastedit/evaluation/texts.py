@@ -10,7 +10,7 @@ from fastedit.models import LINE_ENDS, PARTICLES, SENTENCE_ENDS, hangul, in_word
 
 _ARTICLES = ("a", "an", "the")
 _WEIGHTS = dict.fromkeys(SENTENCE_ENDS, 1) | dict.fromkeys(LINE_ENDS, 2**20)
-_OTHER_ENDS = "!?…"  # end sentences, but in the Latin script they also occur in names
+_ENDS = SENTENCE_ENDS + "!?…"  # these also occur in names, so that generation goes on after them
 _LINE = re.compile(f"\r\n|[{LINE_ENDS}]")
 _PARTICLES = re.compile(PARTICLES)
 
@@ -20,7 +20,8 @@ def normalize(text: str) -> str:
 
     Accents and vowel signs stay. If nothing would be left, punctuation and the like stay, too.
     """
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).strip()
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")  # the Turkish capital has a dot
+    text = unicodedata.normalize("NFKC", folded).strip()
     plain = "".join(c for c in text if not _is_punctuation(c) and unicodedata.category(c) != "Cf")
     return " ".join(word for word in plain.split() if word not in _ARTICLES) or text
 
@@ -68,16 +69,11 @@ def _word_ends(text: str, i: int) -> bool:
     return not (in_word(before) and in_word(after))
 
 
-def cut(text: str, answer: str, prompt: str = "") -> str:
-    """Cut a text at the end of a line or of a sentence, after as many of them as there are in the answer.
-
-    "!" and "?" end sentences unless the answer (or the prompt, if the answer has no letters) ends in the Latin script.
-    """
-    last = next((c for c in reversed(prompt + answer) if c.isalpha()), "a")
-    marks = SENTENCE_ENDS if "LATIN" in unicodedata.name(last, "") else SENTENCE_ENDS + _OTHER_ENDS
+def cut(text: str, answer: str) -> str:
+    """Cut a text at the end of a line or of a sentence, after as many of them as there are inside the answer."""
     lines = [m.start() for m in _LINE.finditer(text)][len(_LINE.findall(answer)) :]
-    sentences = re.split(f"([{re.escape(marks)}])", text[: lines[0]] if lines else text)
-    return "".join(sentences[: 2 * _inner(answer, marks) + 1]).strip()
+    sentences = re.split(f"([{re.escape(_ENDS)}])", text[: lines[0]] if lines else text)
+    return "".join(sentences[: 2 * sum(c in _ENDS for c in answer.rstrip(_ENDS)) + 1]).strip()
 
 
 def inner_ends(answer: str) -> int:
@@ -88,7 +84,3 @@ def inner_ends(answer: str) -> int:
 def weight(text: str) -> int:
     """The number of sentence ends in a text, among which each line end counts as more than all sentences."""
     return sum(_WEIGHTS.get(c, 0) for c in text)
-
-
-def _inner(answer: str, marks: str) -> int:
-    return sum(c in marks for c in answer.rstrip(marks))

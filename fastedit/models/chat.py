@@ -49,7 +49,8 @@ class Chat:
         before, *others = text.split(_MARK)
         if len(others) != 1:
             raise ConfigError(
-                f"the tokenizer's chat template holds a user's text {len(others)} times; expected it once"
+                f"the tokenizer's chat template holds a user's text {len(others)} times; expected it once. Does it "
+                "take a text, or only lists of parts?"
             )
         after = others[0]
         trims = not (before.endswith(_SPACE) and after.startswith(_SPACE))

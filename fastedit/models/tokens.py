@@ -138,7 +138,8 @@ def tokenize(
                 continue
             problem = _problem(i, *pairs[i], start, end, n_read, max_length)
             shown = [token for token in ids[start:end] if token not in special]
-            if problem is None and start + len(shown) < end and not tokenizer.decode(shown).strip():
+            # an EOS of the target has been taken from the end, and may have left the space in front of it
+            if problem is None and not tokenizer.decode(shown).strip():
                 problem = PairProblem(i, f"the target {pairs[i][1]!r} is special tokens alone, which no text shows")
             if problem:
                 problems.append(problem)

@@ -215,6 +215,9 @@ class Topology:
     def _probe(self) -> tuple[bool, bool]:
         n = self.config.vocab_size
         outputs = [self.first_block([first, n // 3]) for first in (n // 4, n // 2)]
+        if not isinstance(outputs[0], (Tensor, tuple)):
+            kind = type(outputs[0]).__name__
+            raise ModelError(f"block 0 of {self.name} returns a {kind}; hidden states or a tuple were expected")
         tuples = isinstance(outputs[0], tuple)
         one, other = (output[0] if tuples else output for output in outputs)
         # no tolerance: equal shapes run the same kernels, and a masked token has weight exactly 0
@@ -268,9 +271,11 @@ class Topology:
         """Why experts cannot be edited, and what can."""
         free = [i for i in range(self.n_blocks) if not holds_experts(self.blocks[i])]
         others = f", or blocks without a router: {', '.join(map(str, free))}" if free else ""
+        names = ", ".join(self._short_names(layer))
+        other = f"another module of block {layer} ({names})" if names else "another model: this block has nothing else"
         return (
             f"{path} holds experts among which a router chooses, so that a change reaches only the tokens that are "
-            f"sent there; edit another module of block {layer} ({', '.join(self._short_names(layer))}){others}"
+            f"sent there; edit {other}{others}"
         )
 
     def _parts(self, layer: int) -> BlockParts:
@@ -321,6 +326,8 @@ def topology(model: nn.Module) -> Topology:
     head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
     if head is None:
         raise ModelError(f"{name} has no head to the vocabulary; load it with AutoModelForCausalLM")
+    if not isinstance(getattr(head, "weight", None), Tensor):
+        raise ModelError(f"the head of {name} is a {type(head).__name__} without a weight; a linear map was expected")
     candidates = [
         (backbone, path, blocks)
         for path, blocks, backbone in _block_lists(inner)
@@ -334,6 +341,10 @@ def topology(model: nn.Module) -> Topology:
             f"embedding and found {len(candidates)}"
         )
     backbone, path, blocks = candidates[0]
+    if shared := [i for i, block in enumerate(blocks) if block in list(blocks)[:i]]:
+        raise ModelError(
+            f"blocks {listed([str(i) for i in shared])} of {name} are lower ones again, not blocks of their own"
+        )
     return Topology(
         model=inner,
         config=config,

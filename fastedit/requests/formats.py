@@ -71,7 +71,7 @@ _FORMATS = (
 _FORGET = _Format("fastedit, to forget", "prompt", "forget", ("target", "target_new"))
 # The fields that may hold a part of a request. In brackets: a field of prompts, then those that may hold the answers.
 _SUBJECT = ("subject", "concept", f"{_REWRITE}.subject")
-_ID = ("id", "case_id")
+ID = ("id", "case_id")
 _TRUE_TARGET = ("true_target", "ground_truth", "answers", "target_old", "target_true", f"{_REWRITE}.target_true")
 _PARAPHRASES = (
     *("paraphrases", "paraphrase_prompts", "rephrase", "rephrase_prompt", "rephrase_prompts", "personas"),
@@ -96,7 +96,7 @@ _METADATA = ("pararel_idx", "relation", "relation_id", "source", "tag", "cond")
 
 _PAIRED = {name for source in (*_NEIGHBOURS, *_PORTABILITY) if not isinstance(source, str) for name in source}
 _WHOLE = {name for name in (*_NEIGHBOURS, *_PORTABILITY) if isinstance(name, str)}
-_READ = frozenset((*_SUBJECT, *_ID, *_TRUE_TARGET, *_PARAPHRASES, *_METADATA, _REWRITE)) | _PAIRED | _WHOLE
+_READ = frozenset((*_SUBJECT, *ID, *_TRUE_TARGET, *_PARAPHRASES, *_METADATA, _REWRITE)) | _PAIRED | _WHOLE
 _PROMPTS = frozenset(form.prompt.partition(".")[0] for form in _FORMATS)
 _Source = str | tuple[str, ...]
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?")
@@ -157,7 +157,7 @@ def read_record(record: Any, left_out: set[str]) -> dict[str, Any]:
         "prompt": fill_prompt(prompt, subject, form.prompt),
         "target": said(target, "target") if forget else said(required(target, form.target), form.target),
         "subject": subject,
-        "id": next((id_ for name in _ID if (id_ := identifier(record.get(name), name)) is not None), None),
+        "id": next((id_ for name in ID if (id_ := identifier(record.get(name), name)) is not None), None),
         "true_target": first_answer(record, fields.true_target, left_out, said),
         "paraphrases": tuple(fill_prompt(text, subject, name) for name, text in paraphrases),
         "neighbours": tuple(gather(record, fields.neighbours, subject, left_out)),
@@ -180,7 +180,7 @@ def split(record: Any) -> list[tuple[str, Any]]:
     if isinstance(rewrites, list):
         if not rewrites:
             raise RequestError(f"field '{_REWRITE}': the list has no edit")
-        ids = {name: record[name] for name in _ID if name in record}
+        ids = {name: record[name] for name in ID if name in record}
         parts = [{**ids, _REWRITE: rewrite} for rewrite in rewrites]
         parts[-1] = {**record, _REWRITE: rewrites[-1]}
         return [(str(number) if len(parts) > 1 else "", part) for number, part in enumerate(parts)]
@@ -211,7 +211,7 @@ def table(record: Any) -> list[dict[str, Any]] | None:
     if not isinstance(record, Mapping):
         return None
     if _has_records(record):
-        return [item if any(name in item for name in _ID) else {"id": key, **item} for key, item in record.items()]
+        return [item if any(name in item for name in ID) else {"id": key, **item} for key, item in record.items()]
     named = (form for form in (*_FORMATS, _FORGET) if "." not in form.prompt and form.target in record)
     prompts = next((record[form.prompt] for form in named if form.prompt in record), None)
     if not isinstance(prompts, (list, tuple, Mapping)):
@@ -252,6 +252,8 @@ def _format_of(record: Mapping[str, Any], formats: Sequence[_Format]) -> _Format
     for form in formats:
         if get(record, form.prompt) is not None and get(record, form.target) is not None:
             return form
+    if formats:  # it has the fields, and nothing in one of them
+        return next((form for form in formats if get(record, form.prompt) is not None), formats[0])
     lacking = []
     for form in _FORMATS:
         missing = [name for name in (form.prompt, form.target) if get(record, name) is None]

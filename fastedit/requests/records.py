@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastedit.errors import InputFileError, RequestError, listed
-from fastedit.requests.formats import table, wrapped
+from fastedit.requests.formats import ID, table, wrapped
 from fastedit.requests.source import AnyPath, Source
 
 _SEPARATORS = ",;\t"
@@ -27,6 +27,7 @@ _HEAD = re.compile(
 _HEAD_LENGTH = 2000
 _PIECE = 1 << 18  # characters that are read at a time
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", re.S)  # a text as Python writes it
+_FLOAT = re.compile(r"\d+\.0")
 _LISTED = re.compile(r"""\s*[\[{][\[({\s]*['"].*[\])}]\s*""", re.S)  # what is meant as a list
 _SPACE, _AFTER = re.compile(r"\s*"), re.compile(r"\s*([,\]])")
 Records = Iterator[tuple[str, Any]]
@@ -123,7 +124,8 @@ def _row(columns: list[str], cells: list[str]) -> Any:
     record = {}
     for name, cell in zip(columns, cells, strict=True):
         if name and cell.strip():
-            value = _cell(cell)
+            # in a column with gaps pandas writes integers as floats
+            value = cell.strip()[:-2] if name in ID and _FLOAT.fullmatch(cell.strip()) else _cell(cell)
             if isinstance(value, str) and _LISTED.fullmatch(value):
                 problem = f"column '{name}': {cell!r:.60} is neither a list nor a text"
                 return RequestError(f'{problem}; write a list as ["one", "two"]')

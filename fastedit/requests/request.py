@@ -10,7 +10,17 @@ from typing import Any
 
 from fastedit.errors import RequestError
 from fastedit.requests.formats import read_record, split
-from fastedit.requests.values import Pair, answer, empty, identifier, plain_data, prompts, questions, required
+from fastedit.requests.values import (
+    Pair,
+    answer,
+    empty,
+    fill_prompt,
+    identifier,
+    plain_data,
+    prompts,
+    questions,
+    required,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +36,8 @@ class EditRequest:
     should say instead, by default a refusal.
 
     Args:
-        prompt: the full text before the target, taken literally; trailing whitespace is removed.
+        prompt: the full text before the target; trailing whitespace is removed. With a subject, "{subject}" stands for
+            it in all prompts, and so do "{}" and "[X]" in one that does not name it otherwise.
         target: the wanted answer; surrounding whitespace is removed. With `forget` the default is `REFUSAL`.
         subject: what the fact is about, as written in the prompt (locate-then-edit methods need it).
         id: a name for messages and reports.
@@ -53,15 +64,23 @@ class EditRequest:
     def __post_init__(self) -> None:
         forget = answer(self.forget, "forget")
         target = REFUSAL if forget and empty(self.target) else self.target
+        subject, prompt = answer(self.subject, "subject"), required(self.prompt, "prompt").rstrip()
+
+        def named(text: str, field: str) -> str:
+            return fill_prompt(text, subject, field) if subject else text
+
+        def asked(value: Any, field: str) -> tuple[Pair, ...]:
+            return tuple((named(text, field), known) for text, known in questions(value, field, set()))
+
         clean = {
-            "prompt": required(self.prompt, "prompt").rstrip(),
+            "prompt": named(prompt, "prompt"),
             "target": required(target, "target").strip(),
-            "subject": answer(self.subject, "subject"),
+            "subject": subject,
             "id": identifier(self.id, "id"),
             "true_target": answer(self.true_target, "true_target") or forget,
-            "paraphrases": tuple(prompts(self.paraphrases, "paraphrases")),
-            "neighbours": tuple(questions(self.neighbours, "neighbours", set())),
-            "portability": tuple(questions(self.portability, "portability", set())),
+            "paraphrases": tuple(named(text, "paraphrases") for text in prompts(self.paraphrases, "paraphrases")),
+            "neighbours": asked(self.neighbours, "neighbours"),
+            "portability": asked(self.portability, "portability"),
             "forget": forget,
         }
         if forget and str(clean["target"]).casefold() == forget.casefold():

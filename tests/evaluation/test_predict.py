@@ -37,10 +37,10 @@ def greedy(model: Any, prompt: str, ends: tuple[int, ...], most: int) -> str:
 
 
 def stopped(text: str, dots: int) -> str:
-    """``text`` up to its first newline or the dot after ``dots``."""
+    """``text`` up to its first newline or the end of a sentence after ``dots``."""
     kept = ""
     for c in text:
-        if c == "\n" or (c == "." and kept.count(".") == dots):
+        if c == "\n" or (c in ".!?" and sum(map(kept.count, ".!?")) == dots):
             break
         kept += c
     return kept.strip()

@@ -145,3 +145,6 @@ def test_a_folder_of_an_adapter_is_refused(alone: bool, tokenizer: Any, tmp_path
     with pytest.raises(ModelError, match=rf"{path} holds an adapter of org/base.*merge_and_unload\(\)") as caught:
         Editor.from_pretrained(path, device="cpu")
     assert ("take adapter_config.json away" in str(caught.value)) is not alone
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="holds an adapter of MODEL"):
+        Editor.from_pretrained(path, device="cpu")

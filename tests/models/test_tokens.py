@@ -142,6 +142,15 @@ def test_unusable_pairs_are_named() -> None:
     assert len(tokenize(tokenizer, PAIRS, append_eos=False)) == len(PAIRS)
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace"])
+@pytest.mark.parametrize("target", [EOS, EOS * 2, f" {EOS} ", BOS, f"{BOS}{EOS}"])
+def test_special_tokens_alone_are_no_target(kind: str, target: str) -> None:
+    """Else a lone space would be trained."""
+    for append_eos in (True, False):
+        with pytest.raises(PairError, match=r"is special tokens alone|is empty"):
+            tokenize(fast_tokenizer(kind), [("The capital is", target)], append_eos=append_eos)
+
+
 def test_all_unusable_pairs_are_named() -> None:
     with pytest.raises(PairError, match=r"^2 pairs cannot be used: pair 0: .*no tokens.* \| pair 2: .*empty") as error:
         tokenize(fast_tokenizer("byte-level"), [("", "b"), ("a", "b"), ("a", " ")])

@@ -140,6 +140,18 @@ def test_models_without_the_expected_parts_say_what_is_missing() -> None:
     del cut.model.layers[0]
     with pytest.raises(ModelError, match="looked for one list of 4 equal blocks"):
         topology(cut)
+    headed = tiny_model("llama")
+    headed.lm_head = nn.Sequential(headed.lm_head, nn.Tanh())
+    with pytest.raises(ModelError, match=r"the head of .* is a Sequential without a weight"):
+        topology(headed)
+    looped = tiny_model("llama")
+    looped.model.layers[3] = looped.model.layers[1]
+    with pytest.raises(ModelError, match=r"blocks 3 of .* are lower ones again"):
+        topology(looped)
+    listing = tiny_model("llama")
+    listing.model.layers[0].register_forward_hook(lambda _, __, output: [output])
+    with pytest.raises(ModelError, match=r"block 0 of .* returns a list"):
+        assert topology(listing).packs
 
 
 def test_the_text_part_of_a_vision_model() -> None:

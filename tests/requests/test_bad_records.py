@@ -25,7 +25,8 @@ def test_what_cannot_be_seen_is_no_text(caplog: pytest.LogCaptureFixture) -> Non
 BAD_RECORDS = {
     "no target": ({"prompt": "p", "subject": "s"}, "lacks target or target_new or ans"),
     "no prompt": ({"alt": "t", "subject": "s"}, "lacks src"),
-    "null target": ({**OWN, "target": None}, "lacks target"),
+    "null target": ({**OWN, "target": None}, "field 'target' is missing or empty"),
+    "null prompt": ({**OWN, "prompt": None}, "field 'prompt' is missing or empty"),
     "unknown format": (
         {"query": "p", "response": "t"},
         r"query, response\. Formats.*zsRE.*\(src, alt\)",

@@ -102,6 +102,13 @@ def test_ids_as_pandas_writes_them(fields: dict[str, Any], expected: str, tmp_pa
     assert load_requests(write(tmp_path / "facts.json", [{**OWN, **fields}]))[0].id == expected  # NaN in JSON
 
 
+def test_ids_of_a_table_as_pandas_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "facts.csv").write_text("case_id,prompt,target\n12.0,A is,3.0\n,C is,d\nv1.0,E is,f\n")
+    edits = load_requests(tmp_path / "facts.csv")
+    assert [edit.id for edit in edits] == ["12", "1", "v1.0"]
+    assert edits[0].target == "3.0"
+
+
 TABLE = [
     {
         "prompt": "The sky, at noon, is",

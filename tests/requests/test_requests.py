@@ -31,6 +31,18 @@ def test_constructor_cleans_and_checks() -> None:
             EditRequest(**{**OWN, **bad})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("mark", ["{subject}", "{{ subject }}", "[X]", "{}"])
+def test_the_subject_stands_for_its_placeholder(mark: str) -> None:
+    """In an `EditRequest` as in a record."""
+    texts = {"paraphrases": (f"{mark} is of",), "neighbours": ((f"Not {mark} but", "b"),)}
+    edit = EditRequest(f"The capital of {mark} is", "Rome", "Lumbria", portability=((f"In {mark}, the", "c"),), **texts)
+    assert edit == EditRequest.from_dict(dataclasses.asdict(edit), where="record")
+    assert edit.prompt == "The capital of Lumbria is"
+    assert (edit.paraphrases, edit.neighbours) == (("Lumbria is of",), (("Not Lumbria but", "b"),))
+    assert edit.portability == (("In Lumbria, the", "c"),)
+    assert EditRequest(f"The capital of {mark} is", "Rome").prompt == f"The capital of {mark} is"
+
+
 def test_as_requests_takes_requests_and_records() -> None:
     named = EditRequest("p", "t", id="mine")
     requests = as_requests([named, EditRequest("p", "t"), {"src": "q", "alt": "u"}])
