@@ -5,6 +5,7 @@ A configuration is a frozen dataclass. Its fields are made by `option`, which ta
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import types
@@ -96,6 +97,14 @@ def check_fields(config: Any) -> None:
 
 
 @cache
+def check_names(names: tuple[str, ...] | None, weight: float | None) -> None:
+    """Raise ConfigError unless the names are texts and their weight is a number from 0 on."""
+    if names is not None and not (names and all(map(str.strip, names))):
+        raise ConfigError("names is empty or holds an empty text; give names, or name_weight 0 for none")
+    if weight is not None and not 0 <= weight < math.inf:
+        raise ConfigError(f"name_weight is {weight}; give 0 or more, or leave it out")
+
+
 def kind_of(hint: Any) -> Kind:
     """The kind of an annotation: int, float, bool, str, None, Literal of texts, tuple[X, ...], and unions of these.
 

@@ -113,7 +113,7 @@ def locate_then_edit_fields(hparams: Hparams, model: nn.Module, topology: Topolo
     hparams.require(["layers", "rewrite_module_tmp", "fact_token", *names, beside])
     layers = hparams.layers
     hparams.refuse([*_problems(hparams, layers, topology), *_other_modules(hparams, layers, model, topology)])
-    fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | given
+    fields = {ours: hparams.get(theirs) for theirs, ours in names.items()} | {"name_weight": 0.0} | given
     if method != "ROME":  # a single layer is a spread over one layer
         fields |= {"distribution": "spread", "site": "block", "through_norm": False}
     return fields | {"layers": layers, "module": module_inside(hparams, topology)}

@@ -126,8 +126,8 @@ def test_texts_are_tokenized_once(case: Case, seed: int) -> None:
     plan = editor.plan(edits)
     before = len(tokenized)
     # prompts alone, prompts with targets (and again for the places of the subjects), "{subject} is a",
-    # and both again to note what the tokenizer does not know
-    assert before == 5
+    # both again to note what the tokenizer does not know, and the package's names
+    assert before == 6
     editor.run(plan)
     assert len(tokenized) == before
 
@@ -201,7 +201,8 @@ def test_what_is_given_goes_before_the_method_and_the_method_before_the_preset(
     found = resolve(parts, LocateThenEditConfig(**given), RECIPES[method]).config
     assert {name: getattr(found, name) for name in given} == given
     open_fields = [f.name for f in fields(found) if getattr(found, f.name) is None]
-    assert set(open_fields) <= {"lr", "null_threshold", "contexts", "statistics", "targets", "state", "cache_bytes"}
+    left = {"lr", "null_threshold", "contexts", "names", "statistics", "targets", "state", "cache_bytes"}
+    assert set(open_fields) <= left
 
 
 def test_no_code_asks_for_a_method_s_name() -> None:

@@ -13,8 +13,13 @@ from stored import OURS, D, keep, parts
 from torch import Tensor
 
 from fastedit import ConfigError, Editor, EditRequest
-from fastedit.methods import LocFTBFConfig
+from fastedit.methods import LocateThenEditConfig, LocFTBFConfig
+from fastedit.methods.base import History
+from fastedit.methods.locate_then_edit import recipes, write
+from fastedit.methods.locate_then_edit.config import RECIPES
+from fastedit.methods.locate_then_edit.method import plan as solve
 from fastedit.methods.locft_bf.method import plan
+from fastedit.methods.presets import locate_then_edit_preset
 from fastedit.models import Model
 from fastedit.statistics.names import common_names, known_names, with_names
 from fastedit.statistics.store import StatisticsStore
@@ -147,6 +152,43 @@ def test_an_edit_changes_less_at_names(tokenizer: Any, tmp_path: Path, seed: int
     assert changes[1] < 0.5 * changes[0]
 
 
+@pytest.mark.parametrize("method", ["rome", "memit", "emmet", "alphaedit"])
+def test_a_solver_preserves_text_and_names_together(
+    method: str, tokenizer: Any, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if their sum had been given; and an Editor's second edit takes the factors of the first."""
+    model, layers, edits = tiny_model("llama"), [1], [EditRequest("w9 w40 w50", "w51", "w40")]
+    keep(tmp_path, rows(seed, 400, D), layer=1)
+    common: dict[str, Any] = {"layers": layers, "n_contexts": 0, "steps": 3, "lr": 0.5, "alpha": 0.1}
+    common |= {"cov_weight": 2.0, "null_threshold": 1.0, "unchecked_statistics": True, "statistics": str(tmp_path)}
+    editor = Editor(model, tokenizer, method=method, names=tuple(NAMES), name_weight=3.0, **common)
+    store = StatisticsStore(parts, OURS, directory=tmp_path, unchecked=True)
+    total = with_names(store, Model(parts, tokenizer), layers, NAMES, 3.0).covariance(1)
+    path = "model.layers.1.mlp.down_proj"
+    history = History("", second_moments={path: total})
+    config = LocateThenEditConfig(**common, name_weight=0.0)
+    wanted = solve(Model(parts, tokenizer), edits, config, method=RECIPES[method], history=history).run()
+    for name, weight in wanted.originals.items():
+        parts.model.get_parameter(name).data.copy_(weight)
+    result = editor.edit(edits)
+    update, other = (x.updates[f"{path}.weight"].dense() for x in (result.delta, wanted))
+    torch.testing.assert_close(update, other, rtol=1e-4, atol=1e-6)
+    result.revert()
+    monkeypatch.setattr(write, "with_names", None)
+    again = editor.edit(edits)
+    assert torch.equal(again.delta.updates[f"{path}.weight"].dense(), update)
+    again.revert()
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_names_count_by_default_where_nothing_is_published(published: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = locate_then_edit_preset(parts)[0]
+    monkeypatch.setattr(recipes, "locate_then_edit_preset", lambda _: (preset, published))
+    assert recipes.resolve(parts, LocateThenEditConfig(), RECIPES["memit"]).config.name_weight == (not published)
+    given = LocateThenEditConfig(name_weight=2.0)
+    assert recipes.resolve(parts, given, RECIPES["memit"]).config.name_weight == 2
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -160,3 +202,6 @@ def test_an_edit_changes_less_at_names(tokenizer: Any, tmp_path: Path, seed: int
 def test_settings_that_make_no_sense_are_refused(config: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         LocFTBFConfig(**config)
+    if config.keys() <= {"names", "name_weight"}:
+        with pytest.raises(ConfigError, match=said):
+            LocateThenEditConfig(**config)

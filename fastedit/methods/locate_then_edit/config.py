@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastedit.configs import check_fields, described, option
+from fastedit.configs import check_fields, check_names, described, option
 from fastedit.errors import ConfigError
 
 ObjectiveName = Literal["least-squares", "equality", "null-space"]
@@ -113,6 +113,16 @@ class LocateThenEditConfig:
     )
     contexts: tuple[str, ...] | None = option(None, 'use these instead, each with one "{}" where the prompt goes.')
     seed: int = option(0, "seed of the contexts.")
+    names: tuple[str, ...] | None = option(
+        None,
+        "names that no edit is about; inputs at their last tokens count with the second moment of text.",
+        unset="573 names of people, places and things that come with the package",
+    )
+    name_weight: float | None = option(
+        None,
+        "weight of the names' inputs against those of text; 0 for none.",
+        unset="0 for a model with a published preset, else 1",
+    )
     statistics: str | None = option(
         None, "folder of the second moments.", unset="the one beside the checkpoint, else the one in the user's cache"
     )
@@ -145,6 +155,7 @@ class LocateThenEditConfig:
                 raise ConfigError(f"{name} is {value}; give a positive number, or leave it out")
         if self.alpha is not None and not 0 <= self.alpha < math.inf:
             raise ConfigError(f"alpha is {self.alpha}; give 0 or more, or leave it out")
+        check_names(self.names, self.name_weight)
         if self.n_contexts is not None and self.n_contexts < 0:
             raise ConfigError(f"n_contexts is {self.n_contexts}; give 0 or more")
         self.target_config(self.site or "block")  # raises ConfigError for values that a target cannot take

@@ -32,6 +32,7 @@ from fastedit.methods.naming import check_rows
 from fastedit.methods.saved_run import SavedRun, State
 from fastedit.models import Budget, Factors, MLPTail, Model, fingerprint, load_suffix, plain_state
 from fastedit.progress import LEARNED, Progress, no_progress
+from fastedit.statistics.names import known_names
 from fastedit.statistics.store import StatisticsStore
 
 Find = Callable[[Batch, Recipe], Targets]
@@ -57,12 +58,17 @@ def plan(
     Raises:
         ConfigError, ModelError: choices that do not go together, or layers or modules that the model lacks; layers
             without statistics, all of them named; a folder of targets that cannot be written.
+            A name that the tokenizer does not know.
         RequestError: edits whose subject is not in their prompt, or that do not fit the context; all of them named.
     """
     check_rows(model, edits)
     history = history or History(now := fingerprint(model.network), now=now)
     recipe = resolve(model.topology, config, method)
     config = recipe.config
+    if config.name_weight:
+        names = known_names(model, config.names, (edit.subject for edit in edits if edit.subject))
+        notes = [f"name_weight {config.name_weight:g}: {len(names)} names count with the text"] if names else []
+        recipe = replace(recipe, names=names, notes=recipe.notes + notes)
     where = (config.module, config.statistics, config.unchecked_statistics)
     statistics = StatisticsStore(model.topology, history.fingerprint, *where, given=history.second_moments)
     budget = Budget(device_bytes=config.cache_bytes, host_bytes=config.cache_bytes)
@@ -130,7 +136,7 @@ class LocateThenEditPlan:
                 finite; names the edits. The model is restored, as on every exception.
         """
         recipe, batch, config = self.recipe, self.batch, self.recipe.config
-        layers = written_layers(self.statistics, recipe, self.history)
+        layers = written_layers(batch.model, self.statistics, recipe, self.history)
         find = partial(_find_or_load, store=self._target_store(layers), find=self.find)
         size = len(batch) if config.batch_size == "auto" else int(config.batch_size)
         saved = self.saved
@@ -195,7 +201,7 @@ class LocateThenEditPlan:
             ModelError, EditError: as for `run`.
         """
         batch, recipe = self.batch, self.recipe
-        layers = written_layers(self.statistics, recipe, replace(self.history, keys={}))
+        layers = written_layers(batch.model, self.statistics, recipe, replace(self.history, keys={}))
         if recipe.config.lr is None and parallel.world() > 1:
             recipe = recipe.with_lr(_lr_of_all(batch, recipe))
         targets = _find_or_load(batch, recipe, self._target_store(layers), self.find)

@@ -13,6 +13,9 @@ from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, ObjectiveTy
 from fastedit.methods.presets import locate_then_edit_preset
 from fastedit.models import MLPTail, Topology, check_own, check_plain
 
+# measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
+_NAME_WEIGHT = 1.0  # for models without a published preset
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -22,11 +25,13 @@ class Recipe:
         config: every field has a value; without a preset, `lr` gets one after the states of the edits are known.
         shares: the layers to write, ascending, and the share of the remaining residual that each takes.
         notes: what was chosen, and why.
+        names: names whose inputs count with the second moments of text.
     """
 
     config: LocateThenEditConfig
     shares: list[tuple[int, float]]
     notes: list[str]
+    names: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[int]:
@@ -103,6 +108,9 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         cov_weight = preset.cov_weight(meets) if published else times * width / divisor
         rule = f": {times} times the key width{', divided by alpha' if divisor != 1 else ''}"
         notes.append(f"cov_weight {cov_weight:g} ({origin}{'' if published else rule})")
+    name_weight = given.name_weight
+    if name_weight is None:
+        name_weight = 0.0 if published else _NAME_WEIGHT
     filled = replace(
         given,
         objective=objective,
@@ -114,6 +122,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         average=choose("average", "half"),
         site=site,
         n_contexts=choose("n_contexts", 5),
+        name_weight=name_weight,
         **{
             name: choose(name, getattr(preset, name))
             for name in ("l2", "null_threshold", "steps", "lr", "weight_decay", "clamp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from fastedit.methods.base import History
 from fastedit.methods.batch import Batch
 from fastedit.methods.locate_then_edit.objectives import Objective, moved
 from fastedit.methods.locate_then_edit.recipes import Recipe
-from fastedit.models import Factors
+from fastedit.models import Factors, Model
 from fastedit.ops import DependentKeysError
+from fastedit.statistics.names import with_names
 from fastedit.statistics.store import StatisticsStore
 from fastedit.weights import LowRank, Snapshot, Update, add_, oriented
 
@@ -41,21 +42,32 @@ class WrittenLayer:
         return weight
 
 
-def written_layers(statistics: StatisticsStore, recipe: Recipe, history: History) -> dict[int, WrittenLayer]:
+def written_layers(
+    model: Model, statistics: StatisticsStore, recipe: Recipe, history: History
+) -> dict[int, WrittenLayer]:
     """The layers to write, ascending; their objectives preserve the keys of the edits that are in place.
 
     Raises:
         ModelError: a layer without usable statistics.
     """
     config, kind, layers = recipe.config, recipe.objective, {}
+    weight_of_names = config.name_weight or 0.0
+
+    @cache
+    def with_those_of_names() -> StatisticsStore:  # not needed if an earlier edit has left all factorizations
+        return with_names(statistics, model, recipe.layers, recipe.names, weight_of_names)
+
+    def factorization(layer: int) -> Tensor:
+        return kind.factorization(with_those_of_names(), layer, config)
+
     for layer in recipe.layers:
         path, module = statistics.topology.resolve(layer, config.module)
         C = statistics.in_memory(layer)
         # _version changes with a tensor's values, a digest with the file
         source = (C, C._version) if C is not None else (statistics.digests([layer])[str(layer)],)
         name, *settings = kind.memo(config)
-        make = partial(kind.factorization, statistics, layer, config)
-        factors = history.memo.get((path, name), (statistics.fingerprint, *source, *settings), make)
+        source = (statistics.fingerprint, *source, recipe.names, weight_of_names, *settings)
+        factors = history.memo.get((path, name), source, partial(factorization, layer))
         objective = kind.make(factors, config)
         weight = f"{path}.weight"
         if weight in history.keys:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from fastedit.configs import check_fields, described, option
+from fastedit.configs import check_fields, check_names, described, option
 from fastedit.errors import ConfigError
 
 
@@ -165,10 +165,7 @@ class LocFTBFConfig:
             raise ConfigError(f"anchors is {self.anchors}; give at least 1, or take preserve null-space or none")
         if self.anchor_subjects is not None and not all(map(str.strip, self.anchor_subjects)):
             raise ConfigError("anchor_subjects holds an empty text; give subjects such as names")
-        if self.names is not None and not (self.names and all(map(str.strip, self.names))):
-            raise ConfigError("names is empty or holds an empty text; give names, or name_weight 0 for none")
-        if self.name_weight is not None and not 0 <= self.name_weight < math.inf:
-            raise ConfigError(f"name_weight is {self.name_weight}; give 0 or more, or leave it out")
+        check_names(self.names, self.name_weight)
         if not 0 < self.anchor_weight < math.inf:
             raise ConfigError(f"anchor_weight is {self.anchor_weight}; give a positive number")
 
