@@ -26,6 +26,7 @@ from fastedit.loading import load_model, slow_dtype_note
 from fastedit.methods import METHODS, method_of
 from fastedit.methods.base import History, Memo, Plan, SolverPlan
 from fastedit.models import Model, Topology, fingerprint, plain_state
+from fastedit.planning import planned
 from fastedit.progress import LEARNED, Progress, StageClock, no_progress
 from fastedit.requests import EditRequest, as_requests, find_conflicts
 from fastedit.results import EachEditResult, EditResult
@@ -177,7 +178,7 @@ class Editor:
         clock = StageClock(self._report)
         history, lost = self._history(now)
         options: dict[str, Any] = {"history": history, "progress": clock.report}
-        method_plan = METHODS[self.method].plan(self.parts, edits, self.config, **options)
+        method_plan = planned(METHODS[self.method], self.parts, edits, self.config, **options)
         notes = [*lost, *slow_dtype_note(self.parts.network), *prompt_notes(self.parts, edits)]
         return EditPlan(edits, now, method_plan, time.perf_counter() - started, notes, clock)
 

@@ -95,6 +95,15 @@ class RequestError(FastEditError):
         text = _several(problems, "edits", listed(sentences, " | "))
         return cls(text, edits=[problem.name for problem in problems], sentences=sentences)
 
+    @classmethod
+    def joined(cls, errors: Sequence[RequestError]) -> RequestError:
+        """One error about the edits of several, each of which is about edits."""
+        if len(errors) == 1:
+            return errors[0]
+        sentences = [sentence for error in errors for sentence in error.sentences]
+        edits = [name for error in errors for name in error.edits]
+        return cls(f"{len(edits)} edits cannot be used: {listed(sentences, ' | ')}", edits=edits, sentences=sentences)
+
     @property
     def sentence(self) -> str:
         """The places and the text, without the advice."""

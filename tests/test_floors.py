@@ -22,7 +22,7 @@ FLOORS = [
     ["fastedit.methods"],
     ["fastedit.requests", "fastedit.delta", "fastedit.compose", "fastedit.directions"],
     ["fastedit.evaluation", "fastedit.loading", "fastedit.saving", "fastedit.checkpoints"],
-    ["fastedit.results"],
+    ["fastedit.results", "fastedit.planning"],
     ["fastedit.editor"],
     ["fastedit.compat", "fastedit.ledger"],
     ["fastedit.demo"],

@@ -61,6 +61,7 @@ class SavedRun:
         lasting = {name: value for name, value in self._depends.items() if name not in ("processes", "threads")}
         self._run = _digest(json.dumps(lasting, sort_keys=True))
         self.notes: list[str] = []
+        self._stale: list[Path] = []  # of another run, which is finished; they stay until this one has a state
         files = []
         if parallel.first():
             check_alone(self._folder)
@@ -70,7 +71,7 @@ class SavedRun:
             if self._files():
                 same, self.notes = _same(self._folder / _IDENTITY, self._depends)
                 if not same:
-                    remove_state(self._folder)
+                    self._stale = self._files()
             files = self._files()
         self._next = 1 + max((int(file.stem) for file in files), default=0)
         self._saved = time.monotonic()
@@ -192,6 +193,9 @@ class SavedRun:
         if not parallel.first():
             return True
         try:
+            for file in self._stale:
+                file.unlink(missing_ok=True)
+            self._stale = []
             if not self._files():
                 self._describe(done=False)
             metadata = {"run": self._run, **metadata}
@@ -209,7 +213,8 @@ class SavedRun:
             temporary.write_text(json.dumps({"done": done, **self._depends}, indent=1) + "\n", encoding="utf-8")
 
     def _files(self) -> list[Path]:
-        return sorted(file for file in self._folder.glob("*.safetensors") if file.stem.isdecimal())
+        files = sorted(file for file in self._folder.glob("*.safetensors") if file.stem.isdecimal())
+        return [file for file in files if file not in self._stale]
 
     def _load(self, file: Path) -> State | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -62,6 +63,19 @@ def test_all_offending_edits_are_named_before_any_work(kind: str, case: Case, se
     if kind == "too long":  # what does run is seen
         editor.edit([edit for i, edit in enumerate(edits) if i not in wrong][:2])
         assert calls
+
+
+def test_edits_that_offend_in_different_ways_are_named_together(case: Case, seed: int) -> None:
+    edits = random_edits(8, seed)
+    edits[1] = replace(edits[1], subject=None)
+    edits[3] = replace(edits[3], prompt=LONG + edits[3].prompt, id=None)
+    edits[6] = replace(edits[6], subject="nobody")
+    editor = Editor(case.model, case.tokenizer, "memit", **SETTINGS["memit"].config | {"statistics": case.folder})
+    with pytest.raises(RequestError) as error:
+        editor.plan(edits)
+    assert error.value.edits == ("edit e1", "edit e6", "edit 3")
+    said = [r"edit e1: it has no subject.*", r"edit e6: .* is not in the prompt", r"edit 3.*: .* context of 64"]
+    assert re.search(r".* \| ".join(["^3 edits cannot be used: " + said[0], *said[1:]]), str(error.value))
 
 
 def test_all_offending_records_of_a_file_are_named(tmp_path: Path) -> None:
