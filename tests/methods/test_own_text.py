@@ -56,7 +56,7 @@ def test_the_default_spares_the_rest_where_it_can(
     expected |= given
     assert config.layers == (expected["layer"] if isinstance(expected["layer"], tuple) else (1,))
     assert config.name_weight == (10.0 if tokens == "subject" and config.keeps_null_space else 0.0)
-    assert config.epochs == (40 if tokens == "subject" else 25)
+    assert config.epochs == (80 if tokens == "subject" else 25)
     assert (config.batch_size, config.null_space) == (expected["batch_size"], expected["null_space"])
     weights = [topology(model).resolve(layer, "down_proj")[1].weight for layer in config.layers]
     assert config.lr == pytest.approx(

@@ -224,6 +224,19 @@ def test_the_state_of_a_run_that_is_done_gives_way_to_the_next_edit(
     assert not run.notes or not any("damaged" in note for note in run.notes)
 
 
+def test_a_plan_that_is_not_run_leaves_the_state_of_another_run(tmp_path: Path) -> None:
+    done = SavedRun(tmp_path / "run", {"lr": 1}, 0)
+    done.replace({"w": torch.ones(1)}, {})
+    done.finish()
+    next_run = SavedRun(tmp_path / "run", {"lr": 2}, 0)
+    assert next_run.newest() is None
+    again = SavedRun(tmp_path / "run", {"lr": 1}, 0)
+    assert again.newest() is not None
+    next_run.replace({"w": torch.zeros(1)}, {})
+    assert [path.name for path in sorted((tmp_path / "run").glob("*.safetensors"))] == ["00000001.safetensors"]
+    assert SavedRun(tmp_path / "run", {"lr": 2}, 0).newest() is not None
+
+
 def test_a_run_does_not_go_on_from_the_state_of_one_that_was_begun_after_its_plan(tmp_path: Path) -> None:
     mine, other = SavedRun(tmp_path / "run", {"lr": 1}, 0), SavedRun(tmp_path / "run", {"lr": 2}, 0)
     other.replace({"w": torch.ones(1)}, {})

@@ -46,9 +46,9 @@ def plain(
 
     D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens. With
     `since` it acts at that token and those after it, in the first half of the epochs and until all edits are learned.
-    An edit whose loss is below `focus` gives no gradient, and sits out the next two epochs, then four, then eight, but
-    not all of the last three; an epoch without any has all. A rate that `falls` comes to 0 at the end of the last
-    epoch.
+    An edit whose loss is below `focus` gives no gradient, and sits out the next two epochs, then four, eight, …, at
+    most 32, but not all of the last three. All take part in an epoch if none would, and after all were learned. A rate
+    that `falls` comes to 0 at the end of the last epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -92,11 +92,13 @@ def plain(
                     rests[i] = 2
                 else:
                     resting[i] = min(rests[i], max(2, epochs - epoch - 4))
-                    rests[i] = min(2 * rests[i], 8)
+                    rests[i] = min(2 * rests[i], 32)
             if any(last[i] >= focus for i in batch):
                 optimizer.step()
         losses.append(sum(last) / len(edits))
-        if len(awake) == len(edits) and max(last) < focus:
+        if max(last) < focus and len(awake) < len(edits):
+            resting = [0] * len(edits)
+        elif max(last) < focus:
             if not held:
                 break
             held, resting, rests = False, [0] * len(edits), [2] * len(edits)
@@ -265,12 +267,12 @@ def test_batches_of_subjects() -> None:
 @pytest.mark.parametrize(
     ("options", "rate", "schedule", "epochs", "chosen"),
     [
-        ({"augment": 0}, 0.016, "constant", 40, None),
-        ({"augment": 8}, 0.016, "constant", 40, None),  # 198 samples
+        ({"augment": 0}, 0.016, "constant", 80, None),
+        ({"augment": 8}, 0.016, "constant", 80, None),  # 198 samples
         ({"augment": 9}, 0.016, "linear", 60, "lr_schedule linear, epochs 60"),  # 220 samples
         ({"augment": 9, "lr_schedule": "constant"}, 0.016, "constant", 60, "epochs 60"),
         ({"augment": 9, "epochs": 7}, 0.016, "linear", 7, "lr_schedule linear"),
-        ({"lr_schedule": "linear"}, 0.016, "linear", 40, None),
+        ({"lr_schedule": "linear"}, 0.016, "linear", 80, None),
         ({"augment": 9, "tokens": "all"}, 0.025, "constant", 25, None),
     ],
 )
@@ -301,17 +303,17 @@ def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:
 
 def test_an_edit_that_stays_learned_sits_out_longer() -> None:
     """The first one stays learned, the second is undone once, the third is never learned."""
-    rests, took_part = Rests(3, 30), [list[int](), list[int](), list[int]()]
-    for epoch in range(1, 31):
+    rests, took_part = Rests(3, 90), [list[int](), list[int](), list[int]()]
+    for epoch in range(1, 91):
         awake = rests.awake(torch.arange(3), epoch)
         for sample in awake.tolist():
             took_part[sample].append(epoch)
         rests.note(
             awake, torch.tensor([sample == 0 or (sample == 1 and epoch != 4) for sample in awake.tolist()]), epoch
         )
-    assert took_part[0] == [1, 4, 9, 18, 27, 30]
-    assert took_part[1] == [1, 4, 5, 8, 13, 22, 28]
-    assert took_part[2] == [*range(1, 31)]
+    assert took_part[0] == [1, 4, 9, 18, 35, 68, 88]
+    assert took_part[1] == [1, 4, 5, 8, 13, 22, 39, 72, 88]
+    assert took_part[2] == [*range(1, 91)]
     assert Rests(2, 9).awake(torch.tensor([1]), 1).tolist() == [1]
     rests.note(torch.arange(3), torch.ones(3, dtype=torch.bool), 1)
     assert rests.awake(torch.arange(3), 2).tolist() == [0, 1, 2]  # an epoch without any has all

@@ -27,7 +27,7 @@ _SUBJECT_RATE = 0.64  # of the rate for all tokens
 _MANY = 200  # edits from which on the rate falls, over more epochs, with tokens subject
 _SHARE = {"all": 0.2, "subject": 0.5}  # null_space
 _FOCUS = {"all": 0.0, "subject": 0.1}
-_EPOCHS = {"all": 25, "subject": 40}  # with subjects, learned edits sit out, so that more epochs cost little
+_EPOCHS = {"all": 25, "subject": 80}  # with subjects, learned edits sit out, so that more epochs cost little
 _EPOCHS_OF_MANY = 60
 _NAME_WEIGHT = {"all": 0.0, "subject": 10.0}
 

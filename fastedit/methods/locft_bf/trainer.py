@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ _LONG = 10  # epochs of which a forward pass of all edits is a few percent
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 _NEWS = 2.0  # seconds between two reports within a longer epoch
-_RESTS = 2, 8  # epochs that an edit sits out when its loss is below `focus`: the first time, and at most
+_RESTS = 2, 32  # epochs that an edit sits out when its loss is below `focus`: the first time, and at most
 
 
 class Rests:
@@ -235,11 +235,7 @@ class Trainer:
                     self._save(tensors | {"wakes": rests.wakes, "rests": rests.rests}, {"epoch": epoch, "done": i + 1})
             begun, done = None, 0
             losses_now = losses_now.cpu()  # the one synchronization of the epoch
-            if not losses_now.isfinite().all():
-                first = int((~losses_now.isfinite()).nonzero()[0])
-                when = f"{place}, step {epoch}" if place else f"epoch {epoch}, batch {first + 1} of {len(batches)}"
-                self.originals.restore()
-                raise not_finite(self.data, when, batches[first], config.lr)
+            self._require_finite(losses_now, batches, f"{place}, step {epoch}" if place else f"epoch {epoch}")
             sizes = torch.tensor([len(batch) for batch in batches])
             mean = float((losses_now * sizes).sum() / sizes.sum())
             if focus:
@@ -248,11 +244,23 @@ class Trainer:
                 rests.note(looked, each[looked] < focus, epoch)
                 mean = float(each[select].mean())
             yield mean
-            if mean < config.stop_loss or (focus and len(looked) == len(select) and each[select].max() < focus):
+            learned = bool(focus and each[select].max() < focus)
+            if learned and len(looked) < len(select):
+                rests.wakes.zero_()  # others may have undone those that rest
+            elif learned or mean < config.stop_loss:
                 if not self.passes.holds:
                     break
                 self.passes.release()
                 rests = Rests(len(self.samples), self.epochs)  # look at all again, as in the edited model
+
+    def _require_finite(self, losses: Tensor, batches: Sequence[Tensor], when: str) -> None:
+        """Restore the model and raise EditError unless all losses are finite, those of these batches."""
+        if losses.isfinite().all():
+            return
+        i = int((~losses.isfinite()).nonzero()[0])
+        self.originals.restore()
+        when += f", batch {i + 1} of {len(batches)}" if len(batches) > 1 else ""
+        raise not_finite(self.data, when, batches[i], self.config.lr)
 
     def _step(self, batch: Tensor, optimizer: Adam, loss_out: Tensor) -> None:
         config, topology = self.config, self.topology
