@@ -1,4 +1,4 @@
-"""What the tables are made of: a figure as text, a table in Markdown, a table for each device."""
+"""Parts of the tables: a figure as text, a table in Markdown, a table for each device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LocFT-BF has to compute, and where an epoch spends its time: kernels by name, and what none accounts for."""
+"""The work of LocFT-BF, and where an epoch spends its time: kernels by name, and what none accounts for."""
 
 from __future__ import annotations
 

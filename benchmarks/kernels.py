@@ -279,7 +279,7 @@ def cross_entropy_case(device: torch.device, rows: int, h: int, vocabulary: int,
 
 
 def with_gradients(function: Callable[..., Tensor], n: int) -> Provider:
-    """What a function of the inputs but the last returns, and the gradients in the first n of them by the last."""
+    """The value of a function of the inputs but the last, and its gradients in the first n of them by the last."""
 
     def run(*inputs: Tensor) -> Sequence[Tensor]:
         arguments, grad = inputs[:-1], inputs[-1]

@@ -163,7 +163,7 @@ def batch_sizes(rows: Sequence[Row]) -> plt.Figure | None:
 
 
 def real_models(rows: Sequence[Row]) -> plt.Figure | None:
-    """What is written against what is kept: a point for each variant, a panel for each model and number of edits."""
+    """Edits written against neighbours kept: a point for each variant, a panel for each model and number of edits."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
         if row.benchmark == "real_models":

@@ -23,7 +23,7 @@ from fastedit.evaluation.report import EvaluationReport, compare
 from fastedit.evaluation.sampling import draw
 from fastedit.files import locked
 from fastedit.loading import load_model, slow_dtype_note
-from fastedit.methods import METHODS, method_of
+from fastedit.methods import DEFAULT_METHOD, METHODS, method_of
 from fastedit.methods.base import History, Memo, Plan, SolverPlan
 from fastedit.models import Model, Topology, fingerprint, plain_state
 from fastedit.planning import planned
@@ -106,7 +106,7 @@ class Editor:
         self,
         model: Any,
         tokenizer: Any,
-        method: str = "locft-bf",
+        method: str = DEFAULT_METHOD,
         seed: int = 0,
         *,
         chat_template: bool = False,
@@ -130,7 +130,7 @@ class Editor:
     def from_pretrained(
         cls,
         name: str | Path,
-        method: str = "locft-bf",
+        method: str = DEFAULT_METHOD,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,

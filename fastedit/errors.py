@@ -51,7 +51,7 @@ class FastEditError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one of several things.
+    """A problem of one of several things.
 
     Attributes:
         name: of the thing, such as "edit 7" or "FILE, line 3".

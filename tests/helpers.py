@@ -1,4 +1,4 @@
-"""What several test files share: tiny random models of every family, texts, edits and statistics for them."""
+"""Helpers of several test files: tiny random models of every family, texts, edits and statistics for them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import typer
 from fastedit.configs import LARGEST_INT, Kind, explained, hints_of, kind_of, numbers, union
 from fastedit.errors import ConfigError, FileError
 from fastedit.files import read_json
-from fastedit.methods import METHODS, method_of
+from fastedit.methods import DEFAULT_METHOD, METHODS, method_of
 
 _EXAMPLE = '{"method": "locft-bf", "lr": 0.0005}'
 _SAME = {"layer": "layers"}  # fields that share a flag: where a method edits
@@ -92,11 +92,11 @@ def configuration(
         if method and theirs and method != theirs:
             raise ConfigError(f"--method {method} does not fit {file}, which is for {theirs}; leave out one of them")
         try:
-            method = method or theirs or "locft-bf"
+            method = method or theirs or DEFAULT_METHOD
             content = config_of(method, content)
         except ConfigError as error:
             raise error.at(file) from None
-    method = method or "locft-bf"
+    method = method or DEFAULT_METHOD
     return method, chat, config_of(method, {**content, **given})
 
 

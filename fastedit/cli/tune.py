@@ -15,6 +15,7 @@ from fastedit.cli.phase import work_begins, wrote
 from fastedit.configs import LARGEST_INT
 from fastedit.errors import FileError
 from fastedit.files import check_file, check_writable, replacing
+from fastedit.methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from fastedit.evaluation.tune import TuneReport
@@ -32,7 +33,7 @@ def tune(
             help="Folder for config.json, report.json, front.png and the trials; continues earlier trials there."
         ),
     ],
-    method: Annotated[str, typer.Option(help="The editing method.")] = "locft-bf",
+    method: Annotated[str, typer.Option(help="The editing method.")] = DEFAULT_METHOD,
     sample: Annotated[int, typer.Option(min=1, help="Edits in each trial.")] = 50,
     minutes: Annotated[
         float, typer.Option(help="Minutes to search; no trial begins that would likely end later.")

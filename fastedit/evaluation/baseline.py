@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _TAG = "fastedit-predictions-2"
 _WHAT = "the measures of an unedited model"
-_LARGEST = 2**28  # bytes of a file, at most
+_MOST_BYTES = 2**28  # bytes of a file, at most
 _FILES = 8  # files per model; the oldest are deleted
 _PLAIN = tuple(f.name for f in fields(Prediction) if f.name != "first")
 
@@ -107,7 +107,7 @@ def _save(path: Path, predictions: Predictions) -> None:
     rows = [[[*(getattr(p, name) for name in _PLAIN), places.get(id(p.first))] for p in group] for group in groups]
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     tensors = {"answers": content} | ({"first": torch.stack([*firsts.values()])} if firsts else {})
-    if sum(tensor.nbytes for tensor in tensors.values()) > _LARGEST:
+    if sum(tensor.nbytes for tensor in tensors.values()) > _MOST_BYTES:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from fastedit.files import read_json, read_text
 
 TASK, TASK_CHANGE = "task:", "task_change:"
 """Prefixes of an lm-eval task's name: for its value, and for the change by the edit."""
-_LARGEST = sys.float_info.max
+_MOST_FLOAT = sys.float_info.max
 _EXAMPLE = '{"reliability": {"min": 0.95}, "perplexity_ratio": {"max": 1.05}}'
 
 
@@ -105,7 +105,7 @@ def _problem(bounds: Any, share: bool, task: bool) -> str:
     if not isinstance(bounds, Mapping) or not bounds or bounds.keys() - {"min", "max"}:
         return f'expected {{"min": …}}, {{"max": …}} or both, got {json.dumps(bounds, default=str):.60}'
     for end, value in bounds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST_FLOAT <= value <= _MOST_FLOAT:
             return f"{end} is {value!r:.40}; give a number"
         if value < 0 and not task:
             return f"{end} is {value:g}, but it is never below 0"

@@ -21,7 +21,7 @@ from fastedit.evaluation.predict import Predictions, predict
 from fastedit.evaluation.questions import ask
 from fastedit.evaluation.report import Requests, compare
 from fastedit.evaluation.sampling import draw
-from fastedit.methods import METHODS, method_of
+from fastedit.methods import DEFAULT_METHOD, METHODS, method_of
 from fastedit.models import Model, fingerprint
 from fastedit.progress import Progress, no_progress
 from fastedit.requests import AnyPath, as_requests
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _OTHERS = ("paraphrase", "neighbour")
-# configurations to begin with, beside the method's own choices
-_STARTS: dict[str, list[dict[str, Any]]] = {"locft-bf": [{"published": True}, {"preserve": "both"}]}
 # fields that depend on the number of edits or the machine; left out of settings unless they were given or tried
 _OPEN = (
     *("batch_size", "epochs", "lr_schedule", "published"),
@@ -201,7 +199,7 @@ class Search:
         model: Model,
         requests: Requests,
         *,
-        method: str = "locft-bf",
+        method: str = DEFAULT_METHOD,
         sample: int = 50,
         minutes: float = 30.0,
         trials: int | None = None,
@@ -264,7 +262,7 @@ class Search:
     def _candidates(self) -> Iterator[dict[str, Any]]:
         """Yield the configurations to try; they depend only on the trials so far."""
         fixed = {name: value for name, value in self._common.items() if name != "seed"}
-        for start in ({}, *_STARTS.get(self._method, [])):
+        for start in ({}, *METHODS[self._method].starts):
             if not start.keys() & fixed.keys():
                 yield {"method": self._method, **fixed, **start}
         tried = {_key(trial.config) for trial in self.trials}

@@ -19,7 +19,7 @@ from fastedit.evaluation.sampling import draw
 from fastedit.ledger.blame import Likeness, likenesses
 from fastedit.ledger.making import named, refuse_taken, sorted_out, write
 from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
-from fastedit.methods import METHODS
+from fastedit.methods import DEFAULT_METHOD, METHODS
 from fastedit.models import fingerprint
 from fastedit.requests import EditRequest, as_requests
 
@@ -109,7 +109,7 @@ class Ledger:
             method = method or header["method"]
             own = {"dtype": header["dtype"], "chat_template": header["chat_template"]}
             options = own | (header["config"] if method == header["method"] else {}) | options
-        return cls(folder, Editor.from_pretrained(model, method or "locft-bf", **options), buffered=buffered, at=at)
+        return cls(folder, Editor.from_pretrained(model, method or DEFAULT_METHOD, **options), buffered=buffered, at=at)
 
     def close(self) -> None:
         """Unlock the folder. The model keeps what it holds."""

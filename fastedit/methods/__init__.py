@@ -28,11 +28,13 @@ class Method:
         config: its configuration class.
         module: the module that has its function `plan`.
         recipe: the fields that the method itself sets, if several methods share one configuration class.
+        starts: configurations that a search tries first, beside the method's own choices.
     """
 
     config: type[Any]
     module: str
     recipe: Any = None
+    starts: tuple[dict[str, Any], ...] = ()
 
     @property
     def solves_each(self) -> bool:
@@ -59,8 +61,13 @@ class Method:
         return made
 
 
+DEFAULT_METHOD = "locft-bf"
 METHODS: dict[str, Method] = {
-    "locft-bf": Method(LocFTBFConfig, "fastedit.methods.locft_bf.method"),
+    DEFAULT_METHOD: Method(
+        LocFTBFConfig,
+        "fastedit.methods.locft_bf.method",
+        starts=({"published": True}, {"preserve": "both"}),
+    ),
     **{
         name: Method(LocateThenEditConfig, "fastedit.methods.locate_then_edit.method", recipe)
         for name, recipe in RECIPES.items()
@@ -80,4 +87,4 @@ def method_of(name: str, given: Iterable[str] = ()) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "LocFTBFConfig", "LocateThenEditConfig", "Method", "method_of"]
+__all__ = ["DEFAULT_METHOD", "METHODS", "LocFTBFConfig", "LocateThenEditConfig", "Method", "method_of"]

@@ -1,4 +1,4 @@
-"""What all editing methods have in common: the edits they take, the plan they make, the result they return."""
+"""The common ground of all editing methods: the edits they take, the plan they make, the result they return."""
 
 from __future__ import annotations
 

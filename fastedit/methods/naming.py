@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 
-from fastedit.errors import Problem, RequestError, listed
+from fastedit.errors import Problem, RequestError
 from fastedit.methods.base import Edit
 from fastedit.models import Model, PairError
 
@@ -12,11 +12,6 @@ from fastedit.models import Model, PairError
 def edit_name(edit: Edit, place: int) -> str:
     """The name of an edit: its id, or its place among the edits."""
     return f"edit {edit.id if edit.id is not None else place}"
-
-
-def edit_names(edits: Sequence[Edit], places: Sequence[int]) -> str:
-    """Names of the edits at some places: the first ten, and how many more there are."""
-    return listed([edit_name(edits[i], i) for i in places])
 
 
 def check_rows(model: Model, edits: Sequence[Edit]) -> None:

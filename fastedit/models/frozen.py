@@ -70,7 +70,7 @@ class FrozenPart:
 
     @property
     def parts(self) -> list[str]:
-        """What is cached, out of "attn" and "mlp"."""
+        """Names of the cached parts, out of "attn" and "mlp"."""
         return [name for name, part in (("attn", self._attn), ("mlp", self._mlp)) if part is not None]
 
     def overrides(self, rows: Rows) -> list[Override]:

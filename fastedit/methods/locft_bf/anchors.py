@@ -83,7 +83,7 @@ class Anchors:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model predicts at A places: the k likeliest tokens, and their log-probabilities.
+    """The predictions of a model at A places: the k likeliest tokens, and their log-probabilities.
 
     Attributes:
         tokens: [A, k] int64.

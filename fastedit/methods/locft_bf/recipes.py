@@ -200,7 +200,7 @@ def _preserved(batch: Batch, config: LocFTBFConfig, history: History) -> tuple[L
 
 
 def _lacking(batch: Batch, config: LocFTBFConfig, history: History) -> str | None:
-    """What is missing for training that preserves everything else; None if nothing is.
+    """The thing that is missing for training that preserves everything else; None if nothing is.
 
     Raises:
         ModelError: no statistics in the given folder.
