@@ -165,12 +165,12 @@ class Outcome:
         return did
 
 
-def _conflict(requests: Sequence[EditRequest]) -> dict[str, Any]:
-    """The targets of one prompt, each with the ids of its requests."""
+def _conflict(edits: Sequence[EditRequest]) -> dict[str, Any]:
+    """The targets of one prompt, each with the ids of its edits."""
     ids: dict[str, list[str | None]] = {}
-    for request in requests:
+    for request in edits:
         ids.setdefault(request.target, []).append(request.id)
-    return {"prompt": requests[0].prompt, "targets": [{"target": t, "ids": of_target} for t, of_target in ids.items()]}
+    return {"prompt": edits[0].prompt, "targets": [{"target": t, "ids": of_target} for t, of_target in ids.items()]}
 
 
 def _earlier(model: Model) -> list[Path]:

@@ -36,7 +36,7 @@ _PLAIN = tuple(f.name for f in fields(Prediction) if f.name != "first")
 
 def predict_unedited(
     model: Model,
-    requests: Sequence[EditRequest],
+    edits: Sequence[EditRequest],
     *,
     generate: bool = True,
     kinds: Sequence[str] = KINDS,
@@ -57,7 +57,7 @@ def predict_unedited(
     folder = user_directory(fingerprint(model.network)) / "measured"
 
     def known() -> tuple[Path, tuple[list[dict[str, list[Prediction]]], float | None] | None]:
-        path = folder / f"{_key(model, requests, options)}.safetensors"
+        path = folder / f"{_key(model, edits, options)}.safetensors"
         try:
             return path, _load(path)
         except FileError:
@@ -65,7 +65,7 @@ def predict_unedited(
 
     path, measured = parallel.of_first(known)
     if measured is None:
-        predictions = predict(model, requests, **options, keep_head=keep_head, progress=progress)
+        predictions = predict(model, edits, **options, keep_head=keep_head, progress=progress)
         parallel.of_first(lambda: _save(path, predictions))
         return predictions
     log.info("the unedited model was measured before: %s", path)
@@ -77,7 +77,7 @@ def predict_unedited(
     return Predictions(answers, perplexity, head, model.chat is not None)
 
 
-def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any]) -> str:
+def _key(model: Model, edits: Sequence[EditRequest], options: dict[str, Any]) -> str:
     network, tokenizer = model.network, model.tokenizer
     config: Any = model.topology.config
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -90,7 +90,7 @@ def _key(model: Model, requests: Sequence[EditRequest], options: dict[str, Any])
         checksums(dict(network.named_buffers())),
         backend.to_str() if backend is not None else tokenizer.get_vocab(),
         [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None), model.chat],
-        [asdict(request) for request in requests],
+        [asdict(request) for request in edits],
         options,
         [torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type],
         [version_of(name) for name in ("torch", "transformers", "fastedit")],

@@ -127,7 +127,7 @@ class CheckReport:
 
 
 def check_bounds(
-    bounds: Mapping[str, Bound], requests: Sequence[EditRequest], *, compared: bool, tasks: Sequence[str] = ()
+    bounds: Mapping[str, Bound], edits: Sequence[EditRequest], *, compared: bool, tasks: Sequence[str] = ()
 ) -> None:
     """Check, before anything is measured, that all measures with bounds can be taken.
 
@@ -138,7 +138,7 @@ def check_bounds(
     Raises:
         ConfigError: some measures cannot be taken; names all of them.
     """
-    kinds, problems = kinds_in(requests), []
+    kinds, problems = kinds_in(edits), []
     for name in bounds:
         task = name.removeprefix(TASK).removeprefix(TASK_CHANGE)
         prompts = _MEASURES[name].prompts if name in _MEASURES else ""
@@ -193,9 +193,9 @@ class Check:
     """
 
     def __init__(
-        self, unedited: Model, requests: Sequence[EditRequest], *, text: Sequence[str] = (), of: int | None = None
+        self, unedited: Model, edits: Sequence[EditRequest], *, text: Sequence[str] = (), of: int | None = None
     ) -> None:
-        self.edits = list(requests)
+        self.edits = list(edits)
         self.of = of if of and of > len(self.edits) else None
         self.own_text = not text
         self.text = list(text) or write_text(unedited, _OWN_TEXT)

@@ -86,7 +86,7 @@ class Predictions:
 @torch.no_grad()
 def predict(
     model: Model,
-    requests: Sequence[EditRequest],
+    edits: Sequence[EditRequest],
     *,
     generate: bool = True,
     kinds: Sequence[str] = KINDS,
@@ -98,7 +98,7 @@ def predict(
 ) -> Predictions:
     """Measure the model with its current weights; equal prompts run once.
 
-    With ``updates``, request i runs with edit i alone, and equal prompts run once for each edit.
+    With ``updates``, the prompts of edit i run with edit i alone, and equal prompts run once for each edit.
 
     Log-probabilities are fp32, whatever the model's dtype. Generation is greedy, takes at most 32 tokens (8 more than
     the wanted answer, if that is longer than 32), and stops at EOS, a newline or the end of a sentence, in any script,
@@ -110,8 +110,8 @@ def predict(
         kinds: kinds of prompts, some of `KINDS`.
         text: documents for the perplexity, exp(mean NLL of all tokens but each document's first), read in
             windows of the model's context, 2,048 tokens at most.
-        updates: linear map -> factors of one edit per request (`models.per_sample_updates`); not with ``text``,
-            which does not belong to a request.
+        updates: linear map -> factors of each edit (`models.per_sample_updates`); not with ``text``,
+            which belongs to no edit.
         batch_tokens: tokens per forward pass; None chooses what suits the device. Generation keeps four times as many
             in its cache.
         keep_head: copy the model's head; needed if an edit changes the head before these results are compared.
@@ -123,10 +123,10 @@ def predict(
         ConfigError: ``updates`` together with ``text``. TensorError: ``updates`` of another number of edits.
     """
     if updates:
-        _check(updates, requests, text)
+        _check(updates, edits, text)
     topology = model.topology
     batch_tokens = batch_tokens or pass_tokens(topology.device)
-    questions = ask(model, requests, kinds=kinds, text=text, by_edit=bool(updates))
+    questions = ask(model, edits, kinds=kinds, text=text, by_edit=bool(updates))
     documents = questions.documents
     scored = _scored(topology, questions, batch_tokens, partial(progress, "answers"), updates or {})
 
@@ -139,7 +139,7 @@ def predict(
     stops = questions.stops if generate else {}
     texts = generated_texts(model, stops, 4 * batch_tokens, partial(progress, "generation"), updates or {})
 
-    answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in requests]
+    answers: list[dict[str, list[Prediction]]] = [{kind: [] for kind in KINDS} for _ in edits]
     for kind, i, prompt, answer, other in questions.asked:
         edit = i if updates else 0
         rival = scored[edit, prompt, other][2] if other and other != answer else None  # not a rival of itself
@@ -175,15 +175,15 @@ def _scored(
     return dict(zip(owners, zip(best, hit, mean.tolist(), firsts, strict=True), strict=True))
 
 
-def _check(updates: Mapping[nn.Module, Factors], requests: Sequence[EditRequest], text: Sequence[str]) -> None:
+def _check(updates: Mapping[nn.Module, Factors], edits: Sequence[EditRequest], text: Sequence[str]) -> None:
     if text:
         raise ConfigError("text belongs to no request; measure its perplexity without updates")
     for factor in (factor for factors in updates.values() for factor in factors):
-        if len(factor) != len(requests):
-            raise TensorError(f"updates of {len(factor)} edits do not fit {len(requests)} requests")
+        if len(factor) != len(edits):
+            raise TensorError(f"updates of {len(factor)} edits do not fit {len(edits)} requests")
         broken = factor.flatten(1).isfinite().all(1).logical_not().nonzero().flatten().tolist()
         if broken:
-            named = ", ".join(str(requests[i].id or i) for i in broken[:5])
+            named = ", ".join(str(edits[i].id or i) for i in broken[:5])
             raise EditError(f"the updates of {len(broken)} requests are not finite ({named}); leave them out")
 
 

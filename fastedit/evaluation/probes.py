@@ -39,27 +39,27 @@ class Probes:
     left_out: dict[str, str]
 
 
-def probes_of(model: Model, requests: Sequence[EditRequest], text: Sequence[str]) -> Probes:
-    """Make the probes of requests.
+def probes_of(model: Model, edits: Sequence[EditRequest], text: Sequence[str]) -> Probes:
+    """Make the probes of edits.
 
-    After other text: passages of ``text`` that end in a full stop, a different one for each request. Negated: "It is
+    After other text: passages of ``text`` that end in a full stop, a different one for each edit. Negated: "It is
     not true that" before a prompt and, if it ends in a form of "to be", "not" after it; only for English statements in
-    one line (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other requests, at the
+    one line (arXiv 2510.00625). Multiple choice: the target, the true target and targets of other edits, at the
     first paraphrase, or at the prompt if there is none (after arXiv 2604.05995).
     """
     probes: list[Probe] = []
     left_out: dict[str, str] = {}
     for n in PREFIXES:
-        after_text = _after_text(model, requests, text, n)
+        after_text = _after_text(model, edits, text, n)
         if isinstance(after_text, str):
             left_out[f"prefix_{n}"] = after_text
         else:
             probes += after_text
-    for place, request in enumerate(requests):
+    for place, request in enumerate(edits):
         if request.forget:  # a refusal is not wrong for the negated prompt, and not a fact to choose
             continue
         probes += [_probe("negation", place, request, prompt, request.target) for prompt in negations(request.prompt)]
-        prompt, options = next(iter(request.paraphrases), request.prompt), _options(requests, place)
+        prompt, options = next(iter(request.paraphrases), request.prompt), _options(edits, place)
         if len(options) > 1:
             probes += [_probe("choice", place, request, prompt, option) for option in options]
     kinds = {probe.kind for probe in probes}
@@ -79,10 +79,10 @@ def negations(prompt: str) -> list[str]:
     return [f"It is not true that {lowered}", *([f"{prompt} not"] if _COPULA.search(prompt) else [])]
 
 
-def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
-    """The target first, then the true target, then targets of the next requests, without repetition."""
-    request = requests[place]
-    others = (requests[(place + i) % len(requests)].target for i in range(1, len(requests)))
+def _options(edits: Sequence[EditRequest], place: int) -> list[str]:
+    """The target first, then the true target, then targets of the next edits, without repetition."""
+    request = edits[place]
+    others = (edits[(place + i) % len(edits)].target for i in range(1, len(edits)))
     options: dict[str, str] = {}
     for answer in (request.target, request.true_target, *others):
         if answer and len(options) < _OPTIONS:
@@ -90,18 +90,18 @@ def _options(requests: Sequence[EditRequest], place: int) -> list[str]:
     return [*options.values()]
 
 
-def _after_text(model: Model, requests: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
+def _after_text(model: Model, edits: Sequence[EditRequest], text: Sequence[str], n: int) -> list[Probe] | str:
     """Probes after n tokens of text, or why there are none."""
-    lengths = [len(ids) for ids in encode(model.tokenizer, [(r.prompt, r.target) for r in requests])]
+    lengths = [len(ids) for ids in encode(model.tokenizer, [(r.prompt, r.target) for r in edits])]
     context = model.topology.context_length
     if n + max(lengths) + _ANSWER > context:
         return f"{n} tokens, a prompt and its answer do not fit into the model's {context} tokens"
-    passages = list(_passages(model, text, n, len(requests)))
+    passages = list(_passages(model, text, n, len(edits)))
     if not passages:
         return f"the text has no passage of {n} tokens"
     return [
         _probe(f"prefix_{n}", i, request, joined(passages[i % len(passages)], request.prompt), request.target)
-        for i, request in enumerate(requests)
+        for i, request in enumerate(edits)
     ]
 
 

@@ -52,9 +52,9 @@ class Questions:
     n_requests: int
 
 
-def kinds_in(requests: Sequence[EditRequest]) -> set[str]:
-    """The kinds of prompts that these requests have."""
-    return {kind for kind, questions in _QUESTIONS.items() if any(map(list, map(questions, requests)))}
+def kinds_in(edits: Sequence[EditRequest]) -> set[str]:
+    """The kinds of prompts that these edits have."""
+    return {kind for kind, questions in _QUESTIONS.items() if any(map(list, map(questions, edits)))}
 
 
 def read_to(kind: str, answer: str, other: str | None) -> str:
@@ -64,7 +64,7 @@ def read_to(kind: str, answer: str, other: str | None) -> str:
 
 def ask(
     model: Model,
-    requests: Sequence[EditRequest],
+    edits: Sequence[EditRequest],
     *,
     kinds: Sequence[str] = KINDS,
     text: Sequence[str] = (),
@@ -75,18 +75,18 @@ def ask(
     Args:
         kinds: kinds of prompts, some of `KINDS`.
         text: documents for the perplexity; a str is one document.
-        by_edit: request i runs with edit i alone, so that equal prompts are separate questions for each edit.
+        by_edit: the prompts of edit i run with edit i alone, so that equal prompts are separate questions.
 
     Raises:
         RequestError: prompts and answers do not fit the model's context, have no tokens, or have
             tokens without a row in the model; names all of them.
     """
-    asked = [(k, i, *q) for k in kinds for i, request in enumerate(requests) for q in _QUESTIONS[k](request)]
+    asked = [(k, i, *q) for k in kinds for i, request in enumerate(edits) for q in _QUESTIONS[k](request)]
     owners: dict[Asked, str] = {}
     for kind, i, prompt, answer, other in asked:
         edit = i if by_edit else 0
         for completion in filter(None, (answer, other)):
-            owners.setdefault((edit, prompt, completion), f"request {requests[i].id or i}, {kind}")
+            owners.setdefault((edit, prompt, completion), f"request {edits[i].id or i}, {kind}")
     context = model.topology.context_length
     try:
         pairs = [(prompt, completion) for _, prompt, completion in owners]
@@ -96,7 +96,7 @@ def ask(
         problems = {names[p.pair]: Problem(names[p.pair], p.sentence()) for p in reversed(error.problems)}
         raise RequestError.of(list(reversed(problems.values())), "prompts") from None
     documents = _windows(model, [text] if isinstance(text, str) else text, context)
-    return Questions(asked, owners, _stops(asked, owners, samples, by_edit), samples, documents, len(requests))
+    return Questions(asked, owners, _stops(asked, owners, samples, by_edit), samples, documents, len(edits))
 
 
 def _stops(
@@ -116,7 +116,7 @@ def _stops(
     return stops
 
 
-def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
+def prompt_notes(model: Model, edits: Sequence[EditRequest]) -> list[str]:
     """Notes for the user on special and unknown tokens in prompts and answers, and on a template that is not used."""
     notes = []
     if model.chat is None and getattr(model.tokenizer, "chat_template", None):
@@ -127,7 +127,7 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
     special = [token for token in special_tokens(model.tokenizer) if token.strip()]
     used: dict[str, None] = {}
     names: dict[str, None] = {}
-    for i, request in enumerate(requests):
+    for i, request in enumerate(edits):
         for kind, questions in _QUESTIONS.items():
             for prompt, answer, _ in questions(request):
                 if held := [token for token in special if token in prompt or token in answer]:
@@ -139,10 +139,10 @@ def prompt_notes(model: Model, requests: Sequence[EditRequest]) -> list[str]:
             "reads them as such, and a generated text shows none. If they come from a chat template, give the words of "
             f"user and answer alone, with chat_template=True (--chat): {listed([*names])}"
         )
-    return [*notes, *_unknown(model, requests)]
+    return [*notes, *_unknown(model, edits)]
 
 
-def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
+def _unknown(model: Model, edits: Sequence[EditRequest]) -> list[str]:
     """A note on edits with text that the tokenizer does not know; most know every byte, and are not asked."""
     token, unknown = (getattr(model.tokenizer, name, None) for name in ("unk_token", "unk_token_id"))
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
@@ -152,10 +152,10 @@ def _unknown(model: Model, requests: Sequence[EditRequest]) -> list[str]:
         or getattr(backend and backend.model, "byte_fallback", False)
     ):
         return []
-    encoded = encode(model.tokenizer, [(request.prompt, request.target) for request in requests])
+    encoded = encode(model.tokenizer, [(request.prompt, request.target) for request in edits])
     affected = [
         str(request.id or i)
-        for i, (request, ids) in enumerate(zip(requests, encoded, strict=True))
+        for i, (request, ids) in enumerate(zip(edits, encoded, strict=True))
         if unknown in ids and str(token) not in request.prompt + request.target
     ]
     if not affected:

@@ -156,7 +156,7 @@ def _share(now: Mapping[str, Any], old: Mapping[str, Any] | None, spread: Mappin
 
 
 def compare(
-    requests: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, of: int | None = None
+    edits: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, of: int | None = None
 ) -> EvaluationReport:
     """Make the report from the results of `predict` after an edit and, if measured, before it.
 
@@ -165,22 +165,22 @@ def compare(
     its `predict` and was not kept (``keep_head``). All else is measured for each model separately.
 
     Args:
-        of: how many requests these are a sample of.
+        of: how many edits these are a sample of.
 
     Raises:
         RequestError: the neighbours before and after are not the same.
     """
     nothing: Answers = {kind: [] for kind in KINDS}
-    earlier = before.answers if before else [nothing] * len(requests)
+    earlier = before.answers if before else [nothing] * len(edits)
     pairs = [_pairs(now, old) for now, old in zip(after.answers, earlier, strict=True)]
     kl = iter(_divergences(after, before, [pair for of_request in pairs for pair in of_request]))
     apart = [[next(kl) for _ in of_request] for of_request in pairs]
-    rows = [_row(*x) for x in zip(requests, after.answers, pairs, apart, strict=True)]
+    rows = [_row(*x) for x in zip(edits, after.answers, pairs, apart, strict=True)]
     n = {kind: sum(len(answers[kind]) for answers in after.answers) for kind in KINDS}
     for name, kind in _PREFERENCES.items():
         n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
-    unedited = [_row(request, answers, (), ()) for request, answers in zip(requests, earlier, strict=True)]
-    of = of if of and of > len(requests) else None
+    unedited = [_row(request, answers, (), ()) for request, answers in zip(edits, earlier, strict=True)]
+    of = of if of and of > len(edits) else None
     metrics, old = _average(rows, after), _average(unedited, before) if before else None
     return EvaluationReport(metrics, old, n, rows, of, after.chat_template)
 

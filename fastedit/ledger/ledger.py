@@ -17,7 +17,7 @@ from fastedit.editor import Editor, Requests
 from fastedit.errors import ConfigError, FileError, ModelError
 from fastedit.evaluation.sampling import draw
 from fastedit.ledger.blame import Likeness, likenesses
-from fastedit.ledger.making import named, refuse_taken, sorted_out, write
+from fastedit.ledger.making import refuse_taken, sorted_out, with_ids, write
 from fastedit.ledger.records import NAME, Entry, Fact, Records, check_place, state_of
 from fastedit.methods import DEFAULT_METHOD, METHODS
 from fastedit.models import fingerprint
@@ -231,7 +231,7 @@ class Ledger:
         of_prompt = {fact.request.prompt: fact.id for fact in gone}
         new = [r if r.id else replace(r, id=of_prompt.get(r.prompt)) for r in new]
         serial, number = records.last_serial + 1, records.last + 1
-        requests = named(new, [fact.id for fact in stay], serial)
+        requests = with_ids(new, [fact.id for fact in stay], serial)
         fresh = [Fact(serial + i, request, source, number) for i, request in enumerate(requests)]
         with self._as_it_was():
             state, file, about, sought = self._make([*stay, *fresh], number)

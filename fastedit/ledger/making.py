@@ -130,17 +130,17 @@ def _tagged(targets: Targets) -> tuple[dict[str, Tensor], str, dict[str, Any], s
 
 
 def sorted_out(
-    requests: Sequence[EditRequest], standing: Sequence[Fact]
+    edits: Sequence[EditRequest], standing: Sequence[Fact]
 ) -> tuple[list[EditRequest], list[Fact], list[str]]:
-    """Sort out what to add: the last request of each prompt, unless it stands already.
+    """Sort out what to add: the last edit of each prompt, unless it stands already.
 
     Returns:
-        The requests to add, the standing facts that they replace, and notes that say so.
+        The edits to add, the standing facts that they replace, and notes that say so.
 
     Raises:
         RequestError: nothing is left.
     """
-    newest = {request.prompt: request for request in requests}  # the last one is the newest
+    newest = {request.prompt: request for request in edits}  # the last one is the newest
     by_prompt = {fact.request.prompt: fact for fact in standing}
     same = [
         by_prompt[prompt]
@@ -153,7 +153,7 @@ def sorted_out(
         raise RequestError(f"all {len(newest)} facts stand already ({told(same)}); there is nothing to add")
     replaced = [by_prompt[request.prompt] for request in new if request.prompt in by_prompt]
     notes = [f"{len(same)} facts stand already: {told(same)}"] if same else []
-    if older := [request for request in requests if newest[request.prompt] is not request]:
+    if older := [request for request in edits if newest[request.prompt] is not request]:
         notes.append(f"of requests with one prompt the last one counts; {len(older)} were left out")
     for fact in replaced:
         old, request = fact.request, newest[fact.request.prompt]
@@ -170,21 +170,21 @@ def _differing(old: EditRequest, new: EditRequest) -> list[tuple[str, str | None
     return [(name, value) for name in _MEANT if (value := getattr(new, name)) != getattr(old, name)]
 
 
-def named(requests: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
-    """Give each request without an id one: "f1", "f2", …, by the serials of their facts."""
-    used, with_ids = {*taken, *(str(request.id) for request in requests)}, []
-    for number, request in enumerate(requests, serial):
+def with_ids(edits: Sequence[EditRequest], taken: Iterable[str], serial: int) -> list[EditRequest]:
+    """Give each edit without an id one: "f1", "f2", …, by the serials of their facts."""
+    used, numbered = {*taken, *(str(request.id) for request in edits)}, []
+    for number, request in enumerate(edits, serial):
         id_ = request.id or next(name for name in (f"f{number}" + "'" * n for n in range(10_000)) if name not in used)
         used.add(id_)
-        with_ids.append(replace(request, id=id_))
-    return with_ids
+        numbered.append(replace(request, id=id_))
+    return numbered
 
 
-def refuse_taken(requests: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
+def refuse_taken(edits: Sequence[EditRequest], standing: Sequence[Fact]) -> None:
     """Raise RequestError if an id would name two facts; names all such ids."""
     owner: dict[str, str] = {fact.id: fact.request.prompt for fact in standing}
     problems = []
-    for request in requests:
+    for request in edits:
         if request.id is None:
             continue
         if owner.setdefault(request.id, request.prompt) != request.prompt:

@@ -139,6 +139,6 @@ def test_few_files_are_kept_and_no_large_ones(
         predict_unedited(model, edits, text=[f"w20 w21 w{22 + n}"], generate=False)
     assert len(files(tmp_path)) == 8
     newest = {file.name for file in files(tmp_path)}
-    monkeypatch.setattr(module_under_test, "_LARGEST", 100)
+    monkeypatch.setattr(module_under_test, "_MOST_BYTES", 100)
     predict_unedited(model, edits, text=TEXT, generate=False)
     assert {file.name for file in files(tmp_path)} == newest

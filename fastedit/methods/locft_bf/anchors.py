@@ -64,18 +64,18 @@ class Anchors:
 
     Attributes:
         first: place of the first anchor among the samples.
-        of: the anchors of each edit, counted from the first one.
+        by_edit: the anchors of each edit, counted from the first one.
     """
 
     first: int
-    of: Sequence[list[int]]
+    by_edit: Sequence[list[int]]
 
     def __len__(self) -> int:
-        return sum(map(len, self.of))
+        return sum(map(len, self.by_edit))
 
     def draw(self, edits: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw one anchor [K] of each of these edits; edits without anchors have none."""
-        groups = [self.of[edit] for edit in edits if self.of[edit]]
+        groups = [self.by_edit[edit] for edit in edits if self.by_edit[edit]]
         numbers = torch.rand(len(groups), generator=generator).tolist() if groups else []
         chosen = [group[int(number * len(group))] for group, number in zip(groups, numbers, strict=True)]
         return torch.tensor(chosen, dtype=torch.int64)

@@ -181,7 +181,7 @@ def plan(
 def _notes_on(data: TrainingSet, config: LocFTBFConfig) -> list[str]:
     """Notes on these edits for the user."""
     batch, notes = data.batch, []
-    bare = [place for place, anchors in enumerate(data.anchors.of) if not anchors] if config.keeps_anchors else []
+    bare = [place for place, anchors in enumerate(data.anchors.by_edit) if not anchors] if config.keeps_anchors else []
     if bare:
         notes.append(f"without anchors, for want of a subject or of others: {batch.names(bare)}")
     if data.trained is None:

@@ -86,7 +86,7 @@ class TrainingSet:
                 _, subject_last = model.last_tokens(texts, [end for *_, end in prompts])
                 trained = torch.cat([trained, torch.tensor(subject_last)])
             for number, (place, *_) in enumerate(prompts):
-                anchors.of[place].append(number)
+                anchors.by_edit[place].append(number)
                 owner.append(place)
         return cls(batch, samples, owner, anchors, trained)
 
