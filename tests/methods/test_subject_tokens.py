@@ -47,8 +47,8 @@ def plain(
     D gets its gradient from the token at `places` of the edit (all tokens where it is -1). It acts at all tokens. With
     `since` it acts at that token and those after it, in the first half of the epochs and until all edits are learned.
     An edit whose loss is below `focus` gives no gradient, and sits out the next two epochs, then four, eight, …, at
-    most 32, but not all of the last three. All take part in an epoch if none would, and after all were learned. A rate
-    that `falls` comes to 0 at the end of the last epoch.
+    most 32, but not all of the last three. All take part in an epoch if none would. A rate that
+    `falls` comes to 0 at the end of the last epoch.
     """
     modules = {layer: topology(model).resolve(layer, "down_proj")[1] for layer in P}
     D: dict[int, Tensor] = {}
@@ -96,9 +96,7 @@ def plain(
             if any(last[i] >= focus for i in batch):
                 optimizer.step()
         losses.append(sum(last) / len(edits))
-        if max(last) < focus and len(awake) < len(edits):
-            resting = [0] * len(edits)
-        elif max(last) < focus:
+        if len(awake) == len(edits) and max(last) < focus:
             if not held:
                 break
             held, resting, rests = False, [0] * len(edits), [2] * len(edits)

@@ -244,10 +244,7 @@ class Trainer:
                 rests.note(looked, each[looked] < focus, epoch)
                 mean = float(each[select].mean())
             yield mean
-            learned = bool(focus and each[select].max() < focus)
-            if learned and len(looked) < len(select):
-                rests.wakes.zero_()  # others may have undone those that rest
-            elif learned or mean < config.stop_loss:
+            if mean < config.stop_loss or (focus and len(looked) == len(select) and each[select].max() < focus):
                 if not self.passes.holds:
                     break
                 self.passes.release()
