@@ -186,9 +186,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["sum", "run", "accuracy"])
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite, device = Suite(args.device, args.budget), torch.device(args.device)
+    suite, device = Suite.of(args), torch.device(args.device)
     if args.only in (None, "accuracy"):
         accuracy(suite)
     if args.only in (None, "sum"):

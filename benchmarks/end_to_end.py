@@ -17,8 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 if not __package__:  # run as a file; imports are from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import fastedit.demo
@@ -106,9 +104,7 @@ def main() -> None:
         shapes.main()
         return
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite = Suite(args.device)
+    suite = Suite.of(args)
     world = fastedit.demo.World()
     requests, text = world.requests(args.n), world.prose(100)
     for method in args.methods:

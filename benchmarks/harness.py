@@ -12,6 +12,7 @@ them.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import math
 import os
@@ -84,6 +85,13 @@ class Suite:
     def __post_init__(self) -> None:
         self.device = torch.device(self.device)
         print(f"{device_name(self.device)}; rows go to {results_file() or 'no file'}", flush=True)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Suite:
+        """A suite for a benchmark's arguments `device`, `threads` and, if it has one, `budget`; seeds torch."""
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(0)
+        return cls(args.device, getattr(args, "budget", cls.budget))
 
     def run(self, case: Case) -> dict[str, Row]:
         """Verify and time a case, print it and append its rows; returns {} if a result is wrong."""

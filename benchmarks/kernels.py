@@ -347,9 +347,7 @@ def main() -> None:
     parser.add_argument("--only", help="benchmarks whose name holds this")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite = Suite(args.device, args.budget)
+    suite = Suite.of(args)
     for case in cases(torch.device(args.device)):
         if not args.only or args.only in case.benchmark:
             suite.run(case)

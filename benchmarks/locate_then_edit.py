@@ -165,9 +165,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite = Suite(args.device)
+    suite = Suite.of(args)
     if args.solve:
         solve_alone(suite, args.solve, 32)
 

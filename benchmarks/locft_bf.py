@@ -56,9 +56,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite = Suite(args.device)
+    suite = Suite.of(args)
     tokenizer = load_tokenizer(args.tokenizer)
     requests = load_requests(args.requests) if args.requests else fastedit.demo.World().requests(args.n)
     requests = requests[: args.n]

@@ -129,9 +129,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="*", default=EDITS)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    suite = Suite(args.device, args.budget)
+    suite = Suite.of(args)
     rows = [row for case in cases(torch.device(args.device)) for row in suite.run(case).values()]
     rows += edits(suite, args.edits) if args.edits else []
     print()

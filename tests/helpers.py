@@ -376,3 +376,14 @@ def tags_of(html: str) -> list[str]:
     assert not tags.addresses
     assert "url(" not in html
     return tags.seen
+
+
+class WithoutCache(nn.Module):
+    """An attention that asks no cache for earlier keys and values."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **(kwargs | {"past_key_values": None}))

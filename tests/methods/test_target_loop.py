@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import last_of_subject, random_edits, tiny_model
+from helpers import WithoutCache, last_of_subject, random_edits, tiny_model
 from seeking import CONFIG, CONTEXTS, Z_LAYER, assert_same, found
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from fastedit.methods.batch import Batch
@@ -145,17 +145,9 @@ def test_only_what_is_needed_runs(tokenizer: Any, seed: int, monkeypatch: pytest
 
 
 def test_attention_that_asks_no_cache_costs_time_and_nothing_else(tokenizer: Any, seed: int) -> None:
-    class Rebuilt(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.inner(*args, **(kwargs | {"past_key_values": None}))
-
     edits, model = random_edits(4, seed), tiny_model("llama")
     wanted = found("llama", tokenizer, edits, CONFIG)
-    model.model.layers[3].self_attn = Rebuilt(model.model.layers[3].self_attn)
+    model.model.layers[3].self_attn = WithoutCache(model.model.layers[3].self_attn)
     assert_same(find_targets(Batch(Model.of(model, tokenizer), edits, CONTEXTS), Z_LAYER, CONFIG), wanted)
 
 

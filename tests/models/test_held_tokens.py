@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, ragged_samples, tiny_model
+from helpers import FAMILIES, WithoutCache, ragged_samples, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -163,16 +163,8 @@ def count_rows(blocks: nn.ModuleList, monkeypatch: pytest.MonkeyPatch) -> dict[s
 
 
 def test_nothing_is_held_where_attention_asks_no_cache() -> None:
-    class Rebuilt(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.inner(*args, **(kwargs | {"past_key_values": None}))
-
     model = tiny_model("llama")
-    model.model.layers[LAST].self_attn = Rebuilt(model.model.layers[LAST].self_attn)
+    model.model.layers[LAST].self_attn = WithoutCache(model.model.layers[LAST].self_attn)
     parts = topology(model)
     with PrefixCache(parts, SAMPLES, 2) as cache:
         held = HeldTokens(parts, cache, SAMPLES, HELD)
