@@ -184,7 +184,9 @@ def test_a_solver_preserves_text_and_names_together(
 def test_names_count_by_default_where_nothing_is_published(published: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = locate_then_edit_preset(parts)[0]
     monkeypatch.setattr(recipes, "locate_then_edit_preset", lambda _: (preset, published))
-    assert recipes.resolve(parts, LocateThenEditConfig(), RECIPES["memit"]).config.name_weight == (not published)
+    default = LocateThenEditConfig()
+    weights = [recipes.resolve(parts, default, recipe).config.name_weight for recipe in RECIPES.values()]
+    assert dict(zip(RECIPES, weights, strict=True)) == dict.fromkeys(RECIPES, 0) | {"memit": int(not published)}
     given = LocateThenEditConfig(name_weight=2.0)
     assert recipes.resolve(parts, given, RECIPES["memit"]).config.name_weight == 2
 

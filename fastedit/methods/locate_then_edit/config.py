@@ -121,7 +121,7 @@ class LocateThenEditConfig:
     name_weight: float | None = option(
         None,
         "weight of the names' inputs against those of text; 0 for none.",
-        unset="0 for a model with a published preset, else 1",
+        unset="1 for memit (least-squares) if the model has no published preset, else 0",
     )
     statistics: str | None = option(
         None, "folder of the second moments.", unset="the one beside the checkpoint, else the one in the user's cache"

@@ -112,12 +112,15 @@ class ObjectiveType:
         memo: returns the factorization's name, and what it depends on beside the statistics.
         make: makes the objective, with nothing written yet.
         meets: whether updates meet each new pair, up to α, and are not only drawn to it.
+        name_weight: weight of the inputs at names for a model without a published preset, as measured on SmolLM2-135M
+            and Gemma 3 270M (benchmarks/README.md).
     """
 
     factorization: Callable[[StatisticsStore, int, LocateThenEditConfig], Tensor]
     memo: Callable[[LocateThenEditConfig], tuple[Any, ...]]
     make: Callable[[Tensor, LocateThenEditConfig], Objective]
     meets: bool = False
+    name_weight: float = 0.0
 
 
 def _given(value: float | None) -> float:
@@ -130,6 +133,7 @@ OBJECTIVES: dict[ObjectiveName, ObjectiveType] = {
         lambda statistics, layer, _: statistics.cholesky(layer),
         lambda _: ("Cholesky",),
         lambda factor, config: LeastSquares(factor, _given(config.cov_weight)),
+        name_weight=1.0,
     ),
     "equality": ObjectiveType(
         lambda statistics, layer, _: statistics.cholesky(layer),

@@ -13,9 +13,6 @@ from fastedit.methods.locate_then_edit.objectives import OBJECTIVES, ObjectiveTy
 from fastedit.methods.presets import locate_then_edit_preset
 from fastedit.models import MLPTail, Topology, check_own, check_plain
 
-# measured on SmolLM2-135M and Gemma 3 270M (benchmarks/README.md)
-_NAME_WEIGHT = 1.0  # for models without a published preset
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -110,7 +107,7 @@ def resolve(topology: Topology, given: LocateThenEditConfig, method: LocateThenE
         notes.append(f"cov_weight {cov_weight:g} ({origin}{'' if published else rule})")
     name_weight = given.name_weight
     if name_weight is None:
-        name_weight = 0.0 if published else _NAME_WEIGHT
+        name_weight = 0.0 if published else OBJECTIVES[objective].name_weight
     filled = replace(
         given,
         objective=objective,

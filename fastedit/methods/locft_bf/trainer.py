@@ -29,7 +29,7 @@ _LONG = 10  # epochs of which a forward pass of all edits is a few percent
 _MASTER = "master "  # before the path of a weight, in a saved state
 _NEAR = 0.05  # nats: a batch is skipped only if its anchors diverge by less
 _NEWS = 2.0  # seconds between two reports within a longer epoch
-_RESTS = 2, 32  # epochs that an edit sits out when its loss is below `focus`: the first time, and at most
+_REST = 2  # epochs that an edit sits out when its loss is first below `focus`
 
 
 class Rests:
@@ -43,8 +43,9 @@ class Rests:
     """
 
     def __init__(self, n: int, epochs: int) -> None:
-        self.wakes, self.rests = torch.zeros(n, dtype=torch.int64), torch.full((n,), _RESTS[0])
-        self._last = epochs - _RESTS[0]  # the last epoch to which a rest may be stretched
+        self.wakes, self.rests = torch.zeros(n, dtype=torch.int64), torch.full((n,), _REST)
+        self._longest = max(8, epochs // 5)
+        self._last = epochs - _REST  # the last epoch to which a rest may be stretched
 
     def awake(self, select: Tensor, epoch: int) -> Tensor:
         """Those of the selected samples [N] that take part in an epoch; all of them if none would."""
@@ -53,10 +54,10 @@ class Rests:
 
     def note(self, samples: Tensor, learned: Tensor, epoch: int) -> None:
         """Note which samples [N] were learned [N] in an epoch."""
-        rested, shortest = samples[learned], epoch + 1 + _RESTS[0]
+        rested, shortest = samples[learned], epoch + 1 + _REST
         self.wakes[rested] = (epoch + 1 + self.rests[rested]).clamp(max=max(shortest, self._last))
-        self.rests[rested] = (2 * self.rests[rested]).clamp(max=_RESTS[1])
-        self.rests[samples[~learned]] = _RESTS[0]
+        self.rests[rested] = (2 * self.rests[rested]).clamp(max=self._longest)
+        self.rests[samples[~learned]] = _REST
 
 
 class Trainer:
