@@ -93,7 +93,7 @@ ConfigFlag = Annotated[
         "override the file.",
     ),
 ]
-LayersFlag = Annotated[str | None, typer.Option("--layers", help="Blocks, such as 0-7 or 3,5,8-11; by default all.")]
+LayersFlag = Annotated[str | None, typer.Option("--layers", help="Layers, such as 0-7 or 3,5,8-11; by default all.")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the weights; auto keeps the checkpoint's.")]
 DeviceFlag = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default the GPU if there is one.")

@@ -38,7 +38,7 @@ def covariance(
             show_default=False,
         ),
     ] = ...,  # type: ignore[assignment]  # typer's way to require an option after one that is not
-    layers: Annotated[str, typer.Option(help="Blocks, such as 3-8 or 3,5,8-11.", show_default=False)] = ...,  # type: ignore[assignment]
+    layers: Annotated[str, typer.Option(help="Layers, such as 3-8 or 3,5,8-11.", show_default=False)] = ...,  # type: ignore[assignment]
     text_column: Annotated[
         str | None, typer.Option(help='Field of JSON that holds the text; by default "text".')
     ] = None,

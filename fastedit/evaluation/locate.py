@@ -257,7 +257,7 @@ def _places(topology: Topology, layers: Sequence[int] | None, modules: Sequence[
     blocks = sorted(set(range(topology.n_blocks) if layers is None else layers))  # the cache only moves up
     places = [(block, module) for block in blocks for module in dict.fromkeys(modules)]
     if not places:
-        raise ConfigError("there is nothing to try; give at least one block and one module")
+        raise ConfigError("there is nothing to try; give at least one layer and one module")
     check_plain(topology.model, (topology.resolve(*place)[0] for place in places))
     for block, module in places:
         topology.check_trainable(block, module)

@@ -210,7 +210,7 @@ def test_copies_in_contexts_and_anchors_are_taught_at_their_own_subjects(tokeniz
         ({"layer": 3}, "layer 3 is the last block"),
         ({"layer": (0, 3)}, "layer 3 is the last block"),
         ({"module": "mlp"}, "tokens subject is about a linear map's inputs"),
-        ({"layer": ()}, "at least one block"),
+        ({"layer": ()}, "at least one layer"),
         ({"preserve": "anchors", "anchor_subjects": ("Ann", " ")}, "anchor_subjects holds an empty text"),
     ],
 )
@@ -288,7 +288,7 @@ def test_with_many_subjects_the_rate_falls(
 
 
 def test_published_is_the_papers_recipe(tokenizer: Any, seed: int) -> None:
-    """What the places and rules that the paper gives make it, said in full."""
+    """The same as the paper's places and rules, given in full."""
     model, edits = tiny_model("llama", seed=seed), random_edits(60, seed)
     config = plan(Model.of(model, tokenizer), edits, LocFTBFConfig(published=True)).config
     weight = topology(model).resolve(2, "down_proj")[1].weight.detach()

@@ -62,7 +62,7 @@ class LocateThenEditConfig:
         None, "how layers share an edit: single, spread or endpoints.", unset="the method's"
     )
     layers: tuple[int, ...] | None = option(
-        None, "blocks to write, ascending.", unset="the preset's, else from an eighth to a quarter of the depth"
+        None, "layers to write, ascending.", unset="the preset's, else from an eighth to a quarter of the depth"
     )
     module: str = option("down_proj", "the projection to write, by its short name or its path in the block.")
     batch_size: int | Literal["auto"] = option(

@@ -18,8 +18,8 @@ class LocFTBFConfig:
 
     layer: int | tuple[int, ...] | None = option(
         None,
-        "block of the edited module; or several blocks, and the module is edited in each.",
-        unset="the preset of a published model, else 22/32 of the depth, or MEMIT's blocks with tokens subject",
+        "layer of the edited module; or several layers, and the module is edited in each.",
+        unset="the preset of a published model, else 22/32 of the depth, or MEMIT's layers with tokens subject",
     )
     module: str | None = option(
         None, "down_proj, up_proj, gate_proj, mlp, attn, block, or a module path.", unset="the preset's"
@@ -139,7 +139,7 @@ class LocFTBFConfig:
         check_fields(self)
         if isinstance(self.layer, tuple):
             if not self.layer:
-                raise ConfigError("layer is (); give at least one block")
+                raise ConfigError("layer is (); give at least one layer")
             blocks = tuple(sorted(set(self.layer)))
             object.__setattr__(self, "layer", blocks if len(blocks) > 1 else blocks[0])
         if self.epochs is not None and self.epochs < 1:
