@@ -245,7 +245,7 @@ class _Possible(Exception):  # noqa: N818  # not an error: ends a trial before i
 
 
 @contextmanager
-def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], named: Path) -> Iterator[Path]:
+def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], shown: Path) -> Iterator[Path]:
     created = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         with way(path) as temporary:
@@ -255,8 +255,8 @@ def _trial(path: Path, way: Callable[[Path], AbstractContextManager[Path]], name
         pass
     except OSError as error:
         file = next((parent for parent in path.parents if os.path.isfile(parent)), None)
-        reason = f"{'it' if file == named else file} is a file" if file else error.strerror
-        raise FileError(named, f"{{path}} cannot be written: {reason}; give another place") from error
+        reason = f"{'it' if file == shown else file} is a file" if file else error.strerror
+        raise FileError(shown, f"{{path}} cannot be written: {reason}; give another place") from error
     finally:
         for parent in created:
             with suppress(OSError):

@@ -55,7 +55,7 @@ class Undo:
         self.originals: dict[str, str] = {}
         self.edit: dict[str, list[str]] = {}
         self.edited: dict[str, str] = {}
-        self._kept: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def keep(self, path: str, before: Tensor, after: Tensor, update: Update) -> None:
@@ -66,9 +66,9 @@ class Undo:
         at = (restored.view(bits) != original.view(bits)).reshape(-1).nonzero()[:, 0]
         places = at.to(torch.int32 if original.numel() < 2**31 else torch.int64).cpu()
         if after.dtype == original.dtype and places.nbytes + len(at) * original.itemsize < original.nbytes:
-            self._kept |= {path + _AT: places, path + _WAS: original.reshape(-1)[at].cpu()}
+            self._tensors |= {path + _AT: places, path + _WAS: original.reshape(-1)[at].cpu()}
         else:
-            self._kept[path + _WAS] = original.cpu()
+            self._tensors[path + _WAS] = original.cpu()
             self.edited |= checksums({path: after})
         self.originals |= checksums({path: original})
         self.edit[path] = identity(update)
@@ -80,10 +80,10 @@ class Undo:
     @torch.no_grad()
     def restored(self, path: str, weight: Tensor, update: Update) -> Tensor | None:
         """The weights [m, …] of one parameter before the edit; None if `weight` is not as the edit left it."""
-        was = self._kept[path + _WAS]
-        if path + _AT not in self._kept:
+        was = self._tensors[path + _WAS]
+        if path + _AT not in self._tensors:
             return was if checksums({path: weight})[path] == self.edited.get(path) else None
-        restored, at = subtracted(weight, update), self._kept[path + _AT].long()
+        restored, at = subtracted(weight, update), self._tensors[path + _AT].long()
         if len(at) and not 0 <= int(at.min()) <= int(at.max()) < restored.numel():
             return None
         restored.view(-1)[at] = was.to(restored.dtype)
@@ -92,13 +92,13 @@ class Undo:
     def save(self, path: str | Path) -> None:
         """Write it to a file. Raises FileError."""
         metadata = {"originals": self.originals, "edit": self.edit, "edited": self.edited}
-        save_tensors(path, self._kept, _TAG, metadata, _WHAT)
+        save_tensors(path, self._tensors, _TAG, metadata, _WHAT)
 
     @classmethod
     def load(cls, path: str | Path) -> Undo:
         """Read it from a file. Raises FileError if the file is missing or damaged."""
         undo = cls()
-        undo._kept, metadata, _ = load_tensors(path, [_TAG], _WHAT)
+        undo._tensors, metadata, _ = load_tensors(path, [_TAG], _WHAT)
         parts: list[Any] = [metadata.get(name) for name in ("originals", "edit", "edited")]
         if not all(isinstance(part, dict) for part in parts):
             raise FileError(path, f"{_WHAT} is damaged (its notes are not those of an edit)")
@@ -109,7 +109,7 @@ class Undo:
 
     def _is_whole(self, path: str) -> bool:
         """Whether the tensors that are kept of a parameter agree with its notes."""
-        was, at = self._kept.get(path + _WAS), self._kept.get(path + _AT)
+        was, at = self._tensors.get(path + _WAS), self._tensors.get(path + _AT)
         if was is None or path not in self.originals:
             return False
         if at is None:

@@ -72,7 +72,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             message, code = phase.interrupted(), 1
         except FastEditError as error:
-            message, code = phase.written(str(error)) + _rest(error), phase.exit_code()
+            message, code = phase.written(str(error)) + _unquoted(error), phase.exit_code()
         except Exception as error:
             if not hasattr(error, "format_message"):  # an error of click, which typer contains since 0.2x
                 raise
@@ -80,7 +80,7 @@ class _Group(TyperGroup):
         _leave(message, code)
 
 
-def _rest(error: FastEditError) -> str:
+def _unquoted(error: FastEditError) -> str:
     """Log the problems that the error does not quote; without a log, say how to see them."""
     sentences = error.sentences if isinstance(error, RequestError) else ()
     if len(sentences) <= SHOWN:

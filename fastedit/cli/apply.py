@@ -69,8 +69,7 @@ def apply(
 
 def inputs_of(model: Path, deltas: Sequence[Path]) -> dict[str, Path]:
     """The inputs of a command on checkpoints, by their names in messages."""
-    named = {f"delta {i + 1}": delta for i, delta in enumerate(deltas)}
-    return arguments.inputs_of(str(model)) | named
+    return arguments.inputs_of(str(model)) | {f"delta {i}": delta for i, delta in enumerate(deltas, 1)}
 
 
 def _table(overlapping: Sequence[Overlap], names: Sequence[Path]) -> Any:

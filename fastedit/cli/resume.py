@@ -93,14 +93,14 @@ def _forget(folder: Path) -> None:
     remove_state(folder)
 
 
-def _remembered(rest: list[str]) -> list[str]:
+def _remembered(given: list[str]) -> list[str]:
     """The arguments of the command that `--resume` names; changes to the folder where it ran."""
-    if len(rest) != 1:
+    if len(given) != 1:
         raise ConfigError(
             "--resume takes the folder of --output or of --state and no other flag, got "
-            f"{' '.join(rest) or 'nothing'}; all flags are those that the edit began with"
+            f"{' '.join(given) or 'nothing'}; all flags are those that the edit began with"
         )
-    path = place_of(Path(rest[0]), _COMMAND)
+    path = place_of(Path(given[0]), _COMMAND)
     try:
         command = json.loads(path.read_text(encoding="utf-8"))
         arguments, state = (
@@ -110,7 +110,7 @@ def _remembered(rest: list[str]) -> list[str]:
         if state != path.parent.resolve():
             raise FileError(
                 path,
-                f"--resume {rest[0]}: {path.parent} was moved or copied from {state}, where its edit would start "
+                f"--resume {given[0]}: {path.parent} was moved or copied from {state}, where its edit would start "
                 f"again; move it back, or run the whole command again with --state {path.parent}, which continues it",
             )
         os.chdir(command["folder"])
@@ -119,7 +119,7 @@ def _remembered(rest: list[str]) -> list[str]:
             why = f"there is no {path}; the edit is done, or it never began"
         else:
             why = f"the folder {error.filename} where it began is gone; run the whole command again, which continues it"
-        raise FileError(path, f"--resume {rest[0]}: {why}") from None
+        raise FileError(path, f"--resume {given[0]}: {why}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(
             path, f"{{path}} cannot be used ({error}); run the whole command again, which continues it"

@@ -27,7 +27,7 @@ class Head:
 
     def __init__(self, topology: Topology, *, keep: bool = False) -> None:
         self._topology = topology
-        self._kept = deepcopy(topology.head).requires_grad_(False) if keep else None
+        self._head = deepcopy(topology.head).requires_grad_(False) if keep else None
         self._sums = None if keep else checksums(dict(topology.head.named_parameters()))
 
     @property
@@ -43,7 +43,7 @@ class Head:
     def log_probabilities(self, states: Tensor) -> Tensor:
         """Log-probabilities of the next token [M, V], fp32, for states [M, h] after the final norm."""
         states = states.to(self._topology.device)
-        return self._topology.logits(states, self._kept).float().log_softmax(-1)
+        return self._topology.logits(states, self._head).float().log_softmax(-1)
 
 
 @plain_state

@@ -183,13 +183,13 @@ def _check(updates: Mapping[nn.Module, Factors], edits: Sequence[EditRequest], t
             raise TensorError(f"updates of {len(factor)} edits do not fit {len(edits)} requests")
         broken = factor.flatten(1).isfinite().all(1).logical_not().nonzero().flatten().tolist()
         if broken:
-            named = ", ".join(str(edits[i].id or i) for i in broken[:5])
-            raise EditError(f"the updates of {len(broken)} requests are not finite ({named}); leave them out")
+            shown = ", ".join(str(edits[i].id or i) for i in broken[:5])
+            raise EditError(f"the updates of {len(broken)} requests are not finite ({shown}); leave them out")
 
 
 def _finite(values: Tensor, names: Sequence[str]) -> None:
     """Raise EditError if log-probabilities [N] are not finite; `names` says what was asked."""
     broken = list(dict.fromkeys(names[i] for i in values.isfinite().logical_not().nonzero().flatten().tolist()))
     if broken:
-        named = "; ".join([*broken[:5], "…"] if len(broken) > 5 else broken)
-        raise EditError(f"the model gives NaN or infinity ({named}); try a lower learning rate, or bf16 or fp32")
+        shown = "; ".join([*broken[:5], "…"] if len(broken) > 5 else broken)
+        raise EditError(f"the model gives NaN or infinity ({shown}); try a lower learning rate, or bf16 or fp32")

@@ -161,7 +161,7 @@ class SavedRun:
 
     def flush(self) -> None:
         """Write the appended states; those that cannot be written are tried again with the next ones."""
-        tensors = {f"{i}/{name}": x for i, (named, _) in enumerate(self._pending) for name, x in named.items()}
+        tensors = {f"{i}/{name}": x for i, (state, _) in enumerate(self._pending) for name, x in state.items()}
         if self._pending and self._write(tensors, {"appended": [metadata for _, metadata in self._pending]}):
             self._pending = []
 

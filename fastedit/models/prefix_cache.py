@@ -52,7 +52,7 @@ class PrefixCache:
         self._budget = budget or Budget()
         self._batch_tokens = batch_tokens or pass_tokens(topology.device)
         self._packed = packed and topology.packs
-        self._kept: TokenStates | None = None
+        self._stored: TokenStates | None = None
         self.layer = layer
         try:
             self._run(None, layer, progress)
@@ -62,9 +62,9 @@ class PrefixCache:
 
     @property
     def _states(self) -> TokenStates:
-        if self._kept is None:
+        if self._stored is None:
             raise ModelError("the prefix cache is closed; make a new one")
-        return self._kept
+        return self._stored
 
     @property
     def tier(self) -> str:
@@ -120,7 +120,7 @@ class PrefixCache:
 
     def close(self) -> None:
         """Free the state and its file."""
-        self._kept = None
+        self._stored = None
 
     def __enter__(self) -> PrefixCache:
         return self
@@ -159,7 +159,7 @@ class PrefixCache:
         rows = pack(self.samples, select, packed=self._packed, multiple=row_multiple(topology.device))
         rows = rows.to(topology.device)
         states = run_blocks(topology, rows, start or 0, None if start is None else self.hidden(rows), stop=stop)
-        if self._kept is None:
+        if self._stored is None:
             size = (self.samples.input_ids.numel(), states.shape[-1])
-            self._kept = TokenStates.allocate(size, states.dtype, topology.device, self._budget)
+            self._stored = TokenStates.allocate(size, states.dtype, topology.device, self._budget)
         self._states.write(rows, states)

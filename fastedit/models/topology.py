@@ -194,8 +194,8 @@ class Topology:
         if not rowwise:
             return ()
         of_attention = projections(self.attn(layer))
-        rest = {name.rpartition(".")[2]: m for name, m in of_attention if m not in rowwise}
-        return tuple(rest.values()) if len(rest) == 1 or rest.keys() == {"k_proj", "v_proj"} else ()
+        maps = {name.rpartition(".")[2]: m for name, m in of_attention if m not in rowwise}
+        return tuple(maps.values()) if len(maps) == 1 or maps.keys() == {"k_proj", "v_proj"} else ()
 
     @property
     def packs(self) -> bool:

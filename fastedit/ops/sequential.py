@@ -53,10 +53,10 @@ class SequentialSolver:
             self._white, self._count = rows, len(rows)
             self._fold()
         else:
-            before, rest = self._basis[:n, : d + n], pad(rows, (0, n))
+            before, new = self._basis[:n, : d + n], pad(rows, (0, n))
             for _ in range(1 + delicate(self._white, self._ridge)):  # twice if one projection would lose digits
-                rest = rest - (rest @ before.T) @ before
-            root, Q = orthogonal(rest, self._ridge, rows)
+                new = new - (new @ before.T) @ before
+            root, Q = orthogonal(new, self._ridge, rows)
             left = solve_triangular(root, values, upper=False).T
             right = whiten(Q[:, :d], self._factor, back=True)
             self._append(rows, torch.cat((Q, math.sqrt(self._ridge) * inverse(root)), 1))

@@ -156,8 +156,8 @@ def _parquet(source: Source) -> Records:
         columns = _columns(source, parquet.schema_arrow.names)
         rows = (row for batch in parquet.iter_batches() for row in batch.to_pylist())
         for index, row in enumerate(rows):
-            named = zip(columns, row.values(), strict=True)
-            known = {name: value for name, value in named if name and value is not None}
+            cells = zip(columns, row.values(), strict=True)
+            known = {name: value for name, value in cells if name and value is not None}
             yield f"{path}, record {index} (counted from 0)", known
     except ModuleNotFoundError:
         raise InputFileError(path, "{path} is a Parquet file: pip install pyarrow, or write it as JSON Lines") from None

@@ -24,9 +24,9 @@ def save_npz(path: str | Path, total: Tensor, count: int, sample_size: int) -> N
         FileError: the file cannot be written.
     """
     entries = {"constructor": np.array(_CONSTRUCTOR), "count": np.array(count), "mom2": total.float().cpu().numpy()}
-    named: dict[str, Any] = {f"mom2.{name}": entry for name, entry in entries.items()}
+    prefixed: dict[str, Any] = {f"mom2.{name}": entry for name, entry in entries.items()}
     with writing(path, "the statistics could not be saved") as temporary, temporary.open("wb") as file:
-        np.savez(file, **named, sample_size=np.array(sample_size))
+        np.savez(file, **prefixed, sample_size=np.array(sample_size))
 
 
 def load_npz(path: str | Path) -> tuple[Tensor, int, int | None]:

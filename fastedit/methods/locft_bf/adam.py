@@ -126,9 +126,9 @@ class Adam:
             stored = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
             stored += [parameter] * (parameter.dtype in (torch.bfloat16, torch.float16))
             self._stored[path] = [x.T for x in stored] if isinstance(module, Conv1D) else stored
-        rest = [master for path, master in masters.items() if path not in maps]
+        without_map = [master for path, master in masters.items() if path not in maps]
         options: dict[str, Any] = {"lr": lr, "weight_decay": self._weight_decay, "eps": self._eps, "fused": True}
-        self._rest = torch.optim.Adam(rest, **options) if rest else None
+        self._torch_adam = torch.optim.Adam(without_map, **options) if without_map else None
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -167,11 +167,11 @@ class Adam:
                 skip=skip,
                 backend=self._backend,
             )
-        if self._rest is not None:
+        if self._torch_adam is not None:
             if skip is not None:
-                self._rest.found_inf = skip  # type: ignore[attr-defined]
-            self._rest.param_groups[0]["lr"] = self.lr
-            self._rest.step()
+                self._torch_adam.found_inf = skip  # type: ignore[attr-defined]
+            self._torch_adam.param_groups[0]["lr"] = self.lr
+            self._torch_adam.step()
         self.clear()
         for path, parameter in self._parameters.items():
             copied = path in self._stored and parameter.dtype != torch.float64
@@ -195,18 +195,18 @@ class Adam:
         state = {"steps": self._steps}
         for path, (_, m, v, *_) in self._stored.items():
             state |= {f"exp_avg {path}": m, f"exp_avg_sq {path}": v}
-        if self._rest is not None:
+        if self._torch_adam is not None:
             for path, master in self._masters.items():
-                state |= {f"{name} {path}": x for name, x in self._rest.state.get(master, {}).items()}
+                state |= {f"{name} {path}": x for name, x in self._torch_adam.state.get(master, {}).items()}
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned."""
-        if self._rest is not None:  # torch makes the moments at the first step only
+        if self._torch_adam is not None:  # torch makes the moments at the first step only
             for path, master in self._masters.items():
                 if path not in self._stored and f"step {path}" in state:
                     names = ("step", "exp_avg", "exp_avg_sq")
-                    self._rest.state[master] = {n: state[f"{n} {path}"].clone().to(master.device) for n in names}
+                    self._torch_adam.state[master] = {n: state[f"{n} {path}"].clone().to(master.device) for n in names}
         for name, x in self.state().items():
             x.copy_(state[name])
 

@@ -237,12 +237,12 @@ def _rate(places: dict[str, nn.Module], share: float, where: str) -> tuple[float
     weights: dict[str, Any] = {
         f"{path}.{name}": w for path, module in places.items() for name, w in module.named_parameters()
     }
-    lr, named = scaled_learning_rate([*weights.values()]), ", ".join(places)
+    lr, paths = scaled_learning_rate([*weights.values()]), ", ".join(places)
     if lr == 0:
-        raise ModelError(f"the weights of {named} are all zero, and no rate follows from their size; give lr")
+        raise ModelError(f"the weights of {paths} are all zero, and no rate follows from their size; give lr")
     if not math.isfinite(lr):
         broken = (path for path, w in weights.items() if not w.isfinite().all())
-        raise ModelError(f"{next(broken, named)} is not finite; load a model whose weights are whole")
+        raise ModelError(f"{next(broken, paths)} is not finite; load a model whose weights are whole")
     source = where if share == 1 else "tokens subject"
     return share * lr, f"{source}: {0.025 * share:.2g} of the weights' RMS"
 
