@@ -376,7 +376,7 @@ class Editor:
         after = measure()
         standing = self.deltas
         if not standing:
-            return compare(asked, after, None, of=len(everything))
+            return compare(asked, after, None, total=len(everything))
         reverted: list[WeightDelta] = []
         try:
             for delta in reversed(standing):
@@ -386,7 +386,7 @@ class Editor:
         finally:
             while reverted:  # force: an edit below these may be gone by now, so that fingerprints differ
                 reverted.pop().apply(self.model, force=True)
-        return compare(asked, after, before, of=len(everything))
+        return compare(asked, after, before, total=len(everything))
 
     def save_model(self, directory: str | Path) -> None:
         """Write model and tokenizer as an ordinary Hugging Face checkpoint that appears whole or not at all.

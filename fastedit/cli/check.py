@@ -93,7 +93,7 @@ def check(
         check_base(unedited.parts, editor.parts)
     settings = {"model": model, "base": base, "delta": delta and str(delta), "chat_template": chat}
     work_begins()
-    options: dict[str, Any] = {"text": documents, "of": len(edits), "bounds": bounds, "about": settings}
+    options: dict[str, Any] = {"text": documents, "total": len(edits), "bounds": bounds, "about": settings}
     report = _measured(
         editor, unedited, change, asked, partial(run_tasks, tasks=names, include_path=include_path), **options
     )
@@ -120,7 +120,7 @@ def _measured(
     tasks: Callable[[Model], dict[str, float]],
     *,
     text: list[str],
-    of: int,
+    total: int,
     **what: Any,
 ) -> CheckReport:
     """Measure the unedited model, if there is one, and the edited one.
@@ -134,7 +134,7 @@ def _measured(
     asked: dict[str, Any] = {}
 
     def ask() -> Check:
-        new_check = Check(unedited.parts, edits, text=text, of=of)
+        new_check = Check(unedited.parts, edits, text=text, of=total)
         asked.update(edits=new_check.requests, text=new_check.text, bars=bars)
         return new_check
 
@@ -151,7 +151,7 @@ def _measured(
             after = arguments.measure(editor, **asked, when="after" if before else "")
         except (EditError, ModelError) as error:  # NaN or infinity
             old = questions.report(before) if questions and before else None
-            return broken_report(str(error), old, of=of, **what)
+            return broken_report(str(error), old, total=total, **what)
         return questions.report(after, before, tasks=(tasks(editor.parts), tasks_before), **what)
 
 

@@ -115,7 +115,7 @@ def edit(
         with keeping(output, result, sources, clock) as outcome:
             with clock.stage("evaluation"):
                 after = arguments.measure(editor, asked, documents, bars, "after") if measured else None
-            report = compare(asked, after, before, of=len(edits)) if after else None
+            report = compare(asked, after, before, total=len(edits)) if after else None
             outcome.finish(report, None if delta_only else editor.parts)
             wrote(output)
     arguments.tell(result.notes, method)

@@ -61,7 +61,7 @@ def evaluate(
             before = arguments.measure(editor, asked, documents, bars, "before", keep_head=of_head)
             change.apply(editor.model)
         after = arguments.measure(editor, asked, documents, bars, "after" if change else "")
-    report = compare(asked, after, before, of=len(edits))
+    report = compare(asked, after, before, total=len(edits))
     if json_file and speaks():
         report.save(json_file)
         wrote(json_file)

@@ -158,12 +158,13 @@ def broken_report(
     *,
     bounds: Mapping[str, Bound] | None = None,
     about: Mapping[str, Any] | None = None,
-    of: int | None = None,
+    total: int | None = None,
 ) -> CheckReport:
     """The report on an edited model that cannot be measured; it misses all bounds.
 
     Args:
         before: the report on the unedited model.
+        total: how many requests the measured ones are a sample of.
     """
     known = {m.name: m for m in before.measures} if before else {}
     known |= {
@@ -176,7 +177,7 @@ def broken_report(
         replace(m, value=None, before=m.value, why="the model cannot be measured", bound=(bounds or {}).get(m.name))
         for m in known.values()
     ]
-    return CheckReport(measures, [], about or {}, of, why)
+    return CheckReport(measures, [], about or {}, total, why)
 
 
 class Check:
@@ -227,7 +228,7 @@ class Check:
             (predictions and replace(predictions, answers=predictions.answers[:n])) for predictions in (after, before)
         )
         assert own is not None
-        report = compare(self.edits, own, old, of=self.of)
+        report = compare(self.edits, own, old, total=self.of)
         probed = self._probed(after.answers[n:])
         unedited = None if before is None else self._probed(before.answers[n:])
         measures = [self._measured(name, report, probed, unedited, before is not None) for name in _MEASURES]

@@ -78,7 +78,7 @@ def page(
     measures: Sequence[Measured],
     rows: Sequence[Mapping[str, Any]],
     about: Mapping[str, Any],
-    of: int | None,
+    total: int | None,
     broken: str = "",
 ) -> str:
     """The page of a `CheckReport` as HTML."""
@@ -93,7 +93,7 @@ def page(
         verdict = (
             f'<p class="verdict bad">{len(missed)} of {len(bounded)} thresholds missed: {escape(", ".join(missed))}</p>'
         )
-    sample = f", a sample of {of}" if of else ""
+    sample = f", a sample of {total}" if total else ""
     details = "; ".join(f"{name}: {value}" for name, value in about.items() if value)
     body = (
         f'<h1>Does the edited model still work?</h1><p class="faint">{len(rows)} edits{sample}. {escape(details)}</p>'

@@ -76,7 +76,7 @@ class EvaluationReport:
     def intervals(self) -> dict[str, Any] | None:
         if self.of is None:
             return None
-        intervals = _over_rows(self.rows, partial(interval, of=self.of))
+        intervals = _over_rows(self.rows, partial(interval, total=self.of))
         return {name: intervals[name] for name in intervals if name != "kl"}
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def _share(now: Mapping[str, Any], old: Mapping[str, Any] | None, spread: Mappin
 
 
 def compare(
-    edits: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, of: int | None = None
+    edits: Sequence[EditRequest], after: Predictions, before: Predictions | None = None, *, total: int | None = None
 ) -> EvaluationReport:
     """Make the report from the results of `predict` after an edit and, if measured, before it.
 
@@ -182,7 +182,7 @@ def compare(
     unedited = [_row(request, answers, (), ()) for request, answers in zip(edits, earlier, strict=True)]
     of = of if of and of > len(edits) else None
     metrics, old = _average(rows, after), _average(unedited, before) if before else None
-    return EvaluationReport(metrics, old, n, rows, of, after.chat_template)
+    return EvaluationReport(metrics, old, n, rows, total, after.chat_template)
 
 
 def evaluate(
@@ -205,7 +205,7 @@ def evaluate(
     checked = as_requests(requests)
     asked = draw(checked, sample)
     model = Model.of(network, tokenizer, chat_template=chat_template)
-    return compare(asked, predict(model, asked, **options), of=len(checked))
+    return compare(asked, predict(model, asked, **options), total=len(checked))
 
 
 def _pairs(now: Answers, old: Answers) -> Pairs:

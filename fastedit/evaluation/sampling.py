@@ -34,8 +34,8 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | None:
-    """The 95 % confidence interval of a share, from values in 0 … 1 for a sample of ``of`` requests; None without any.
+def interval(values: Sequence[float | None], total: int) -> tuple[float, float] | None:
+    """The 95 % confidence interval of a share, from values in 0 … 1 for a sample of ``total``; None without any.
 
     It is Wilson's, from the normal approximation of the mean over requests. Unlike mean ± 1.96 standard errors it does
     not vanish if all values are 0 or all are 1. It treats each value as 0 or 1, so it is exact or a bit too wide.
@@ -44,9 +44,9 @@ def interval(values: Sequence[float | None], of: int) -> tuple[float, float] | N
     if not present:
         return None
     mean, n = sum(present) / len(present), float(len(present))
-    if len(values) >= of:
+    if len(values) >= total:
         return mean, mean
-    n *= (of - 1) / (of - len(values))  # drawn without replacement
+    n *= (total - 1) / (total - len(values))  # drawn without replacement
     scale, centre = 1 + _Z**2 / n, mean + _Z**2 / (2 * n)
     half = _Z * math.sqrt(max(mean * (1 - mean), 0) / n + _Z**2 / (4 * n**2))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
