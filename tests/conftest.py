@@ -1,4 +1,4 @@
-"""What several test files share: the seed of a run, a tokenizer without a download, random edits."""
+"""Fixtures that several test files share: the seed of a run, a tokenizer without a download, random edits."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def last_of_subject(tokenizer: Any, edit: EditRequest, template: str = "{}") -> 
 def at_subject(
     model: nn.Module, module: nn.Module, tokenizer: Any, edit: EditRequest, template: str, *, output: bool = False
 ) -> Tensor:
-    """What enters or leaves a module at the subject's last token: the whole model on the whole prompt, alone."""
+    """The input or output of a module at the subject's last token: the whole model on the whole prompt, alone."""
     text, place = template.format(edit.prompt), last_of_subject(tokenizer, edit, template)
     seen = []
     if output:

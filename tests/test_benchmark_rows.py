@@ -1,4 +1,4 @@
-"""What a row of the benchmarks says of the GPU that it was measured on; with a pretended nvidia-smi."""
+"""The state of the GPU in the rows of the benchmarks; with a pretended nvidia-smi."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks claim: nothing wrong is timed, rows survive, and tables say what the results file says."""
+"""Claims of the benchmarks: nothing wrong is timed, rows survive, and tables say what the results file says."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ KERNELS: dict[str, Callable[[], Case]] = {
 
 @pytest.mark.parametrize("case", KERNELS.values(), ids=KERNELS)
 def test_every_way_of_a_kernel_s_benchmark_is_right(case: Callable[[], Case], suite: Suite) -> None:
-    """What a GPU times at full size is seen to be right before, with the kernel in the interpreter."""
+    """The cases that a GPU times at full size are right at a small one, with the kernel in the interpreter."""
     found = case()
     assert suite.run(found).keys() == found.providers.keys(), suite.red
     assert {name.partition(",")[0] for name in found.providers} == {"ours", "torch"}

@@ -1,4 +1,4 @@
-"""What setup.py decides before a compiler runs, and what it then has compiled, of sources that are small."""
+"""The decisions of setup.py before a compiler runs, and what it then has compiled, of sources that are small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks say of an epoch's time: kernels known by their names, gaps, and what has to be computed."""
+"""The benchmarks' account of an epoch's time: kernels known by their names, gaps, and what has to be computed."""
 
 from __future__ import annotations
 

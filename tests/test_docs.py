@@ -1,4 +1,4 @@
-"""What the pages refer to is there: names in the API pages, files that links name."""
+"""References of the pages are there: names in the API pages, files that links name."""
 
 from __future__ import annotations
 

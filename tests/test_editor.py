@@ -113,7 +113,7 @@ def test_one_seed_one_edit(tokenizer: Any, make_edits: MakeEdits) -> None:
 
 
 def test_result_says_what_was_done(tokenizer: Any, make_edits: MakeEdits) -> None:
-    """What was chosen, how it went, which edits contradict one another; metadata that JSON can hold."""
+    """Choices, course and contradicting edits; metadata that JSON can hold."""
     edits = make_edits(5)
     edits.append(EditRequest(edits[0].prompt, "w20 w21 w22 w23", id="other target"))
     stages: set[str] = set()

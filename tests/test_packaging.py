@@ -1,4 +1,4 @@
-"""What an installation promises: its version, its extras, a light import, and a word where something is in its way."""
+"""The promises of an installation: its version and extras, a light import, a word where something is in its way."""
 
 from __future__ import annotations
 

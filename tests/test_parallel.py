@@ -91,7 +91,7 @@ def _begin(rank: int, port: int, world: int, folder: Path, work: Callable[..., A
 
 
 def in_processes(world: int, folder: Path, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `work` gives in each of the processes."""
+    """The results of `work` in each of the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,7 +129,7 @@ def test_several_processes_find_what_one_does(world: int, name: str, by_world: A
 
 
 class Crash(BaseException):
-    """What no code handles."""
+    """An exception that no code handles."""
 
 
 def _crash_after(n: int) -> None:

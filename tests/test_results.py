@@ -1,4 +1,4 @@
-"""What a result says of each edit: how likely its target became, and why it did not."""
+"""A result's account of each edit: how likely its target became, and why it did not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is saved is read again: every kind of model that must save well does, and what would not is refused."""
+"""Saved models are read again: every kind of model that must save well does, and what would not is refused."""
 
 from __future__ import annotations
 

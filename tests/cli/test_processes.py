@@ -20,7 +20,7 @@ FLAGS = ["--published", "--batch-size", "4", "--epochs", "2", "--stop-loss", "0"
 
 
 def _command(rank: int, port: int, arguments: list[str]) -> None:
-    """What torchrun starts; its output is in files."""
+    """A process as torchrun starts it; its output is in files."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     os.environ["MASTER_ADDR"] = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""What a ledger refuses, and that it then changes nothing."""
+"""A ledger's refusals, which change nothing."""
 
 from __future__ import annotations
 

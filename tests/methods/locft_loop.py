@@ -26,7 +26,7 @@ PLAIN: dict[str, Any] = {"lr": 3e-3, "batch_size": 4, "epochs": 4, "skip_loss": 
 
 @dataclass
 class Published:
-    """What the published loop did."""
+    """The results of the published loop."""
 
     updates: dict[str, Tensor]
     losses: list[float]

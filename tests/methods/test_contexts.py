@@ -28,7 +28,7 @@ def test_contexts_are_written_without_dropout(tokenizer: Any) -> None:
 
 
 def test_contexts_follow_neither_the_model_s_generation_config_nor_an_eos(tokenizer: Any) -> None:
-    """What a chat checkpoint ships; and a tokenizer that ends every text."""
+    """The generation settings that a chat checkpoint ships; and a tokenizer that ends every text."""
     model, ended = tiny_model("llama"), copy.deepcopy(tokenizer)
     texts = contexts.sample_contexts(Model.of(model, tokenizer), 10, seed=1)
     ended.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

@@ -17,7 +17,7 @@ from fastedit.methods.locate_then_edit.objectives import LeastSquares
 
 
 def break_token(case: Case, token: str = "You") -> None:
-    """What reads this token has values that are not finite."""
+    """Make all values that are computed from this token not finite."""
     with torch.no_grad():
         case.model.get_input_embeddings().weight[case.tokenizer.convert_tokens_to_ids(token)] = torch.nan
     case.before = values(case.model)

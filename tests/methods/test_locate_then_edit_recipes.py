@@ -1,4 +1,4 @@
-"""What ROME, MEMIT, EMMET and AlphaEdit choose where nothing is given, and what they refuse before the work."""
+"""The choices of ROME, MEMIT, EMMET and AlphaEdit where nothing is given, and their refusals before the work."""
 
 from __future__ import annotations
 

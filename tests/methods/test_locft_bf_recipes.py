@@ -1,4 +1,4 @@
-"""What LocFT-BF chooses where nothing is given, and choices that it cannot take."""
+"""LocFT-BF's choices where nothing is given, and choices that it cannot take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan refuses before any work, and what is found out about edits once."""
+"""A plan's refusals before any work, and what is found out about edits once."""
 
 from __future__ import annotations
 

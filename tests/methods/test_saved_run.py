@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Crash(BaseException):
-    """What no code handles."""
+    """An exception that no code handles."""
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_bits(
 def test_less_or_more_free_memory_does_not_change_the_bits(
     fits: bool, run: Any, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is kept because it runs once: a run that goes on does not decide it anew."""
+    """Whether states are kept is decided once: a run that goes on does not decide it again."""
     edits, found = random_edits(10, seed), []
     options = {**SUBJECT, "save_every": 0}
 

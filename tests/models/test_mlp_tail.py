@@ -1,4 +1,4 @@
-"""What stands between an MLP and the residual stream, and the change before it that a change after it takes."""
+"""The parts between an MLP and the residual stream, and the change before them that a change after them takes."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _weight(module: Any) -> torch.Tensor:
 def one_by_one(
     model: Topology, tokenizer: Any, edits: list[EditRequest], updates: dict[nn.Module, Factors], **options: Any
 ) -> list[Prediction]:
-    """What `predict` says with each edit in the weights, for its request alone."""
+    """The results of `predict` with each edit in the weights, for its request alone."""
     paths = {module: f"{path}.weight" for path, module in model.model.named_modules()}
     found = []
     for i, edit in enumerate(edits):

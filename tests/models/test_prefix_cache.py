@@ -151,7 +151,7 @@ def test_nothing_is_left_on_the_model(family: str, monkeypatch: pytest.MonkeyPat
 
 
 def attributes(model: nn.Module) -> list[Any]:
-    """What overrides, hooks and modes leave on the modules."""
+    """The traces that overrides, hooks and modes leave on the modules."""
     return [
         (m.training, m.__dict__.get("forward"), list(m._forward_pre_hooks), list(m._forward_hooks))
         for m in model.modules()

@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled case takes: registers a thread, bytes spilled, bytes of shared memory."""
+    """The cost of a compiled case: registers a thread, bytes spilled, bytes of shared memory."""
 
     name: str
     target: str
@@ -204,7 +204,7 @@ KERNELS: list[Callable[[str], Iterator[Case]]] = [
 
 
 def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
-    """What Triton compiles, and with which options."""
+    """The source that Triton compiles, and its options."""
     kernel = getattr(importlib.import_module(f"fastedit.kernels.{case.module}"), case.kernel)
     signature = {
         name: "constexpr" if name in case.constants else case.types.get(name, "i32") for name in kernel.arg_names

@@ -38,7 +38,7 @@ ACTIVATIONS = {"silu": nn.SiLU(), "gelu_tanh": nn.GELU(approximate="tanh")}
 
 
 def found(function: Any, inputs: list[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
-    """What a function of some tensors returns, and its gradients in those that are given."""
+    """The result of a function of some tensors, and its gradients in those that are given."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     y = function(*leaves, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]

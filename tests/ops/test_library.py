@@ -75,7 +75,7 @@ def copied(x: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "call"), CALLS.values(), ids=CALLS)
 def test_torch_finds_no_fault_with_them(name: str, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-    """What is written, the sizes and strides of what comes out, and what a graph makes of it."""
+    """Check the arguments that are written, sizes and strides of the results, and the op in a graph."""
     args, options = call
     opcheck(getattr(torch.ops.fastedit, name).default, [copied(x) for x in args], options)
 

@@ -55,7 +55,7 @@ def problem(
 
 
 def stepped(given: dict[str, Any], backend: str, **options: Any) -> dict[str, Tensor]:
-    """What a step on copies makes of weight, moments and copy."""
+    """Weight, moments and copy after a step on copies of them."""
     stored = ("weight", "exp_avg", "exp_avg_sq", "copy")
     given = {name: x.clone() if name in stored and x is not None else x for name, x in (given | options).items()}
     ops.localized_adam_(**given, backend=backend)

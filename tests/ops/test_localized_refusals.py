@@ -109,7 +109,7 @@ def test_a_call_with_another_weight_is_refused() -> None:
 
 
 def test_a_second_derivative_is_refused() -> None:
-    """What a penalty on the input's gradient adds to that of the weight is not among the rows."""
+    """The rows lack what a penalty on the input's gradient adds to that of the weight."""
     layer, x = nn.Linear(3, 4), torch.ones(2, 3, requires_grad=True)
     ops.localized(layer, lr=0.1)
     (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)

@@ -78,7 +78,7 @@ def test_eigenvectors_are_kept_for_their_names_and_weight_alone(
 def test_eigenvectors_of_an_edited_model_are_not_kept_for_the_unedited_one(
     tokenizer: Any, tmp_path: Path, seed: int
 ) -> None:
-    """What an edit does must not depend on what earlier edits left in the cache."""
+    """The result of an edit must not depend on what earlier edits left in the cache."""
     keep(tmp_path, rows(seed, 200, D))
     store, found = StatisticsStore(parts, OURS, directory=tmp_path), []
     weight = parts.resolve(0, "down_proj")[1].get_parameter("weight")
