@@ -165,7 +165,7 @@ def compare(
     its `predict` and was not kept (``keep_head``). All else is measured for each model separately.
 
     Args:
-        of: how many edits these are a sample of.
+        total: how many edits these are a sample of.
 
     Raises:
         RequestError: the neighbours before and after are not the same.
@@ -180,7 +180,7 @@ def compare(
     for name, kind in _PREFERENCES.items():
         n[name] = sum(p.preferred is not None for answers in after.answers for p in answers[kind])
     unedited = [_row(request, answers, (), ()) for request, answers in zip(edits, earlier, strict=True)]
-    of = of if of and of > len(edits) else None
+    total = total if total and total > len(edits) else None
     metrics, old = _average(rows, after), _average(unedited, before) if before else None
     return EvaluationReport(metrics, old, n, rows, total, after.chat_template)
 
