@@ -13,6 +13,9 @@ from fastedit.methods.naming import edit_name
 from fastedit.models import Model
 from fastedit.requests import EditRequest
 
+# for a refusal alone: the folder may hold the run of all edits, and the model need not write contexts
+_WITHOUT: dict[str, Any] = {"state": None, "augment": 0, "n_contexts": 0}
+
 
 def planned(method: Method, model: Model, edits: Sequence[EditRequest], config: Any, **options: Any) -> Plan:
     """Plan these edits. A refusal names all edits that cannot be used, for whatever reason.
@@ -29,8 +32,7 @@ def planned(method: Method, model: Model, edits: Sequence[EditRequest], config: 
         errors = [error]
     # a place is no name among fewer edits
     left = [edit if edit.id is not None else replace(edit, id=str(place)) for place, edit in enumerate(edits)]
-    if hasattr(config, "state"):  # the folder may hold the run of all edits
-        config = replace(config, state=None)
+    config = replace(config, **{name: value for name, value in _WITHOUT.items() if hasattr(config, name)})
     while errors[-1].edits and (left := [e for e in left if edit_name(e, 0) not in errors[-1].edits]):
         try:
             method.plan(model, left, config, **options)

@@ -159,7 +159,7 @@ def test_an_undo_restores_no_weights_that_were_changed_later(size: float, rng: t
     assert torch.equal(undo.restored("w", weight + update, update), weight)
     assert undo.restored("w", weight + update + 1, update) is None
     if size < 1:
-        undo._kept["w..at"][-1] += weight.numel()  # of a file that is damaged
+        undo._tensors["w..at"][-1] += weight.numel()  # of a file that is damaged
         assert undo.restored("w", weight + update, update) is None
 
 

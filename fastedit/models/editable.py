@@ -49,6 +49,9 @@ def check_editable(topology: Topology) -> None:
             raise ModelError(f"{path} is on {parameter.device}, but the last block on {topology.device}; {_WHOLE}")
     if is_quantized(topology.head):
         raise ModelError(f"the head to the vocabulary, a {type(topology.head).__name__}, is quantized; {_OUTSIDE}")
+    if not isinstance(getattr(topology.head, "weight", None), Tensor):
+        kind = type(topology.head).__name__
+        raise ModelError(f"the head of {topology.name} is a {kind} without a weight; a linear map was expected")
     for path, module in topology.blocks.named_modules():
         if type(module) is nn.Linear and module.weight.shape != (module.out_features, module.in_features):
             expected = (module.out_features, module.in_features)

@@ -20,6 +20,7 @@ from transformers import (
 from fastedit import Editor, EditRequest, WeightDelta
 from fastedit.errors import ModelError, RequestError
 from fastedit.models import fingerprint, topology
+from fastedit.models.editable import check_editable
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2")
 # family -> list of blocks, and where block 1 keeps attention, MLP, up, gate and down
@@ -143,7 +144,7 @@ def test_models_without_the_expected_parts_say_what_is_missing() -> None:
     headed = tiny_model("llama")
     headed.lm_head = nn.Sequential(headed.lm_head, nn.Tanh())
     with pytest.raises(ModelError, match=r"the head of .* is a Sequential without a weight"):
-        topology(headed)
+        check_editable(topology(headed))
     looped = tiny_model("llama")
     looped.model.layers[3] = looped.model.layers[1]
     with pytest.raises(ModelError, match=r"blocks 3 of .* are lower ones again"):
