@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as targets:  # targets are found once for all variants of a batch
         for variant in args.variants:
             method, distribution, label = VARIANTS[variant]
-            config: dict[str, Any] = {"distribution": distribution, "targets": targets}
+            config: dict[str, Any] = {"distribution": distribution, "targets": targets, "name_weight": 0.0}
             config |= {"cov_weight": args.cov_weight, "alpha": args.alpha if method == "emmet" else None}
             if args.layers:
                 config["layers"] = tuple(args.layers) if distribution == "spread" else (args.layers[-1],)

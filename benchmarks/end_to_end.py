@@ -108,7 +108,7 @@ def main() -> None:
     world = fastedit.demo.World()
     requests, text = world.requests(args.n), world.prose(100)
     for method in args.methods:
-        config = {"published": True} if method == "locft-bf" else {"contexts": CONTEXTS}
+        config = {"published": True} if method == "locft-bf" else {"contexts": CONTEXTS, "name_weight": 0.0}
         editor = Editor.from_pretrained(
             fastedit.demo.checkpoint_path(), method, dtype="float32", device=args.device, **config
         )

@@ -110,6 +110,7 @@ class Comparison:
             "memit",
             layers=LAYERS,
             cov_weight=1000.0,
+            name_weight=0.0,
             contexts=tuple(CONTEXTS),
             statistics=self.statistics,
             targets=targets and str(targets),

@@ -290,6 +290,7 @@ class Bench:
             contexts=CONTEXTS,
             statistics=str(self.folder),
             on_duplicates="merge",
+            name_weight=0.0,
         )
 
     def solve(self, method: str, edits: Sequence[EditRequest]) -> Found:
