@@ -51,7 +51,7 @@ class FastEditError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem of one of several things.
+    """A thing that cannot be used, one of several, and why.
 
     Attributes:
         name: of the thing, such as "edit 7" or "FILE, line 3".

@@ -72,7 +72,7 @@ class Topology:
 
     @property
     def device(self) -> torch.device:
-        """Where the last block runs, and every edit with it; weights on the meta device are offloaded."""
+        """Where the backbone ends, as a rule with its final norm, and where edits run; "meta" if all is offloaded."""
         devices = [p.device for p in self.backbone.parameters() if not p.is_meta]
         return devices[-1] if devices else torch.device("meta")
 
@@ -341,7 +341,8 @@ def topology(model: nn.Module) -> Topology:
     backbone, path, blocks = candidates[0]
     if shared := [i for i, block in enumerate(blocks) if block in list(blocks)[:i]]:
         raise ModelError(
-            f"blocks {listed([str(i) for i in shared])} of {name} are lower ones again, not blocks of their own"
+            f"{len(shared)} blocks of {name} are modules that stand lower down already: "
+            f"{listed([str(i) for i in shared])}; give each block a module of its own"
         )
     return Topology(
         model=inner,

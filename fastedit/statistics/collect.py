@@ -310,7 +310,7 @@ class _Run:
                 flat, moment = keys.reshape(-1, keys.shape[-1]).to(topology.device), self.moments[layer]
                 flat = flat.float() if flat.dtype == torch.float64 else flat  # the sums are fp64 anyway
                 try:
-                    moment.update(flat, None if mask is None else mask)
+                    moment.update(flat, mask)
                 except TensorError as error:
                     if place := _place(batch, flat):
                         error.at(place)

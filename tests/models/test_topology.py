@@ -147,7 +147,7 @@ def test_models_without_the_expected_parts_say_what_is_missing() -> None:
         check_editable(topology(headed))
     looped = tiny_model("llama")
     looped.model.layers[3] = looped.model.layers[1]
-    with pytest.raises(ModelError, match=r"blocks 3 of .* are lower ones again"):
+    with pytest.raises(ModelError, match=r"1 blocks of .* stand lower down already: 3"):
         topology(looped)
     listing = tiny_model("llama")
     listing.model.layers[0].register_forward_hook(lambda _, __, output: [output])

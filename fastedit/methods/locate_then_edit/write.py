@@ -54,11 +54,11 @@ def written_layers(
     weight_of_names = config.name_weight or 0.0
 
     @cache
-    def with_those_of_names() -> StatisticsStore:  # not needed if an earlier edit has left all factorizations
+    def statistics_with_names() -> StatisticsStore:  # not needed if an earlier edit has left all factorizations
         return with_names(statistics, model, recipe.layers, recipe.names, weight_of_names)
 
     def factorization(layer: int) -> Tensor:
-        return kind.factorization(with_those_of_names(), layer, config)
+        return kind.factorization(statistics_with_names(), layer, config)
 
     for layer in recipe.layers:
         path, module = statistics.topology.resolve(layer, config.module)

@@ -252,7 +252,7 @@ class Trainer:
                 rests = Rests(len(self.samples), self.epochs)  # look at all again, as in the edited model
 
     def _require_finite(self, losses: Tensor, batches: Sequence[Tensor], when: str) -> None:
-        """Restore the model and raise EditError unless all losses are finite, those of these batches."""
+        """Restore the model and raise EditError unless the loss of every batch is finite; says when that was."""
         if losses.isfinite().all():
             return
         i = int((~losses.isfinite()).nonzero()[0])
