@@ -23,6 +23,9 @@ def planned(method: Method, model: Model, edits: Sequence[EditRequest], config: 
     A method that finds no subject in one edit does not get to the length of another, so that the plan is made again
     with the edits that are left.
 
+    Args:
+        edits: each has an id, so that its name stays the same among fewer edits.
+
     Raises:
         RequestError, ConfigError, ModelError: as for the method's `plan`.
     """
@@ -30,8 +33,7 @@ def planned(method: Method, model: Model, edits: Sequence[EditRequest], config: 
         return method.plan(model, edits, config, **options)
     except RequestError as error:
         errors = [error]
-    # a place is no name among fewer edits
-    left = [edit if edit.id is not None else replace(edit, id=str(place)) for place, edit in enumerate(edits)]
+    left = list(edits)
     config = replace(config, **{name: value for name, value in _WITHOUT.items() if hasattr(config, name)})
     while errors[-1].edits and (left := [e for e in left if edit_name(e, 0) not in errors[-1].edits]):
         try:

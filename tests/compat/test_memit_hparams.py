@@ -13,6 +13,7 @@ from memit_calls import Case, close, hparams, requests_of
 from fastedit import ConfigError
 from fastedit.compat import memit
 from fastedit.models import topology
+from fastedit.statistics import names
 from fastedit.statistics.moment import StreamingCovariance
 from fastedit.statistics.store import statistics_path
 
@@ -49,6 +50,14 @@ def test_hparams_are_read_from_mappings_too_and_from_texts_of_numbers(case: Case
     given = vars(hparams("memit", v_lr="3e-1", v_weight_decay="1e-1"))  # as YAML 1.1 reads them
     model, _ = case.call("memit", given=given)
     assert same(model, case.wanted("memit"))
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "emmet"])
+def test_names_do_not_count_as_in_that_code(method: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our default counts them, where a tokenizer knows some."""
+    monkeypatch.setattr(names, "common_names", lambda: ("w30", "w31 w32"))
+    model, *_ = case.call(method, given=hparams(method))
+    assert same(model, case.wanted(method, name_weight=0.0))
 
 
 def test_texts_stay_texts_that_read_as_numbers(case: Case, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import moments, tiny_model
+from helpers import moments, ragged_samples, tiny_model
 
 from fastedit import Editor, EditRequest, ModelError
+from fastedit.models import PrefixCache, pack
+from fastedit.models.self_check import _place
 from fastedit.statistics.collect import collect
 
 lazy = pytest.importorskip("torch._lazy.ts_backend", reason="this build of torch has no lazy device")
@@ -57,7 +59,8 @@ def test_an_edit_above_the_other_device(
     assert one.delta.updates.keys() == two.delta.updates.keys()
     for path, update in two.delta.updates.items():
         wanted = one.delta.updates[path].to("cpu")
-        torch.testing.assert_close(dense(update), dense(wanted), rtol=1e-4, atol=1e-6)
+        # Adam divides small gradients by their size, and their rounding with them
+        assert (dense(update) - dense(wanted)).norm() <= 1e-3 * dense(wanted).norm(), path
     for name in ("reliability", "locality"):
         assert of_two[name] == pytest.approx(of_one[name]), name
     two.delta.revert()
@@ -72,6 +75,15 @@ def with_subject(edit: EditRequest) -> EditRequest:
 
 def dense(update: Any) -> torch.Tensor:
     return update.dense() if hasattr(update, "dense") else update
+
+
+def test_passes_begin_where_the_last_block_is(tokenizer: Any) -> None:
+    """The cached states, and the block on which the parts are checked at load."""
+    parts = Editor(spread(tiny_model("llama"), ("embed_tokens", "layers.0", "layers.1")), tokenizer).parts.topology
+    with PrefixCache(parts, ragged_samples([5, 9, 3]), 2) as cache:
+        rows = pack(cache.samples, [0]).to(parts.device)
+        assert cache.hidden(rows).device == parts.device == torch.device("cpu")
+    assert _place(parts)[0] == 2
 
 
 def test_statistics_of_blocks_on_both_devices(tokenizer: Any) -> None:
